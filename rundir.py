@@ -1,0 +1,73 @@
+"""A folder of runs on disk: config.json, and per run its rows (`elr=1e-02.csv`, `.layers.csv`) and checkpoint (`.pt`)."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import torch
+
+OURS = ("config.json", "regimes.csv", "regimes.png", "elr=*.csv", "elr=*.pt", "*.tmp")
+
+
+def open_folder(out: Path, options: dict, force: bool = False) -> dict:
+    """Make the folder, or find that it holds runs of these very options; returns its config, {"options": options} if new.
+
+    With `force` what was there of ours is removed. Raises ValueError, having changed nothing, where the folder cannot be
+    written or its runs have other options, whose name it says.
+    """
+    path = out / "config.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / "probe.tmp"
+        probe.touch()
+        probe.unlink()
+        if force:
+            for old in (p for pattern in OURS for p in out.glob(pattern)):
+                old.unlink()
+        if not path.exists():
+            return {"options": options}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        there = config["options"]
+        different = [k for k in {**options, **there} if there.get(k) != options.get(k)]
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: choose another --out, or start afresh with --force") from None
+    if different:
+        what = f"{different[0]} is {there.get(different[0])!r} there, {options.get(different[0])!r} here"
+        raise ValueError(f"{out} holds runs with other options ({what}): choose another --out, or start afresh with --force")
+    return config
+
+
+def write_config(out: Path, config: dict) -> None:
+    _replace(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    _replace(path, lambda temporary: torch.save(state, temporary))
+
+
+def _replace(path: Path, write) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Rows:
+    """A CSV file that grows by whole rows, each written and flushed at once. Floats are kept to 9 digits (float32)."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]):
+        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.add(columns)
+
+    def add(self, *rows) -> None:
+        text = [[f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
+        csv.writer(self.file, lineterminator="\n").writerows(text)
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()

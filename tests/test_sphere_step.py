@@ -1,0 +1,360 @@
+"""The step against float64 references written another way: autograd through the normalization, and invariants."""
+
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+
+from sphere_step import SphereSGD
+
+ROUNDING = 1e-12  # relative, float64
+
+
+def invariant_loss(theta):
+    """Some scale-invariant function of the concatenation of two tensors, in float64."""
+    x = torch.cat([t.flatten() for t in theta])
+    u = x / x.norm()
+    return (torch.linspace(-1, 3, len(u), dtype=u.dtype) * u**2).sum() + (u[:-1] * u[1:]).sin().sum()
+
+
+def other_loss(theta):
+    """A function that is not scale invariant."""
+    x = torch.cat([t.flatten() for t in theta])
+    return (x**2 * torch.linspace(0.1, 1, len(x), dtype=x.dtype)).sum() + x.cos().sum()
+
+
+def two_tensors(dtype=torch.float64):
+    return [torch.randn(4, 3, 3, dtype=dtype, requires_grad=True), torch.randn(7, dtype=dtype, requires_grad=True)]
+
+
+def spheres_of(theta, sphere):
+    """The tensors cut into what each sphere holds, as flat vectors."""
+    if sphere == "group":
+        return [torch.cat([t.flatten() for t in theta])]
+    return [t.flatten() for t in theta] if sphere == "tensor" else [row.flatten() for t in theta for row in t]
+
+
+def close(a, b, tolerance):
+    return (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+@pytest.mark.parametrize("elr", [1e-6, 0.03, 10.0])
+def test_step_on_an_invariant_loss_is_normalized_gradient_descent(sphere, elr):
+    theta = two_tensors()
+    theta[1] = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)  # rows of one element have no tangent
+    optimizer = SphereSGD(theta, lr=elr, sphere=sphere)
+    loss = {"group": invariant_loss, "tensor": lambda t: sum(invariant_loss([x]) for x in t)}.get(
+        sphere, lambda t: sum(invariant_loss([r]) for x in t for r in x)
+    )
+    before = [t.detach().clone().requires_grad_() for t in theta]
+    gradient = torch.autograd.grad(loss(before), before)
+    loss(theta).backward()
+    optimizer.step()
+    cut = zip(*(spheres_of(t, sphere) for t in (before, gradient, theta)), strict=True)
+    for x, g, new in cut:
+        rho = x.norm()
+        v = x - elr * rho**2 * g
+        assert close(new, rho * v / v.norm(), ROUNDING)
+
+
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_on_any_loss_follow_the_projected_formula_and_report_gamma_phi_radial(sphere, momentum):
+    theta, elr = two_tensors(), 0.01
+    optimizer = SphereSGD(theta, lr=elr, sphere=sphere, momentum=momentum)
+    x = [v.detach().clone() for v in spheres_of(theta, sphere)]
+    rho, m = [v.norm() for v in x], [torch.zeros_like(v) for v in x]
+    for _ in range(4):
+        optimizer.zero_grad()
+        other_loss(theta).backward()
+        g = spheres_of([t.grad for t in theta], sphere)
+        optimizer.step()
+        stats = optimizer.stats()
+        for i in range(len(x)):
+            n = x[i] / x[i].norm()
+            tangent = torch.eye(len(n), dtype=n.dtype) - torch.outer(n, n)
+            m[i] = momentum * tangent @ m[i] + tangent @ g[i]
+            v = x[i] - elr * rho[i] ** 2 * m[i]
+            cosine = (x[i] @ v / x[i].norm() / v.norm()).clamp(max=1)
+            gamma = (rho[i] * (tangent @ g[i]).norm()).item()
+            scale = (rho[i] * g[i].norm()).item()  # a row of one element has no tangent: its γ is 0 up to rounding
+            assert math.isclose(stats["grad_norm"][i], gamma, rel_tol=1e-9, abs_tol=1e-7 * scale)
+            assert math.isclose(stats["angle"][i], cosine.acos(), rel_tol=1e-6, abs_tol=1e-7 * (1 + elr * scale))
+            assert math.isclose(stats["radial"][i], n @ g[i] / g[i].norm(), rel_tol=1e-9, abs_tol=1e-12)
+            x[i] = rho[i] * v / v.norm()
+        for new, reference in zip(spheres_of(theta, sphere), x, strict=True):
+            assert close(new, reference, 1e-11)
+
+
+def test_layer_stats_are_each_tensors_norm_individual_elr_gradient_norm_and_turn():
+    theta = two_tensors()
+    optimizer = SphereSGD(theta, lr=0.02, momentum=0.5)
+    for _ in range(3):
+        before = [t.detach().clone() for t in theta]
+        optimizer.zero_grad()
+        invariant_loss(theta).backward()
+        optimizer.step()
+        layers, rho2 = optimizer.layer_stats(), sum(t.norm() ** 2 for t in before)
+        for i, (old, new) in enumerate(zip(before, theta, strict=True)):
+            g, n = theta[i].grad.flatten(), old.flatten() / old.norm()
+            assert math.isclose(layers["norm"][i], old.norm(), rel_tol=ROUNDING)
+            assert math.isclose(layers["elr"][i], 0.02 * rho2 / old.norm() ** 2, rel_tol=1e-10)
+            assert math.isclose(layers["grad_norm"][i], old.norm() * (g - n * (n @ g)).norm(), rel_tol=1e-9)
+            cosine = torch.nn.functional.cosine_similarity(old.flatten(), new.detach().flatten(), dim=0)
+            assert math.isclose(layers["angle"][i], cosine.clamp(max=1).acos(), rel_tol=1e-5)
+
+
+def test_layer_stats_of_rows_gather_the_rows():
+    theta = [torch.randn(5, 6, requires_grad=True)]
+    optimizer = SphereSGD(theta, lr=0.1, sphere="row")
+    theta[0].grad = torch.randn(5, 6)
+    norm = theta[0].norm().item()
+    optimizer.step()
+    stats, layers = optimizer.stats(), optimizer.layer_stats()
+    assert math.isclose(layers["norm"][0], norm, rel_tol=1e-6)
+    assert math.isclose(layers["elr"][0], 0.1, rel_tol=1e-6)
+    assert math.isclose(layers["grad_norm"][0], stats["grad_norm"].norm(), rel_tol=1e-6)
+    assert math.isclose(layers["angle"][0], stats["angle"].mean(), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("elr", [1e-6, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+def test_the_norm_is_the_radius_after_ten_thousand_float32_steps(elr, sphere):
+    theta = [torch.randn(3, 4, 3, 3, requires_grad=True), torch.randn(5, 9, requires_grad=True)]
+    radii = [x.detach().double().norm() for x in spheres_of(theta, sphere)]
+    optimizer = SphereSGD(theta, lr=elr, sphere=sphere)
+    for _ in range(10_000 if sphere == "group" else 1_000):
+        for t in theta:
+            t.grad = torch.randn_like(t)
+        optimizer.step()
+    for x, radius in zip(spheres_of(theta, sphere), radii, strict=True):
+        assert abs(x.double().norm() / radius - 1) < 1e-6
+
+
+def test_a_large_tensor_keeps_its_norm_too():
+    theta = torch.randn(700, 1000, requires_grad=True)  # more than one piece of the float32 dot product
+    radius = theta.detach().double().norm()
+    optimizer = SphereSGD([theta], lr=1e-3)
+    for _ in range(50):
+        theta.grad = torch.randn_like(theta)
+        optimizer.step()
+    assert abs(theta.double().norm() / radius - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_step_in_float32_and_round_once(dtype):
+    theta = torch.randn(40, 30).to(dtype).requires_grad_()
+    old, g = theta.detach().double(), torch.randn(40, 30)
+    optimizer = SphereSGD([theta], lr=0.05)
+    theta.grad = g.to(dtype)
+    optimizer.step()
+    g, rho = theta.grad.double(), old.norm()
+    v = old - 0.05 * rho**2 * (g - (old * g).sum() / rho**2 * old)
+    reference = rho * v / v.norm()
+    unit = torch.finfo(dtype).eps * reference.abs().clamp(min=torch.finfo(dtype).tiny)
+    assert ((theta.double() - reference).abs() <= unit).all()
+
+
+def test_zero_gradient_leaves_the_weights_bit_for_bit():
+    theta = [torch.randn(6, 5, requires_grad=True), torch.randn(3, requires_grad=True)]
+    optimizer = SphereSGD([{"params": theta[:1]}, {"params": theta[1:], "sphere": "row"}], lr=0.3)
+    before = [t.detach().clone() for t in theta]
+    for t in theta:
+        t.grad = torch.zeros_like(t)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(theta, before, strict=True))
+    assert (optimizer.stats()["grad_norm"] == 0).all() and (optimizer.stats()["angle"] == 0).all()
+
+
+def test_purely_radial_gradient_leaves_the_weights_to_rounding():
+    theta = torch.randn(50, 40, requires_grad=True)
+    before = theta.detach().clone()
+    optimizer = SphereSGD([theta], lr=1e-3)
+    theta.grad = 3 * before
+    optimizer.step()
+    assert close(theta, before, 1e-5)
+    assert math.isclose(optimizer.stats()["radial"][0], 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("product", [1e-20, 1e-8, 1.0, 1e5, 1e10])
+def test_any_size_of_step_stays_finite_and_on_the_sphere(product):
+    theta = torch.randn(100, 10, requires_grad=True)
+    radius, g = theta.detach().norm(), torch.randn(100, 10)
+    optimizer = SphereSGD([theta], lr=product / (radius * g.norm()).item())
+    theta.grad = g
+    optimizer.step()
+    assert abs(theta.norm() / radius - 1) < 1e-6
+    assert math.isclose(optimizer.stats()["angle"][0], math.atan(product), rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_sphere_with_a_non_finite_gradient_stays_and_says_so_while_the_others_step(bad, momentum):
+    theta = [torch.randn(4, 4, requires_grad=True) for _ in range(3)]
+    optimizer = SphereSGD(
+        [{"params": theta[:2], "sphere": "tensor"}, {"params": theta[2:], "sphere": "row"}], 0.1, momentum=momentum
+    )
+    before = [t.detach().clone() for t in theta]
+    for t in theta:
+        t.grad = torch.randn_like(t)
+    theta[0].grad[1, 2] = theta[2].grad[3, 0] = bad
+    optimizer.step()
+    assert torch.equal(theta[0], before[0]) and not torch.equal(theta[1], before[1])
+    assert torch.equal(theta[2][3], before[2][3]) and not torch.equal(theta[2][:3], before[2][:3])
+    assert optimizer.stats()["grad_norm"].isnan().tolist() == [True, False, False, False, False, True]
+    assert all(t.isfinite().all() for t in theta)
+
+
+def test_a_tensor_without_gradient_is_left_out_of_its_sphere():
+    theta = two_tensors()
+    optimizer = SphereSGD(theta, lr=0.1)
+    alone = theta[0].detach().clone().requires_grad_()
+    reference = SphereSGD([alone], lr=0.1)
+    theta[0].grad = torch.randn_like(theta[0])
+    alone.grad = theta[0].grad.clone()
+    before = theta[1].detach().clone()
+    optimizer.step(), reference.step()
+    assert torch.equal(theta[1], before)
+    assert close(theta[0], alone, ROUNDING)
+    assert optimizer.layer_stats()["norm"].isnan().tolist() == [False, True]
+
+
+def test_without_a_sphere_it_is_plain_sgd():
+    a, b = torch.randn(5, 3, requires_grad=True), torch.randn(8, requires_grad=True)
+    c, d = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
+    ours = SphereSGD([a, b], lr=0.1, sphere=None, momentum=0.9)
+    theirs = torch.optim.SGD([c, d], lr=0.1, momentum=0.9)
+    for _ in range(3):
+        for p, q in ((a, c), (b, d)):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step(), theirs.step()
+    assert close(a, c, 1e-6) and close(b, d, 1e-6)
+    with pytest.raises(RuntimeError, match="no statistics"):
+        ours.stats()
+
+
+def test_given_radius_rescales_at_once_and_normalize_returns_to_it():
+    theta = two_tensors()
+    optimizer = SphereSGD(theta, lr=0.1, sphere="tensor", radius=2.5)
+    assert all(math.isclose(t.detach().norm(), 2.5, rel_tol=ROUNDING) for t in theta)
+    with torch.no_grad():
+        theta[0].normal_()
+    optimizer.normalize()
+    assert math.isclose(theta[0].norm(), 2.5, rel_tol=ROUNDING)
+
+
+def test_measure_reports_what_step_would_without_moving_anything():
+    theta = two_tensors()
+    optimizer = SphereSGD(theta, lr=0.1, momentum=0.9)
+    other_loss(theta).backward()
+    optimizer.step()
+    before, state = [t.detach().clone() for t in theta], {k: v["momentum_buffer"].clone() for k, v in optimizer.state.items()}
+    optimizer.measure()
+    measured = optimizer.stats()
+    assert all(torch.equal(a, b) for a, b in zip(theta, before, strict=True))
+    assert all(torch.equal(optimizer.state[k]["momentum_buffer"], m) for k, m in state.items())
+    optimizer.step()
+    assert all(torch.equal(measured[name], value) for name, value in optimizer.stats().items())
+
+
+def test_state_dict_round_trips_radii_and_momentum():
+    theta = two_tensors()
+    optimizer = SphereSGD(theta, lr=0.1, momentum=0.9)
+    other_loss(theta).backward()
+    optimizer.step()
+    copy = [(2 * t.detach()).requires_grad_() for t in theta]  # twice the radius, until the state is loaded
+    other = SphereSGD(copy, lr=0.5)
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for a, b in zip(copy, theta, strict=True):
+            a.copy_(b)
+            a.grad = b.grad.clone()
+    optimizer.step(), other.step()
+    assert all(torch.equal(a, b) for a, b in zip(copy, theta, strict=True))
+
+
+def test_schedulers_drive_the_elr_as_number_and_as_tensor():
+    for lr in (0.1, torch.tensor(0.1)):
+        theta = two_tensors()
+        optimizer = SphereSGD(theta, lr=lr)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+        for elr in (0.1, 0.01):
+            theta[0].grad, theta[1].grad = torch.randn_like(theta[0]), torch.randn_like(theta[1])
+            optimizer.step()
+            stats = optimizer.stats()
+            assert math.isclose(stats["angle"][0].tan(), elr * stats["grad_norm"][0], rel_tol=1e-6)
+            scheduler.step()
+
+
+def test_any_memory_layout_gives_the_same_step():
+    base = torch.randn(8, 6, 4, 4)
+    g = torch.randn(8, 6, 4, 4)
+    layouts = [
+        lambda t: t.clone(),
+        lambda t: t.clone(memory_format=torch.channels_last),
+        lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        lambda t: torch.stack([t, t], -1)[..., 0],  # with holes
+    ]
+    results = []
+    for layout in layouts:
+        for gradient_layout in layouts:
+            theta = layout(base).requires_grad_()
+            optimizer = SphereSGD([theta], lr=0.01)
+            theta.grad = gradient_layout(g)
+            optimizer.step()
+            results.append(theta.detach().clone())
+    assert all(close(x, results[0], 1e-6) for x in results)
+
+
+def test_empty_and_scalar_tensors_are_no_trouble():
+    for sphere in ("group", "tensor", "row"):
+        theta = [torch.randn(0, 3), torch.randn(()), torch.randn(1), torch.randn(4, 0), torch.randn(6, 2)]
+        before = [t.clone() for t in theta]
+        optimizer = SphereSGD([t.requires_grad_() for t in theta], lr=0.1, sphere=sphere)
+        for t in theta:
+            t.grad = torch.randn_like(t)
+        optimizer.step(), optimizer.stats(), optimizer.layer_stats()
+        assert all(t.isfinite().all() for t in theta) and not torch.equal(theta[4], before[4])
+        if sphere != "group":  # a sphere of one number is two points: there is no tangent
+            assert torch.equal(theta[1], before[1]) and torch.equal(theta[2], before[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "lr is -0.1"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"lr": 0.1, "sphere": "ball"}, "sphere is 'ball'"),
+        ({"lr": 0.1, "radius": -1.0}, "radius is -1.0"),
+        ({"lr": 0.1, "radius": 1.0, "sphere": None}, "radius is 1.0"),
+        ({"lr": 0.1, "momentum": 1.0}, "momentum is 1.0"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        SphereSGD(two_tensors(), **options)
+
+
+def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
+    for sphere in ("group", "tensor"):
+        with pytest.raises(ValueError, match="norm zero"):
+            SphereSGD([torch.zeros(3, requires_grad=True)], lr=0.1, sphere=sphere)
+    with pytest.raises(ValueError, match="a row of tensor 0"):
+        SphereSGD([torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)], lr=0.1, sphere="row")
+    with pytest.raises(ValueError, match="not finite"):
+        SphereSGD([torch.tensor([1.0, math.nan], requires_grad=True)], lr=0.1)
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = SphereSGD(embedding.parameters(), lr=0.1)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    dense = torch.randn(3, requires_grad=True)
+    optimizer = SphereSGD([dense], lr=0.1)
+    dense.grad = torch.randn(3)
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr is -1.0"):
+        optimizer.step()
