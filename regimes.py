@@ -92,9 +92,10 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         level = chance["train_loss"]["mean"]
         reference, points = chance[what]["mean"], chance.get("points", 1)
         value = log[what][tail]
+        residual, inflation = _around_trend(np.log(epoch[tail]), value)
         skill = 1 - value.mean() / reference
         own = chance[what]["std"] / math.sqrt(points)
-        skill_error = math.hypot(value.std(ddof=1) / math.sqrt(n / _inflation(value - value.mean())), own) / reference
+        skill_error = math.hypot(residual.std(ddof=1) / math.sqrt(n / inflation), own) / reference
 
     # The trend. A loss of exactly 0 has no logarithm: it counts as the smallest positive float32.
     log_loss, log_epoch = np.log(np.maximum(loss[tail], 1e-38)), np.log(epoch[tail])
@@ -121,7 +122,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         turn = _walked(log, tail)
         if turn < 1:
             return undecided(f"at chance, but its random walk covers {turn:.2g} rad: it has hardly left its start", 1 / turn**2)
-        if high < 0 and slope < -0.02 and skill > 0:
+        if high < 0 and slope < -FLAT and skill > 0:
             return undecided(f"near chance ({better}), but the loss is falling ({trend})", 4)
         if skill_error > floor:
             return undecided(f"too noisy to tell from chance: {better}", (Z99 * skill_error / floor) ** 2)
@@ -130,19 +131,22 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         return undecided(f"{better} and still falling slowly ({trend})", 4)
     if low > 0 and slope > FLAT:
         return undecided(f"{better} and rising ({trend})", 2)
-    if slope < STEEP and low < 2 * STEEP:
-        return undecided(f"{better}, and the loss may be falling or not ({trend})", ((high - low) / 2 / slope) ** 2)
+    if slope < STEEP:  # but not for sure: ask the last three quarters, where a fall would show more and noise less
+        longer = trained & (epoch > epoch[-1] / 4)
+        slope, low, high = theil_sen(np.log(epoch[longer]), np.log(np.maximum(loss[longer], 1e-38)))
+        if slope < STEEP or high < 0:
+            return undecided(f"{better}, and the loss may be falling or not ({trend})", 4)
+        trend += f"; {slope:+.2f}, {low:+.2f} to {high:+.2f}, over the last three quarters"
     return Verdict("equilibrium", f"{better}, and the loss stays at about {mean_loss:.3g} ({trend})", **numbers)
 
 
 def theil_sen(x: np.ndarray, y: np.ndarray, z: float = Z99) -> tuple[float, float, float]:
     """Median of the slopes of all pairs, and its interval (Sen, JASA 63, 1968: the ranks of Kendall's statistic). The rank's
-    variance is inflated for the autocorrelation of the residuals, which a training log always has."""
+    variance is inflated for the autocorrelation around the trend, which a training log always has."""
     i, j = np.triu_indices(len(x), 1)
     slopes = np.sort((y[j] - y[i]) / (x[j] - x[i]))
     slope, n = float(np.median(slopes)), len(x)
-    residual = y - slope * x
-    sigma = math.sqrt(n * (n - 1) * (2 * n + 5) / 18 * _inflation(residual - residual.mean()))
+    sigma = math.sqrt(n * (n - 1) * (2 * n + 5) / 18 * _around_trend(x, y)[1])
     low, high = (len(slopes) - z * sigma) / 2, (len(slopes) + z * sigma) / 2
     # Ranks beyond the ends mean that so few points give no interval at this confidence: say so with an infinite one.
     return (
@@ -152,14 +156,18 @@ def theil_sen(x: np.ndarray, y: np.ndarray, z: float = Z99) -> tuple[float, floa
     )
 
 
-def _inflation(residual: np.ndarray) -> float:
-    """By how much autocorrelation of lag 1 inflates the variance of a mean: (1 + r)/(1 − r), r corrected for its bias."""
+def _around_trend(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """What is left of y around a smooth trend (a polynomial of at most degree 3, since few losses fall along a straight line),
+    and by how much its autocorrelation r of lag 1 inflates the variance of a mean: (1 + r)/(1 − r), r corrected for bias."""
+    n = len(y)
+    degree = min(3, n // 4)
+    residual = y - np.polynomial.Polynomial.fit(x, y, degree)(x)
     square = residual @ residual
-    if square == 0:
-        return 1.0
+    if square <= (1e-12 * np.abs(y).max()) ** 2:
+        return residual, 1.0
     r = (residual[1:] @ residual[:-1]) / square
-    r = min(max(r + (1 + 4 * r) / len(residual), 0.0), 0.95)
-    return (1 + r) / (1 - r)
+    r = min(max(r + (1 + 4 * r) / n, 0.0), 0.95)
+    return residual, (1 + r) / (1 - r)
 
 
 def _walked(log: dict[str, np.ndarray], tail: np.ndarray) -> float:
@@ -384,7 +392,12 @@ def figure(runs: list[Run], path: Path, title: str = "") -> None:
             if len(group) > 1:
                 ax.fill_between(epoch, low, high, color=colour.to_rgba(elr), alpha=0.2, lw=0)
         ax.set(xlabel="epoch", title=label)
-        ax.set_yscale(scale, **options)
+        if logged(column):
+            ax.set_yscale(scale, **options)
+
+    def logged(column):
+        """Whether a run has such a column with values that a logarithmic axis can show."""
+        return any((run.log.get(column, np.zeros(1)) > 0).any() for run in runs)
 
     curves(axes["a"], "train_loss", "(a) train loss (nats)", "log")
     curves(axes["b"], "test_error", "(b) test error", "symlog", linthresh=0.01)
@@ -403,7 +416,9 @@ def figure(runs: list[Run], path: Path, title: str = "") -> None:
     if starts:
         ax.plot(*zip(*starts, strict=True), "*", color="black", ms=11, ls="none", label="start", zorder=4)
         ax.legend(loc="upper left", frameon=False)
-    ax.set(xscale="log", yscale="log", xlabel=r"effective gradient norm $\gamma$", ylabel="train loss (nats)")
+    ax.set(xlabel=r"effective gradient norm $\gamma$", ylabel="train loss (nats)")
+    if logged("grad_norm") and logged("train_loss"):
+        ax.set(xscale="log", yscale="log")
     ax.set_title("(d) phase diagram, end of each run circled")
     fig.colorbar(colour, ax=[axes["a"], axes["b"], axes["c"]], label="ELR", pad=0.01)
 
@@ -462,11 +477,13 @@ def _along_the_elr(ax, runs: list[Run], groups: dict[float, list[Run]]) -> None:
                 "ha": "center",
                 "va": "bottom",
                 "fontsize": 9,
-                "bbox": {"fc": "white", "ec": "none", "pad": 1.5},
+                "bbox": {"fc": "white", "ec": "none", "pad": 1.5, "alpha": 0.75},
             }
             text, middle = f"{boundary.low:.3g} – {boundary.high:.3g}", math.sqrt(boundary.low * boundary.high)
             ax.text(middle, 0.03, text, transform=ax.get_xaxis_transform(), **look)
-    ax.set(xscale="log", yscale="log", xlabel="ELR", ylabel="final train loss (nats)", xlim=(edges[0], edges[-1]))
+    if any(run.final("train_loss") > 0 for run in runs):
+        ax.set_yscale("log")
+    ax.set(xscale="log", xlabel="ELR", ylabel="final train loss (nats)", xlim=(edges[0], edges[-1]))
     ax.set_title("(e) regimes along the ELR, boundaries hatched", pad=28)
     right.set(ylabel="final error", ylim=(-0.03, 1.03))
     ax.legend(handles=handles, loc="upper left", fontsize=9)

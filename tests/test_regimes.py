@@ -1,0 +1,252 @@
+"""The rule on synthetic logs whose regime an expert would not doubt, and the files it reads and writes."""
+
+import csv
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import regimes
+from regimes import classify
+
+CHANCE = {"points": 512, "train_loss": {"mean": 6.0, "std": 1.0}, "train_error": {"mean": 0.9, "std": 0.08}}
+DRAWS = 100
+
+
+def noise(rng, n, sd, r):
+    """Stationary noise with autocorrelation r of lag 1."""
+    x = np.empty(n)
+    x[0] = rng.normal()
+    for i in range(1, n):
+        x[i] = r * x[i - 1] + math.sqrt(1 - r * r) * rng.normal()
+    return sd * x
+
+
+def with_error(rng, loss):
+    """A log with a train error that goes with the loss, and a row of epoch 0 at chance."""
+    error = np.clip(0.9 * (1 - np.exp(-0.5 * loss)) / (1 - math.exp(-3)) + rng.normal(0, 0.004, len(loss)), 0, 1)
+    loss, error = np.insert(loss, 0, 6.0), np.insert(error, 0, 0.9)
+    return {"epoch": np.arange(len(loss), dtype=float), "train_loss": loss, "train_error": error}
+
+
+def power_law(rng, t):
+    return rng.uniform(0.5, 5) * t ** -rng.uniform(0.8, 2) * np.exp(noise(rng, len(t), 0.1, 0.3))
+
+
+def exponential(rng, t):
+    return 3 * np.exp(-t / len(t) * rng.uniform(4, 12)) * np.exp(noise(rng, len(t), 0.1, 0.3))
+
+
+def equilibrium(rng, t):
+    level = rng.uniform(0.1, 3)
+    start = 3 * np.exp(-t / len(t) * 20)
+    return level * np.exp(noise(rng, len(t), rng.uniform(0.05, 0.2), rng.uniform(0, 0.6))) + start
+
+
+def catapult(rng, t):
+    peak = rng.uniform(0.05, 0.15) * len(t)
+    return 12 * np.exp(-((np.log(t / peak)) ** 2)) + 2 * (t / peak) ** -1.5 * np.exp(noise(rng, len(t), 0.1, 0.3))
+
+
+def late_escape(rng, t):
+    escape = rng.uniform(0.5, 0.7) * len(t)
+    return rng.uniform(0.5, 2) * np.maximum(t / escape, 1) ** -rng.uniform(4, 10) * np.exp(noise(rng, len(t), 0.1, 0.3))
+
+
+def slow_drift(rng, t):
+    return 2 * t ** -rng.uniform(0.2, 0.4) * np.exp(noise(rng, len(t), 0.02, 0.3))
+
+
+def pure_chance(rng, t):
+    return 6 + noise(rng, len(t), 0.15, rng.uniform(0, 0.6))
+
+
+EXPERT = [
+    (power_law, "convergence"),
+    (exponential, "convergence"),
+    (equilibrium, "equilibrium"),
+    (catapult, "convergence"),
+    (late_escape, "convergence"),
+    (slow_drift, "undecided"),
+    (pure_chance, "divergence"),
+]
+
+
+@pytest.mark.parametrize(("kind", "expected"), EXPERT, ids=lambda x: getattr(x, "__name__", x))
+def test_the_verdict_is_the_experts_in_98_of_100_draws(kind, expected):
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for _ in range(DRAWS):
+        t = np.arange(1, rng.integers(60, 200) + 1, dtype=float)
+        verdicts.append(classify(with_error(rng, kind(rng, t)), CHANCE))
+    wrong = [v for v in verdicts if v.regime != expected]
+    assert len(wrong) <= 2, wrong[:5]
+
+
+@pytest.mark.parametrize(("kind", "expected"), EXPERT, ids=lambda x: getattr(x, "__name__", x))
+def test_one_nan_row_changes_nothing_but_a_note(kind, expected):
+    rng = np.random.default_rng(0)
+    right = 0
+    for _ in range(DRAWS):
+        log = with_error(rng, kind(rng, np.arange(1, 101, dtype=float)))
+        log["train_loss"][rng.integers(1, 100)] = math.nan
+        verdict = classify(log, CHANCE)
+        right += verdict.regime == expected
+        assert "1 rows without a finite loss left out" in verdict.notes
+    assert right >= 98
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in EXPERT])
+def test_three_rows_never_get_a_verdict(kind):
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        log = {name: column[:3] for name, column in with_error(rng, kind(rng, np.arange(1, 41, dtype=float))).items()}
+        verdict = classify(log, CHANCE)
+        assert verdict.regime == "undecided" and "too short" in verdict.why and verdict.more_epochs >= 8
+
+
+def test_slow_convergence_that_is_still_near_chance_is_not_called_divergence():
+    epochs = np.arange(21.0)
+    log = {"epoch": epochs, "train_loss": np.full(21, 6.0), "train_error": np.full(21, 0.9), "step": 90 * epochs}
+    log["train_loss"] += np.random.default_rng(0).normal(0, 0.05, 21)
+    verdict = classify({**log, "angle": np.full(21, 1e-4)}, CHANCE)
+    assert verdict.regime == "undecided" and "hardly left its start" in verdict.why
+    assert classify({**log, "angle": np.full(21, 1.5)}, CHANCE).regime == "divergence"
+
+
+def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
+    rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
+    for kind, expected in ((power_law, "convergence"), (equilibrium, "equilibrium"), (pure_chance, "divergence")):
+        log = with_error(rng, kind(rng, t))
+        del log["train_error"]
+        verdict = classify(log)
+        assert verdict.regime == expected
+        assert verdict.notes == ["no train_error: skill from the loss", "no chance reference: the row of epoch 0 stands in"]
+        log = {name: column[1:] for name, column in log.items()}
+        assert classify(log).regime == ("convergence" if expected == "convergence" else "undecided")
+
+
+def test_a_run_that_ended_in_nan_is_undecided():
+    log = with_error(np.random.default_rng(0), equilibrium(np.random.default_rng(0), np.arange(1, 41, dtype=float)))
+    log["train_loss"][-1] = math.nan
+    verdict = classify(log, CHANCE)
+    assert verdict.regime == "undecided" and "not finite" in verdict.why
+
+
+def test_theil_sen_interval_covers_the_true_slope_and_ignores_outliers():
+    rng, x, inside = np.random.default_rng(0), np.log(np.arange(50, 100)), 0
+    for _ in range(300):
+        slope, low, high = regimes.theil_sen(x, -0.7 * x + rng.normal(0, 0.1, 50))
+        inside += low <= -0.7 <= high
+    assert inside >= 294  # 99 % of 300, less two standard deviations
+    y = -0.7 * x
+    y[::7] += 100
+    assert abs(regimes.theil_sen(x, y)[0] + 0.7) < 0.02
+
+
+# ------------------------------------------------------------------------------------------------ files and command line
+
+
+def write(path, columns, rows, end="\n"):
+    path.write_text("\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)]) + end)
+    return path
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A folder of seven made runs, in order: three converge, two are in equilibrium, two diverge."""
+    rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
+    kinds = [power_law] * 3 + [equilibrium] * 2 + [pure_chance] * 2
+    for elr, kind in zip((1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0), kinds, strict=True):
+        log = with_error(rng, kind(rng, t))
+        write(tmp_path / f"elr={regimes.elr_name(elr)}.csv", log, zip(*log.values(), strict=True))
+    return tmp_path
+
+
+def run(*arguments):
+    code = regimes.main([str(a) for a in arguments])
+    return code
+
+
+def test_a_folder_gives_table_boundaries_csv_and_figure(sweep, capsys):
+    assert run(sweep) == 0
+    out, err = capsys.readouterr()
+    assert "convergence | chaotic equilibrium: 0.002 to 0.005 (×2.5)" in out
+    assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out and not err
+    with open(sweep / "regimes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["regime"] for row in rows] == ["convergence"] * 3 + ["equilibrium"] * 2 + ["divergence"] * 2
+    assert [float(row["elr"]) for row in rows] == [1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0]
+    assert (sweep / "regimes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert run(sweep) == 0  # its own files are no logs
+
+
+def test_damaged_files_are_named_and_the_others_still_reported(sweep, capsys):
+    good = (sweep / "elr=1e-02.csv").read_text()
+    bad = {
+        "elr=3.csv": "",
+        "elr=4.csv": "epoch,loss\n1,2\n",
+        "elr=5.csv": "epoch,train_loss\n1,abc\n",
+        "elr=6.csv": "epoch,train_loss\n2,1\n1,1\n",
+        "elr=7.csv": "epoch,train_loss\n1\n2,3\n",
+        "elr=8.csv": "epoch,train_loss\n",
+    }
+    for name, text in bad.items():
+        (sweep / name).write_text(text)
+    (sweep / "elr=9.csv").write_bytes(b"\xff\xfe\x00epoch")
+    (sweep / "elr=1e-02.csv").write_text(good[:-9])
+    assert run(sweep, sweep / "nowhere.csv") == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == len(bad) + 3
+    for name in [*bad, "elr=9.csv", "elr=1e-02.csv", "nowhere.csv"]:
+        assert sum(name in line for line in lines) == 1
+    assert "last row (line 62) is cut off" in err and "Traceback" not in err
+    assert out.count("convergence ") >= 3 and "    1e-02  chaotic equilibrium" in out
+
+
+def test_an_empty_folder_and_a_missing_out_are_one_line(tmp_path, capsys):
+    assert run(tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path, "--out", tmp_path / "none")
+    assert exit.value.code == 2 and "argument --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["nonsense", '{"chance": 3}', '{"chance": {"0": {"points": 0}}}', "[" * 100_000, "\x00"])
+def test_a_damaged_config_is_named_and_the_runs_still_classified(sweep, capsys, text):
+    (sweep / "config.json").write_text(text)
+    assert run(sweep) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "config.json" in err and "divergence" in out
+
+
+def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
+    """ELR 0.005 with seeds 1 and 2 converging: there the majority flips."""
+    rng, t = np.random.default_rng(1), np.arange(1, 61, dtype=float)
+    for seed in (1, 2):
+        log = with_error(rng, power_law(rng, t))
+        write(sweep / f"elr=5e-03.seed={seed}.csv", log, zip(*log.values(), strict=True))
+    assert run(sweep) == 0
+    out = capsys.readouterr().out
+    assert "convergence | chaotic equilibrium: 0.005 to 0.01 (×2), 67% of the seeds below, 100% above" in out
+
+
+def test_regimes_out_of_order_have_no_boundaries(sweep, capsys):
+    shutil.copy(sweep / "elr=1e+00.csv", sweep / "elr=2e-05.csv")
+    assert run(sweep) == 0
+    assert "no boundaries: out of order: divergence at ELR 2e-05, but convergence at 0.0001" in capsys.readouterr().out
+
+
+def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
+    shutil.copy(Path(regimes.__file__), tmp_path)
+    rng = np.random.default_rng(0)
+    loss = power_law(rng, np.arange(1, 41, dtype=float))
+    write(tmp_path / "mine.csv", ("epoch", "train_loss"), enumerate(loss, 1))
+    result = subprocess.run([sys.executable, "regimes.py", "mine.csv"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("mine: convergence: ")
+    assert "no train_error" in result.stdout and sorted(p.name for p in tmp_path.iterdir()) == ["mine.csv", "regimes.py"]
