@@ -22,19 +22,30 @@ Regimes", NeurIPS 2022 (arXiv 2209.03695). This file depends on torch alone: cop
 """
 
 import math
+import os
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no Triton for macOS: the step in plain PyTorch serves there
+    triton = None
+
 SPHERES = ("group", "tensor", "row", None)
+BACKENDS = ("auto", "triton", "torch")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so when this file is imported
+BLOCK, WARPS = 8192, 8  # elements of a tile, and the warps that work on it
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def sphere_rule(dots: Tensor, radius: Tensor, elr: Tensor, beta: Tensor) -> Tensor:
     """From a sphere's dot products to the coefficients of its step and what the step tells.
 
     dots [n, 3 or 6] float64: ⟨θ,θ⟩ ⟨θ,g⟩ ⟨g,g⟩ and, with momentum, ⟨θ,m⟩ ⟨g,m⟩ ⟨m,m⟩; radius ρ, elr η̃, beta β: [n] float64.
-    Returns [n, 6]: k, b, u, γ, tan φ, radial of
+    Returns [n, 7]: k, b, u, γ, tan φ, radial, η̃ of
         m ← β m + g + u θ,   θ ← k θ + b m      (without momentum: θ ← (k + b u) θ + b g)
     A tangent step that is exactly 0 gives k = 1, b = 0: θ stays bit for bit. Where a dot product is not finite, all is nan.
     """
@@ -54,7 +65,219 @@ def sphere_rule(dots: Tensor, radius: Tensor, elr: Tensor, beta: Tensor) -> Tens
     b = torch.where(stays, 0, -k * elr * radius**2)
     radial = torch.where(gg == 0, 0, tg / (norm * gg.sqrt()))
     table = torch.stack([k, b, u, radius * gg_t.sqrt(), length / norm, radial], 1)
-    return torch.where(dots.sum(1, keepdim=True).isfinite(), table, math.nan)
+    table = torch.where(dots.sum(1, keepdim=True).isfinite(), table, math.nan)
+    return torch.cat([table, elr[:, None]], 1)
+
+
+if triton is not None:
+    # A tile is up to BLOCK consecutive elements of one tensor that lie on one sphere. Its line in the table of tiles says where
+    # θ, g and m are (addresses), how many elements they have, their types, what the tile is (FLAGS), and whose numbers it makes.
+
+    @triton.jit
+    def _load_as(address, offsets, n, vectors, dtype: tl.constexpr):
+        if vectors:  # a whole tile at a multiple of 16 bytes: 128-bit loads
+            x = tl.load(tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + offsets)
+        else:
+            x = tl.load(address.to(tl.pointer_type(dtype)) + offsets, mask=offsets < n, other=0.0)
+        return x.to(tl.float32)
+
+    @triton.jit
+    def _load(address, dtype, offsets, n, vectors, HALF: tl.constexpr):
+        """A tile as float32; dtype 0 is float32, 1 bfloat16, 2 float16. HALF says whether there are others than float32."""
+        if HALF:
+            if dtype == 0:
+                x = _load_as(address, offsets, n, vectors, tl.float32)
+            elif dtype == 1:
+                x = _load_as(address, offsets, n, vectors, tl.bfloat16)
+            else:
+                x = _load_as(address, offsets, n, vectors, tl.float16)
+        else:
+            x = _load_as(address, offsets, n, vectors, tl.float32)
+        return x
+
+    @triton.jit
+    def _store_as(address, x, offsets, n, vectors, dtype: tl.constexpr):
+        if vectors:
+            tl.store(tl.multiple_of(address.to(tl.pointer_type(dtype)), 16) + offsets, x.to(dtype))
+        else:
+            tl.store(address.to(tl.pointer_type(dtype)) + offsets, x.to(dtype), mask=offsets < n)
+
+    @triton.jit
+    def _store(address, dtype, x, offsets, n, vectors, HALF: tl.constexpr):
+        if HALF:
+            if dtype == 0:
+                _store_as(address, x, offsets, n, vectors, tl.float32)
+            elif dtype == 1:
+                _store_as(address, x, offsets, n, vectors, tl.bfloat16)
+            else:
+                _store_as(address, x, offsets, n, vectors, tl.float16)
+        else:
+            _store_as(address, x, offsets, n, vectors, tl.float32)
+
+    @triton.jit
+    def _sphere(spheres, lrs, sphere):
+        """ρ, β and η̃ of a sphere, float64; η̃ is read from where the user's or our own tensor holds it at this moment."""
+        lr = tl.load(tl.load(lrs + sphere).to(tl.pointer_type(tl.float32)))
+        return tl.load(spheres + 2 * sphere), tl.load(spheres + 2 * sphere + 1), lr.to(tl.float64)
+
+    @triton.jit
+    def _rule(tt, tg, gg, gg_t, mm_t, r, q, radius, beta, elr, rule):
+        """`sphere_rule` for one sphere, in float64 scalars; writes its line of the rule's table and returns k, b, u."""
+        norm = tl.sqrt(tt)
+        length = elr * radius * radius * tl.sqrt(mm_t)
+        stays = length == 0
+        k = tl.where(stays, 1.0, radius / tl.sqrt(tt + length * length))
+        b = tl.where(stays, 0.0, -k * elr * radius * radius)
+        u = -(r + beta * q)
+        radial = tl.where(gg == 0, 0.0, tg / (norm * tl.sqrt(tl.where(gg == 0, 1.0, gg))))
+        bad = (tt + tg + gg + mm_t) * 0.0  # 0, or nan where one is not finite
+        tl.store(rule + 0, k + bad)
+        tl.store(rule + 1, b + bad)
+        tl.store(rule + 2, u + bad)
+        tl.store(rule + 3, radius * tl.sqrt(gg_t) + bad)
+        tl.store(rule + 4, length / norm + bad)
+        tl.store(rule + 5, radial + bad)
+        tl.store(rule + 6, elr)
+        return k + bad, b + bad, u + bad
+
+    @triton.jit
+    def _first_pass(tiles, spheres, lrs, partials, dots, rule, count, MOMENTUM: tl.constexpr, HALF: tl.constexpr,
+                    MOVE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+        """Per tile: of a large sphere the partial dot products; of a sphere that is this one tile the whole step; plain SGD."""
+        tile = tl.program_id(0).to(tl.int64)
+        line = tiles + 8 * tile
+        theta_at, g_at, m_at, n = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+        dtypes, flags, at, sphere = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+        kind, vectors = flags // 2, flags % 2 == 1
+        theta_dtype, g_dtype = dtypes // 3, dtypes % 3
+        offsets = tl.arange(0, BLOCK)
+        theta = _load(theta_at, theta_dtype, offsets, n, vectors, HALF)
+        g = _load(g_at, g_dtype, offsets, n, vectors, HALF)
+        if MOMENTUM:
+            m_n = tl.where(m_at == 0, 0, n)
+            m_vectors = vectors and m_at != 0
+            m = _load(m_at, theta_dtype, offsets, m_n, m_vectors, HALF)
+        if kind == 2:
+            if MOVE:
+                _, beta, lr = _sphere(spheres, lrs, sphere)
+                if MOMENTUM:
+                    g = beta.to(tl.float32) * m + g
+                    _store(m_at, theta_dtype, g, offsets, m_n, m_vectors, HALF)
+                _store(theta_at, theta_dtype, theta - lr.to(tl.float32) * g, offsets, n, vectors, HALF)
+        else:
+            tt, tg, gg = tl.sum(theta * theta), tl.sum(theta * g), tl.sum(g * g)
+            if MOMENTUM:
+                tm, gm, mm = tl.sum(theta * m), tl.sum(g * m), tl.sum(m * m)
+            if kind == 0:
+                tl.store(partials + tile, tt)
+                tl.store(partials + count + tile, tg)
+                tl.store(partials + 2 * count + tile, gg)
+                if MOMENTUM:
+                    tl.store(partials + 3 * count + tile, tm)
+                    tl.store(partials + 4 * count + tile, gm)
+                    tl.store(partials + 5 * count + tile, mm)
+            else:
+                radius, beta, elr = _sphere(spheres, lrs, sphere)
+                # θ and g are on the chip: project elementwise, twice, which leaves nothing radial behind (Gram and Schmidt).
+                r = tg / tt
+                step = g - r * theta
+                again = tl.sum(theta * step) / tt
+                step = step - again * theta
+                r, q, gg_t = r + again, 0.0, tl.sum(step * step)
+                mm_t = gg_t
+                if MOMENTUM:
+                    q = tm / tt
+                    m = m - q * theta
+                    again = tl.sum(theta * m) / tt
+                    q = q + again
+                    step = beta.to(tl.float32) * (m - again * theta) + step
+                    mm_t = tl.sum(step * step)
+                k, b, u = _rule(tt.to(tl.float64), tg.to(tl.float64), gg.to(tl.float64), gg_t.to(tl.float64),
+                                mm_t.to(tl.float64), r, q, radius, beta, elr, rule + 7 * sphere)  # fmt: skip
+                out = dots + at * (6 if MOMENTUM else 3)
+                tl.store(out, tt.to(tl.float64))
+                tl.store(out + 1, tg.to(tl.float64))
+                tl.store(out + 2, gg.to(tl.float64))
+                if MOMENTUM:
+                    tl.store(out + 3, tm.to(tl.float64))
+                    tl.store(out + 4, gm.to(tl.float64))
+                    tl.store(out + 5, mm.to(tl.float64))
+                if MOVE:
+                    if k == k:  # not nan
+                        if MOMENTUM:
+                            _store(m_at, theta_dtype, step, offsets, m_n, m_vectors, HALF)
+                        if b != 0:
+                            new = k.to(tl.float32) * theta + b.to(tl.float32) * step
+                            _store(theta_at, theta_dtype, new, offsets, n, vectors, HALF)
+
+    @triton.jit
+    def _finalize(jobs, spheres, lrs, partials, dots, rule, count, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr):
+        """Per job: the partial dot products of a range of tiles, summed in a fixed order in float64, for a tensor's line of dot
+        products, or a sphere's rule, or both."""
+        job = jobs + 4 * tl.program_id(0)
+        start, end, line, sphere = tl.load(job), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
+        tt, tg, gg = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        if MOMENTUM:
+            tm, gm, mm = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        for at in range(start, end, BLOCK):
+            here = at + tl.arange(0, BLOCK)
+            mask = here < end
+            tt += tl.load(partials + here, mask=mask, other=0.0).to(tl.float64)
+            tg += tl.load(partials + count + here, mask=mask, other=0.0).to(tl.float64)
+            gg += tl.load(partials + 2 * count + here, mask=mask, other=0.0).to(tl.float64)
+            if MOMENTUM:
+                tm += tl.load(partials + 3 * count + here, mask=mask, other=0.0).to(tl.float64)
+                gm += tl.load(partials + 4 * count + here, mask=mask, other=0.0).to(tl.float64)
+                mm += tl.load(partials + 5 * count + here, mask=mask, other=0.0).to(tl.float64)
+        tt, tg, gg = tl.sum(tt), tl.sum(tg), tl.sum(gg)
+        if MOMENTUM:
+            tm, gm, mm = tl.sum(tm), tl.sum(gm), tl.sum(mm)
+        if line >= 0:
+            out = dots + line * (6 if MOMENTUM else 3)
+            tl.store(out, tt)
+            tl.store(out + 1, tg)
+            tl.store(out + 2, gg)
+            if MOMENTUM:
+                tl.store(out + 3, tm)
+                tl.store(out + 4, gm)
+                tl.store(out + 5, mm)
+        if sphere >= 0:
+            radius, beta, elr = _sphere(spheres, lrs, sphere)
+            r, q = tg / tt, 0.0
+            gg_t = gg - r * tg
+            gg_t = tl.where(gg_t > 1.8e-15 * gg, gg_t, 0.0)
+            mm_t = gg_t
+            if MOMENTUM:
+                q = tm / tt
+                mm_t = tl.maximum(beta * beta * (mm - q * tm) + 2 * beta * (gm - q * tg) + gg_t, 0.0)
+            _rule(tt, tg, gg, gg_t, mm_t, r, q, radius, beta, elr, rule + 7 * sphere)
+
+    @triton.jit
+    def _second_pass(tiles, moving, spheres, rule, MOMENTUM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+        """Per tile of a large sphere: θ ← k θ + b m, m ← β m + g + u θ. Backwards: what was read last may be in the cache."""
+        tile = tl.load(moving + tl.num_programs(0) - 1 - tl.program_id(0))
+        line = tiles + 8 * tile
+        theta_at, g_at, m_at, n = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+        dtypes, flags, sphere = tl.load(line + 4), tl.load(line + 5), tl.load(line + 7)
+        vectors = flags % 2 == 1
+        theta_dtype, g_dtype = dtypes // 3, dtypes % 3
+        k, b, u = tl.load(rule + 7 * sphere), tl.load(rule + 7 * sphere + 1), tl.load(rule + 7 * sphere + 2)
+        if k == k:  # not nan
+            offsets = tl.arange(0, BLOCK)
+            theta = _load(theta_at, theta_dtype, offsets, n, vectors, HALF)
+            g = _load(g_at, g_dtype, offsets, n, vectors, HALF)
+            if MOMENTUM:
+                m_n = tl.where(m_at == 0, 0, n)
+                m_vectors = vectors and m_at != 0
+                beta = tl.load(spheres + 2 * sphere + 1).to(tl.float32)
+                m = _load(m_at, theta_dtype, offsets, m_n, m_vectors, HALF)
+                m = beta * m + g + u.to(tl.float32) * theta
+                _store(m_at, theta_dtype, m, offsets, m_n, m_vectors, HALF)
+                new = k.to(tl.float32) * theta + b.to(tl.float32) * m
+            else:
+                new = (k + b * u).to(tl.float32) * theta + b.to(tl.float32) * g
+            if b != 0:
+                _store(theta_at, theta_dtype, new, offsets, n, vectors, HALF)
 
 
 class SphereSGD(torch.optim.Optimizer):
@@ -68,15 +291,28 @@ class SphereSGD(torch.optim.Optimizer):
               None: no sphere but plain SGD, for whatever is not scale invariant.
     radius    of every sphere of the group, to which the weights are rescaled at once; None keeps the initial norms.
     momentum  β in [0, 1) of the Riemannian heavy ball (of the ordinary one where `sphere=None`).
+    backend   "triton": fused kernels, at most three launches a step (on a GPU; on the CPU under TRITON_INTERPRET=1);
+              "torch": plain PyTorch; "auto": Triton where it can run. Weights in float64 take PyTorch.
 
+    In a CUDA graph: give lr as a float32 tensor on the GPU, take a step before the capture, and keep the gradients where they
+    are with zero_grad(set_to_none=False).
     A tensor without a gradient is left out of its sphere for that step. A sphere whose weights or gradient are not finite
     stays as it is, and `stats()` says nan. Nothing in `step()` waits for a GPU. Raises ValueError for a bad option or a
     sphere of norm zero, RuntimeError for a sparse gradient.
     """
 
     def __init__(
-        self, params, lr: float | Tensor, sphere: str | None = "group", radius: float | None = None, momentum: float = 0.0
+        self,
+        params,
+        lr: float | Tensor,
+        sphere: str | None = "group",
+        radius: float | None = None,
+        momentum: float = 0.0,
+        backend: str = "auto",
     ):
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}: it must be one of {', '.join(map(repr, BACKENDS))}")
+        self.backend = backend
         super().__init__(params, dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum))
 
     @torch.no_grad()
@@ -85,6 +321,10 @@ class SphereSGD(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check(group, self.param_groups[0]["params"][0].device)
+            obstacle = _no_triton(self.param_groups)
+            if self.backend == "triton" and obstacle:
+                raise ValueError(f"backend is 'triton', but {obstacle}: use 'auto' or 'torch'")
+            self._use_triton = self.backend != "torch" and not obstacle
             if group["sphere"] is not None:
                 group["radii"] = _norms(group)
                 if not bool(group["radii"].isfinite().all()):
@@ -103,12 +343,15 @@ class SphereSGD(torch.optim.Optimizer):
             owner.append(spheres.expand(len(g["params"])) if g["sphere"] == "group" else spheres)
             first += len(spheres)
         self._owner = torch.cat(owner).to(group["params"][0].device)
-        self._last = None
+        self._last = self._key = None
+        self._lrs = torch.empty(len(self.param_groups), device=self._owner.device)
+        self._lr_written = [math.nan] * len(self.param_groups)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         for group in self._on_spheres():  # torch moves the parameters' state to their device, but not the groups'
             group["radii"] = group["radii"].to(group["params"][0].device)
+        self._last = self._key = None
 
     def _on_spheres(self) -> list[dict]:
         return [group for group in self.param_groups if group["sphere"] is not None]
@@ -126,27 +369,40 @@ class SphereSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._torch_step(move=True)
+        self._apply(move=True)
         return loss
 
     @torch.no_grad()
     def measure(self) -> None:
         """Find what a `step()` would report in `stats()` and `layer_stats()`, without moving weights or momentum."""
-        self._torch_step(move=False)
+        self._apply(move=False)
+
+    def _apply(self, move: bool) -> None:
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
+                raise ValueError(f"lr is {group['lr']}: it must be finite and not negative")
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError("sparse gradients have no place here: make the embedding with sparse=False")
+        if self._use_triton:
+            self._triton_step(move)
+        else:
+            self._torch_step(move)
 
     def stats(self) -> dict[str, Tensor]:
         """Of the last step, per sphere in the order of the param groups (float64, on the device, without waiting for it):
         `radius` ρ, `grad_norm` γ, `angle` φ in radians, `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan where there was no gradient."""
-        _, rule, radii, *_ = self._last_step()
+        _, rule, radii, _ = self._last_step()
+        rule = rule.clone()  # the kernels write every step into the same table
         return dict(radius=radii, grad_norm=rule[:, 3], angle=rule[:, 4].atan(), radial=rule[:, 5])
 
     def layer_stats(self) -> dict[str, Tensor]:
         """The same per tensor on a sphere, in the order of the param groups: its `norm` ρ_i before the step, its individual ELR
         `elr` = η̃ρ²/ρ_i², its effective gradient norm `grad_norm` = ρ_i‖g_i − r_i θ_i‖, and the `angle` by which the step turns
         it (radians). Where rows are spheres: the tensor's norm, η̃, the norm of its rows' γ and the mean of their φ."""
-        dots, rule, *of_sphere = self._last_step()
-        radii, elr, beta = (x[self._owner] for x in of_sphere)
-        k, b, u = rule[self._owner, :3].unbind(1)
+        dots, rule, radii, beta = self._last_step()
+        radii, beta = radii[self._owner], beta[self._owner]
+        k, b, u, *_, elr = rule[self._owner].unbind(1)
         tt, tg, gg, *rest = dots.unbind(1)
         gg_t = (gg - tg**2 / tt).clamp(min=0)
         mm_t, along = gg_t, tg / tt + u  # of the tensor's step: its square across θ_i, its coefficient along θ_i
@@ -171,8 +427,6 @@ class SphereSGD(torch.optim.Optimizer):
         moving, lines, of_sphere, first = [], [], [], 0  # of_sphere: per group, the sums of its lines and its ρ, η̃, β
         for group in self.param_groups:
             kind, lr = group["sphere"], group["lr"]
-            if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
-                raise ValueError(f"lr is {lr}: it must be finite and not negative")
             here = []
             for p in group["params"]:
                 rows = _rows(p) if kind == "row" else 1
@@ -200,7 +454,7 @@ class SphereSGD(torch.optim.Optimizer):
         if of_sphere:
             sums, radii, elr, beta = (torch.cat(column) for column in zip(*of_sphere, strict=True))
             rule = sphere_rule(sums, radii, elr, beta)
-            self._last = torch.cat(lines), rule, radii, elr, beta
+            self._last = torch.cat(lines), rule, radii, beta
         if not move:
             return
         # On the CPU the coefficients become numbers, which is faster; on a GPU that would wait for the device.
@@ -214,11 +468,158 @@ class SphereSGD(torch.optim.Optimizer):
                 k, b, u = table[at][:3]
             _move(p, p.grad, m, k, b, u, group["momentum"])
 
+    def _triton_step(self, move: bool) -> None:
+        """The step in at most three launches over all tensors of all spheres; what they read is laid out by `_lay_out`."""
+        key = []
+        for group in self.param_groups:
+            key.append(group["lr"].data_ptr() if isinstance(group["lr"], Tensor) else None)
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self._momentum_of(p).data_ptr() if group["momentum"] else 0
+                    key.append((p.data_ptr(), p.grad.data_ptr(), m, p.grad.stride(), p.grad.dtype, group["momentum"]))
+                else:
+                    key.append(None)
+        if key != self._key:
+            self._lay_out()
+            self._key = key
+        for i, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device == self._lrs.device:
+                if lr.dtype != torch.float32:
+                    self._lrs[i].copy_(lr)
+            elif lr != self._lr_written[i]:
+                self._lrs[i].fill_(float(lr))
+                self._lr_written[i] = float(lr)
+        for staged, original, _ in self._staged:
+            staged.copy_(original)
+        count, flags = len(self._tiles), {"MOMENTUM": self._width == 6, "num_warps": WARPS}
+        tables = self._spheres, self._lr_addresses, self._partials, self._dots, self._rule, count
+        if count:
+            _first_pass[(count,)](self._tiles, *tables, HALF=self._half, MOVE=move, BLOCK=BLOCK, **flags)
+        if len(self._jobs):
+            _finalize[(len(self._jobs),)](self._jobs, *tables, BLOCK=1024, **flags)
+        if len(self._moving) and move:
+            _second_pass[(len(self._moving),)](
+                self._tiles, self._moving, self._spheres, self._rule, HALF=self._half, BLOCK=BLOCK, **flags
+            )
+        for staged, original, back in self._staged:
+            if back and move:
+                original.copy_(staged)
+
+    def _lay_out(self) -> None:
+        """The tables that the kernels read, on the device: tiles, jobs, spheres, learning rates. Made anew when an address or a
+        momentum changes, without waiting for the device. A tensor whose elements do not lie densely and aligned to 16 bytes, or
+        whose gradient lies otherwise than itself, goes through a copy."""
+        device, on_spheres = self._owner.device, self._on_spheres()
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a tensor moved while a CUDA graph was captured: step once before, and zero_grad(set_to_none=False)"
+            )
+
+        def upload(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+        self._width = 6 if any(group["momentum"] for group in self.param_groups) else 3
+        plain = sum(len(g["radii"]) for g in on_spheres)  # a plain group has a line among the spheres too, after them
+        tiles, jobs, radii, betas, lrs, self._staged = [], [], [], [], [], []
+        line, sphere, tile = 0, 0, 0
+        for i, group in enumerate(self.param_groups):
+            kind, params = group["sphere"], [p for p in group["params"] if p.grad is not None and p.numel()]
+            start, radius = tile, group.get("radii", self._owner.new_zeros(1, dtype=torch.float64))
+            here = plain if kind is None else sphere
+            for p in group["params"]:
+                rows = _rows(p) if kind == "row" else 1
+                if p.grad is not None and p.numel():
+                    theta, g, m = self._stage(p, kind == "row")
+                    length = p.numel() // rows
+                    per = -(-length // BLOCK)
+                    part = torch.arange(rows).repeat_interleave(per)
+                    inside = torch.arange(per).repeat(rows) * BLOCK
+                    offset, n = part * length + inside, (length - inside).clamp(max=BLOCK)
+                    what = 2 if kind is None else int(per == 1 and (kind != "group" or len(params) == 1))
+                    vectors = (n == BLOCK) & (offset % 8 == 0)
+                    at = [x.data_ptr() + offset * x.element_size() for x in (theta, g)]
+                    at.append(torch.zeros_like(offset) if m is None else m.data_ptr() + offset * m.element_size())
+                    dtypes = torch.full_like(offset, 3 * DTYPES[theta.dtype] + DTYPES[g.dtype])
+                    owner = part + here if kind == "row" else torch.full_like(part, here)
+                    tiles.append(torch.stack([*at, n, dtypes, 2 * what + vectors, line + part, owner], 1))
+                    if what == 0:
+                        first = tile + torch.arange(rows) * per
+                        whose = torch.full_like(first, -1) if kind == "group" else here + torch.arange(rows)
+                        jobs.append(torch.stack([first, first + per, line + torch.arange(rows), whose], 1))
+                    tile += rows * per
+                line += rows if kind is not None else 0
+                here += rows if kind in ("row", "tensor") else 0
+            if kind == "group":
+                left_out = [p.reshape(-1) for p in group["params"] if p.grad is None]
+                if left_out and params:
+                    radius = (radius**2 - sum(_dot(x, x) for x in left_out)).clamp(min=0).sqrt()
+                if len(params) > 1 or tile - start > 1:
+                    jobs.append(torch.tensor([[start, tile, -1, sphere]]))
+            plain += kind is None
+            sphere += len(radius) if kind is not None else 0
+            lr = group["lr"]
+            own = isinstance(lr, Tensor) and lr.device == device and lr.dtype == torch.float32
+            lrs.append((kind is None, torch.full((len(radius),), (lr if own else self._lrs[i]).data_ptr())))
+            radii.append((kind is None, radius))
+            betas.append((kind is None, torch.full((len(radius),), float(group["momentum"]), dtype=torch.float64)))
+        # The spheres first, then the plain groups; Python's sort keeps the order within each.
+        lrs, radii, betas = (torch.cat([x for _, x in sorted(column, key=lambda x: x[0])]) for column in (lrs, radii, betas))
+        tiles = torch.cat(tiles) if tiles else torch.empty(0, 8, dtype=torch.long)
+        self._half = bool((tiles[:, 4] != 0).any())
+        self._moving = upload((tiles[:, 5] // 2 == 0).nonzero()[:, 0])
+        self._tiles, self._lr_addresses = upload(tiles), upload(lrs)
+        self._jobs = upload(torch.cat(jobs) if jobs else torch.empty(0, 4, dtype=torch.long))
+        betas = upload(betas)
+        self._spheres = torch.stack([radii, betas], 1)
+        self._partials = torch.empty(self._width, len(tiles), device=device)
+        self._rule = torch.full((len(betas), 7), math.nan, dtype=torch.float64, device=device)
+        self._dots = torch.full((line, self._width), math.nan, dtype=torch.float64, device=device)
+        self._last = (self._dots, self._rule[:sphere], radii[:sphere], betas[:sphere]) if sphere else None
+
+    def _stage(self, p: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """θ, g and m as the kernels can read them: the tensors themselves, or copies that every step refreshes."""
+        m, theta = self.state[p].get("momentum_buffer"), p
+        if not _dense(p) or p.data_ptr() % 16 or (rows and _rows(p) > 1 and p.stride(0) * len(p) != p.numel()):
+            theta = torch.empty_like(p, memory_format=torch.contiguous_format)
+            self._staged.append((theta, p, True))
+        found = [theta]
+        for x, back in ((p.grad, False), (m, True)):
+            same = x is not None and all(a == b or n == 1 for a, b, n in zip(theta.stride(), x.stride(), x.shape, strict=True))
+            if x is not None and (not same or x.data_ptr() % 16 or x.dtype not in DTYPES or (back and x.dtype != p.dtype)):
+                copy = torch.empty_like(theta)
+                self._staged.append((copy, x, back))
+                x = copy
+            found.append(x)
+        return tuple(found)
+
     def _momentum_of(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
+
+
+def _no_triton(groups: list[dict]) -> str:
+    """Why the kernels cannot run on these parameters; "" if they can."""
+    params = [p for group in groups for p in group["params"]]
+    if triton is None:
+        return "Triton is not installed"
+    if params[0].device.type != ("cpu" if INTERPRET else "cuda"):
+        return f"the parameters are on {params[0].device}, where Triton runs " + (
+            "no kernels that TRITON_INTERPRET=1 made" if INTERPRET else "only under TRITON_INTERPRET=1"
+        )
+    return "".join({f"a parameter is {p.dtype}, which the kernels do not take" for p in params if p.dtype not in DTYPES})
+
+
+def _dense(p: Tensor) -> bool:
+    """Whether the elements fill their stretch of memory without holes or overlaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _check(group: dict, device: torch.device) -> None:

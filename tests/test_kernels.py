@@ -1,0 +1,425 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter (TRITON_INTERPRET=1), and compiled ahead of time.
+
+`test_the_kernels_pass_in_the_interpreter` runs this file again with the interpreter on, so that plain pytest covers it.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sphere_step
+from sphere_step import BLOCK, INTERPRET, SphereSGD
+
+HERE = Path(__file__)
+GPU = torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if GPU else "cpu"
+runs = pytest.mark.skipif(not (GPU or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)")
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; there is none")
+
+
+@pytest.mark.skipif(INTERPRET, reason="this is that run")
+@pytest.mark.skipif(sphere_step.triton is None, reason="Triton is not installed")
+def test_the_kernels_pass_in_the_interpreter():
+    """Here, and every test of the step, with the kernels in the place of PyTorch."""
+    files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *files,
+        "-k",
+        "not ten_thousand and not ahead_of_time",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True)
+    print(result.stdout[-2000:])
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def reference(theta, g, m, radius, elr, beta):
+    """One step on one sphere, in float64 vectors, by the design's formula with explicit projections."""
+    n = theta / theta.norm()
+    m = beta * (m - n * (n @ m)) + g - n * (n @ g)
+    v = theta - elr * radius**2 * m
+    return radius * v / v.norm(), m
+
+
+def cut(tensors, sphere):
+    """The tensors as float64 vectors, one per sphere."""
+    flat = [t.detach().double().cpu() for t in tensors]
+    if sphere == "group":
+        return [torch.cat([t.reshape(-1) for t in flat])]
+    if sphere == "row":
+        return [row.reshape(-1) for t in flat for row in (t if t.dim() else t[None])]
+    return [t.reshape(-1) for t in flat]
+
+
+def random_shape(rng, largest):
+    kind = rng.integers(6)
+    if kind == 0:
+        return ()
+    if kind == 1:
+        return (1,)
+    if kind == 2:
+        return (int(rng.integers(0, 2)), int(rng.integers(1, 9)))
+    n = int(math.exp(rng.uniform(0, math.log(largest))))
+    rows = int(rng.integers(1, min(n, 12) + 1))
+    return (rows, max(1, n // rows))
+
+
+def random_case(rng, dtype):
+    """Param groups of every kind with random tensors, and what each should be after a step."""
+    groups, count, largest = [], int(rng.integers(1, 41)), 40_000 if rng.random() < 0.15 else 2_000
+    for sphere in rng.permutation(["group", "tensor", "row", None])[: min(count, 4)]:
+        tensors = []
+        for _ in range(max(1, count // 4)):
+            t = torch.randn(random_shape(rng, largest)) * 10 ** rng.uniform(-2, 2)
+            tensors.append(t.to(DEVICE, dtype).requires_grad_())
+        groups.append({"params": tensors, "sphere": sphere, "momentum": float(rng.choice([0.0, 0.0, 0.9]))})
+    for group in groups:
+        for t in group["params"]:
+            g_dtype = dtype
+            if hasattr(t, "grad_dtype") and rng.random() < 0.3:  # older torch allows no gradient of another type
+                t.grad_dtype, g_dtype = None, torch.float32
+            g = torch.randn(t.shape) + rng.uniform(-1, 1) * t.detach().cpu().float()  # partly radial
+            t.grad = (g * 10 ** rng.uniform(-3, 3)).to(DEVICE, g_dtype)
+        # So that η̃ρ‖g‖, which bounds the step, is between 1e-3 and 3 (float32 cannot keep 1e-6 through more).
+        sizes = [x.norm() * y.norm() for x, y in pairs(group) if len(x)]
+        group["lr"] = 10 ** rng.uniform(-3, 0.5) / (max(map(float, sizes), default=1.0) or 1.0)
+    return groups
+
+
+def pairs(group):
+    return list(zip(cut(group["params"], group["sphere"]), cut([t.grad for t in group["params"]], group["sphere"]), strict=True))
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_seventy_random_cases_agree_with_float64(dtype):
+    """Three types: 210 cases. float32: 1e-6 of each sphere's norm; half precision: one unit in the last place of each weight."""
+    import numpy as np
+
+    rng = np.random.default_rng()
+    for _ in range(70):
+        seed = int(rng.integers(2**31))
+        torch.manual_seed(seed)
+        groups = random_case(np.random.default_rng(seed), dtype)
+        optimizer = SphereSGD([dict(group) for group in groups], lr=0.1, backend="triton")
+        expected = []
+        for group in groups:
+            moments = [torch.randn(t.shape).to(DEVICE, dtype) for t in group["params"]]
+            if group["momentum"]:
+                for t, m in zip(group["params"], moments, strict=True):
+                    optimizer.state[t]["momentum_buffer"] = m
+            sphere, beta = group["sphere"], group["momentum"]
+            for (x, g), m in zip(pairs(group), cut(moments, sphere), strict=True):
+                if sphere is None:
+                    m = beta * m + g if beta else g
+                    expected.append((x - group["lr"] * m, m))
+                elif len(x) == 0:
+                    expected.append((x, m))
+                else:
+                    expected.append(reference(x, g, m, x.norm(), group["lr"], beta))
+        before = [x for group in groups for x in cut(group["params"], group["sphere"])]
+        optimizer.step()
+        new = [x for group in groups for x in cut(group["params"], group["sphere"])]
+        assert len(new) == len(expected)
+        for x, (y, _), old in zip(new, expected, before, strict=True):
+            if dtype == torch.float32:
+                assert (x - y).norm() <= 1e-6 * old.norm().clamp(min=y.norm()), (seed, len(x), (x - y).norm() / y.norm())
+            else:
+                unit = torch.finfo(dtype).eps * 2.0 ** y.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
+                assert ((x - y).abs() <= unit).all(), (seed, len(x))
+        buffers = [[optimizer.state[t]["momentum_buffer"] for t in group["params"]] for group in groups if group["momentum"]]
+        kinds = [group["sphere"] for group in groups if group["momentum"]]
+        moved = [m for buffer, kind in zip(buffers, kinds, strict=True) for m in cut(buffer, kind)]
+        wanted, at = [], 0
+        for group in groups:
+            size = len(cut(group["params"], group["sphere"]))
+            wanted += [m for _, m in expected[at : at + size]] if group["momentum"] else []
+            at += size
+        for m, w in zip(moved, wanted, strict=True):
+            assert (m - w).norm() <= (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps) * (w.norm() + 1) * 10, seed
+
+
+def several(dtype=torch.float32, device=DEVICE):
+    """Every kind of sphere, small and large, as param groups."""
+    shapes = {
+        "group": [(40, 30), (3 * BLOCK + 5,), (7,)],
+        "tensor": [(5, 5), (2 * BLOCK,)],
+        "row": [(4, 9), (2, BLOCK + 1)],
+        None: [(11,)],
+    }
+    groups = []
+    for sphere, sizes in shapes.items():
+        tensors = [torch.randn(size, dtype=dtype, device=device).requires_grad_() for size in sizes]
+        groups.append({"params": tensors, "sphere": sphere})
+    return groups
+
+
+def give_gradients(groups, scale=1.0):
+    for group in groups:
+        for t in group["params"]:
+            t.grad = scale * torch.randn_like(t)
+
+
+def copy_of(groups):
+    copies = []
+    for group in groups:
+        tensors = [t.detach().clone().requires_grad_() for t in group["params"]]
+        for t, original in zip(tensors, group["params"], strict=True):
+            t.grad = None if original.grad is None else original.grad.clone()
+        copies.append({**group, "params": tensors})
+    return copies
+
+
+def weights(groups):
+    return [t.detach() for group in groups for t in group["params"]]
+
+
+@runs
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_weights_and_statistics_equal_the_pytorch_path(momentum):
+    groups = several()
+    give_gradients(groups)
+    groups[0]["params"][2].grad = None  # left out of its sphere
+    others = copy_of(groups)
+    a = SphereSGD(groups, lr=1e-3, momentum=momentum, backend="triton")
+    b = SphereSGD(others, lr=1e-3, momentum=momentum, backend="torch")
+    for _ in range(3):
+        a.step(), b.step()
+        for x, y in zip(weights(groups), weights(others), strict=True):
+            assert (x - y).norm() <= 2e-6 * y.norm()
+        for name in ("stats", "layer_stats"):
+            for key, value in getattr(b, name)().items():
+                assert torch.allclose(getattr(a, name)()[key], value, rtol=1e-4, atol=1e-6, equal_nan=True), (name, key)
+    assert torch.equal(groups[0]["params"][2], others[0]["params"][2])
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@runs
+def test_a_step_is_at_most_three_launches_and_nothing_else(monkeypatch):
+    """No other operation means no allocation, no copy and no wait for the device."""
+    for count in (1, 5):
+        groups = [group for _ in range(count) for group in several()]
+        optimizer = SphereSGD(groups, lr=torch.tensor(1e-3, device=DEVICE), momentum=0.9, backend="triton")
+        give_gradients(groups)
+        optimizer.step()
+        launches = []
+
+        class Counted:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid, launches=launches):
+                def launch(*args, **kwargs):
+                    launches.append(grid)
+                    with torch.utils._python_dispatch._disable_current_modes():
+                        return self.kernel[grid](*args, **kwargs)
+
+                return launch
+
+        with monkeypatch.context() as patch:
+            for name in ("_first_pass", "_finalize", "_second_pass"):
+                patch.setattr(sphere_step, name, Counted(getattr(sphere_step, name)))
+            with Operations() as operations:
+                optimizer.step()
+        assert len(launches) == 3
+        assert operations.names == []
+
+
+@runs
+def test_equal_inputs_give_equal_bits():
+    groups = several()
+    give_gradients(groups)
+    others = copy_of(groups)
+    SphereSGD(groups, lr=1e-3, momentum=0.9).step(), SphereSGD(others, lr=1e-3, momentum=0.9).step()
+    assert all(torch.equal(a, b) for a, b in zip(weights(groups), weights(others), strict=True))
+
+
+@runs
+def test_the_elr_is_read_from_device_memory_at_every_step():
+    groups = several()
+    give_gradients(groups)
+    elr = torch.tensor(1e-3, device=DEVICE)
+    optimizer = SphereSGD(groups, lr=elr)
+    optimizer.step()
+    table = optimizer._tiles
+    for value in (1e-2, 0.0, 1e-4):
+        elr.fill_(value)
+        optimizer.step()
+        stats = optimizer.stats()
+        assert torch.allclose(stats["angle"].tan(), value * stats["grad_norm"], rtol=1e-5)
+    assert optimizer._tiles is table  # no table was laid out anew
+
+
+@runs
+def test_gradients_may_move_change_type_and_disappear_between_steps():
+    groups = several()
+    others = copy_of(groups)
+    a, b = SphereSGD(groups, lr=1e-3, momentum=0.9), SphereSGD(others, lr=1e-3, momentum=0.9, backend="torch")
+    for step in range(4):
+        for group, other in zip(groups, others, strict=True):
+            for i, (t, u) in enumerate(zip(group["params"], other["params"], strict=True)):
+                g = torch.randn_like(t)
+                t.grad, u.grad = (None, None) if (i + step) % 3 == 2 else (g, g.clone())
+        a.step(), b.step()
+    assert all((x - y).norm() <= 5e-6 * y.norm() for x, y in zip(weights(groups), weights(others), strict=True))
+
+
+@runs
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+def test_the_norm_is_the_radius_after_a_thousand_steps(sphere):
+    theta = [torch.randn(3, 1000, device=DEVICE).requires_grad_(), torch.randn(2, BLOCK, device=DEVICE).requires_grad_()]
+    radii = [x.norm() for x in cut(theta, sphere)]
+    optimizer = SphereSGD(theta, lr=1e-3, sphere=sphere, backend="triton")
+    noise = [torch.randn(t.numel() + 1000, device=DEVICE) for t in theta]
+    for t in theta:
+        t.grad = torch.empty_like(t)
+    for step in range(1000):
+        for t, x in zip(theta, noise, strict=True):
+            t.grad.copy_(x[step : step + t.numel()].view_as(t))
+        optimizer.step()
+    assert all(abs(x.norm() / radius - 1) < 1e-6 for x, radius in zip(cut(theta, sphere), radii, strict=True))
+
+
+@runs
+def test_views_that_are_not_aligned_or_not_dense_take_the_same_step():
+    base, g = torch.randn(6, 50, device=DEVICE), torch.randn(6, 50, device=DEVICE)
+    memory = torch.zeros(1000, device=DEVICE)
+    memory[1:301] = base.reshape(-1)
+    odd = [memory[1:301].view(6, 50), torch.stack([base, base], -1)[..., 0], base.t().contiguous().t()]
+    for sphere in ("group", "row"):
+        expected = base.clone().requires_grad_()
+        expected.grad = g.clone()
+        SphereSGD([expected], lr=1e-2, sphere=sphere, backend="triton").step()
+        for t in odd:
+            t = (
+                t.detach().clone(memory_format=torch.preserve_format)
+                if t.is_contiguous() and t.data_ptr() % 16 == 0
+                else t.detach()
+            )
+            t.copy_(base)
+            t.requires_grad_().grad = g.clone()
+            SphereSGD([t], lr=1e-2, sphere=sphere, backend="triton").step()
+            assert (t - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="cuda")
+    if not INTERPRET:
+        with pytest.raises(ValueError, match="only under TRITON_INTERPRET=1"):
+            SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
+    double = torch.randn(3, dtype=torch.float64, device=DEVICE).requires_grad_()
+    if INTERPRET or GPU:
+        with pytest.raises(ValueError, match="torch.float64, which the kernels do not take"):
+            SphereSGD([double], lr=0.1, backend="triton")
+    double.grad = torch.randn_like(double)
+    SphereSGD([double], lr=0.1).step()
+    monkeypatch.setattr(sphere_step, "triton", None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
+
+
+ARGUMENTS = {
+    "_first_pass": "tiles *i64, spheres *fp64, lrs *i64, partials *fp32, dots *fp64, rule *fp64, count i32",
+    "_finalize": "jobs *i64, spheres *fp64, lrs *i64, partials *fp32, dots *fp64, rule *fp64, count i32",
+    "_second_pass": "tiles *i64, moving *i64, spheres *fp64, rule *fp64",
+}
+
+
+def compile_ahead(kernel, target, momentum, half):
+    """The kernel compiled as the optimizer launches it, with no GPU present."""
+    import triton
+    from triton.compiler import ASTSource
+
+    constants = {"MOMENTUM": momentum, "BLOCK": 1024 if kernel == "_finalize" else BLOCK, "HALF": half, "MOVE": True}
+    function = getattr(sphere_step, kernel)
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature = dict(argument.split() for argument in ARGUMENTS[kernel].split(", ")) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=function, signature={name: signature[name] for name in function.arg_names}, constexprs=constants)
+    return triton.compile(source, target=target, options={"num_warps": sphere_step.WARPS})
+
+
+@pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="compiles, so neither in the interpreter nor without Triton")
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+@pytest.mark.parametrize("kernel", ARGUMENTS)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(capability, kernel, momentum, record_property):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    for half in (False, True):
+        ptx = compile_ahead(kernel, GPUTarget("cuda", capability, 32), momentum, half).asm["ptx"]
+        if kernel != "_finalize":  # per type, 8192 elements over 256 threads by fours (halves by eights)
+            tensors = 3 if momentum else 2
+            loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx))
+            assert loads >= tensors * BLOCK // (32 * sphere_step.WARPS) // 4
+            assert len(re.findall(r"st\.global(?:\.\w+)*\.v4", ptx)) >= (tensors - 1) * BLOCK // (32 * sphere_step.WARPS) // 4
+        folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        ptxas = folder / ("ptxas-blackwell" if capability >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
+        architecture = re.search(r"\.target (\w+)", ptx)[1]
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            command = [str(ptxas), "-v", "--gpu-name", architecture, file.name, "-o", os.devnull]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        record_property("registers per thread", registers)
+        print(f"{kernel} {architecture} momentum={momentum} half={half}: {registers} registers per thread")
+        assert registers * 32 * sphere_step.WARPS <= 65536
+
+
+@pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="compiles, so neither in the interpreter nor without Triton")
+@pytest.mark.parametrize("kernel", ARGUMENTS)
+def test_compiled_ahead_of_time_for_mi300(kernel):
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+
+    if "amd" not in backends:
+        pytest.skip("this Triton has no AMD compiler")
+    for momentum in (False, True):
+        assert compile_ahead(kernel, GPUTarget("hip", "gfx942", 64), momentum, True).asm["hsaco"]
+
+
+@gpu
+@needs_gpu
+def test_a_captured_step_replays_with_a_new_elr():
+    groups = several()
+    elr = torch.tensor(1e-3, device="cuda")
+    give_gradients(groups)
+    others = copy_of(groups)
+    optimizer, eager = SphereSGD(groups, lr=elr, momentum=0.9), SphereSGD(others, lr=1e-3, momentum=0.9, backend="torch")
+    optimizer.step(), eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for value in (1e-3, 1e-2):
+        elr.fill_(value)
+        for group in eager.param_groups:
+            group["lr"] = value
+        graph.replay(), eager.step()
+    assert all((x - y).norm() <= 5e-6 * y.norm() for x, y in zip(weights(groups), weights(others), strict=True))
