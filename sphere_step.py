@@ -18,7 +18,8 @@ and the diagnostics that tell the regimes of training apart fall out of the same
     φ = atan(η̃ρ² ‖m‖ / ‖θ‖)                      angular step
 
 Source: Kodryan, Lobacheva, Nakhodnov, Vetrov, "Training Scale-Invariant Neural Networks on the Sphere Can Happen in Three
-Regimes", NeurIPS 2022 (arXiv 2209.03695). This file depends on torch alone: copy it into any project.
+Regimes", NeurIPS 2022 (arXiv 2209.03695). This file depends on torch, and on Triton where that runs: copy it into any project.
+`python sphere_step.py` checks it against float64 and times it.
 """
 
 import math
@@ -38,35 +39,48 @@ SPHERES = ("group", "tensor", "row", None)
 BACKENDS = ("auto", "triton", "torch")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so when this file is imported
 BLOCK, WARPS = 8192, 8  # elements of a tile, and the warps that work on it
+SMALL, PIECE = 4096, 1 << 18  # elements up to which plain PyTorch sums in float64 throughout, and in one float32 dot product
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def sphere_rule(dots: Tensor, radius: Tensor, elr: Tensor, beta: Tensor) -> Tensor:
-    """From a sphere's dot products to the coefficients of its step and what the step tells.
+def sphere_rule(moments: Tensor, radius: Tensor, elr: Tensor, beta: Tensor) -> Tensor:
+    """From the moments of each sphere to the coefficients of its step and what the step tells.
 
-    dots [n, 3 or 6] float64: ⟨θ,θ⟩ ⟨θ,g⟩ ⟨g,g⟩ and, with momentum, ⟨θ,m⟩ ⟨g,m⟩ ⟨m,m⟩; radius ρ, elr η̃, beta β: [n] float64.
+    moments [n, 3 or 6] float64: ‖θ‖², r, ‖g_t‖² and, with momentum, q, ⟨g_t, m_t⟩, ‖m_t‖², where g = r θ + g_t and
+    m = q θ + m_t are split along and across θ; radius ρ, elr η̃, beta β: [n] float64.
     Returns [n, 7]: k, b, u, γ, tan φ, radial, η̃ of
         m ← β m + g + u θ,   θ ← k θ + b m      (without momentum: θ ← (k + b u) θ + b g)
-    A tangent step that is exactly 0 gives k = 1, b = 0: θ stays bit for bit. Where a dot product is not finite, all is nan.
+    A tangent step that is exactly 0 gives k = 1, b = 0: θ stays bit for bit. Where a moment is not finite, all is nan.
     """
-    tt, tg, gg, *rest = dots.unbind(1)
-    r = tg / tt
-    gg_t = gg - r * tg  # ‖g_t‖²
-    gg_t = torch.where(gg_t > 8 * torch.finfo(dots.dtype).eps * gg, gg_t, 0)  # below the dot products' rounding there is nothing
-    mm_t, u = gg_t, -r
+    tt, r, gg, *rest = moments.unbind(1)
+    mm, u = gg, -r
     if rest:
-        tm, gm, mm = rest
-        q = tm / tt
-        mm_t = (beta**2 * (mm - q * tm) + 2 * beta * (gm - q * tg) + gg_t).clamp(min=0)
-        u = -(r + beta * q)
-    norm, length = tt.sqrt(), elr * radius**2 * mm_t.sqrt()  # of θ, and of the step along the tangent
+        q, gm, mm = rest
+        mm, u = (beta**2 * mm + 2 * beta * gm + gg).clamp(min=0), -(r + beta * q)
+    norm, length = tt.sqrt(), elr * radius**2 * mm.sqrt()  # of θ, and of the step along the tangent
     stays = length == 0
     k = torch.where(stays, 1, radius / torch.hypot(norm, length))
     b = torch.where(stays, 0, -k * elr * radius**2)
-    radial = torch.where(gg == 0, 0, tg / (norm * gg.sqrt()))
-    table = torch.stack([k, b, u, radius * gg_t.sqrt(), length / norm, radial], 1)
-    table = torch.where(dots.sum(1, keepdim=True).isfinite(), table, math.nan)
+    radial = torch.where(r == 0, 0, r * norm / torch.hypot(r * norm, gg.sqrt()))
+    table = torch.stack([k, b, u, radius * gg.sqrt(), length / norm, radial], 1)
+    table = torch.where(moments.sum(1, keepdim=True).isfinite(), table, math.nan)
     return torch.cat([table, elr[:, None]], 1)
+
+
+def join(moments: Tensor) -> Tensor:
+    """The moments of one sphere, [1, 3 or 6], from those of its parts. Like the variance of joined samples: r of the whole is the
+    mean of the parts' r, weighted by ‖θ‖², and what they differ by counts as across θ. Nothing cancels, however radial g is."""
+    tt, r, gg, *rest = moments.unbind(1)
+    total = tt.sum()
+
+    def mean(x):
+        return (tt * x).sum() / total
+
+    out = [total, mean(r), (gg + tt * (r - mean(r)) ** 2).sum()]
+    if rest:
+        q, gm, mm = rest
+        out += [mean(q), (gm + tt * (r - mean(r)) * (q - mean(q))).sum(), (mm + tt * (q - mean(q)) ** 2).sum()]
+    return torch.stack(out)[None]
 
 
 if triton is not None:
@@ -121,29 +135,38 @@ if triton is not None:
         return tl.load(spheres + 2 * sphere), tl.load(spheres + 2 * sphere + 1), lr.to(tl.float64)
 
     @triton.jit
-    def _rule(tt, tg, gg, gg_t, mm_t, r, q, radius, beta, elr, rule):
-        """`sphere_rule` for one sphere, in float64 scalars; writes its line of the rule's table and returns k, b, u."""
+    def _rule(tt, r, gg, mm, q, radius, beta, elr, rule):
+        """`sphere_rule` for one sphere, in float64 scalars; writes its line of the rule's table and returns k, b."""
         norm = tl.sqrt(tt)
-        length = elr * radius * radius * tl.sqrt(mm_t)
+        length = elr * radius * radius * tl.sqrt(mm)
         stays = length == 0
-        k = tl.where(stays, 1.0, radius / tl.sqrt(tt + length * length))
-        b = tl.where(stays, 0.0, -k * elr * radius * radius)
-        u = -(r + beta * q)
-        radial = tl.where(gg == 0, 0.0, tg / (norm * tl.sqrt(tl.where(gg == 0, 1.0, gg))))
-        bad = (tt + tg + gg + mm_t) * 0.0  # 0, or nan where one is not finite
-        tl.store(rule + 0, k + bad)
-        tl.store(rule + 1, b + bad)
-        tl.store(rule + 2, u + bad)
-        tl.store(rule + 3, radius * tl.sqrt(gg_t) + bad)
+        bad = (tt + r + gg + mm) * 0.0  # 0, or nan where one is not finite
+        k = tl.where(stays, 1.0, radius / tl.sqrt(tt + length * length)) + bad
+        b = tl.where(stays, 0.0, -k * elr * radius * radius) + bad
+        gnorm = tl.sqrt(r * r * tt + gg)
+        tl.store(rule + 0, k)
+        tl.store(rule + 1, b)
+        tl.store(rule + 2, -(r + beta * q) + bad)
+        tl.store(rule + 3, radius * tl.sqrt(gg) + bad)
         tl.store(rule + 4, length / norm + bad)
-        tl.store(rule + 5, radial + bad)
+        tl.store(rule + 5, tl.where(r == 0, 0.0, r * norm / tl.where(gnorm == 0, 1.0, gnorm)) + bad)
         tl.store(rule + 6, elr)
-        return k + bad, b + bad, u + bad
+        return k, b
 
     @triton.jit
-    def _first_pass(tiles, spheres, lrs, partials, dots, rule, count, MOMENTUM: tl.constexpr, HALF: tl.constexpr,
+    def _write(out, tt, r, gg, q, gm, mm, MOMENTUM: tl.constexpr):
+        tl.store(out, tt)
+        tl.store(out + 1, r)
+        tl.store(out + 2, gg)
+        if MOMENTUM:
+            tl.store(out + 3, q)
+            tl.store(out + 4, gm)
+            tl.store(out + 5, mm)
+
+    @triton.jit
+    def _first_pass(tiles, spheres, lrs, partials, moments, rule, MOMENTUM: tl.constexpr, HALF: tl.constexpr,
                     MOVE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-        """Per tile: of a large sphere the partial dot products; of a sphere that is this one tile the whole step; plain SGD."""
+        """Per tile: of a large sphere the moments; of a sphere that is this one tile the whole step; plain SGD."""
         tile = tl.program_id(0).to(tl.int64)
         line = tiles + 8 * tile
         theta_at, g_at, m_at, n = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
@@ -165,92 +188,79 @@ if triton is not None:
                     _store(m_at, theta_dtype, g, offsets, m_n, m_vectors, HALF)
                 _store(theta_at, theta_dtype, theta - lr.to(tl.float32) * g, offsets, n, vectors, HALF)
         else:
-            tt, tg, gg = tl.sum(theta * theta), tl.sum(theta * g), tl.sum(g * g)
+            # Split g = r θ + step and m = q θ + m' along and across θ; twice, which leaves nothing along θ (Gram and Schmidt).
+            tt = tl.sum(theta * theta)
+            scale = tl.where(tt == 0, 0.0, 1.0 / tl.where(tt == 0, 1.0, tt))
+            r = tl.sum(theta * g) * scale
+            g = g - r * theta
+            again = tl.sum(theta * g) * scale
+            g = g - again * theta
+            r = r.to(tl.float64) + again.to(tl.float64)
+            gg = tl.sum(g * g).to(tl.float64)
+            q, gm, mm = r * 0.0, gg * 0.0, gg * 0.0
             if MOMENTUM:
-                tm, gm, mm = tl.sum(theta * m), tl.sum(g * m), tl.sum(m * m)
+                q1 = tl.sum(theta * m) * scale
+                m = m - q1 * theta
+                again = tl.sum(theta * m) * scale
+                m = m - again * theta
+                q = q1.to(tl.float64) + again.to(tl.float64)
+                gm, mm = tl.sum(g * m).to(tl.float64), tl.sum(m * m).to(tl.float64)
+            tt = tt.to(tl.float64)
             if kind == 0:
-                tl.store(partials + tile, tt)
-                tl.store(partials + count + tile, tg)
-                tl.store(partials + 2 * count + tile, gg)
-                if MOMENTUM:
-                    tl.store(partials + 3 * count + tile, tm)
-                    tl.store(partials + 4 * count + tile, gm)
-                    tl.store(partials + 5 * count + tile, mm)
+                _write(partials + tile * (6 if MOMENTUM else 3), tt, r, gg, q, gm, mm, MOMENTUM)
             else:
+                _write(moments + at * (6 if MOMENTUM else 3), tt, r, gg, q, gm, mm, MOMENTUM)
                 radius, beta, elr = _sphere(spheres, lrs, sphere)
-                # θ and g are on the chip: project elementwise, twice, which leaves nothing radial behind (Gram and Schmidt).
-                r = tg / tt
-                step = g - r * theta
-                again = tl.sum(theta * step) / tt
-                step = step - again * theta
-                r, q, gg_t = r + again, 0.0, tl.sum(step * step)
-                mm_t = gg_t
                 if MOMENTUM:
-                    q = tm / tt
-                    m = m - q * theta
-                    again = tl.sum(theta * m) / tt
-                    q = q + again
-                    step = beta.to(tl.float32) * (m - again * theta) + step
-                    mm_t = tl.sum(step * step)
-                k, b, u = _rule(tt.to(tl.float64), tg.to(tl.float64), gg.to(tl.float64), gg_t.to(tl.float64),
-                                mm_t.to(tl.float64), r, q, radius, beta, elr, rule + 7 * sphere)  # fmt: skip
-                out = dots + at * (6 if MOMENTUM else 3)
-                tl.store(out, tt.to(tl.float64))
-                tl.store(out + 1, tg.to(tl.float64))
-                tl.store(out + 2, gg.to(tl.float64))
-                if MOMENTUM:
-                    tl.store(out + 3, tm.to(tl.float64))
-                    tl.store(out + 4, gm.to(tl.float64))
-                    tl.store(out + 5, mm.to(tl.float64))
+                    g = beta.to(tl.float32) * m + g
+                    mm = tl.sum(g * g).to(tl.float64)
+                else:
+                    mm = gg
+                k, b = _rule(tt, r, gg, mm, q, radius, beta, elr, rule + 7 * sphere)
                 if MOVE:
                     if k == k:  # not nan
                         if MOMENTUM:
-                            _store(m_at, theta_dtype, step, offsets, m_n, m_vectors, HALF)
+                            _store(m_at, theta_dtype, g, offsets, m_n, m_vectors, HALF)
                         if b != 0:
-                            new = k.to(tl.float32) * theta + b.to(tl.float32) * step
+                            new = k.to(tl.float32) * theta + b.to(tl.float32) * g
                             _store(theta_at, theta_dtype, new, offsets, n, vectors, HALF)
 
     @triton.jit
-    def _finalize(jobs, spheres, lrs, partials, dots, rule, count, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr):
-        """Per job: the partial dot products of a range of tiles, summed in a fixed order in float64, for a tensor's line of dot
-        products, or a sphere's rule, or both."""
+    def _finalize(jobs, spheres, lrs, partials, moments, rule, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr):
+        """Per job: the moments of a range of tiles joined in a fixed order (see `join`), as a tensor's line of moments, or for a
+        sphere's rule, or both."""
         job = jobs + 4 * tl.program_id(0)
         start, end, line, sphere = tl.load(job), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
-        tt, tg, gg = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
-        if MOMENTUM:
-            tm, gm, mm = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        WIDTH: tl.constexpr = 6 if MOMENTUM else 3
+        tt, tr, tq = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
         for at in range(start, end, BLOCK):
-            here = at + tl.arange(0, BLOCK)
-            mask = here < end
-            tt += tl.load(partials + here, mask=mask, other=0.0).to(tl.float64)
-            tg += tl.load(partials + count + here, mask=mask, other=0.0).to(tl.float64)
-            gg += tl.load(partials + 2 * count + here, mask=mask, other=0.0).to(tl.float64)
+            here = partials + WIDTH * (at + tl.arange(0, BLOCK))
+            mask = at + tl.arange(0, BLOCK) < end
+            t = tl.load(here, mask=mask, other=0.0)
+            tt += t
+            tr += t * tl.load(here + 1, mask=mask, other=0.0)
             if MOMENTUM:
-                tm += tl.load(partials + 3 * count + here, mask=mask, other=0.0).to(tl.float64)
-                gm += tl.load(partials + 4 * count + here, mask=mask, other=0.0).to(tl.float64)
-                mm += tl.load(partials + 5 * count + here, mask=mask, other=0.0).to(tl.float64)
-        tt, tg, gg = tl.sum(tt), tl.sum(tg), tl.sum(gg)
-        if MOMENTUM:
-            tm, gm, mm = tl.sum(tm), tl.sum(gm), tl.sum(mm)
+                tq += t * tl.load(here + 3, mask=mask, other=0.0)
+        total = tl.sum(tt)
+        r, q = tl.sum(tr) / total, tl.sum(tq) / total
+        gg, gm, mm = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+        for at in range(start, end, BLOCK):
+            here = partials + WIDTH * (at + tl.arange(0, BLOCK))
+            mask = at + tl.arange(0, BLOCK) < end
+            t = tl.load(here, mask=mask, other=0.0)
+            dr = tl.load(here + 1, mask=mask, other=0.0) - r
+            gg += tl.load(here + 2, mask=mask, other=0.0) + t * dr * dr
+            if MOMENTUM:
+                dq = tl.load(here + 3, mask=mask, other=0.0) - q
+                gm += tl.load(here + 4, mask=mask, other=0.0) + t * dr * dq
+                mm += tl.load(here + 5, mask=mask, other=0.0) + t * dq * dq
+        g2, gm1, m2 = tl.sum(gg), tl.sum(gm), tl.sum(mm)
         if line >= 0:
-            out = dots + line * (6 if MOMENTUM else 3)
-            tl.store(out, tt)
-            tl.store(out + 1, tg)
-            tl.store(out + 2, gg)
-            if MOMENTUM:
-                tl.store(out + 3, tm)
-                tl.store(out + 4, gm)
-                tl.store(out + 5, mm)
+            _write(moments + line * WIDTH, total, r, g2, q, gm1, m2, MOMENTUM)
         if sphere >= 0:
             radius, beta, elr = _sphere(spheres, lrs, sphere)
-            r, q = tg / tt, 0.0
-            gg_t = gg - r * tg
-            gg_t = tl.where(gg_t > 1.8e-15 * gg, gg_t, 0.0)
-            mm_t = gg_t
-            if MOMENTUM:
-                q = tm / tt
-                mm_t = tl.maximum(beta * beta * (mm - q * tm) + 2 * beta * (gm - q * tg) + gg_t, 0.0)
-            _rule(tt, tg, gg, gg_t, mm_t, r, q, radius, beta, elr, rule + 7 * sphere)
+            m2 = tl.maximum(beta * beta * m2 + 2 * beta * gm1 + g2, 0.0) if MOMENTUM else g2
+            _rule(total, r, g2, m2, q, radius, beta, elr, rule + 7 * sphere)
 
     @triton.jit
     def _second_pass(tiles, moving, spheres, rule, MOMENTUM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
@@ -275,7 +285,7 @@ if triton is not None:
                 _store(m_at, theta_dtype, m, offsets, m_n, m_vectors, HALF)
                 new = k.to(tl.float32) * theta + b.to(tl.float32) * m
             else:
-                new = (k + b * u).to(tl.float32) * theta + b.to(tl.float32) * g
+                new = k.to(tl.float32) * theta + b.to(tl.float32) * (g + u.to(tl.float32) * theta)
             if b != 0:
                 _store(theta_at, theta_dtype, new, offsets, n, vectors, HALF)
 
@@ -335,7 +345,7 @@ class SphereSGD(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        # Every tensor on a sphere has one line of dot products (where rows are spheres, one per row); whose sphere each is.
+        # Every tensor on a sphere has one line of moments (where rows are spheres, one per row); whose sphere each is.
         self._lines = [_rows(p) if g["sphere"] == "row" else 1 for g in self._on_spheres() for p in g["params"]]
         owner, first = [torch.empty(0, dtype=torch.long)], 0
         for g in self._on_spheres():
@@ -400,18 +410,16 @@ class SphereSGD(torch.optim.Optimizer):
         """The same per tensor on a sphere, in the order of the param groups: its `norm` ρ_i before the step, its individual ELR
         `elr` = η̃ρ²/ρ_i², its effective gradient norm `grad_norm` = ρ_i‖g_i − r_i θ_i‖, and the `angle` by which the step turns
         it (radians). Where rows are spheres: the tensor's norm, η̃, the norm of its rows' γ and the mean of their φ."""
-        dots, rule, radii, beta = self._last_step()
+        moments, rule, radii, beta = self._last_step()
         radii, beta = radii[self._owner], beta[self._owner]
         k, b, u, *_, elr = rule[self._owner].unbind(1)
-        tt, tg, gg, *rest = dots.unbind(1)
-        gg_t = (gg - tg**2 / tt).clamp(min=0)
-        mm_t, along = gg_t, tg / tt + u  # of the tensor's step: its square across θ_i, its coefficient along θ_i
+        tt, r, gg, *rest = moments.unbind(1)
+        mm, along = gg, r + u  # of the tensor's step: its square across θ_i, its coefficient along θ_i
         if rest:
-            tm, gm, mm = rest
-            mm_t = (beta**2 * (mm - tm**2 / tt) + 2 * beta * (gm - tm * tg / tt) + gg_t).clamp(min=0)
-            along = along + beta * tm / tt
-        angle = torch.atan2(b.abs() * mm_t.sqrt(), tt.sqrt() * (k + b * along))
-        lines = torch.stack([tt, elr * radii**2 / tt, tt * gg_t, angle], 1)
+            q, gm, mm = rest
+            mm, along = (beta**2 * mm + 2 * beta * gm + gg).clamp(min=0), along + beta * q
+        angle = torch.atan2(b.abs() * mm.sqrt(), tt.sqrt() * (k + b * along))
+        lines = torch.stack([tt, elr * radii**2 / tt, tt * gg, angle], 1)
         tt, elr, gamma2, angle = torch.stack([part.sum(0) for part in lines.split(self._lines)]).unbind(1)
         rows = tt.new_tensor(self._lines)
         return dict(norm=tt.sqrt(), elr=elr / rows, grad_norm=gamma2.sqrt(), angle=angle / rows)
@@ -422,51 +430,62 @@ class SphereSGD(torch.optim.Optimizer):
         return self._last
 
     def _torch_step(self, move: bool) -> None:
-        """The step in plain PyTorch: dot products, the rule, the update; each over all spheres of all groups."""
+        """The step in plain PyTorch: moments, the rule, the update; each over all spheres of all groups."""
         width = 6 if any(group["momentum"] for group in self._on_spheres()) else 3
-        moving, lines, of_sphere, first = [], [], [], 0  # of_sphere: per group, the sums of its lines and its ρ, η̃, β
+        lines, whole, moving, sphere = [], [], {}, 0  # moving: sphere, or slice of spheres → tensors that move together
         for group in self.param_groups:
-            kind, lr = group["sphere"], group["lr"]
-            here = []
+            kind = group["sphere"]
             for p in group["params"]:
                 rows = _rows(p) if kind == "row" else 1
-                if p.grad is None:
-                    here.append(None)
-                else:
-                    m = self._momentum_of(p) if group["momentum"] else None
-                    moving.append((p, m, group, slice(first, first + rows) if kind == "row" and p.dim() else first))
-                    here.append(_dots(p, p.grad, m, rows, width) if kind else None)
-                first += rows if kind in ("row", "tensor") else 0
-            if kind is None:
-                continue
-            nothing = group["radii"].new_full((1, width), math.nan)
-            for p, d in zip(group["params"], here, strict=True):
-                lines.append(nothing.expand(_rows(p) if kind == "row" else 1, -1) if d is None else d)
-            sums, radii = torch.cat(lines[-len(here) :]), group["radii"]
-            if kind == "group":
-                first += 1
-                left_out = [p.reshape(-1) for p, d in zip(group["params"], here, strict=True) if d is None]
-                sums = torch.cat([nothing[:0]] + [d for d in here if d is not None]).sum(0, keepdim=True)
-                radii = (radii**2 - sum(_dot(x, x) for x in left_out)).clamp(min=0).sqrt() if left_out else radii
-            elr = lr.to(radii).expand_as(radii) if isinstance(lr, Tensor) else torch.full_like(radii, lr)
-            of_sphere.append((sums, radii, elr, torch.full_like(radii, group["momentum"])))
+                at = None if kind is None else slice(sphere, sphere + rows) if kind == "row" and p.dim() else sphere
+                m = self._momentum_of(p) if group["momentum"] and p.grad is not None else None
+                if p.grad is not None:
+                    key = (id(group), at.start, at.stop) if isinstance(at, slice) else (id(group), at)
+                    moving.setdefault(key, (group, at, []))[2].append((p, p.grad, m))
+                if kind is not None:
+                    if p.grad is None:
+                        lines.append(p.new_full((rows, width), math.nan, dtype=torch.float64))
+                    elif kind == "row":
+                        lines.append(_moments_of_rows(p, p.grad, m, rows, width))
+                    else:
+                        lines.append(None)  # one of `whole`, below
+                        whole.append((p, p.grad, m))
+                sphere += rows if kind in ("tensor", "row") else 0
+            sphere += kind == "group"
         rule = None
-        if of_sphere:
-            sums, radii, elr, beta = (torch.cat(column) for column in zip(*of_sphere, strict=True))
-            rule = sphere_rule(sums, radii, elr, beta)
+        if lines:
+            found = iter(_moments(whole, width).split(1) if whole else ())
+            lines = [next(found) if line is None else line for line in lines]
+            radii, of_sphere, rest = [], [], lines
+            for group in self._on_spheres():
+                here, rest = rest[: len(group["params"])], rest[len(group["params"]) :]
+                radius = group["radii"]
+                if group["sphere"] == "group":
+                    left_out = [p.reshape(-1) for p in group["params"] if p.grad is None]
+                    if left_out:
+                        radius = (radius**2 - sum(x.double() @ x.double() for x in left_out)).clamp(min=0).sqrt()
+                        here = [x for x, p in zip(here, group["params"], strict=True) if p.grad is not None] or here
+                    here = [join(torch.cat(here))]
+                of_sphere += here
+                radii.append(radius)
+            elr, beta = (
+                torch.cat([_filled(x, g["radii"]) for g in self._on_spheres() for x in (g[y],)]) for y in ("lr", "momentum")
+            )
+            moments, radii = torch.cat(of_sphere), torch.cat(radii)
+            rule = sphere_rule(moments, radii, elr, beta)
             self._last = torch.cat(lines), rule, radii, beta
         if not move:
             return
         # On the CPU the coefficients become numbers, which is faster; on a GPU that would wait for the device.
         table = rule[:, :3].tolist() if rule is not None and rule.device.type == "cpu" else rule
-        for p, m, group, at in reversed(moving):  # what was read last is still in the cache
-            if group["sphere"] is None:
+        for group, at, tensors in reversed(moving.values()):  # what was read last is still in the cache
+            if at is None:
                 k, b, u = 1.0, -group["lr"], 0.0
             elif isinstance(at, slice):
-                k, b, u = (x.view(-1, *[1] * (p.dim() - 1)) for x in rule[at, :3].unbind(1))
+                k, b, u = rule[at, :3].unbind(1)
             else:
                 k, b, u = table[at][:3]
-            _move(p, p.grad, m, k, b, u, group["momentum"])
+            _move(tensors, k, b, u, group["momentum"])
 
     def _triton_step(self, move: bool) -> None:
         """The step in at most three launches over all tensors of all spheres; what they read is laid out by `_lay_out`."""
@@ -493,7 +512,7 @@ class SphereSGD(torch.optim.Optimizer):
         for staged, original, _ in self._staged:
             staged.copy_(original)
         count, flags = len(self._tiles), {"MOMENTUM": self._width == 6, "num_warps": WARPS}
-        tables = self._spheres, self._lr_addresses, self._partials, self._dots, self._rule, count
+        tables = self._spheres, self._lr_addresses, self._partials, self._moments, self._rule
         if count:
             _first_pass[(count,)](self._tiles, *tables, HALF=self._half, MOVE=move, BLOCK=BLOCK, **flags)
         if len(self._jobs):
@@ -553,7 +572,7 @@ class SphereSGD(torch.optim.Optimizer):
             if kind == "group":
                 left_out = [p.reshape(-1) for p in group["params"] if p.grad is None]
                 if left_out and params:
-                    radius = (radius**2 - sum(_dot(x, x) for x in left_out)).clamp(min=0).sqrt()
+                    radius = (radius**2 - sum(x.double() @ x.double() for x in left_out)).clamp(min=0).sqrt()
                 if len(params) > 1 or tile - start > 1:
                     jobs.append(torch.tensor([[start, tile, -1, sphere]]))
             plain += kind is None
@@ -572,10 +591,10 @@ class SphereSGD(torch.optim.Optimizer):
         self._jobs = upload(torch.cat(jobs) if jobs else torch.empty(0, 4, dtype=torch.long))
         betas = upload(betas)
         self._spheres = torch.stack([radii, betas], 1)
-        self._partials = torch.empty(self._width, len(tiles), device=device)
+        self._partials = torch.empty(len(tiles), self._width, dtype=torch.float64, device=device)
         self._rule = torch.full((len(betas), 7), math.nan, dtype=torch.float64, device=device)
-        self._dots = torch.full((line, self._width), math.nan, dtype=torch.float64, device=device)
-        self._last = (self._dots, self._rule[:sphere], radii[:sphere], betas[:sphere]) if sphere else None
+        self._moments = torch.full((line, self._width), math.nan, dtype=torch.float64, device=device)
+        self._last = (self._moments, self._rule[:sphere], radii[:sphere], betas[:sphere]) if sphere else None
 
     def _stage(self, p: Tensor, rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """θ, g and m as the kernels can read them: the tensors themselves, or copies that every step refreshes."""
@@ -644,9 +663,12 @@ def _rows(p: Tensor) -> int:
 def _norms(group: dict) -> Tensor:
     """The norm of every sphere of a group, [spheres] float64. Raises ValueError if one that has elements is 0."""
     kind, params = group["sphere"], group["params"]
-    squares = [_dots(p, p, None, _rows(p) if kind == "row" else 1, 3)[:, 0] for p in params]
+    if kind == "row":
+        squares = [_moments_of_rows(p, p, None, _rows(p), 3)[:, 0] for p in params]
+    else:
+        squares = list(_moments([(p, p, None) for p in params], 3)[:, 0].split(1))
     if kind == "group":
-        squares = [torch.stack(squares).sum(0)]
+        squares = [torch.cat(squares).sum(0, keepdim=True)]
     for i, x in enumerate(squares):
         if bool((x == 0).any()) and (params if kind == "group" else params[i : i + 1])[0].numel():
             what = {"group": "the whole group", "tensor": f"tensor {i}", "row": f"a row of tensor {i}"}[kind]
@@ -663,49 +685,238 @@ def _normalize(group: dict) -> None:
         first += 0 if group["sphere"] == "group" else n
 
 
-def _dots(p: Tensor, g: Tensor, m: Tensor | None, rows: int, width: int) -> Tensor:
-    """⟨θ,θ⟩ ⟨θ,g⟩ ⟨g,g⟩ (width 6: ⟨θ,m⟩ ⟨g,m⟩ ⟨m,m⟩) of a tensor or of its rows: [rows, width] float64."""
-    pairs = [(p, p), (p, g), (g, g)] + ([(p, m), (g, m), (m, m)] if m is not None else [])
-    if rows != 1:
-        products = [x.double() * y for x, y in pairs]
-        dots = [x.flatten(1).sum(1) if x.dim() > 1 else x for x in products]
-    else:
-        order = sorted(range(p.dim()), key=p.stride, reverse=True)  # as they lie in memory, so that a dense tensor is not copied
-        flat = {id(x): x.permute(order).reshape(-1) for x in (p, g, m) if x is not None}
-        dots = [_dot(flat[id(x)], flat[id(y)]).view(1) for x, y in pairs]
-    return torch.stack(dots + [torch.zeros_like(dots[0])] * (width - len(dots)), 1)
+def _moments(tensors: list[tuple], width: int) -> Tensor:
+    """The moments (see `sphere_rule`) of each of the tensors (θ, g, m or None): [tensors, width] float64."""
+    flat, dots, counts = [], [], []
+    for p, g, m in tensors:
+        wide = torch.float64 if p.numel() <= SMALL else torch.promote_types(p.dtype, torch.float32)
+        if p.is_contiguous() and g.is_contiguous():
+            theta, g = p.view(-1), g.view(-1)
+        else:  # as they lie in memory, so that a dense tensor is not copied
+            order = sorted(range(p.dim()), key=p.stride, reverse=True)
+            theta, g = p.permute(order).reshape(-1), g.permute(order).reshape(-1)
+            m = None if m is None else m.permute(order)
+        theta, g, m = theta.to(wide), g.to(wide), None if m is None else m.reshape(-1).to(wide)
+        flat.append((theta, g))
+        # Large tensors by pieces: all dot products of one while it is in the cache, and float32 sums that stay accurate.
+        pieces = [(theta, g, m)]
+        if len(theta) > PIECE:
+            pieces = zip(*([None] * -(-len(theta) // PIECE) if x is None else x.split(PIECE) for x in (theta, g, m)), strict=True)
+        before = len(dots)
+        for a, b, c in pieces:
+            dots += [torch.dot(a, a), torch.dot(a, b), torch.dot(b, b)]
+            if width == 6:
+                dots += [torch.dot(a, c), torch.dot(b, c), torch.dot(c, c)] if c is not None else [a.new_zeros(())] * 3
+        counts.append((len(dots) - before) // width)
+    dots = torch.stack(dots).double().view(-1, width)
+    if max(counts) > 1:
+        dots = torch.stack([x.sum(0) for x in dots.split(counts)])
+    tt, tg, gg, *rest = dots.unbind(1)
+    r = torch.where(tt == 0, 0, tg / tt)
+    across = gg - r * tg
+    # Where g is nearly radial this cancels, in float32 sooner: there subtract before squaring. A GPU must not be asked where.
+    cancels = (across < 1e-3 * gg).tolist() if tt.device.type == "cpu" else [True] * len(tensors)
+    for i, (theta, g) in enumerate(flat):
+        if cancels[i] and theta.dtype != torch.float64:
+            across[i] = torch.linalg.vector_norm(g - r[i].to(theta.dtype) * theta, dtype=torch.float64) ** 2
+    out = [tt, r, torch.where(across > 8 * torch.finfo(torch.float64).eps * gg, across, 0 * across)]
+    if rest:
+        tm, gm, mm = rest
+        q = torch.where(tt == 0, 0, tm / tt)
+        out += [q, gm - q * tg, (mm - q * tm).clamp(min=0)]
+    return torch.stack(out, 1)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ of two vectors in float64: exact for small ones, for large ones in float32 by pieces whose sum is float64."""
-    if x.numel() <= 4096 or torch.float64 in (x.dtype, y.dtype):
-        return torch.dot(x.double(), y.double())
-    return torch.stack(
-        [torch.dot(a.float(), b.float()).double() for a, b in zip(x.split(1 << 18), y.split(1 << 18), strict=True)]
-    ).sum()
+def _moments_of_rows(p: Tensor, g: Tensor, m: Tensor | None, rows: int, width: int) -> Tensor:
+    """The moments of each row of a tensor, [rows, width] float64, in float64 throughout."""
+    theta, g, m = (None if x is None else x.double().reshape(rows, p.numel() // max(rows, 1)) for x in (p, g, m))
+    tt = (theta * theta).sum(1)
+
+    def split(x):
+        along = torch.where(tt == 0, 0, (theta * x).sum(1) / tt)
+        return along, x - along[:, None] * theta
+
+    r, g = split(g)
+    out = [tt, r, (g * g).sum(1)]
+    if width == 6:
+        q, m = split(m) if m is not None else (0 * r, 0 * g)
+        out += [q, (g * m).sum(1), (m * m).sum(1)]
+    return torch.stack(out, 1)
 
 
-def _move(p: Tensor, g: Tensor, m: Tensor | None, k, b, u, beta: float) -> None:
-    """m ← β m + g + u θ, θ ← k θ + b m in place, with k, b, u numbers or tensors; nothing where they are nan."""
-    if isinstance(k, float) and math.isnan(k):
+def _filled(x: float | Tensor, like: Tensor) -> Tensor:
+    return x.to(like).expand_as(like) if isinstance(x, Tensor) else torch.full_like(like, x)
+
+
+def _move(tensors: list[tuple], k, b, u, beta: float) -> None:
+    """m ← β m + g + u θ, θ ← k θ + b m in place for all (θ, g, m) of one sphere (or of a range of spheres, the rows of one
+    tensor: then k, b, u are vectors). k, b, u are numbers or tensors; where they are nan nothing changes."""
+    numbers = isinstance(k, float) and isinstance(b, float)
+    if numbers and math.isnan(k):
         return
-    if m is None and p.device.type == "cpu" and p.dtype == g.dtype == torch.float32 and p.is_contiguous() and g.is_contiguous():
-        # torch's fused SGD, θ − lr (g + wd θ), is the one kernel that does a θ + b g in one pass over memory.
-        a = k + b * u
-        if isinstance(a, float) and 1e-30 < -b < 1e30 and abs((1 - a) / b) < 1e30:
-            options = {"momentum": 0, "dampening": 0, "nesterov": False, "maximize": False}
-            sgd([p], [g], [None], fused=True, lr=-b, weight_decay=(a - 1) / b, **options)
+    if numbers and all(_fits_fused(*x) for x in tensors):
+        # torch's fused SGD does m ← β m + g + wd θ, θ ← θ − lr m in one pass over memory; without m it has room for k as well.
+        ps, gs, ms = (list(x) for x in zip(*tensors, strict=True))
+        lr, wd = (-b / k, u) if beta else (-b, (1 - k - b * u) / -b if b else 0.0)
+        if 1e-30 < lr < 1e30 and abs(wd) < 1e30:
+            sgd(ps, gs, ms, fused=True, lr=lr, weight_decay=wd, momentum=beta, dampening=0, nesterov=False, maximize=False)
+            if beta and k != 1:
+                torch._foreach_mul_(ps, k)
             return
-    wide = torch.promote_types(p.dtype, torch.float32)
-    theta, step = p.to(wide), g.to(wide)
-    if m is None:
-        new = (k + b * u) * theta + b * step
-    else:
-        step = beta * m.to(wide) + step + u * theta
+    for p, g, m in tensors:
+        wide = torch.promote_types(p.dtype, torch.float32)
+        theta, step = p.to(wide), g.to(wide)
+        if isinstance(k, Tensor) and k.dim():
+            k, b, u = (x.view(-1, *[1] * (p.dim() - 1)) for x in (k, b, u))
+        step = (step if m is None else beta * m.to(wide) + step) + u * theta
         new = k * theta + b * step
-    if isinstance(k, Tensor):
-        new = torch.where(k.isnan(), theta, new)
-        step = torch.where(k.isnan(), m, step) if m is not None else step
-    p.copy_(new)
-    if m is not None:
-        m.copy_(step)
+        if not numbers:
+            stays = torch.isnan(b) if isinstance(b, Tensor) else torch.tensor(False)
+            new, step = torch.where(stays, theta, new), step if m is None else torch.where(stays, m, step)
+        p.copy_(new)
+        if m is not None:
+            m.copy_(step)
+
+
+def _fits_fused(p: Tensor, g: Tensor, m: Tensor | None) -> bool:
+    same = all(x is None or (x.dtype == p.dtype and x.stride() == p.stride()) for x in (g, m))
+    return p.device.type == "cpu" and p.dtype in (torch.float32, torch.float64) and same and _dense(p)
+
+
+# ------------------------------------------------------------------------------- python sphere_step.py: check, then measure
+
+
+def check(cases: int = 30) -> float:
+    """The largest relative error of a float32 step against the formula in float64, over random shapes, spheres and ELRs."""
+    worst, device = 0.0, "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+    for _ in range(cases):
+        sphere = SPHERES[torch.randint(3, ()).item()]
+        shapes = torch.randint(1, 200, (torch.randint(1, 12, ()).item(), 2)).tolist()
+        tensors = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+        for p in tensors:
+            p.grad = torch.randn_like(p) + 0.3 * p.detach()
+        before = [(p.detach().double().cpu(), p.grad.double().cpu()) for p in tensors]
+        if sphere == "group":
+            before = [tuple(torch.cat([x.flatten() for x in column]) for column in zip(*before, strict=True))]
+        if sphere == "row":
+            before = [row for pair in before for row in zip(*pair, strict=True)]
+        elr = 1 / max((x.norm() * g.norm()).item() for x, g in before)
+        SphereSGD(tensors, lr=elr, sphere=sphere).step()
+        after = [p.detach().double().cpu() for p in tensors]
+        after = [torch.cat([x.flatten() for x in after])] if sphere == "group" else after
+        after = [row for x in after for row in x] if sphere == "row" else after
+        for (x, g), new in zip(before, after, strict=True):
+            v = x - elr * x.norm() ** 2 * (g - (x * g).sum() / (x * x).sum() * x)
+            worst = max(worst, ((new - x.norm() * v / v.norm()).norm() / x.norm()).item())
+    return worst
+
+
+def resnet18_shapes(width: int) -> list[tuple[int, ...]]:
+    """The convolutions of a ResNet-18 of width k: 20 tensors, 11.2 million parameters at width 64."""
+    shapes, before = [(width, 3, 3, 3)], width
+    for after in (width, 2 * width, 4 * width, 8 * width):
+        shapes += [(after, before, 3, 3), (after, after, 3, 3), (after, after, 3, 3), (after, after, 3, 3)]
+        shapes += [(after, before, 1, 1)] if before != after else []
+        before = after
+    return shapes
+
+
+def measure_steps(shapes: list[tuple[int, ...]], device: str, repetitions: int) -> dict[str, float]:
+    """Median seconds of a step over tensors of these shapes, by this file and by its peers, interleaved in one process."""
+    import statistics
+    import time
+
+    elr = 1e-9  # so small that the weights stay what they are, however often the step is repeated
+    params = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    plain = torch.optim.SGD(params, lr=elr)
+    norms = [p.detach().norm().item() for p in params]
+
+    def usual():
+        plain.step()
+        with torch.no_grad():
+            for p, norm in zip(params, norms, strict=True):
+                p.mul_(norm / p.norm().item())
+
+    @torch.compile
+    def formula(thetas, grads, radius, elr):
+        tt = sum((x * x).sum() for x in thetas)
+        r = sum((x * g).sum() for x, g in zip(thetas, grads, strict=True)) / tt
+        steps = [x - elr * radius**2 * (g - r * x) for x, g in zip(thetas, grads, strict=True)]
+        scale = radius / sum((x * x).sum() for x in steps).sqrt()
+        for x, new in zip(thetas, steps, strict=True):
+            x.copy_(scale * new)
+
+    def compiled():
+        with torch.no_grad():
+            formula(params, [p.grad for p in params], radius, elr)
+
+    radius = math.sqrt(sum(norm**2 for norm in norms))
+    methods = {"SphereSGD, joint sphere": SphereSGD(params, lr=elr).step}
+    methods["SphereSGD, sphere per tensor"] = SphereSGD(params, lr=elr, sphere="tensor").step
+    if not _no_triton([{"params": params}]):
+        methods["the same in PyTorch, joint sphere"] = SphereSGD(params, lr=elr, backend="torch").step
+    each = [SphereSGD([p], lr=elr) for p in params]
+    methods["one SphereSGD per tensor"] = lambda: [optimizer.step() for optimizer in each]
+    methods["torch.compile of the formula"] = compiled
+    methods["SGD, then norms and scaling"] = usual
+    try:
+        import geoopt
+
+        flat = [p.detach().view(-1) for p in params]  # its sphere is over the last dimension
+        balls = [geoopt.ManifoldParameter(x / x.norm(), manifold=geoopt.Sphere()) for x in flat]
+        for ball, p in zip(balls, params, strict=True):
+            ball.grad = p.grad.view(-1)
+        methods["geoopt RiemannianSGD, Sphere"] = geoopt.optim.RiemannianSGD(balls, lr=elr).step
+    except ImportError:
+        pass
+    methods["plain SGD (foreach)"] = torch.optim.SGD(params, lr=elr, foreach=True).step
+    methods["plain SGD (fused)"] = torch.optim.SGD(params, lr=elr, fused=True).step
+    if device == "cuda":
+        source = torch.empty(sum(p.numel() for p in params), device=device)
+        target = torch.empty_like(source)
+        methods["copy, 8 bytes"] = lambda: target.copy_(source)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = {name: [] for name in methods}
+    for repetition in range(repetitions + 2):
+        for name, step in methods.items():
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            if repetition >= 2:  # the first ones compile and lay out
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> int:
+    device = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+    kernels = not _no_triton([{"params": [torch.empty(1, device=device)]}])
+    how = "the Triton kernels" + " (interpreted)" * INTERPRET if kernels else "the step in PyTorch (Triton's kernels need a GPU)"
+    worst = check()
+    print(f"{how} against float64: largest relative error {worst:.1e} in 30 random cases")
+    if worst > 1e-6:
+        return 1
+    if INTERPRET:
+        return 0
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    print(f"on {machine}, median of a step")
+    cases = {f"ResNet-18, width {k}": (resnet18_shapes(k), 50 if k < 64 else 20) for k in (16, 32, 64)}
+    cases["one tensor of 100 million"] = [(10_000, 10_000)], 5
+    for name, (shapes, repetitions) in cases.items():
+        count = sum(math.prod(shape) for shape in shapes)
+        times = measure_steps(shapes, device, repetitions)
+        floor = min(seconds for method, seconds in times.items() if method.startswith("plain"))
+        print(f"\n{name}: {count / 1e6:.1f} million parameters in {len(shapes)} tensors")
+        print(f"{'':36}{'µs':>10}{'GB/s at 12 bytes':>18}{'× plain SGD':>13}")
+        for method, seconds in times.items():
+            gigabytes = (8 if method.startswith("copy") else 12) * count / seconds / 1e9
+            print(f"{method:36}{seconds * 1e6:10.0f}{gigabytes:18.1f}{seconds / floor:13.2f}")
+    if device == "cpu":
+        print("\nThe rows of the fused kernels, and the copy they are held against, need a GPU.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
