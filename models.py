@@ -8,9 +8,12 @@ function depends on the directions of the convolutions' weights alone:
 """
 
 from collections import OrderedDict
+from copy import deepcopy
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 # BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant: ten times a layer's weights changes the logits
 # by 5e-5 at initialization with torch's default of 1e-5 (float64, relative), by 5e-8 with this.
@@ -47,4 +50,168 @@ def fixed_head(head: nn.Linear, norm: float = 10.0) -> nn.Linear:
     return head.requires_grad_(False)
 
 
-MODELS = {"convnet": convnet}
+class PreActivationBlock(nn.Module):
+    """norm → ReLU → 3×3 convolution, twice, added to the input; where the shape changes, to its 1×1 convolution."""
+
+    def __init__(self, before: int, after: int, stride: int, affine: bool):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(before, affine=affine, eps=EPS)
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after, affine=affine, eps=EPS)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or before != after:
+            norm = nn.BatchNorm2d(before, affine=affine, eps=EPS)
+            self.shortcut = nn.Sequential(norm, nn.Conv2d(before, after, 1, stride, bias=False))
+
+    def forward(self, x):
+        out = self.conv1(F.relu(self.norm1(x)))
+        out = self.conv2(F.relu(self.norm2(out)))
+        return out + (x if self.shortcut is None else self.shortcut(F.relu(x)))
+
+
+def resnet18(channels: int, classes: int, width: int = 8, affine: bool = False) -> nn.Sequential:
+    """Pre-activation ResNet-18 of width k for small images: [N, channels, H, W] → [N, classes], H and W at least 8.
+
+    3×3 stem, stages k, 2k, 4k, 8k of two blocks with strides 1, 2, 2, 2, final BatchNorm, ReLU, global average pool and a fixed
+    linear layer without bias. The tensors that write to one residual stream are only jointly scale invariant.
+    """
+    layers, before = OrderedDict(stem=nn.Conv2d(channels, width, 3, padding=1, bias=False)), width
+    groups, stream = [], ["stem.weight"]
+    for stage in range(4):
+        after = width * 2**stage
+        for block in range(2):
+            name = f"stage{stage + 1}_block{block + 1}"
+            layers[name] = PreActivationBlock(before, after, 2 if stage and not block else 1, affine)
+            if layers[name].shortcut is not None:
+                groups.append(stream)
+                stream = [f"{name}.shortcut.1.weight"]
+            groups.append([f"{name}.conv1.weight"])
+            stream.append(f"{name}.conv2.weight")
+            before = after
+    layers["norm"] = nn.BatchNorm2d(before, affine=affine, eps=EPS)
+    layers["relu"], layers["global_pool"], layers["flatten"] = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers["head"] = fixed_head(nn.Linear(before, classes, bias=False))
+    net = nn.Sequential(layers)
+    net.layer_groups = [*groups, stream]
+    return net
+
+
+MODELS = {"convnet": convnet, "resnet18": resnet18}
+
+
+def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6) -> list[list[str]]:
+    """The minimal sets of trainable parameters that are jointly scale invariant, by name; all other parameters are not.
+
+    A set S is jointly scale invariant if multiplying all its tensors by one c > 0 changes no output in training mode, that is if
+    and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and every direction of the output. Measured on a copy in float64 at
+    random batches and directions, these radial derivatives make a matrix with a column per tensor, whose null space holds the
+    indicator vector of every such set (and rescaling symmetries, up in one layer and down in the next, whose signs are mixed).
+
+    model   any network; it is left as it is, its buffers and the random state too. Names and types of modules do not matter.
+    inputs  one batch of at least two examples, or a tuple of arguments; random batches like it are drawn.
+    tolerance  relative, for the outputs when a set that was found is multiplied by 0.5 and by 3 to verify it.
+
+    The sets returned are disjoint: where minimal sets overlap (a bias after a normalized, then a linear layer, belongs to both),
+    the smallest are taken, then those of more numbers. A tensor that has no effect at all is a set of its own.
+    """
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(0)
+        copy = deepcopy(model).double().train()
+        for module in copy.modules():  # eps blurs the invariance
+            if isinstance(getattr(module, "eps", None), float):
+                module.eps = min(module.eps, 1e-12)
+        names, params = zip(*((n, p) for n, p in copy.named_parameters() if p.requires_grad), strict=True)
+        with torch.no_grad():
+            for p in params:  # to a generic point: a bias of 0 would hide what depends on it
+                p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
+
+        def outputs(batch, seed):
+            torch.manual_seed(seed)  # dropout, if any, drops the same
+            leaves = tree_leaves(copy(*batch))
+            return torch.cat([x.flatten() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()])
+
+        rows, norms = [], torch.stack([p.detach().norm() for p in params])
+        while len(rows) < 2 * len(params) + 4:
+            batch = tuple(_random_like(x) for x in inputs)
+            out = outputs(batch, len(rows))
+            for last in (False, False, False, True):
+                direction = torch.randn_like(out)
+                gradients = torch.autograd.grad(out, params, direction, retain_graph=not last, allow_unused=True)
+                with torch.no_grad():
+                    pairs = [(torch.zeros_like(p) if g is None else g, p) for g, p in zip(gradients, params, strict=True)]
+                    row = torch.stack([torch.dot(g.reshape(-1), p.reshape(-1)) for g, p in pairs])
+                    size = torch.stack([g.norm() for g, _ in pairs]) @ norms  # what the row could amount to
+                    rows.append((row / size.clamp(min=1e-300)).cpu())
+        _, singular, right = torch.linalg.svd(torch.stack(rows))
+        null = right[singular < 1e-7 * len(rows) ** 0.5]
+
+        found, taken = [], set()
+        sizes = [p.numel() for p in params]
+        for indices in sorted(_indicators(null), key=lambda s: (len(s), -sum(sizes[i] for i in s), sorted(s))):
+            if not taken & indices and _verified(outputs, [params[i] for i in indices], inputs, tolerance):
+                found.append([names[i] for i in sorted(indices)])
+                taken |= indices
+    return sorted(found, key=lambda group: names.index(group[0]))
+
+
+def _random_like(x):
+    """A random batch like x: normal with its mean and deviation, or whole numbers of its range; what is no tensor stays."""
+    if not isinstance(x, Tensor) or x.dtype == torch.bool:
+        return x
+    if x.is_floating_point():
+        x = x.double()
+        return torch.randn_like(x) * (x.std() if x.std() > 0 else 1) + x.mean()
+    return torch.randint_like(x, int(x.min()), int(x.max()) + 1)
+
+
+def _indicators(null: Tensor) -> set[frozenset[int]]:
+    """The vectors of zeros and ones in a space, given by its basis [dimension, n], that contain no other such vector.
+
+    In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others' pivots, so that a vector of zeros
+    and ones is a sum of some of them: the search adds, to one, those that mend an entry that is neither 0 nor 1.
+    """
+    basis, pivots = null.clone(), []
+    for i in range(len(basis)):  # Gauss and Jordan with complete pivoting
+        at = int(basis[i:].abs().argmax())
+        row, column = i + at // basis.shape[1], at % basis.shape[1]
+        basis[[i, row]] = basis[[row, i]]
+        basis[i] /= basis[i, column].clone()
+        others = [k for k in range(len(basis)) if k != i]
+        basis[others] -= basis[others, column, None] * basis[i]
+        pivots.append(column)
+    basis = torch.where((basis - basis.round()).abs() < 1e-4, basis.round(), basis)
+
+    found, seen = set(), set()
+    for start in range(len(basis)):
+        stack = [frozenset([start])]
+        while stack and len(seen) < 20_000:
+            chosen = stack.pop()
+            if chosen in seen:
+                continue
+            seen.add(chosen)
+            total = basis[list(chosen)].sum(0)
+            wrong = ((total != 0) & (total != 1)).nonzero()[:, 0].tolist()
+            if not wrong:
+                found.add(frozenset(total.nonzero()[:, 0].tolist()))
+            elif len(chosen) < 12:
+                mending = basis[:, wrong[0]].nonzero()[:, 0].tolist()
+                stack += [chosen | {k} for k in mending if k not in chosen]
+    return {s for s in found if not any(other < s for other in found)}
+
+
+@torch.no_grad()
+def _verified(outputs, params: list[Tensor], inputs: tuple, tolerance: float) -> bool:
+    """Whether multiplying these parameters by 0.5 and by 3 leaves the outputs of two random batches."""
+    for seed in range(2):
+        batch = tuple(_random_like(x) for x in inputs)
+        before = outputs(batch, seed)
+        for factor in (0.5, 3.0):
+            torch._foreach_mul_(params, factor)
+            after = outputs(batch, seed)
+            torch._foreach_div_(params, factor)
+            if not (after - before).norm() <= tolerance * before.norm():
+                return False
+    return True

@@ -663,10 +663,7 @@ def _rows(p: Tensor) -> int:
 def _norms(group: dict) -> Tensor:
     """The norm of every sphere of a group, [spheres] float64. Raises ValueError if one that has elements is 0."""
     kind, params = group["sphere"], group["params"]
-    if kind == "row":
-        squares = [_moments_of_rows(p, p, None, _rows(p), 3)[:, 0] for p in params]
-    else:
-        squares = list(_moments([(p, p, None) for p in params], 3)[:, 0].split(1))
+    squares = [p.double().square().reshape(_rows(p) if kind == "row" else 1, -1 if p.numel() else 0).sum(1) for p in params]
     if kind == "group":
         squares = [torch.cat(squares).sum(0, keepdim=True)]
     for i, x in enumerate(squares):

@@ -9,6 +9,7 @@ tensor; elr=1e-02.pt, the trained network; config.json; regimes.csv and regimes.
 """
 
 import argparse
+import importlib.util
 import math
 import platform
 import sys
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import regimes
 from data import Data, batches, load
-from models import MODELS
+from models import MODELS, scale_invariant_groups
 from rundir import Rows, open_folder, save_checkpoint, write_config
 from sphere_step import SphereSGD
 from sweep import grid, sweep
@@ -34,11 +35,17 @@ LAYER_COLUMNS = "epoch layer norm elr grad_norm angle".split()
 def build(args: argparse.Namespace, data: Data, elr: float) -> tuple[torch.nn.Module, SphereSGD]:
     """The network and its optimizer. The same seed gives every ELR the same initialization."""
     torch.manual_seed(args.seed)
-    net = MODELS[args.model](data.x.shape[1], data.classes, args.width).to(args.device)
-    groups = [[net.get_parameter(name) for name in names] for names in net.layer_groups]
+    net = args.make(data.x.shape[1], data.classes).to(args.device)
+    groups = [[net.get_parameter(name) for name in names] for names in args.layer_groups]
     if args.sphere != "layer":
         groups = [[p for group in groups for p in group]]
-    return net, SphereSGD([{"params": group} for group in groups], lr=elr, sphere="row" if args.sphere == "row" else "group")
+    on_spheres = {p for group in groups for p in group}
+    groups = [{"params": group} for group in groups]
+    rest = [p for p in net.parameters() if p.requires_grad and p not in on_spheres]
+    if rest:  # plain SGD at the learning rate that matches the ELR on the sphere of the whole network, η = η̃ρ²
+        square = sum(p.detach().square().sum().item() for p in on_spheres)
+        groups.append({"params": rest, "sphere": None, "lr": args.head_lr or elr * square})
+    return net, SphereSGD(groups, lr=elr, sphere="row" if args.sphere == "row" else "group")
 
 
 def train_epoch(net: torch.nn.Module, data: Data, order, optimizer: SphereSGD, step) -> tuple[list, list]:
@@ -80,7 +87,7 @@ def measure_chance(args: argparse.Namespace, data: Data, points: int = 512) -> d
     generator = torch.Generator().manual_seed(args.seed)
     values = []
     for _ in range(points):
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for p in (p for group in optimizer.param_groups if group["sphere"] for p in group["params"]):
             p.copy_(torch.randn(p.shape, generator=generator))
         optimizer.normalize()
         index = next(batches(len(data.x), args.batch_size, generator, args.device))
@@ -97,7 +104,7 @@ def train(args: argparse.Namespace, data: Data, elr: float, chance: dict) -> Non
     if not finished(path, args.epochs):
         net, optimizer = build(args, data, elr)
         generator = torch.Generator().manual_seed(args.seed)  # the same order of batches for every ELR
-        layer_names = [layer for group in net.layer_groups for layer in group]
+        layer_names = [layer for group in args.layer_groups for layer in group]
         rows, layer_rows = Rows(path, COLUMNS), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS)
         bar = tqdm(range(args.epochs + 1), desc=name, unit="epoch", disable=None)
         start = time.perf_counter()
@@ -155,9 +162,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data]:
     which.add_argument("--sweep", nargs="*", metavar=("LO", "HI N"), help="N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13")
     run = parser.add_argument_group("the run")
     run.add_argument("--data", default="digits", help="data set: digits")
-    run.add_argument("--model", choices=MODELS, default="convnet", help="network")
-    run.add_argument("--width", type=positive(int), default=8, help="width k of the network")
+    run.add_argument("--model", default="convnet", help=f"{', '.join(MODELS)}, or FILE.py:FUNCTION of (channels, classes)")
+    run.add_argument("--width", type=positive(int), help="width k of our networks (default: 8)")
     run.add_argument("--sphere", choices=("network", "layer", "row"), default="network", help="which tensors share a norm")
+    run.add_argument("--head-lr", type=positive(float), help="learning rate off the spheres (default: ELR times squared radius)")
     run.add_argument("--epochs", type=positive(int), default=20, help="passes over the training set")
     run.add_argument("--batch-size", type=positive(int), default=16, help="images per step")
     run.add_argument("--seed", type=int, default=0, help="of initialization and order of batches")
@@ -183,13 +191,77 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data]:
         parser.error(f"argument --data: {error}")
     if args.batch_size > len(data.x):
         parser.error(f"argument --batch-size: {args.batch_size} is more than the {len(data.x)} training images")
-    args.out = args.out or Path("logs") / f"{args.data}-{args.model}"
-    options = {k: getattr(args, k) for k in "data model width sphere epochs batch_size device".split()}
+    try:
+        args.make = model_maker(args)
+        torch.manual_seed(args.seed)
+        net = args.make(data.x.shape[1], data.classes).to(args.device)
+        args.layer_groups = layer_groups(net, data, args.sphere)
+    except ValueError as error:
+        parser.error(f"argument --model: {error}")
+    on_spheres = {name for group in args.layer_groups for name in group}
+    if args.head_lr and not any(p.requires_grad and name not in on_spheres for name, p in net.named_parameters()):
+        parser.error(f"argument --head-lr: all that {args.model} trains is on the spheres; leave it out")
+    args.out = args.out or Path("logs") / f"{args.data}-{args.model.rpartition(':')[2]}"
+    options = {k: getattr(args, k) for k in "data model width sphere head_lr epochs batch_size device".split()}
     try:
         args.config = open_folder(args.out, options, args.force)
     except ValueError as error:
         parser.error(f"argument --out: {error}")
     return args, data
+
+
+def model_maker(args: argparse.Namespace):
+    """The function of (channels, classes) that makes the network. Raises ValueError where --model names none."""
+    file, _, name = args.model.rpartition(":")
+    if not file:
+        if args.model not in MODELS:
+            raise ValueError(f"no network {args.model!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
+        args.width = args.width or 8
+        return lambda channels, classes: MODELS[args.model](channels, classes, args.width)
+    if args.width:
+        raise ValueError(f"--width is for our own networks; {args.model} has its own")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise ValueError(f"no file {file}: it must be a Python file, as in path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{file} has no function {name!r}")
+    return getattr(module, name)
+
+
+def layer_groups(net: torch.nn.Module, data: Data, sphere: str) -> list[list[str]]:
+    """Which parameters are on which sphere: what our networks say of themselves, what is found in others and then printed."""
+    if hasattr(net, "layer_groups"):
+        return net.layer_groups
+    x = data.x[:32]
+    try:
+        logits = net(x)
+        found = scale_invariant_groups(net, x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the network cannot be run on the data ({str(error).splitlines()[0]})") from error
+    if logits.shape != (len(x), data.classes):
+        raise ValueError(f"the network's output is {tuple(logits.shape)}, not (batch, classes) = {(len(x), data.classes)}")
+    sizes = {name: p.detach().norm().item() for name, p in net.named_parameters() if p.requires_grad}
+    found = [group for group in found if any(sizes[name] > 0 for name in group)]  # a norm of 0 has no direction
+    if sphere == "row":  # nor has a row of one number, which is all that a vector's rows are
+        tensors = dict(net.named_parameters())
+        found = [
+            group
+            for group in found
+            if all(tensors[name].dim() > 1 and tensors[name].flatten(1).norm(dim=1).min() > 0 for name in group)
+        ]
+    if not found:
+        raise ValueError("no scale-invariant weights found: is there a normalization layer behind any?")
+    print(f"{'norm':>9}  sphere")
+    for group in found:
+        print(f"{math.hypot(*(sizes[name] for name in group)):9.3g}  {' + '.join(group)}")
+    rest = [name for name in sizes if not any(name in group for group in found)]
+    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
+    return found
 
 
 def sweep_elrs(parser: argparse.ArgumentParser, texts: list[str]) -> list[float]:
@@ -212,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
             chance[str(args.seed)] = measure_chance(args, data)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         write_config(args.out, {**args.config, "versions": versions, "threads": torch.get_num_threads()})
-        title = f"{args.data}, {args.model} of width {args.width}, sphere: {args.sphere}"
+        title = f"{args.data}, {args.model}{f' of width {args.width}' if args.width else ''}, sphere: {args.sphere}"
         sweep(args.elr, lambda elr: train(args, data, elr, chance[str(args.seed)]), args.out, title)
     except KeyboardInterrupt:
         print(f"interrupted; the finished rows are in {args.out}", file=sys.stderr)

@@ -142,7 +142,7 @@ BAD = [
     (["--elr", "0.1", "--batch-size", "0"], "--batch-size: '0' is not"),
     (["--elr", "0.1", "--batch-size", "5000"], "--batch-size: 5000 is more than the 1437"),
     (["--elr", "0.1", "--data", "nowhere"], "--data: no data set 'nowhere'"),
-    (["--elr", "0.1", "--model", "vgg"], "--model: invalid choice: 'vgg'"),
+    (["--elr", "0.1", "--model", "vgg"], "--model: no network 'vgg'"),
     (["--elr", "0.1", "--sphere", "ball"], "--sphere: invalid choice: 'ball'"),
     (["--elr", "0.1", "--seed", "-1"], "--seed: -1 is not"),
     (["--elr", "0.1", "--device", "abacus"], "--device: 'abacus' cannot be used"),
@@ -238,3 +238,70 @@ def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
     assert len(result.stdout.splitlines()) == 2 and result.stdout.splitlines()[1].startswith("written: ")
+
+
+NETWORK = """
+from torch import nn
+
+def net(channels, classes):
+    layers = [nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+def plain(channels, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
+
+def narrow(channels, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 3), nn.BatchNorm1d(3))
+
+def broken(channels, classes):
+    return nn.Linear(3, 3)
+
+number = 3
+"""
+
+
+@pytest.mark.parametrize("sphere", ["network", "layer", "row"])
+def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_path, capsys, sphere):
+    (tmp_path / "mine.py").write_text(NETWORK)
+    command = ["--model", f"{tmp_path}/mine.py:net", "--elr", 0.001, "--epochs", 2, "--batch-size", 64, "--sphere", sphere]
+    assert run(*command, "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "  0.weight\n" in out and "  3.weight\n" in out and "by plain SGD:" in out
+    layers = {row["layer"] for row in read(tmp_path / "out" / "elr=1e-03.layers.csv")}
+    found = {"0.weight", "3.weight"} | (set() if sphere == "row" else {"0.bias", "1.weight", "1.bias"})
+    assert layers == found
+    assert set(out.split("by plain SGD: ")[1].splitlines()[0].split(", ")).isdisjoint(found)
+    before = read(tmp_path / "out" / "elr=1e-03.csv")
+    assert run(*command, "--out", tmp_path / "other", "--head-lr", 1e-6) == 0
+    after = read(tmp_path / "other" / "elr=1e-03.csv")
+    assert before[0]["train_loss"] == after[0]["train_loss"] and before[2]["train_loss"] != after[2]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ("{}/none.py:net", [], "--model: no file"),
+        ("{}/mine.py:none", [], "has no function 'none'"),
+        ("{}/mine.py:number", [], "has no function 'number'"),
+        ("{}/mine.py:plain", [], "no scale-invariant weights found"),
+        ("{}/mine.py:narrow", [], "the network's output is (32, 3)"),
+        ("{}/mine.py:broken", [], "cannot be run on the data"),
+        ("{}/bad.py:net", [], "cannot be imported (SyntaxError"),
+        ("{}/mine.py:net", ["--width", "8"], "--width is for our own networks"),
+        ("convnet", ["--head-lr", "0.1"], "--head-lr: all that convnet trains is on the spheres"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_one_line(tmp_path, capsys, monkeypatch, model, more, message):
+    (tmp_path / "mine.py").write_text(NETWORK)
+    (tmp_path / "bad.py").write_text("def net(:")
+    with pytest.raises(SystemExit) as exit:
+        run("--elr", 0.1, "--model", model.format(tmp_path), *more, "--out", tmp_path / "out")
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
+    assert run("--model", "resnet18", "--elr", 0.001, *QUICK, "--sphere", "layer", "--out", tmp_path) == 0
+    layers = {row["layer"] for row in read(tmp_path / "elr=1e-03.layers.csv")}
+    assert len(layers) == 20 and "stage2_block1.shortcut.1.weight" in layers
