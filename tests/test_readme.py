@@ -12,7 +12,7 @@ def test_your_own_network_is_fewer_than_fifteen_lines_that_end_with_a_regime():
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own network")[1]
     code = re.search(r"```python\n(.*?)```", section, re.S)[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.startswith("Verdict(regime='convergence'"), result.stderr
+    assert result.stdout.startswith("Verdict(regime='equilibrium'"), result.stderr
     assert len([line for line in code.splitlines() if line.strip()]) < 15
 
 
