@@ -148,10 +148,25 @@ def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: 
         _, singular, right = torch.linalg.svd(torch.stack(rows))
         null = right[singular < 1e-7 * len(rows) ** 0.5]
 
+        batch = tuple(_random_like(x) for x in inputs)
+        with torch.no_grad():
+            before = outputs(batch, 0)
+
+        @torch.no_grad()
+        def unchanged(group):
+            """Whether multiplying these parameters by 0.5 and by 3 leaves the outputs."""
+            for factor in (0.5, 3.0):
+                torch._foreach_mul_(group, factor)
+                after = outputs(batch, 0)
+                torch._foreach_div_(group, factor)
+                if not (after - before).norm() <= tolerance * before.norm():
+                    return False
+            return True
+
         found, taken = [], set()
         sizes = [p.numel() for p in params]
         for indices in sorted(_indicators(null), key=lambda s: (len(s), -sum(sizes[i] for i in s), sorted(s))):
-            if not taken & indices and _verified(outputs, [params[i] for i in indices], inputs, tolerance):
+            if not taken & indices and unchanged([params[i] for i in indices]):
                 found.append([names[i] for i in sorted(indices)])
                 taken |= indices
     return sorted(found, key=lambda group: names.index(group[0]))
@@ -200,18 +215,3 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
                 mending = basis[:, wrong[0]].nonzero()[:, 0].tolist()
                 stack += [chosen | {k} for k in mending if k not in chosen]
     return {s for s in found if not any(other < s for other in found)}
-
-
-@torch.no_grad()
-def _verified(outputs, params: list[Tensor], inputs: tuple, tolerance: float) -> bool:
-    """Whether multiplying these parameters by 0.5 and by 3 leaves the outputs of two random batches."""
-    for seed in range(2):
-        batch = tuple(_random_like(x) for x in inputs)
-        before = outputs(batch, seed)
-        for factor in (0.5, 3.0):
-            torch._foreach_mul_(params, factor)
-            after = outputs(batch, seed)
-            torch._foreach_div_(params, factor)
-            if not (after - before).norm() <= tolerance * before.norm():
-                return False
-    return True

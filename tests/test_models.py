@@ -1,5 +1,6 @@
 """Scale invariance of the networks, measured in float64."""
 
+import os
 from copy import deepcopy
 from itertools import combinations
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from models import convnet, resnet18, scale_invariant_groups
 
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute or more: SLOW=1 python -m pytest runs it")
 EPS_BREAKS = 1e-6  # BatchNorm's eps is why this is not 1e-12
 
 
@@ -153,8 +155,12 @@ def test_torchvisions_mobilenet_v3_small_by_scaling_every_set_and_every_paramete
     check_by_scaling(net, x, found)
 
 
-def test_torchvisions_vgg11_bn_in_full():
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=slow)])
+def test_torchvisions_vgg11_bn_in_full(whole):
+    """Without `whole` the classifier, of whose 120 million weights none is invariant, is a small one of the same kind."""
     net, x = torchvision.models.vgg11_bn(num_classes=10), torch.randn(2, 3, 64, 64)
+    if not whole:
+        net.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 10))
     found = as_sets(scale_invariant_groups(net, x))
     convs = [name for name, p in net.named_parameters() if p.dim() == 4]
     expected = {frozenset({name}) for name in convs} | {frozenset({name.replace("weight", "bias")}) for name in convs}
