@@ -155,20 +155,28 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data]:
         prog="train.py",
         description="Train on the sphere at a fixed effective learning rate (ELR) and name the regime.",
         epilog="example: python train.py --sweep 1e-4 1 13 --epochs 40",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--elr", nargs="+", type=positive(float), metavar="ELR", help="one run at each of these ELRs")
     which.add_argument("--sweep", nargs="*", metavar=("LO", "HI N"), help="N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13")
     run = parser.add_argument_group("the run")
-    run.add_argument("--data", default="digits", help="data set: digits")
-    run.add_argument("--model", default="convnet", help=f"{', '.join(MODELS)}, or FILE.py:FUNCTION of (channels, classes)")
+    run.add_argument("--data", default="digits", help="data set: digits (default: %(default)s)")
+    run.add_argument(
+        "--model",
+        default="convnet",
+        help=f"{', '.join(MODELS)}, or FILE.py:FUNCTION of (channels, classes) (default: %(default)s)",
+    )
     run.add_argument("--width", type=positive(int), help="width k of our networks (default: 8)")
-    run.add_argument("--sphere", choices=("network", "layer", "row"), default="network", help="which tensors share a norm")
+    run.add_argument(
+        "--sphere",
+        choices=("network", "layer", "row"),
+        default="network",
+        help="which tensors share a norm (default: %(default)s)",
+    )
     run.add_argument("--head-lr", type=positive(float), help="learning rate off the spheres (default: ELR times squared radius)")
-    run.add_argument("--epochs", type=positive(int), default=20, help="passes over the training set")
-    run.add_argument("--batch-size", type=positive(int), default=16, help="images per step")
-    run.add_argument("--seed", type=int, default=0, help="of initialization and order of batches")
+    run.add_argument("--epochs", type=positive(int), default=20, help="passes over the training set (default: %(default)s)")
+    run.add_argument("--batch-size", type=positive(int), default=16, help="images per step (default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="of initialization and order of batches (default: %(default)s)")
     run.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
     files = parser.add_argument_group("files")
     files.add_argument("--out", type=Path, help="folder to write into (default: logs/<data>-<model>)")
