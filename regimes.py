@@ -127,15 +127,13 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         if skill_error > floor:
             return undecided(f"too noisy to tell from chance: {better}", (Z99 * skill_error / floor) ** 2)
         return Verdict("divergence", f"no better than chance: skill {skill:+.3f} ± {skill_error:.3f} over {where}", **numbers)
-    if high < 0 and slope < -FLAT:
-        return undecided(f"{better} and still falling slowly ({trend})", 4)
-    if low > 0 and slope > FLAT:
-        return undecided(f"{better} and rising ({trend})", 2)
-    if slope < STEEP:  # but not for sure: ask the last three quarters, where a fall would show more and noise less
+    if slope < STEEP or (high < 0 and slope < -FLAT) or (low > 0 and slope > FLAT):
+        # Not a clear fall, but no level either: ask the last three quarters, where a trend would show more and noise less.
+        word = "rising" if slope > 0 else "still falling slowly" if high < 0 else "the loss may be falling or not"
         longer = trained & (epoch > epoch[-1] / 4)
         slope, low, high = theil_sen(np.log(epoch[longer]), np.log(np.maximum(loss[longer], 1e-38)))
-        if slope < STEEP or high < 0:
-            return undecided(f"{better}, and the loss may be falling or not ({trend})", 4)
+        if slope < STEEP or high < 0 or low > 0:
+            return undecided(f"{better}, but {word} ({trend})", 4)
         trend += f"; {slope:+.2f}, {low:+.2f} to {high:+.2f}, over the last three quarters"
     return Verdict("equilibrium", f"{better}, and the loss stays at about {mean_loss:.3g} ({trend})", **numbers)
 
