@@ -77,7 +77,9 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     n, epochs = int(tail.sum()), int(epoch[-1]) if len(epoch) else 0
     if n < MIN_TAIL:
         needs = max(2 * MIN_TAIL, 2 * epochs)
-        return Verdict("undecided", f"too short: {n} rows in the last half", more_epochs=needs, notes=notes)
+        return Verdict(
+            "undecided", f"too short: {n} rows in the last half; it takes {needs} epochs at least", more_epochs=needs, notes=notes
+        )
     where = f"epochs {epoch[tail][0]:g} to {epoch[tail][-1]:g}"
 
     # The level, against chance.
