@@ -7,7 +7,7 @@ function depends on the directions of the convolutions' weights alone:
     net.layer_groups        # [["conv1.weight"], ...]: the minimal sets that are scale invariant, each by itself
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from copy import deepcopy
 
 import torch
@@ -186,7 +186,7 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
     """The vectors of zeros and ones in a space, given by its basis [dimension, n], that contain no other such vector.
 
     In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others' pivots, so that a vector of zeros
-    and ones is a sum of some of them: the search adds, to one, those that mend an entry that is neither 0 nor 1.
+    and ones is a sum of some of them: the search adds, to one, those that mend an entry not 0 or 1, or exchange some.
     """
     basis, pivots = null.clone(), []
     for i in range(len(basis)):  # Gauss and Jordan with complete pivoting
@@ -200,18 +200,19 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
     basis = torch.where((basis - basis.round()).abs() < 1e-4, basis.round(), basis)
 
     found, seen = set(), set()
-    for start in range(len(basis)):
-        stack = [frozenset([start])]
-        while stack and len(seen) < 20_000:
-            chosen = stack.pop()
-            if chosen in seen:
-                continue
-            seen.add(chosen)
-            total = basis[list(chosen)].sum(0)
-            wrong = ((total != 0) & (total != 1)).nonzero()[:, 0].tolist()
-            if not wrong:
-                found.add(frozenset(total.nonzero()[:, 0].tolist()))
-            elif len(chosen) < 12:
-                mending = basis[:, wrong[0]].nonzero()[:, 0].tolist()
-                stack += [chosen | {k} for k in mending if k not in chosen]
+    queue = deque(frozenset([start]) for start in range(len(basis)))  # breadth first: sums of few before sums of many
+    while queue and len(seen) < 50_000:
+        chosen = queue.popleft()
+        if chosen in seen:
+            continue
+        seen.add(chosen)
+        total = basis[list(chosen)].sum(0)
+        wrong = ((total != 0) & (total != 1)).nonzero()[:, 0]
+        if not len(wrong):
+            found.add(frozenset(total.nonzero()[:, 0].tolist()))
+            more = (basis[:, total == 1] < 0).any(1)  # those that exchange some of the set for others
+        else:
+            more = basis[:, wrong[0]] != 0
+        if len(chosen) < 12:
+            queue.extend(chosen | {k} for k in more.nonzero()[:, 0].tolist() if k not in chosen)
     return {s for s in found if not any(other < s for other in found)}

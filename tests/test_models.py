@@ -91,14 +91,22 @@ def test_the_sets_found_are_those_that_our_networks_declare(build):
     assert as_sets(scale_invariant_groups(net, torch.randn(8, 3, 16, 16))) == as_sets(net.layer_groups)
 
 
-def test_affine_batchnorm_adds_the_scales_and_shifts_that_another_normalization_follows():
+@pytest.mark.parametrize("seed", range(5))
+def test_affine_batchnorm_adds_the_scales_and_shifts_that_another_normalization_follows(seed):
+    torch.manual_seed(seed)
     net = resnet18(3, 10, width=4, affine=True)
     found = as_sets(scale_invariant_groups(net, torch.randn(8, 3, 16, 16)))
-    blocks = [f"stage{stage}_block{block}" for stage in (1, 2, 3, 4) for block in (1, 2)]
-    # norm2 of a block is followed by conv2, which writes to a residual stream; norm1 by conv1 and norm2.
-    inner = {frozenset({f"{name}.norm1.weight", f"{name}.norm1.bias"}) for name in blocks}
-    assert as_sets(net.layer_groups) | inner <= found
-    check_by_scaling(net, torch.randn(8, 3, 16, 16), found)
+
+    def affine(*norms):
+        return frozenset(f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias"))
+
+    names = [f"stage{stage}_block{block}" for stage in (1, 2, 3, 4) for block in (1, 2)]
+    expected = as_sets(net.layer_groups) | {affine(f"{name}.norm1") for name in names}
+    # What a stage writes to its stream can be scaled before its last convolutions, too. The shift in the last shortcut has no
+    # effect: it adds a constant to a stream that only normalizations read.
+    streams = [affine(*(f"stage{s}_{x}" for x in ("block1.norm2", "block2.norm2", "block1.shortcut.0"))) for s in (2, 3, 4)]
+    shift = frozenset({"stage4_block1.shortcut.0.bias"})
+    assert found == expected | {streams[0], streams[1], streams[2] - shift, shift}
 
 
 def check_by_scaling(net, x, found, whole=True):
