@@ -139,9 +139,9 @@ def test_seventy_random_cases_agree_with_float64(dtype):
         for x, (y, _), old in zip(new, expected, before, strict=True):
             if dtype == torch.float32:
                 assert (x - y).norm() <= 1e-6 * old.norm().clamp(min=y.norm()), (seed, len(x), (x - y).norm() / y.norm())
-            else:  # where θ and its step nearly cancel, their own float32 rounding is more than the unit of what is left
+            else:  # the terms' own float32 rounding, on top of the last unit: the interpreter truncates where a GPU rounds
                 unit = torch.finfo(dtype).eps * 2.0 ** y.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
-                assert ((x - y).abs() <= unit + 1e-6 * (old.abs() + (y - old).abs())).all(), (seed, len(x))
+                assert ((x - y).abs() <= unit + 3e-6 * (old.abs() + (y - old).abs())).all(), (seed, len(x))
         buffers = [[optimizer.state[t]["momentum_buffer"] for t in group["params"]] for group in groups if group["momentum"]]
         kinds = [group["sphere"] for group in groups if group["momentum"]]
         moved = [m for buffer, kind in zip(buffers, kinds, strict=True) for m in cut(buffer, kind)]
