@@ -243,7 +243,7 @@ def test_given_radius_rescales_at_once_and_normalize_returns_to_it():
     with torch.no_grad():
         theta[0].normal_()
     optimizer.normalize()
-    assert math.isclose(theta[0].norm(), 2.5, rel_tol=ROUNDING)
+    assert math.isclose(theta[0].norm().item(), 2.5, rel_tol=ROUNDING)
 
 
 def test_measure_reports_what_step_would_without_moving_anything():
