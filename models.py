@@ -1,10 +1,12 @@
-"""The scale-invariant networks, and which of their parameters live on which sphere.
+"""The scale-invariant networks, the toy, and which parameters live on which sphere.
 
 Every convolution is followed by a BatchNorm without affine parameters, and the last linear layer is fixed, so the whole
 function depends on the directions of the convolutions' weights alone:
 
     net = convnet(channels=3, classes=10, width=32)
     net.layer_groups        # [["conv1.weight"], ...]: the minimal sets that are scale invariant, each by itself
+
+With affine=True, train_head=True only the convolutions are scale invariant, as in common networks.
 """
 
 from collections import OrderedDict, deque
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 EPS = 1e-8
 
 
-def convnet(channels: int, classes: int, width: int = 8) -> nn.Sequential:
+def convnet(channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False) -> nn.Sequential:
     """The plain network of the paper (arXiv 2209.03695, appendix A): [N, channels, H, W] → [N, classes], H and W at least 8.
 
     3×3 convolutions channels → k → 2k → 4k → 8k without bias, each with BatchNorm and ReLU; a 2×2 max-pool after the second,
@@ -30,14 +32,14 @@ def convnet(channels: int, classes: int, width: int = 8) -> nn.Sequential:
     for i in range(4):
         after = width * 2**i
         layers[f"conv{i + 1}"] = nn.Conv2d(before, after, 3, padding=1, bias=False)
-        layers[f"norm{i + 1}"] = nn.BatchNorm2d(after, affine=False, eps=EPS)
+        layers[f"norm{i + 1}"] = nn.BatchNorm2d(after, affine=affine, eps=EPS)
         layers[f"relu{i + 1}"] = nn.ReLU()
         if i > 0:
             layers[f"pool{i + 1}"] = nn.MaxPool2d(2)
         before = after
     layers["global_pool"] = nn.AdaptiveMaxPool2d(1)
     layers["flatten"] = nn.Flatten()
-    layers["head"] = fixed_head(nn.Linear(before, classes))
+    layers["head"] = fixed_head(nn.Linear(before, classes)).requires_grad_(train_head)
     net = nn.Sequential(layers)
     net.layer_groups = [[f"conv{i + 1}.weight"] for i in range(4)]
     return net
@@ -70,7 +72,7 @@ class PreActivationBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(F.relu(x)))
 
 
-def resnet18(channels: int, classes: int, width: int = 8, affine: bool = False) -> nn.Sequential:
+def resnet18(channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False) -> nn.Sequential:
     """Pre-activation ResNet-18 of width k for small images: [N, channels, H, W] → [N, classes], H and W at least 8.
 
     3×3 stem, stages k, 2k, 4k, 8k of two blocks with strides 1, 2, 2, 2, final BatchNorm, ReLU, global average pool and a fixed
@@ -91,13 +93,31 @@ def resnet18(channels: int, classes: int, width: int = 8, affine: bool = False) 
             before = after
     layers["norm"] = nn.BatchNorm2d(before, affine=affine, eps=EPS)
     layers["relu"], layers["global_pool"], layers["flatten"] = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    layers["head"] = fixed_head(nn.Linear(before, classes, bias=False))
+    layers["head"] = fixed_head(nn.Linear(before, classes, bias=False)).requires_grad_(train_head)
     net = nn.Sequential(layers)
     net.layer_groups = [*groups, stream]
     return net
 
 
 MODELS = {"convnet": convnet, "resnet18": resnet18}
+
+
+class Toy(nn.Module):
+    """The paper's toy, in float64: F(θ) = Σ_i α_i x_i² / (x_i² + y_i²) of groups θ_i = (x_i, y_i); its output is its loss.
+
+    Each group is scale invariant by itself. On their joint sphere gradient descent at an ELR η̃ can converge if and only if
+    η̃ < 1/Σα_i; a uniformly random point has E F = Σα_i/2.
+    """
+
+    def __init__(self, alphas: list[float]):
+        super().__init__()
+        self.register_buffer("alphas", torch.tensor(alphas, dtype=torch.float64))
+        self.groups = nn.ParameterList(torch.randn(2, dtype=torch.float64) for _ in alphas)
+        self.layer_groups = [[f"groups.{i}"] for i in range(len(alphas))]
+
+    def forward(self) -> Tensor:
+        square = torch.stack(list(self.groups)).square()
+        return (self.alphas * square[:, 0] / square.sum(1)).sum()
 
 
 def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6) -> list[list[str]]:

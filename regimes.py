@@ -35,6 +35,7 @@ TITLE = {"equilibrium": "chaotic equilibrium"}
 
 MIN_TAIL = 4  # rows that the tail needs before it says anything
 NEGLIGIBLE = 0.003  # of the chance loss: so far down, convergence needs no further proof
+NOTHING = 1e-9  # of the chance loss: what hovers here is rounding
 STEEP = -0.5  # a slope below this is a falling loss; 1/epoch has slope −1, a stationary level 0
 FLAT = 0.1  # a slope within ±this is no trend, however sure
 FLOOR = {"train_error": 0.03, "train_loss": 0.1}  # skill below this is no skill, however sure
@@ -55,6 +56,7 @@ class Verdict:
     slope_high: float = math.nan
     more_epochs: int | None = None
     notes: list[str] = field(default_factory=list)
+    moves: bool = False  # the ELR was not held fixed
 
 
 def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
@@ -70,6 +72,10 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     good = np.isfinite(loss) & (loss >= 0)
     if len(loss) and not good[-1]:
         return Verdict("undecided", f"stopped in epoch {epoch[-1]:g}: the loss is not finite")
+    elrs = log["elr"][np.isfinite(log["elr"])] if "elr" in log else np.ones(1)
+    if len(elrs) and np.ptp(elrs) > 1e-6 * elrs.max():
+        why = f"the ELR moved from {elrs[0]:.3g} to {elrs[-1]:.3g}, and a regime belongs to a fixed one"
+        return Verdict("undecided", why, moves=True)
     if not good.all():
         notes.append(f"{(~good).sum()} rows without a finite loss left out")
     trained = good & (epoch > 0)
@@ -83,7 +89,8 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     where = f"epochs {epoch[tail][0]:g} to {epoch[tail][-1]:g}"
 
     # The level, against chance.
-    what = "train_error" if "train_error" in log and np.isfinite(log["train_error"][tail]).all() else "train_loss"
+    has_error = "train_error" in log and np.isfinite(log["train_error"][tail]).all()
+    what = "train_error" if has_error and (chance is None or "train_error" in chance) else "train_loss"
     if what == "train_loss":
         notes.append("no train_error: skill from the loss")
     if chance is None and epoch[0] == 0 and good[0]:
@@ -110,7 +117,8 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         more = math.ceil(epochs * min(max(factor, 2), 16))
         return Verdict("undecided", f"{why}; {more} epochs would probably decide", more_epochs=more, **numbers)
 
-    if np.median(loss[tail]) < NEGLIGIBLE * level:
+    level_off = abs(slope) < FLAT and low > STEEP and np.median(loss[tail]) > NOTHING * level  # hovers, however low
+    if np.median(loss[tail]) < NEGLIGIBLE * level and not level_off:
         return Verdict("convergence", f"the loss has fallen to {mean_loss / level:.2%} of chance ({trend})", **numbers)
     if high < 0 and slope < STEEP and not skill < Z99 * skill_error:
         return Verdict("convergence", f"the loss keeps falling ({trend}), now at {loss[-1]:.3g}", **numbers)
@@ -253,8 +261,8 @@ def read_chance(folder: Path) -> dict[str, dict]:
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
-            numbers = [reference[key][k] for key in ("train_loss", "train_error") for k in ("mean", "std")]
-            if not all(math.isfinite(x) for x in numbers) or not reference["points"] >= 1:
+            numbers = [reference[key][k] for key in ("train_loss", "train_error") if key in reference for k in ("mean", "std")]
+            if not numbers or not all(math.isfinite(x) for x in numbers) or not reference["points"] >= 1:
                 raise ValueError
     except FileNotFoundError:
         return {}
@@ -271,7 +279,8 @@ def read_run(path: Path, chance: dict[str, dict]) -> Run:
     seed = re.search(r"seed=([0-9]{1,18})", path.name)
     seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed)))
-    return Run(path, elr if elr > 0 and math.isfinite(elr) else math.nan, seed, log, verdict, problem)
+    elr = elr if elr > 0 and math.isfinite(elr) and not verdict.moves else math.nan
+    return Run(path, elr, seed, log, verdict, problem)
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps

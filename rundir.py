@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-OURS = ("config.json", "regimes.csv", "regimes.png", "elr=*.csv", "elr=*.pt", "*.tmp")
+OURS = ("config.json", "regimes.csv", "regimes.png", "summary.csv", "elr=*.csv", "elr=*.pt", "lr=*.csv", "lr=*.pt", "*.tmp")
 
 
 def open_folder(out: Path, options: dict, force: bool = False) -> dict:
@@ -48,6 +48,16 @@ def save_checkpoint(path: Path, state: dict) -> None:
     _replace(path, lambda temporary: torch.save(state, temporary))
 
 
+def load_checkpoint(path: Path, device: str) -> dict | None:
+    """The last checkpoint of a run, None if there is none. Raises ValueError if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception:
+        raise ValueError(f"{path} is damaged: remove it, and this run starts again") from None
+
+
 def _replace(path: Path, write) -> None:
     """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
@@ -58,11 +68,16 @@ def _replace(path: Path, write) -> None:
 
 
 class Rows:
-    """A CSV file that grows by whole rows, each written and flushed at once. Floats are kept to 9 digits (float32)."""
+    """A CSV file that grows by whole rows, each written and flushed at once. Floats are kept to 9 digits (float32).
 
-    def __init__(self, path: Path, columns: tuple[str, ...]):
-        self.file = open(path, "w", newline="", encoding="utf-8")
-        self.add(columns)
+    Where a run is resumed, the rows up to epoch `upto` that are there already are kept, and what comes after them is dropped.
+    """
+
+    def __init__(self, path: Path, columns: list[str], upto: int = -1):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if upto >= 0 else []
+        lines = [",".join(columns) + "\n", *(line for line in lines if line[-1] == "\n" and int(line.split(",")[0]) <= upto)]
+        _replace(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+        self.file = open(path, "a", newline="", encoding="utf-8")
 
     def add(self, *rows) -> None:
         text = [[f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row] for row in rows]

@@ -401,10 +401,10 @@ class SphereSGD(torch.optim.Optimizer):
 
     def stats(self) -> dict[str, Tensor]:
         """Of the last step, per sphere in the order of the param groups (float64, on the device, without waiting for it):
-        `radius` ρ, `grad_norm` γ, `angle` φ in radians, `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan where there was no gradient."""
+        `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ in radians, `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan where there was no gradient."""
         _, rule, radii, _ = self._last_step()
         rule = rule.clone()  # the kernels write every step into the same table
-        return dict(radius=radii, grad_norm=rule[:, 3], angle=rule[:, 4].atan(), radial=rule[:, 5])
+        return dict(radius=radii, elr=rule[:, 6], grad_norm=rule[:, 3], angle=rule[:, 4].atan(), radial=rule[:, 5])
 
     def layer_stats(self) -> dict[str, Tensor]:
         """The same per tensor on a sphere, in the order of the param groups: its `norm` ρ_i before the step, its individual ELR
@@ -617,6 +617,43 @@ class SphereSGD(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
+
+
+class WholeSpaceSGD(torch.optim.SGD):
+    """Conventional SGD with weight decay, in the whole space, that tells the ELR which it implies: `stats()` and `layer_stats()`
+    as in `SphereSGD`, with `elr` = η/((1 − β)‖θ‖²) at the norm of the moment (of all `scale_invariant` tensors, and of each).
+
+    params            tensors or param groups, as in torch.optim.SGD.
+    scale_invariant   those of them that are; the statistics are theirs.
+    """
+
+    def __init__(self, params, scale_invariant: list[Tensor], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.meter = SphereSGD(scale_invariant, lr=1.0)
+
+    def measure(self) -> None:
+        """Find what `step()` would report, without moving."""
+        self.meter.measure()
+
+    def step(self, closure=None):
+        self.meter.measure()
+        return super().step(closure)
+
+    def stats(self) -> dict[str, Tensor]:
+        found, norms = self.meter.stats(), self.meter.layer_stats()["norm"]
+        radius = norms.norm()[None]
+        gamma = found["grad_norm"] * radius / found["radius"]
+        elr = self._pace() / radius**2
+        return dict(radius=radius, elr=elr, grad_norm=gamma, angle=(elr * gamma).atan(), radial=found["radial"])
+
+    def layer_stats(self) -> dict[str, Tensor]:
+        found = self.meter.layer_stats()
+        elr = self._pace() / found["norm"] ** 2
+        return found | dict(elr=elr, angle=(elr * found["grad_norm"]).atan())
+
+    def _pace(self) -> float:
+        group = self.param_groups[0]
+        return group["lr"] / (1 - group["momentum"])
 
 
 def _no_triton(groups: list[dict]) -> str:

@@ -1,6 +1,8 @@
-"""Many runs: the grid of ELRs, one run after the other, and what they say together."""
+"""Many runs: the grid of ELRs, the runs one after the other, boundaries bisected, and what all of them say together."""
 
+import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,79 @@ def grid(low: float, high: float, n: int) -> list[float]:
     return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, n)]
 
 
-def sweep(elrs: Iterable[float], run_one: Callable[[float], None], out: Path, title: str = "") -> None:
-    """Do one run per ELR; then print the table of all that the folder holds and write regimes.csv and regimes.png."""
+def sweep(
+    elrs: Iterable[float],
+    seeds: Iterable[int],
+    epochs: int,
+    run_one: Callable[[float, int, int], None],
+    out: Path,
+    title: str = "",
+    refine: int = 0,
+    max_epochs: int = 0,
+) -> None:
+    """Do run_one(elr, seed, epochs) for every ELR and seed, then bisect each boundary of the regimes `refine` times; then print
+    the table of all that the folder holds and write regimes.csv, summary.csv and regimes.png.
+
+    run_one leaves a log in `out`, does a finished run not again and goes on with a shorter one. A run inside a bracket that is
+    undecided goes on for as long as it says it takes, up to max_epochs, before it counts.
+    """
     elrs = list(elrs)
+    several = len(elrs) > 1
     for elr in elrs:
-        run_one(elr)
-    chance = regimes.read_chance(out)
-    report = regimes.report([regimes.read_run(path, chance) for path in regimes.find_logs(out)], out, title)
-    if len(elrs) > 1:
+        for seed in seeds:
+            run_one(elr, seed, epochs)
+    for _ in range(refine):
+        settle(out, elrs, run_one, max_epochs)
+        # From the runs of this sweep alone, so that the same command again bisects in the same places and finds them done.
+        for elr in {between(bracket): None for bracket in brackets(read_runs(out, elrs))}:
+            for seed in seeds if elr else ():
+                run_one(elr, seed, epochs)
+            elrs += [elr] if elr else []
+    if refine:
+        settle(out, elrs, run_one, max_epochs)
+    report = regimes.report(read_runs(out), out, title)
+    if several:
         print(report)
     print(f"written: {out / 'regimes.csv'}, {out / 'regimes.png'}")
+
+
+def read_runs(out: Path, elrs: list[float] | None = None) -> list[regimes.Run]:
+    """The runs in a folder, of these ELRs or of all."""
+    chance = regimes.read_chance(out)
+    runs = [regimes.read_run(path, chance) for path in regimes.find_logs(out)]
+    return [run for run in runs if elrs is None or run.elr in elrs]
+
+
+def brackets(runs: list[regimes.Run]) -> list[list[float]]:
+    """Each boundary that was seen: the ELRs on its two sides, and between them those that the seeds leave undecided."""
+    try:
+        seen = [b for b in regimes.boundaries(runs) if math.isfinite(b.low) and math.isfinite(b.high)]
+    except ValueError:  # out of order: there is no one boundary, and the table says so
+        return []
+    return [[elr for elr in regimes.by_elr(runs) if b.low <= elr <= b.high] for b in seen]
+
+
+def between(bracket: list[float]) -> float | None:
+    """The middle, in the logarithm, of the widest gap, in as few digits as tell it from both ends; None if there is no room."""
+    low, high = max(pairwise(bracket), key=lambda gap: gap[1] / gap[0])
+    for digits in range(3, 7):
+        middle = float(f"{math.sqrt(low * high):.{digits}g}")
+        if low * 1.0001 < middle < high / 1.0001:
+            return middle
+    return None
+
+
+def settle(out: Path, elrs: list[float], run_one: Callable[[float, int, int], None], max_epochs: int) -> None:
+    """Go on with the undecided runs inside the brackets until they are decided or max_epochs long."""
+    tried = set()
+    while True:
+        runs = read_runs(out, elrs)
+        inside = {elr for bracket in brackets(runs) for elr in bracket[1:-1]}
+        for run in runs:
+            epochs = min(run.verdict.more_epochs or 0, max_epochs)
+            if run.elr in inside and epochs > run.log["epoch"][-1] and (run.path, epochs) not in tried:
+                tried.add((run.path, epochs))  # a run that stopped for a loss that is not finite will never be longer
+                run_one(run.elr, run.seed, epochs)
+                break
+        else:
+            return

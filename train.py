@@ -3,9 +3,13 @@
     python train.py --elr 0.01                        one run
     python train.py --elr 1e-4 1e-3 1e-2              these runs
     python train.py --sweep 1e-4 1 13                 13 ELRs, evenly spaced in their logarithm (`--sweep` alone does the same)
+    python train.py --sweep --seeds 3 --refine 3      three seeds of each, and both boundaries bisected three times
+    python train.py --model toy --alphas 1 2 4 --sweep          the paper's toy, whose threshold is known: 1/Σα
+    python train.py --space whole --lr 0.1 --wd 5e-4 --momentum 0.9      ordinary training, and the ELR that it implies
 
 Writes into --out (default logs/<data>-<model>): elr=1e-02.csv, a row per epoch; elr=1e-02.layers.csv, a row per epoch and
-tensor; elr=1e-02.pt, the trained network; config.json; regimes.csv and regimes.png. Regimes: Kodryan et al., NeurIPS 2022.
+tensor; elr=1e-02.pt, the checkpoint; config.json; regimes.csv and regimes.png. The same command again goes on where it stopped.
+Regimes: Kodryan et al., NeurIPS 2022.
 """
 
 import argparse
@@ -19,215 +23,469 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import regimes
-from data import Data, batches, load
-from models import MODELS, scale_invariant_groups
-from rundir import Rows, open_folder, save_checkpoint, write_config
-from sphere_step import SphereSGD
+from data import NAMES, Data, add_label_noise, batches, load, subset
+from models import MODELS, Toy, scale_invariant_groups
+from rundir import Rows, load_checkpoint, open_folder, save_checkpoint, write_config
+from sphere_step import SphereSGD, WholeSpaceSGD
 from sweep import grid, sweep
 
-COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error seconds".split()
+COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error seconds distance".split()
+NOISE_COLUMNS = "clean_error noisy_error".split()
+FULL_PASS_COLUMNS = "full_train_loss full_train_error full_grad_norm batch_grad_norm batch_grad_norm_std".split()
 LAYER_COLUMNS = "epoch layer norm elr grad_norm angle".split()
+LOSSES = {
+    "ce": F.cross_entropy,
+    "mse": lambda logits, y: F.mse_loss(logits, F.one_hot(y, logits.shape[1]).to(logits.dtype)),
+}
 
 
-def build(args: argparse.Namespace, data: Data, elr: float) -> tuple[torch.nn.Module, SphereSGD]:
-    """The network and its optimizer. The same seed gives every ELR the same initialization."""
-    torch.manual_seed(args.seed)
-    net = args.make(data.x.shape[1], data.classes).to(args.device)
+def build(args: argparse.Namespace, data: Data | None, rate: float, seed: int) -> tuple[nn.Module, SphereSGD | WholeSpaceSGD]:
+    """The network and its optimizer at an ELR (in the whole space: a learning rate). The same seed gives every rate the same
+    initialization."""
+    torch.manual_seed(seed)
+    net = (args.make(data.x.shape[1], data.classes) if data else args.make()).to(args.device)
     groups = [[net.get_parameter(name) for name in names] for names in args.layer_groups]
     if args.sphere != "layer":
         groups = [[p for group in groups for p in group]]
-    on_spheres = {p for group in groups for p in group}
+    on_spheres = [p for group in groups for p in group]
+    momentum = args.momentum or 0.0
+    if args.space == "whole":
+        trained = [p for p in net.parameters() if p.requires_grad]
+        return net, WholeSpaceSGD(trained, on_spheres, rate, momentum, args.wd or 0.0)
     groups = [{"params": group} for group in groups]
-    rest = [p for p in net.parameters() if p.requires_grad and p not in on_spheres]
+    rest = [p for p in net.parameters() if p.requires_grad and all(p is not q for q in on_spheres)]
     if rest:  # plain SGD at the learning rate that matches the ELR on the sphere of the whole network, η = η̃ρ²
         square = sum(p.detach().square().sum().item() for p in on_spheres)
-        groups.append({"params": rest, "sphere": None, "lr": args.head_lr or elr * square})
-    return net, SphereSGD(groups, lr=elr, sphere="row" if args.sphere == "row" else "group")
+        groups.append({"params": rest, "sphere": None, "lr": args.head_lr or rate * square})
+    return net, SphereSGD(groups, lr=rate, sphere="row" if args.sphere == "row" else "group", momentum=momentum)
 
 
-def train_epoch(net: torch.nn.Module, data: Data, order, optimizer: SphereSGD, step) -> tuple[list, list]:
-    """One pass over the batches of `order`, calling `step` (optimizer.step, or optimizer.measure to stand still) on each.
+def steps_of_epoch(args: argparse.Namespace, data: Data | None, order: torch.Generator) -> list[list[Tensor]]:
+    """The epoch's steps, each a list of index tensors whose gradients it accumulates: one batch, or the whole set in chunks."""
+    if data is None:
+        return [[(0,)]] * args.steps
+    if args.full_batch:
+        return [chunks(args, data)]
+    return [[index] for index in batches(len(data.x), args.batch_size, order, args.device)]
 
-    Returns the means over the steps of (loss, error, γ, φ, |radial|), and per tensor of (norm, ELR, γ, φ). Of several spheres
-    γ is the norm of all their γ, φ and radial the mean. The host waits for the device once, at the end.
+
+def chunks(args: argparse.Namespace, data: Data) -> list[Tensor]:
+    """The whole training set in its own order, in equal chunks of at most a batch."""
+    n = len(data.x)
+    return list(torch.arange(n, device=args.device).tensor_split(-(-n // args.batch_size)))
+
+
+def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, augment=None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and what is logged of it: means over the batch."""
+    if data is None:
+        loss = net()
+        return loss, {"train_loss": loss.detach()}
+    y = data.y[index]
+    logits = net(data.images(index, augment))
+    loss = LOSSES[args.loss](logits, y)
+    wrong = (logits.detach().argmax(1) != y).double()
+    found = {"train_loss": loss.detach().double(), "train_error": wrong.mean()}
+    if data.noisy is not None:
+        noisy = data.noisy[index].double()
+        found |= {"noisy": noisy.mean(), "clean_error": (wrong * (1 - noisy)).mean(), "noisy_error": (wrong * noisy).mean()}
+    return loss, found
+
+
+def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step) -> tuple[dict[str, float], list]:
+    """One pass over `steps`, calling `step` (optimizer.step, or optimizer.measure to stand still) on each.
+
+    Returns the means over the steps of loss, error, ELR, γ, φ and |radial|, and per tensor of (norm, ELR, γ, φ). Of several
+    spheres γ is the norm of all their γ, the others are means. The host waits for the device once, at the end.
     """
     net.train()
-    total, layers, steps = 0, 0, 0
-    for index in order:
-        x, y = data.x[index], data.y[index]
-        logits = net(x)
-        loss = F.cross_entropy(logits, y)
+    total, layers = 0, 0
+    for indices in steps:
         optimizer.zero_grad()
-        loss.backward()
+        size, parts = sum(map(len, indices)), 0
+        for index in indices:
+            loss, found = loss_of(args, data, net, index, args.augment)
+            (loss * (len(index) / size)).backward()
+            parts = parts + torch.stack(list(found.values())) * (len(index) / size)
         step()
-        error = (logits.detach().argmax(1) != y).double().mean()
-        of_spheres = optimizer.stats()
-        gamma, phi, radial = of_spheres["grad_norm"].norm(), of_spheres["angle"].mean(), of_spheres["radial"].abs().mean()
-        total = total + torch.stack([loss.detach().double(), error, gamma, phi, radial])
+        spheres = optimizer.stats()
+        spheres = [spheres["elr"].mean(), spheres["grad_norm"].norm(), spheres["angle"].mean(), spheres["radial"].abs().mean()]
+        total = total + torch.cat([parts, torch.stack(spheres)])
         layers = layers + torch.stack(list(optimizer.layer_stats().values()), 1)
-        steps += 1
-    return (total / steps).tolist(), (layers / steps).tolist()
+    means = dict(zip([*found, "elr", "grad_norm", "angle", "radial"], (total / len(steps)).tolist(), strict=True))
+    noisy = means.pop("noisy", None)
+    if noisy is not None:
+        means |= {"clean_error": means["clean_error"] / (1 - noisy), "noisy_error": means["noisy_error"] / noisy}
+    return means, (layers / len(steps)).tolist()
 
 
 @torch.no_grad()
-def test(net: torch.nn.Module, data: Data, size: int = 1024) -> tuple[float, float]:
-    """Mean loss (nats) and error on the test set, with BatchNorm's running statistics."""
+def test(args: argparse.Namespace, data: Data | None, net: nn.Module, size: int = 1024) -> dict[str, float]:
+    """Mean loss and error on the test set, with BatchNorm's running statistics."""
+    if data is None:
+        return {}
     net.eval()
-    logits = torch.cat([net(x) for x in data.test_x.split(size)])
-    return F.cross_entropy(logits, data.test_y).item(), (logits.argmax(1) != data.test_y).double().mean().item()
+    logits = torch.cat([net(data.normalized(x)) for x in data.test_x.split(size)])
+    wrong = logits.argmax(1) != data.test_y
+    return {"test_loss": LOSSES[args.loss](logits, data.test_y).item(), "test_error": wrong.double().mean().item()}
+
+
+def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -> dict[str, float]:
+    """Over the whole training set, with the weights held still, statistics of the batch and no augmentation: loss, error, γ of
+    the mean gradient, mean and standard deviation over the batches of each one's γ. Leaves no trace in the network."""
+    net.train()
+    buffers = [b.clone() for b in net.buffers()]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    mean, gammas, total = [torch.zeros_like(p) for p in trained], [], 0
+    with torch.random.fork_rng([args.device] if "cuda" in args.device else []):
+        for index in chunks(args, data):
+            loss, found = loss_of(args, data, net, index)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.measure()
+            gammas.append(optimizer.stats()["grad_norm"].norm())
+            total = total + torch.stack([found["train_loss"], found["train_error"]]) * (len(index) / len(data.x))
+            torch._foreach_add_(mean, [p.grad for p in trained], alpha=len(index) / len(data.x))
+    torch._foreach_copy_([p.grad for p in trained], mean)
+    optimizer.measure()
+    gamma = optimizer.stats()["grad_norm"].norm()
+    torch._foreach_copy_(list(net.buffers()), buffers)
+    spread = torch.stack(gammas)
+    values = torch.cat([total, torch.stack([gamma, spread.mean(), spread.std(correction=0)])])
+    return dict(zip(FULL_PASS_COLUMNS, values.tolist(), strict=True))
+
+
+def directions(optimizer) -> Tensor:
+    """The unit vectors of all spheres, one after the other, float64."""
+    spheres = optimizer.meter if isinstance(optimizer, WholeSpaceSGD) else optimizer
+    vectors = []
+    for group in (g for g in spheres.param_groups if g["sphere"]):
+        rows = [p.detach().double().reshape(len(p) if group["sphere"] == "row" else 1, -1) for p in group["params"]]
+        vectors += rows if group["sphere"] == "row" else [torch.cat(rows, 1)]
+    return [x / x.norm(dim=1, keepdim=True) for x in vectors]
+
+
+def angle_between(some: list[Tensor], others: list[Tensor]) -> float:
+    """Mean over the spheres of the angle between two points, in radians; exact where it is small, too."""
+    halves = [(a - b).norm(dim=1) / 2 for a, b in zip(some, others, strict=True)]
+    return (2 * torch.cat(halves).clamp(max=1).asin()).mean().item()
 
 
 @torch.no_grad()
-def measure_chance(args: argparse.Namespace, data: Data, points: int = 512) -> dict:
+def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, points: int = 512) -> dict:
     """Mean and standard deviation of loss and error on a batch, over uniformly random points of the spheres."""
-    net, optimizer = build(args, data, elr=1.0)
-    generator = torch.Generator().manual_seed(args.seed)
-    values = []
+    net, optimizer = build(argparse.Namespace(**{**vars(args), "space": "sphere"}), data, 1.0, seed)
+    generator, values = torch.Generator().manual_seed(seed), []
     for _ in range(points):
         for p in (p for group in optimizer.param_groups if group["sphere"] for p in group["params"]):
             p.copy_(torch.randn(p.shape, generator=generator))
         optimizer.normalize()
-        index = next(batches(len(data.x), args.batch_size, generator, args.device))
-        logits, y = net(data.x[index]), data.y[index]
-        values.append(torch.stack([F.cross_entropy(logits, y), (logits.argmax(1) != y).float().mean()]))
-    columns = zip(("train_loss", "train_error"), torch.stack(values).double().unbind(1), strict=True)
+        index = next(batches(len(data.x), args.batch_size, generator, args.device)) if data else None
+        found = loss_of(args, data, net, index)[1]
+        names = [name for name in ("train_loss", "train_error") if name in found]
+        values.append(torch.stack([found[name] for name in names]))
+    columns = zip(names, torch.stack(values).double().unbind(1), strict=True)
     return {"points": points} | {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in columns}
 
 
-def train(args: argparse.Namespace, data: Data, elr: float, chance: dict) -> None:
-    """One run, from initialization to its named regime; a run that the folder already holds is not done again."""
-    path = args.out / f"elr={regimes.elr_name(elr)}{f'.seed={args.seed}' if args.seed else ''}.csv"
+def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict) -> None:
+    """One run, from initialization, or from where it stopped, to its named regime; a finished one is not done again."""
+    path = args.out / f"{'lr' if args.space == 'whole' else 'elr'}={regimes.elr_name(rate)}{f'.seed={seed}' if seed else ''}.csv"
     name = path.stem.replace("=", " ").replace(".seed", " seed")
-    if not finished(path, args.epochs):
-        net, optimizer = build(args, data, elr)
-        generator = torch.Generator().manual_seed(args.seed)  # the same order of batches for every ELR
+    last = load_checkpoint(path.with_suffix(".pt"), args.device)
+    done = last["epoch"] >= epochs or last["stopped"] if last else finished(path, epochs)
+    if not done:
+        net, optimizer = build(args, data, rate, seed)
+        scheduler = LambdaLR(optimizer, args.schedule(epochs))
+        order = torch.Generator().manual_seed(seed)  # the same order of batches for every ELR
+        start, seconds = directions(optimizer), 0.0
+        if last:
+            net.load_state_dict(last["net"]), optimizer.load_state_dict(last["optimizer"])
+            scheduler.load_state_dict(last["scheduler"]), order.set_state(last["order"].cpu())
+            set_random_state(args.device, last["random"])
+            seconds = last["seconds"]
+        columns = [c for c in COLUMNS if data or c not in ("train_error", "test_loss", "test_error")]
+        columns += NOISE_COLUMNS * (args.label_noise is not None) + FULL_PASS_COLUMNS * bool(args.eval_train)
         layer_names = [layer for group in args.layer_groups for layer in group]
-        rows, layer_rows = Rows(path, COLUMNS), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS)
-        bar = tqdm(range(args.epochs + 1), desc=name, unit="epoch", disable=None)
-        start = time.perf_counter()
+        upto = last["epoch"] if last else -1
+        rows, layer_rows = Rows(path, columns, upto), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, upto)
+        bar = tqdm(range(upto + 1, epochs + 1), desc=name, unit="epoch", initial=upto + 1, total=epochs + 1, disable=None)
+        began = time.perf_counter() - seconds
         for epoch in bar:
-            order = batches(len(data.x), args.batch_size, generator, args.device)
-            means, layers = train_epoch(net, data, order, optimizer, optimizer.step if epoch else optimizer.measure)
-            row = [*means, *test(net, data)]
-            rows.add([epoch, epoch * (len(data.x) // args.batch_size), elr, *row, time.perf_counter() - start])
+            elr = optimizer.param_groups[0]["lr"]
+            steps = steps_of_epoch(args, data, order)
+            row, layers = train_epoch(args, data, net, steps, optimizer, optimizer.step if epoch else optimizer.measure)
+            row |= test(args, data, net) | (full_pass(args, data, net, optimizer) if args.eval_train else {})
+            row |= {"epoch": epoch, "step": epoch * len(steps), "distance": angle_between(start, directions(optimizer))}
+            row |= {"elr": elr} if args.space == "sphere" else {}
+            row["seconds"] = time.perf_counter() - began
+            rows.add([row[column] for column in columns])
             layer_rows.add(*([epoch, layer, *values] for layer, values in zip(layer_names, layers, strict=True)))
-            bar.set_postfix(loss=f"{row[0]:.3g}", error=f"{row[1]:.3f}", γ=f"{row[2]:.3g}")
-            if not all(map(math.isfinite, row)):
+            if epoch:
+                scheduler.step()
+            finite = all(map(math.isfinite, (row["train_loss"], row["grad_norm"])))
+            state = {"epoch": epoch, "stopped": not finite, "seconds": row["seconds"], "net": net.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "order": order.get_state()}
+            save_checkpoint(path.with_suffix(".pt"), state | {"random": random_state(args.device)})
+            shown = {"loss": "train_loss", "error": "train_error", "γ": "grad_norm"}
+            bar.set_postfix({label: f"{row[column]:.3g}" for label, column in shown.items() if column in row})
+            if not finite:
                 print(f"{name}: stopped: loss or gradient is not finite in epoch {epoch}", file=sys.stderr)
                 break
         rows.close(), layer_rows.close(), bar.close()
-        save_checkpoint(path.with_suffix(".pt"), {"epoch": epoch, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
-        done = ""
-    else:
-        done = " (already done)"
     verdict = regimes.classify(regimes.read_log(path)[0], chance)
-    print(f"{name}{done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
+    print(f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
 
 
 def finished(path: Path, epochs: int) -> bool:
+    """Whether a log without a checkpoint holds the whole run."""
     try:
         log, problem = regimes.read_log(path)
     except ValueError:
         return False
-    return not problem and (log["epoch"][-1] == epochs or not np.isfinite(log["train_loss"][-1]))
+    return not problem and log["epoch"][-1] >= epochs
 
 
-def positive(kind):
-    """An argparse type: a finite number of that kind above 0."""
+def random_state(device: str) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if "cuda" in device else [])]
+
+
+def set_random_state(device: str, state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0].cpu())
+    if "cuda" in device:
+        torch.cuda.set_rng_state(state[1].cpu(), device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, data = parse(argv)
+    try:
+        chance = args.config.setdefault("chance", {})
+        seeds = range(args.seed, args.seed + args.seeds)
+        for seed in seeds:
+            if str(seed) not in chance:
+                chance[str(seed)] = measure_chance(args, data, seed)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        write_config(args.out, {**args.config, "versions": versions, "threads": torch.get_num_threads()})
+        run_one = lambda rate, seed, epochs: train(args, data, rate, seed, epochs, chance[str(seed)])  # noqa: E731
+        sweep(args.rates, seeds, args.epochs, run_one, args.out, args.title, args.refine, args.max_epochs)
+    except KeyboardInterrupt:
+        print(f"interrupted; the finished rows are in {args.out}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- the command line
+
+
+def number(kind, low=0, high=math.inf):
+    """An argparse type: a number of that kind, low < number < high."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole' if kind is int else 'finite'} number above 0")
+        if not low < value < high:
+            what = f"{'whole' if kind is int else 'finite'} number above {low}" + (
+                f" and below {high}" if high < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
         return value
 
     return parse
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data]:
+def schedule(text: str):
+    """An argparse type: `constant`, `cosine`, or values by epoch, "0:1e-2,20:1e-4". Gives (first value or None, a function of the
+    number of epochs, which makes the factor of the learning rate after t epochs)."""
+    if text == "constant":
+        return None, lambda epochs: lambda t: 1.0
+    if text == "cosine":
+        return None, lambda epochs: lambda t: (1 + math.cos(math.pi * t / epochs)) / 2
+    try:
+        starts, values = zip(*((int(e), number(float)(v)) for e, v in (x.split(":") for x in text.split(","))), strict=True)
+        if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError
+    except (ValueError, argparse.ArgumentTypeError):
+        message = f'{text!r} is neither constant nor cosine nor rates by epoch, as in "0:1e-2,20:1e-4"'
+        raise argparse.ArgumentTypeError(message) from None
+    return values[0], lambda epochs: lambda t: values[np.searchsorted(starts, t, side="right") - 1] / values[0]
+
+
+DEFAULTS = dict(
+    data="digits", data_root=Path("data"), batch_size=16, loss="ce", width=8, sphere="network", alphas=[1.0, 2.0, 4.0]
+)
+DEFAULTS |= dict(steps=100)
+IDENTITY = """space wd momentum schedule data image_size train_size label_noise augment model width affine train_head sphere
+    head_lr loss batch_size full_batch eval_train alphas steps device""".split()  # the options that all runs of a folder share
+OF_IMAGES = """data data_root image_size train_size label_noise augment loss width affine train_head head_lr batch_size full_batch
+    eval_train""".split()
+
+
+def parser() -> argparse.ArgumentParser:
     parser = regimes.Parser(
         prog="train.py",
         description="Train on the sphere at a fixed effective learning rate (ELR) and name the regime.",
         epilog="example: python train.py --sweep 1e-4 1 13 --epochs 40",
     )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--elr", nargs="+", type=positive(float), metavar="ELR", help="one run at each of these ELRs")
-    which.add_argument("--sweep", nargs="*", metavar=("LO", "HI N"), help="N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13")
-    run = parser.add_argument_group("the run")
-    run.add_argument("--data", default="digits", help="data set: digits (default: %(default)s)")
-    run.add_argument(
+    flag = dict(action="store_true", default=None)
+    add = parser.add_argument_group("which runs").add_argument
+    add("--elr", nargs="+", type=number(float), metavar="ELR", help="one run at each of these ELRs")
+    add(
+        "--sweep", nargs="*", metavar=("LO", "HI N"), help="N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13 (toy: 1e-2 1e2 13)"
+    )
+    add("--refine", type=number(int), default=0, metavar="N", help="then bisect both boundaries of the regimes N times")
+    add("--max-epochs", type=number(int), help="refine: go on with an undecided run up to here (default: 4 times --epochs)")
+    add("--seed", type=int, default=0, help="of initialization and order of batches (default: %(default)s)")
+    add("--seeds", type=number(int), default=1, metavar="K", help="this many seeds of each run, from --seed on (default: 1)")
+    add("--epochs", type=number(int), default=20, help="passes over the training set (default: %(default)s)")
+    add = parser.add_argument_group("the step").add_argument
+    add("--sphere", choices=("network", "layer", "row"), help="which tensors share a norm (default: network)")
+    add("--momentum", type=number(float, 0, 1), help="β of the heavy ball (default: none)")
+    text = 'constant, cosine, or values by epoch, "0:1e-2,20:1e-4", in the place of --elr (default: constant)'
+    add("--schedule", default="constant", help=text)
+    add("--head-lr", type=number(float), help="learning rate off the spheres (default: ELR times squared radius)")
+    add("--full-batch", **flag, help="one step per epoch, along the gradient of the whole set, summed batch by batch")
+    add("--space", choices=("sphere", "whole"), default="sphere", help="whole: conventional SGD, on no sphere (default: sphere)")
+    add("--lr", nargs="+", type=number(float), help="whole space: one run at each of these learning rates")
+    add("--wd", type=number(float), help="whole space: weight decay (default: none)")
+    add = parser.add_argument_group("the network").add_argument
+    add(
         "--model",
         default="convnet",
-        help=f"{', '.join(MODELS)}, or FILE.py:FUNCTION of (channels, classes) (default: %(default)s)",
+        help=f"{', '.join(MODELS)}, toy, or FILE.py:FUNCTION of (channels, classes) (default: convnet)",
     )
-    run.add_argument("--width", type=positive(int), help="width k of our networks (default: 8)")
-    run.add_argument(
-        "--sphere",
-        choices=("network", "layer", "row"),
-        default="network",
-        help="which tensors share a norm (default: %(default)s)",
-    )
-    run.add_argument("--head-lr", type=positive(float), help="learning rate off the spheres (default: ELR times squared radius)")
-    run.add_argument("--epochs", type=positive(int), default=20, help="passes over the training set (default: %(default)s)")
-    run.add_argument("--batch-size", type=positive(int), default=16, help="images per step (default: %(default)s)")
-    run.add_argument("--seed", type=int, default=0, help="of initialization and order of batches (default: %(default)s)")
-    run.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
-    files = parser.add_argument_group("files")
-    files.add_argument("--out", type=Path, help="folder to write into (default: logs/<data>-<model>)")
-    files.add_argument("--force", action="store_true", help="start afresh: remove the runs in --out first")
-    args = parser.parse_args(argv)
+    add("--width", type=number(int), help="width k of our networks (default: 8)")
+    add("--affine", **flag, help="train the BatchNorms' scales and shifts, too")
+    add("--train-head", **flag, help="train the last layer, too")
+    add("--loss", choices=tuple(LOSSES), help="cross-entropy, or squared error to one-hot labels (default: ce)")
+    add("--alphas", nargs="+", type=number(float), metavar="A", help="toy: α of each group (default: 1 2 4)")
+    add("--steps", type=number(int), help="toy: steps per epoch (default: 100)")
+    add = parser.add_argument_group("the data").add_argument
+    add("--data", help=f"{', '.join(NAMES)}, or a folder with train/ and test/ (default: digits)")
+    add("--data-root", type=Path, metavar="DIR", help="where data sets are downloaded and cached (default: data)")
+    add("--image-size", type=number(int, 7), metavar="S", help="bring a folder's images to S × S")
+    add("--batch-size", type=number(int), help="images per step (default: 16)")
+    add("--train-size", type=number(int), metavar="N", help="train on N images drawn at random (default: all)")
+    add("--label-noise", type=number(float, 0, 1), metavar="P", help="give this share of the training images a wrong label")
+    add("--augment", **flag, help="random crops and flips of the training images")
+    add("--eval-train", **flag, help="also measure loss, error and gradient on the whole training set after each epoch")
+    add = parser.add_argument_group("the machine and the files").add_argument
+    add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
+    add("--out", type=Path, metavar="DIR", help="folder to write into (default: logs/<data>-<model>)")
+    add("--force", action="store_true", help="start afresh: remove the runs in --out first")
+    return parser
 
-    if args.sweep is not None:
-        args.elr = sweep_elrs(parser, args.sweep or ["1e-4", "1", "13"])
-    args.elr = list(dict.fromkeys(args.elr))
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"argument --seed: {args.seed} is not between 0 and 2147483647")
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
+    """The options, checked, and the data. Adds to them what follows: rates, make, layer_groups, config, title."""
+    cli = parser()
+    args = cli.parse_args(argv)
+    options = vars(args).copy()
+
+    def refuse(name: str, why: str):
+        cli.error(f"argument --{name.replace('_', '-')}: {why}")
+
+    def only(names, condition: bool, why: str):
+        for name in names:
+            if not condition and options[name]:
+                refuse(name, f"{why}: leave it out")
+
+    toy, whole, own_file = args.model == "toy", args.space == "whole", ":" in args.model
+    only(OF_IMAGES, not toy, "the toy has no data set and no layers")
+    only(["alphas", "steps"], toy, "this is for --model toy")
+    only(["width", "affine", "train_head"], not own_file, f"this is for our own networks; {args.model} has its own")
+    only(["lr", "wd"], whole, "this is for --space whole; on the sphere there are --elr and --head-lr")
+    only(["elr", "refine", "sphere", "head_lr"], not whole, "in the whole space there is --lr, and no sphere")
+    only(["image_size"], args.data and args.data not in NAMES, "this is for --data FOLDER")
+    only(["data_root"], args.data not in (None, "digits"), "the digits come with the repository")
+    if whole and args.sweep is not None:
+        refuse("sweep", "in the whole space there is --lr, and no sphere: leave it out")
+    for name, value in DEFAULTS.items():
+        setattr(args, name, options[name] or value)
+    try:
+        first, args.schedule = schedule(args.schedule)
+    except argparse.ArgumentTypeError as error:
+        refuse("schedule", error)
+    given = [name for name in ("elr", "sweep", "lr") if options[name] is not None]
+    if len(given) + (first is not None) != 1:
+        ways = "--elr ELR, --sweep or a --schedule of values" if not whole else "--lr LR or a --schedule of values"
+        cli.error(f"one of {ways} must say which rates to run" + (", and only one" if given else ""))
+    args.rates = (
+        [first]
+        if first
+        else args.elr or args.lr or sweep_elrs(cli, args.sweep or (["1e-2", "1e2", "13"] if toy else ["1e-4", "1", "13"]))
+    )
+    args.rates = list(dict.fromkeys(args.rates))
+    only(["refine"], len(args.rates) > 1, "it takes a sweep, or several ELRs, between which to bisect")
+    only(["refine"], options["schedule"] == "constant", "a regime belongs to a constant ELR")
+    only(["max_epochs"], args.refine, "this is for --refine")
+    args.max_epochs = args.max_epochs or 4 * args.epochs
+    if args.max_epochs < args.epochs:
+        refuse("max-epochs", f"{args.max_epochs} is less than --epochs {args.epochs}")
+    if not 0 <= args.seed < 2**31 - args.seeds:
+        refuse("seed", f"{args.seed} is not between 0 and 2147483647")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: {args.device!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can")
-    try:
-        data = load(args.data, args.device)
-    except ValueError as error:
-        parser.error(f"argument --data: {error}")
-    if args.batch_size > len(data.x):
-        parser.error(f"argument --batch-size: {args.batch_size} is more than the {len(data.x)} training images")
+        refuse("device", f"{args.device!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can")
+
+    data = None
+    if not toy:
+        try:
+            data = load(args.data, args.data_root, args.image_size, args.device)
+        except ValueError as error:
+            refuse("data", error)
+        if (args.train_size or 0) > len(data.x):
+            refuse("train-size", f"{args.train_size} is more than the {len(data.x)} training images")
+        if args.train_size:
+            subset(data, args.train_size)
+        if args.label_noise:
+            add_label_noise(data, args.label_noise)
+        if args.batch_size > len(data.x):
+            refuse("batch-size", f"{args.batch_size} is more than the {len(data.x)} training images")
     try:
         args.make = model_maker(args)
         torch.manual_seed(args.seed)
-        net = args.make(data.x.shape[1], data.classes).to(args.device)
+        net = (args.make(data.x.shape[1], data.classes) if data else args.make()).to(args.device)
         args.layer_groups = layer_groups(net, data, args.sphere)
     except ValueError as error:
-        parser.error(f"argument --model: {error}")
+        refuse("model", error)
     on_spheres = {name for group in args.layer_groups for name in group}
     if args.head_lr and not any(p.requires_grad and name not in on_spheres for name, p in net.named_parameters()):
-        parser.error(f"argument --head-lr: all that {args.model} trains is on the spheres; leave it out")
-    args.out = args.out or Path("logs") / f"{args.data}-{args.model.rpartition(':')[2]}"
-    options = {k: getattr(args, k) for k in "data model width sphere head_lr epochs batch_size device".split()}
+        refuse("head-lr", f"all that {args.model} trains is on the spheres; leave it out")
+    name = "toy" if toy else f"{Path(args.data).name}-{args.model.rpartition(':')[2]}"
+    args.out = args.out or Path("logs") / (name + "-whole" * whole)
+    args.title = "toy, α = " + ", ".join(f"{a:g}" for a in args.alphas) if toy else f"{args.data}, {args.model}"
+    args.title += f" of width {args.width}" * (args.model in MODELS) + (", whole space" if whole else f", sphere: {args.sphere}")
+    identity = {k: {**vars(args), "schedule": options["schedule"]}[k] for k in IDENTITY if not (toy and k in OF_IMAGES)}
+    identity = {k: v for k, v in identity.items() if toy or k not in ("alphas", "steps")}
+    identity |= {"epochs": args.epochs} if options["schedule"] == "cosine" else {}
     try:
-        args.config = open_folder(args.out, options, args.force)
+        args.config = open_folder(args.out, identity, args.force)
     except ValueError as error:
-        parser.error(f"argument --out: {error}")
+        refuse("out", error)
     return args, data
 
 
 def model_maker(args: argparse.Namespace):
     """The function of (channels, classes) that makes the network. Raises ValueError where --model names none."""
+    if args.model == "toy":
+        return lambda: Toy(args.alphas)
     file, _, name = args.model.rpartition(":")
     if not file:
         if args.model not in MODELS:
-            raise ValueError(f"no network {args.model!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
-        args.width = args.width or 8
-        return lambda channels, classes: MODELS[args.model](channels, classes, args.width)
-    if args.width:
-        raise ValueError(f"--width is for our own networks; {args.model} has its own")
+            raise ValueError(f"no network {args.model!r}: choose {', '.join(MODELS)}, toy or FILE.py:FUNCTION")
+        kind = MODELS[args.model]
+        return lambda channels, classes: kind(channels, classes, args.width, bool(args.affine), bool(args.train_head))
     if not file.endswith(".py") or not Path(file).is_file():
         raise ValueError(f"no file {file}: it must be a Python file, as in path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -241,11 +499,11 @@ def model_maker(args: argparse.Namespace):
     return getattr(module, name)
 
 
-def layer_groups(net: torch.nn.Module, data: Data, sphere: str) -> list[list[str]]:
+def layer_groups(net: nn.Module, data: Data | None, sphere: str) -> list[list[str]]:
     """Which parameters are on which sphere: what our networks say of themselves, what is found in others and then printed."""
     if hasattr(net, "layer_groups"):
         return net.layer_groups
-    x = data.x[:32]
+    x = data.images(torch.arange(min(32, len(data.x)), device=data.x.device))
     try:
         logits = net(x)
         found = scale_invariant_groups(net, x)
@@ -274,7 +532,7 @@ def layer_groups(net: torch.nn.Module, data: Data, sphere: str) -> list[list[str
 
 def sweep_elrs(parser: argparse.ArgumentParser, texts: list[str]) -> list[float]:
     try:
-        low, high, n = positive(float)(texts[0]), positive(float)(texts[1]), positive(int)(texts[2])
+        low, high, n = number(float)(texts[0]), number(float)(texts[1]), number(int)(texts[2])
         if len(texts) != 3 or not low < high or n < 2:
             raise IndexError
     except argparse.ArgumentTypeError as error:
@@ -282,22 +540,6 @@ def sweep_elrs(parser: argparse.ArgumentParser, texts: list[str]) -> list[float]
     except IndexError:
         parser.error(f"argument --sweep: {' '.join(texts)} is not LO HI N with LO < HI and N ≥ 2, as in --sweep 1e-4 1 13")
     return grid(low, high, n)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args, data = parse(argv)
-    try:
-        chance = args.config.setdefault("chance", {})
-        if str(args.seed) not in chance:
-            chance[str(args.seed)] = measure_chance(args, data)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        write_config(args.out, {**args.config, "versions": versions, "threads": torch.get_num_threads()})
-        title = f"{args.data}, {args.model}{f' of width {args.width}' if args.width else ''}, sphere: {args.sphere}"
-        sweep(args.elr, lambda elr: train(args, data, elr, chance[str(args.seed)]), args.out, title)
-    except KeyboardInterrupt:
-        print(f"interrupted; the finished rows are in {args.out}", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

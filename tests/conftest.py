@@ -1,4 +1,4 @@
-"""One thread per test process, and the kernels' run in Triton's interpreter beside all other tests: it takes as long as they do."""
+"""One thread per test process, and the kernels' run in Triton's interpreter beside all other tests: it takes as long as they."""
 
 import os
 

@@ -1,19 +1,31 @@
+"""The data sets, in the real formats of small files that these tests make."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data import DIGITS, batches, load
+import data
+from data import DIGITS, add_label_noise, batches, crop_and_flip, load, subset
 
 
-def test_digits_are_the_files_own_split_standardized_by_the_training_set():
-    data = load("digits")
-    assert data.x.shape == (1437, 1, 8, 8) and data.test_x.shape == (360, 1, 8, 8) and data.classes == 10
-    assert data.x.dtype == torch.float32 and data.y.dtype == torch.int64
+def test_digits_are_the_files_own_split_normalized_by_the_training_set():
+    digits = load("digits")
+    assert digits.x.shape == (1437, 1, 8, 8) and digits.test_x.shape == (360, 1, 8, 8) and digits.classes == 10
+    assert digits.x.dtype == torch.uint8 and digits.y.dtype == torch.int64
     with np.load(DIGITS) as file:
         images, labels = file["images"].astype(np.float64), file["labels"]
     mean, std = images[:1437].mean(), images[:1437].std(ddof=1)
-    assert np.allclose(data.test_x[:, 0].numpy(), (images[1437:] - mean) / std, atol=1e-5)
-    assert np.array_equal(torch.cat([data.y, data.test_y]).numpy(), labels)
+    x = digits.normalized(digits.test_x)
+    assert x.dtype == torch.float32 and np.allclose(x[:, 0].numpy(), (images[1437:] - mean) / std, atol=1e-5)
+    assert torch.equal(digits.images(torch.tensor([3, 5])), digits.normalized(digits.x[[3, 5]]))
+    assert np.array_equal(torch.cat([digits.y, digits.test_y]).numpy(), labels)
 
 
 def test_an_epoch_is_a_seeded_permutation_in_whole_batches():
@@ -28,3 +40,182 @@ def test_an_epoch_is_a_seeded_permutation_in_whole_batches():
 def test_an_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="nowhere"):
         load("nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------------- torchvision's
+
+
+def images(n, size=32):
+    return np.random.default_rng().integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def cifar_archive(path, folder, files, meta):
+    """The python version's tar.gz: pickles of rows of 3072 bytes, red then green then blue."""
+    md5 = {}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, (x, labels, key) in files.items():
+            content = {"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), key: labels}
+            md5[name] = add(archive, f"{folder}/{name}", pickle.dumps(content))
+        md5[meta[0]] = add(archive, f"{folder}/{meta[0]}", pickle.dumps(meta[1]))
+    return md5, hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+    return hashlib.md5(content).hexdigest()
+
+
+def test_cifar10_placed_by_hand_is_read_by_torchvision_once_and_then_from_the_cache(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    x, labels = images(12), list(range(10)) + [3, 4]
+    names = [f"data_batch_{i + 1}" for i in range(5)] + ["test_batch"]
+    files = {name: (x[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2], "labels") for i, name in enumerate(names)}
+    meta = ("batches.meta", {"label_names": list("abcdefghij")})
+    md5, of_archive = cifar_archive(tmp_path / CIFAR10.filename, CIFAR10.base_folder, files, meta)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", of_archive)
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": md5[meta[0]]})
+    found = load("cifar10", tmp_path)
+    assert np.array_equal(found.x.numpy(), x[:10].transpose(0, 3, 1, 2)) and found.y.tolist() == labels[:10]
+    assert np.array_equal(found.test_x.numpy(), x[10:].transpose(0, 3, 1, 2)) and found.test_y.tolist() == [3, 4]
+    normal = found.normalized(found.x).double()
+    assert normal.mean((0, 2, 3)).abs().max() < 1e-5 and (normal.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    monkeypatch.setattr(data, "_download", None)
+    assert torch.equal(load("cifar10", tmp_path).x, found.x)
+    (tmp_path / "cifar10.pt").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cifar10.pt is damaged: remove it"):
+        load("cifar10", tmp_path)
+
+
+def test_cifar100_has_fine_labels(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    x = images(6)
+    files = {"train": (x[:4], [0, 99, 5, 7], "fine_labels"), "test": (x[4:], [1, 2], "fine_labels")}
+    meta = ("meta", {"fine_label_names": [str(i) for i in range(100)]})
+    md5, of_archive = cifar_archive(tmp_path / CIFAR100.filename, CIFAR100.base_folder, files, meta)
+    monkeypatch.setattr(CIFAR100, "tgz_md5", of_archive)
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
+    found = load("cifar100", tmp_path)
+    assert (
+        found.classes == 100 and found.y.tolist() == [0, 99, 5, 7] and np.array_equal(found.test_x.numpy()[0, 2], x[4, :, :, 2])
+    )
+
+
+def test_svhn_calls_the_ten_a_zero(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    x, lists = images(6), dict(SVHN.split_list)
+    for part, at, labels in (("train", slice(0, 4), [10, 9, 1, 2]), ("test", slice(4, 6), [3, 10])):
+        name = lists[part][1]
+        savemat(tmp_path / name, {"X": x[at].transpose(1, 2, 3, 0), "y": np.array(labels)[:, None]})
+        lists[part] = [lists[part][0], name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", lists)
+    found = load("svhn", tmp_path)
+    assert found.y.tolist() == [0, 9, 1, 2] and found.test_y.tolist() == [3, 0]
+    assert np.array_equal(found.x.numpy(), x[:4].transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
+def test_where_a_download_is_impossible_one_line_says_how_to_place_the_files(tmp_path, monkeypatch, name):
+    from torchvision import datasets
+
+    kind, away = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name], "http://127.0.0.1:9/x"
+    if name == "svhn":
+        monkeypatch.setattr(kind, "split_list", {k: [away, *v[1:]] for k, v in kind.split_list.items()})
+    else:
+        monkeypatch.setattr(kind, "url", away)
+    with pytest.raises(ValueError) as error:
+        load(name, tmp_path / "root")
+    text = str(error.value)
+    assert text.count("\n") == 0 and f"{name} cannot be downloaded" in text and f"get {away} as {tmp_path / 'root'}" in text
+
+
+# ------------------------------------------------------------------------------------------------------- a folder of images
+
+
+def make_folder(path, size=9, formats=("png", "jpg")):
+    """train/ with 3 and test/ with 2 images in each of the classes cat and dog."""
+    for part, n in (("train", 3), ("test", 2)):
+        for kind in ("cat", "dog"):
+            (path / part / kind).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(images(1, size)[0]).save(path / part / kind / f"{i}.{formats[i % len(formats)]}")
+    return path
+
+
+def test_a_folder_is_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    folder, root = make_folder(tmp_path / "pets", formats=("png",)), tmp_path / "root"
+    found = load(str(folder), root)
+    assert found.x.shape == (6, 3, 9, 9) and found.y.tolist() == [0, 0, 0, 1, 1, 1] and found.classes == 2
+    file = folder / "train" / "dog" / "1.png"
+    assert np.array_equal(found.x[4].numpy().transpose(1, 2, 0), np.asarray(Image.open(file)))
+    cached = list(root.glob("pets-*.pt"))
+    assert len(cached) == 1 and torch.equal(load(str(folder), root).x, found.x) and list(root.glob("*")) == cached
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    assert torch.equal(load(str(folder), root).x[4], 255 - found.x[4])
+
+
+def test_images_of_several_sizes_and_formats_are_brought_to_one_size(tmp_path):
+    folder = make_folder(tmp_path / "pets")
+    Image.fromarray(images(1, 12)[0]).convert("L").save(folder / "train" / "cat" / "1.jpg")
+    with pytest.raises(ValueError, match=r"1.jpg is \(12, 12\), others \(9, 9\): bring all to one size with --image-size"):
+        load(str(folder), tmp_path)
+    assert load(str(folder), tmp_path, 16).x.shape == (6, 3, 16, 16)
+
+
+def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="it takes train/ and test/"):
+        load(str(tmp_path), tmp_path)
+    folder = make_folder(tmp_path / "pets")
+    (folder / "train" / "dog" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="0.png cannot be read as an image"):
+        load(str(folder), tmp_path)
+    (folder / "test" / "dog").rename(folder / "test" / "fox")
+    with pytest.raises(ValueError, match="they must be the same"):
+        load(str(folder), tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- what changes data
+
+
+def test_a_subset_and_label_noise_are_random_but_always_the_same():
+    some, again, full = load("digits"), load("digits"), load("digits")
+    for x in (some, again):
+        subset(x, 500)
+        add_label_noise(x, 0.3)
+    assert torch.equal(some.x, again.x) and torch.equal(some.y, again.y) and torch.equal(some.mean, full.mean)
+    assert len(some.x) == len(some.y) == 500 and some.noisy.sum() == 150
+    subset(full, 500)
+    assert torch.equal(full.x, some.x) and torch.equal(full.y != some.y, some.noisy)  # every noisy label is another one
+    assert some.y.min() == 0 and some.y.max() == 9 and len(((some.y - full.y) % 10)[some.noisy].unique()) == 9
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_and_half_the_time_flipped():
+    x = torch.randint(1, 256, (400, 2, 16, 12), dtype=torch.uint8)
+    out = crop_and_flip(x)
+    assert out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous()
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    seen = set()
+    for image, big in zip(out.numpy(), padded, strict=True):
+        ways = product(range(5), range(5), (0, 1))
+        crops = {(dy, dx, flip): big[:, dy : dy + 16, dx : dx + 12][:, :, :: 1 - 2 * flip] for dy, dx, flip in ways}
+        match = [how for how, crop in crops.items() if np.array_equal(crop, image)]
+        assert match
+        seen.add(match[0])
+    assert len(seen) > 45 and len({flip for *_, flip in seen}) == 2
+
+
+def test_a_channel_without_variance_stays_finite(tmp_path):
+    folder = make_folder(tmp_path / "pets", formats=("png",))
+    for file in folder.glob("*/*/*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) * np.uint8([1, 0, 1])).save(file)
+    found = load(str(folder), tmp_path)
+    assert (found.normalized(found.x)[:, 1] == 0).all() and found.std[1] == 1

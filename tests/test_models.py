@@ -66,7 +66,7 @@ def test_the_head_has_norm_ten_and_a_bias():
 def test_resnet18_has_twelve_sets_none_of_whose_parts_is_invariant():
     net = resnet18(2, 5, width=2).double()
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.eps = 1e-13  # a channel of small variance shows eps: up to 4e-7 in 60 draws, once above 1e-6; here the sets are asked
+        norm.eps = 1e-13  # a channel of small variance shows eps: up to 4e-7 in 60 draws, once above 1e-6
     x = torch.randn(16, 2, 16, 16, dtype=torch.float64)
     logits = net(x)
     assert logits.shape == (16, 5) and len(net.layer_groups) == 12

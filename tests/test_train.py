@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import train
+from regimes import elr_name
 from rundir import Rows, open_folder
 
+SLOW = "SLOW" in os.environ
 ROOT = Path(__file__).parent.parent
 QUICK = ["--width", "2", "--epochs", "2", "--batch-size", "64"]
 
@@ -62,6 +65,7 @@ def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys):
             "test_loss",
             "test_error",
             "seconds",
+            "distance",
         ]
     )
     assert [row["epoch"] for row in rows] == ["0", "1", "2"] and [row["step"] for row in rows] == ["0", "22", "44"]
@@ -131,8 +135,8 @@ BAD = [
     (["--elr", "nan"], "--elr: 'nan' is not"),
     (["--elr", "inf"], "--elr: 'inf' is not"),
     (["--elr", "abc"], "--elr: 'abc' is not"),
-    ([], "--elr --sweep is required"),
-    (["--elr", "0.1", "--sweep"], "not allowed with"),
+    ([], "one of --elr ELR, --sweep or a --schedule of values must say which rates to run"),
+    (["--elr", "0.1", "--sweep"], "which rates to run, and only one"),
     (["--elr", "0.1", "--epochs", "0"], "--epochs: '0' is not"),
     (["--elr", "0.1", "--epochs", "2.5"], "--epochs: '2.5' is not a whole"),
     (["--sweep", "1", "1e-5", "9"], "--sweep: 1 1e-5 9 is not LO HI N"),
@@ -146,6 +150,35 @@ BAD = [
     (["--elr", "0.1", "--sphere", "ball"], "--sphere: invalid choice: 'ball'"),
     (["--elr", "0.1", "--seed", "-1"], "--seed: -1 is not"),
     (["--elr", "0.1", "--device", "abacus"], "--device: 'abacus' cannot be used"),
+    (["--elr", "0.1", "--lr", "0.1"], "--lr: this is for --space whole"),
+    (["--elr", "0.1", "--wd", "0.1"], "--wd: this is for --space whole"),
+    (["--elr", "0.1", "--space", "whole"], "--elr: in the whole space there is --lr"),
+    (["--lr", "0.1", "--space", "whole", "--sphere", "layer"], "--sphere: in the whole space there is --lr"),
+    (["--lr", "0.1", "--space", "whole", "--head-lr", "1"], "--head-lr: in the whole space"),
+    (["--sweep", "--space", "whole"], "--sweep: in the whole space"),
+    (["--space", "whole"], "one of --lr LR or a --schedule of values"),
+    (["--elr", "0.1", "--momentum", "1"], "--momentum: '1' is not a finite number above 0 and below 1"),
+    (["--elr", "0.1", "--schedule", "linear"], "--schedule: 'linear' is neither constant nor cosine"),
+    (["--schedule", "3:0.1"], "--schedule: '3:0.1' is neither"),
+    (["--schedule", "0:0.1,0:0.2"], "--schedule: '0:0.1,0:0.2' is neither"),
+    (["--schedule", "0:-1"], "--schedule: '0:-1' is neither"),
+    (["--schedule", "0:0.1,5:0.2", "--elr", "0.1"], "which rates to run, and only one"),
+    (["--elr", "0.1", "--label-noise", "1"], "--label-noise: '1' is not"),
+    (["--elr", "0.1", "--train-size", "1438"], "--train-size: 1438 is more than the 1437"),
+    (["--elr", "0.1", "--train-size", "8"], "--batch-size: 16 is more than the 8"),
+    (["--elr", "0.1", "--loss", "hinge"], "--loss: invalid choice"),
+    (["--elr", "0.1", "--image-size", "16"], "--image-size: this is for --data FOLDER"),
+    (["--elr", "0.1", "--data-root", "x"], "--data-root: the digits come with the repository"),
+    (["--elr", "0.1", "--alphas", "1"], "--alphas: this is for --model toy"),
+    (["--elr", "0.1", "--steps", "10"], "--steps: this is for --model toy"),
+    (["--elr", "0.1", "--model", "toy", "--data", "digits"], "--data: the toy has no data set"),
+    (["--elr", "0.1", "--model", "toy", "--affine"], "--affine: the toy has no data set and no layers"),
+    (["--elr", "0.1", "--model", "toy", "--alphas", "-1"], "--alphas: '-1' is not"),
+    (["--elr", "0.1", "--refine", "2"], "--refine: it takes a sweep"),
+    (["--sweep", "--refine", "2", "--schedule", "cosine"], "--refine: a regime belongs to a constant ELR"),
+    (["--elr", "0.1", "--max-epochs", "50"], "--max-epochs: this is for --refine"),
+    (["--sweep", "--refine", "1", "--max-epochs", "5"], "--max-epochs: 5 is less than --epochs 20"),
+    (["--elr", "0.1", "--seeds", "0"], "--seeds: '0' is not"),
 ]
 if not torch.cuda.is_available():
     BAD.append((["--elr", "0.1", "--device", "cuda"], "--device: 'cuda' cannot be used"))
@@ -200,7 +233,7 @@ def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_go
 
     def poisoned(*arguments):
         data = real(*arguments)
-        data.x[7] = math.nan
+        data.std[:] = math.nan
         return data
 
     monkeypatch.setattr(train, "load", poisoned)
@@ -230,7 +263,7 @@ def test_interrupt_leaves_whole_rows_and_exit_status_130(tmp_path):
     assert process.returncode == 130, err
     assert err.count("\n") == 1 and "interrupted" in err and "Traceback" not in err
     text = log.read_text()
-    assert text.endswith("\n") and {line.count(",") for line in text.splitlines()} == {10}
+    assert text.endswith("\n") and {line.count(",") for line in text.splitlines()} == {11}
 
 
 def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are(tmp_path):
@@ -287,7 +320,8 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
         ("{}/mine.py:narrow", [], "the network's output is (32, 3)"),
         ("{}/mine.py:broken", [], "cannot be run on the data"),
         ("{}/bad.py:net", [], "cannot be imported (SyntaxError"),
-        ("{}/mine.py:net", ["--width", "8"], "--width is for our own networks"),
+        ("{}/mine.py:net", ["--width", "8"], "--width: this is for our own networks"),
+        ("{}/mine.py:net", ["--affine"], "--affine: this is for our own networks"),
         ("convnet", ["--head-lr", "0.1"], "--head-lr: all that convnet trains is on the spheres"),
     ],
 )
@@ -301,7 +335,291 @@ def test_a_network_that_cannot_be_trained_is_one_line(tmp_path, capsys, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+# ----------------------------------------------------------------------------------- each option changes what it should, only
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The run without further options."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert run("--elr", 0.01, *QUICK, "--out", folder) == 0
+    return folder
+
+
+def log(folder, name="elr=1e-02"):
+    return [{k: float(v) for k, v in row.items()} for row in read(folder / f"{name}.csv")]
+
+
+def net_of(folder, name="elr=1e-02"):
+    return torch.load(folder / f"{name}.pt", weights_only=True)["net"]
+
+
+def same(a, b, columns):
+    return all(x[c] == y[c] for x, y in zip(a, b, strict=True) for c in columns)
+
+
+LEARNED = ["train_loss", "train_error", "grad_norm", "angle", "radial", "test_loss", "test_error"]
+AT_THE_START = ["train_loss", "train_error", "test_loss", "test_error"]
+
+
 def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
     assert run("--model", "resnet18", "--elr", 0.001, *QUICK, "--sphere", "layer", "--out", tmp_path) == 0
     layers = {row["layer"] for row in read(tmp_path / "elr=1e-03.layers.csv")}
     assert len(layers) == 20 and "stage2_block1.shortcut.1.weight" in layers
+
+
+@pytest.mark.parametrize("model", ["convnet", "resnet18"])
+def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_its_elr(tmp_path, plain, model):
+    command = ["--model", model, "--elr", 0.01, *QUICK]
+    assert run(*command, "--out", tmp_path / "fixed") == 0
+    assert run(*command, "--affine", "--train-head", "--out", tmp_path / "both") == 0
+    before, after = log(tmp_path / "fixed"), log(tmp_path / "both")
+    assert same(before[:1], after[:1], AT_THE_START) and before[1]["train_loss"] != after[1]["train_loss"]
+    fixed, both = net_of(tmp_path / "fixed"), net_of(tmp_path / "both")
+    assert all(key in both for key in fixed)
+    scales = [key for key in both if key not in fixed]
+    assert scales and all(not torch.equal(both[key], torch.full_like(both[key], "weight" in key)) for key in scales)
+    torch.manual_seed(0)
+    start = train.MODELS[model](1, 10, 2).head.weight
+    assert torch.equal(fixed["head.weight"], start) and not torch.equal(both["head.weight"], start)
+    layers = [read(tmp_path / name / "elr=1e-02.layers.csv") for name in ("fixed", "both")]
+    assert [row["layer"] for row in layers[0]] == [row["layer"] for row in layers[1]]
+    assert sum(1 / float(row["elr"]) for row in layers[1] if row["epoch"] == "0") == pytest.approx(1 / 0.01, rel=1e-5)
+
+
+def test_head_lr_is_the_learning_rate_off_the_sphere(tmp_path):
+    torch.manual_seed(0)
+    net = train.MODELS["convnet"](1, 10, 2)
+    matching = 0.01 * sum(net.get_parameter(name).square().sum().item() for (name,) in net.layer_groups)
+    for name, more in (("default", []), ("same", ["--head-lr", matching]), ("other", ["--head-lr", 1e-3])):
+        assert run("--elr", 0.01, *QUICK, "--train-head", *more, "--out", tmp_path / name) == 0
+    default, equal, other = (log(tmp_path / name) for name in ("default", "same", "other"))
+    assert default[2]["train_loss"] == pytest.approx(equal[2]["train_loss"], rel=1e-4)
+    assert same(default[:1], other[:1], LEARNED) and default[2]["train_loss"] != other[2]["train_loss"]
+
+
+def test_momentum_is_the_heavy_ball_of_the_optimizer(tmp_path, plain):
+    assert run("--elr", 0.001, *QUICK, "--momentum", 0.9, "--out", tmp_path) == 0
+    rows = log(tmp_path, "elr=1e-03")
+    assert same(rows[:1], log(plain)[:1], ["train_loss", "train_error", "grad_norm", "test_loss", "test_error"])
+    state = torch.load(tmp_path / "elr=1e-03.pt", weights_only=True)["optimizer"]
+    assert state["param_groups"][0]["momentum"] == 0.9 and len(state["state"]) == 4
+    # Along a slowly turning gradient the steps of the heavy ball are 1/(1 − β) as long.
+    assert 2 < math.tan(rows[2]["angle"]) / (0.001 * rows[2]["grad_norm"]) < 10
+
+
+def test_schedules_set_the_elr_of_each_epoch(tmp_path, plain):
+    assert run("--elr", 0.01, *QUICK, "--schedule", "cosine", "--out", tmp_path / "cosine") == 0
+    rows = log(tmp_path / "cosine")
+    assert [row["elr"] for row in rows] == pytest.approx([0.01, 0.01, 0.005])
+    assert same(rows[:2], log(plain)[:2], LEARNED) and rows[2]["train_loss"] != log(plain)[2]["train_loss"]
+    assert run(*QUICK, "--schedule", "0:1e-2,1:1e-4", "--out", tmp_path / "steps") == 0
+    rows = log(tmp_path / "steps")
+    assert [row["elr"] for row in rows] == pytest.approx([0.01, 0.01, 0.0001]) and same(rows[:2], log(plain)[:2], LEARNED)
+    layers = read(tmp_path / "steps" / "elr=1e-02.layers.csv")
+    assert sum(1 / float(row["elr"]) for row in layers if row["epoch"] == "2") == pytest.approx(1e4, rel=1e-2)
+
+
+def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
+    assert run("--elr", 0.01, *QUICK, "--full-batch", "--batch-size", 500, "--out", tmp_path) == 0
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0]["train_loss"] == rows[1]["train_loss"] != rows[2]["train_loss"]  # row 1: the loss before its one step
+    torch.manual_seed(0)
+    net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
+    net.double()
+    x, weights = digits.images(torch.arange(1437)).double(), [net.get_parameter(name) for (name,) in net.layer_groups]
+    for _ in range(2):
+        losses = [
+            torch.nn.functional.cross_entropy(net(x[i]), digits.y[i], reduction="sum") for i in torch.arange(1437).split(479)
+        ]
+        grads = torch.autograd.grad(sum(losses) / 1437, weights)
+        theta, g = (torch.cat([t.detach().flatten() for t in ts]) for ts in (weights, grads))
+        new = theta - 0.01 * theta.square().sum() * (g - theta * (theta @ g) / (theta @ theta))
+        new *= theta.norm() / new.norm()
+        for w, part in zip(weights, new.split([w.numel() for w in weights]), strict=True):
+            w.data = part.view_as(w)
+    ours = net_of(tmp_path)
+    assert all(torch.allclose(ours[name].double(), net.get_parameter(name), atol=1e-5) for (name,) in net.layer_groups)
+
+
+def test_label_noise_is_learned_and_reported_on_both_parts(tmp_path, plain):
+    assert run("--elr", 0.001, *QUICK, "--label-noise", 0.25, "--out", tmp_path) == 0
+    rows = log(tmp_path, "elr=1e-03")
+    for row in rows:
+        assert row["train_error"] == pytest.approx(0.75 * row["clean_error"] + 0.25 * row["noisy_error"], abs=0.01)
+    assert rows[2]["noisy_error"] > rows[2]["clean_error"] + 0.3
+    assert same(rows[:1], log(plain)[:1], ["test_loss", "test_error"])
+    assert rows[0]["train_loss"] != log(plain)[0]["train_loss"]
+
+
+def test_augment_changes_the_training_images_alone(tmp_path, plain):
+    assert run("--elr", 0.01, *QUICK, "--augment", "--out", tmp_path) == 0
+    rows, before = log(tmp_path), log(plain)
+    assert rows[0]["train_loss"] != before[0]["train_loss"] and [r["step"] for r in rows] == [r["step"] for r in before]
+    chance = [json.loads((folder / "config.json").read_text())["chance"] for folder in (tmp_path, plain)]
+    assert chance[0] == chance[1]
+
+
+def test_loss_mse_changes_the_loss_and_leaves_the_errors_of_the_start(tmp_path, plain):
+    assert run("--elr", 0.01, *QUICK, "--loss", "mse", "--out", tmp_path) == 0
+    rows, before = log(tmp_path), log(plain)
+    assert same(rows[:1], before[:1], ["train_error", "test_error"]) and rows[0]["test_loss"] != before[0]["test_loss"]
+    net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
+    net.load_state_dict(net_of(tmp_path))
+    logits = net.eval()(digits.normalized(digits.test_x)).detach()
+    assert rows[2]["test_loss"] == pytest.approx((logits - torch.eye(10)[digits.test_y]).square().mean().item(), rel=1e-5)
+
+
+def test_train_size_leaves_the_test_set(tmp_path):
+    assert run("--elr", 0.01, *QUICK, "--train-size", 200, "--eval-train", "--out", tmp_path) == 0
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert {round(row["test_error"] * 360, 6) % 1 for row in rows} == {0}
+    assert {round(row["full_train_error"] * 200, 6) % 1 for row in rows} == {0}
+
+
+def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
+    assert run("--elr", 0.01, *QUICK, "--eval-train", "--out", tmp_path) == 0
+    rows = log(tmp_path)
+    assert same(rows, log(plain), [*LEARNED, "epoch", "step", "elr", "distance"])
+    assert read(tmp_path / "elr=1e-02.layers.csv") == read(plain / "elr=1e-02.layers.csv")
+    ours, other = net_of(tmp_path), net_of(plain)
+    assert all(torch.equal(ours[key], other[key]) for key in ours)
+    # Against float64, autograd and the definition of γ, at the end of the run.
+    net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
+    net.load_state_dict(ours)
+    net.double().train()
+    weights = [net.get_parameter(name) for (name,) in net.layer_groups]
+    theta = torch.cat([w.detach().flatten() for w in weights])
+
+    def gamma(grads):
+        g = torch.cat([g.flatten() for g in grads])
+        return (theta.norm() * (g - theta * (theta @ g) / (theta @ theta)).norm()).item()
+
+    total, gammas = 0, []
+    for index in torch.arange(1437).tensor_split(23):
+        loss = torch.nn.functional.cross_entropy(net(digits.images(index).double()), digits.y[index])
+        gammas.append(gamma(torch.autograd.grad(loss, weights, retain_graph=True)))
+        total = total + loss * len(index) / 1437
+    assert rows[2]["full_train_loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert rows[2]["full_grad_norm"] == pytest.approx(gamma(torch.autograd.grad(total, weights)), rel=1e-4)
+    gammas = torch.tensor(gammas)
+    assert rows[2]["batch_grad_norm"] == pytest.approx(gammas.mean().item(), rel=1e-4)
+    assert rows[2]["batch_grad_norm_std"] == pytest.approx(gammas.std(correction=0).item(), rel=1e-3)
+
+
+def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain, capsys):
+    more = ["--space", "whole", "--lr", 0.05, "--wd", 0.01, "--momentum", 0.9]
+    assert run(*QUICK, *more, "--out", tmp_path) == 0
+    assert "undecided: the ELR moved from" in capsys.readouterr().out
+    rows = log(tmp_path, "lr=5e-02")
+    assert same(rows[:1], log(plain)[:1], AT_THE_START)
+    torch.manual_seed(0)
+    net, digits, order = train.MODELS["convnet"](1, 10, 2), train.load("digits"), torch.Generator().manual_seed(0)
+    weights = [net.get_parameter(name) for (name,) in net.layer_groups]
+    sgd = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
+    for row in rows:
+        implied = []
+        for index in train.batches(1437, 64, order):
+            implied.append(0.05 / 0.1 / sum(w.double().square().sum().item() for w in weights))
+            sgd.zero_grad()
+            torch.nn.functional.cross_entropy(net(digits.images(index)), digits.y[index]).backward()
+            if row["epoch"]:
+                sgd.step()
+        assert row["elr"] == pytest.approx(sum(implied) / len(implied), rel=1e-5)
+    ours = net_of(tmp_path, "lr=5e-02")
+    assert all(torch.allclose(ours[name], net.get_parameter(name), atol=1e-5) for (name,) in net.layer_groups)
+    for row in read(tmp_path / "lr=5e-02.layers.csv")[:4]:  # before training, where the mean over the epoch is of equal values
+        assert float(row["elr"]) * float(row["norm"]) ** 2 == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
+
+
+def test_a_folder_of_images_is_trained_on(tmp_path, monkeypatch, capsys):
+    from test_data import make_folder
+
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "pets")
+    command = ["--data", "pets", "--data-root", "cache", "--elr", 0.01, "--width", 2, "--epochs", 2, "--batch-size", 3]
+    assert run(*command, "--image-size", 16) == 0
+    assert len(log(Path("logs/pets-convnet"))) == 3 and len(list(Path("cache").iterdir())) == 1
+    with pytest.raises(SystemExit):
+        run(*command, "--data", "dogs")
+    assert "argument --data: no data set 'dogs'" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- resume, the toy
+
+
+def equal_runs(a, b, name="elr=1e-02"):
+    """But for the seconds: rows, layers, and every tensor of the checkpoint."""
+    assert without_seconds(a / f"{name}.csv") == without_seconds(b / f"{name}.csv")
+    assert (a / f"{name}.layers.csv").read_bytes() == (b / f"{name}.layers.csv").read_bytes()
+    one, two = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (a, b))
+    one["seconds"] = two["seconds"] = 0
+    leaves = [torch.utils._pytree.tree_flatten(x) for x in (one, two)]
+    assert leaves[0][1] == leaves[1][1]
+    pairs = zip(leaves[0][0], leaves[1][0], strict=True)
+    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@pytest.mark.parametrize("more", [[], ["--momentum", 0.9, "--augment", "--affine"], ["--space", "whole", "--momentum", 0.9]])
+def test_a_run_that_goes_on_is_the_run_it_would_have_been(tmp_path, more):
+    which = ["--lr", 0.01] if "--space" in more else ["--elr", 0.01]
+    command = [*which, "--width", 2, "--batch-size", 64, *more]
+    assert run(*command, "--epochs", 4, "--out", tmp_path / "whole") == 0
+    for epochs in (2, 4):
+        assert run(*command, "--epochs", epochs, "--out", tmp_path / "parts") == 0
+    equal_runs(tmp_path / "whole", tmp_path / "parts", "lr=1e-02" if "--space" in more else "elr=1e-02")
+
+
+def test_rows_beyond_the_checkpoint_and_a_cut_off_row_are_dropped(tmp_path):
+    command = ["--elr", 0.01, "--width", 2, "--batch-size", 64]
+    assert run(*command, "--epochs", 3, "--out", tmp_path / "whole") == 0
+    assert run(*command, "--epochs", 2, "--out", tmp_path / "parts") == 0
+    for name, row in (
+        ("elr=1e-02.csv", "3,66,0.01,1.5,0.5,1,1,1,1,1,1,1\n4,88,0.0"),
+        ("elr=1e-02.layers.csv", "3,conv1.weight,1,2,3"),
+    ):
+        with open(tmp_path / "parts" / name, "a") as file:
+            file.write(row)
+    assert run(*command, "--epochs", 3, "--out", tmp_path / "parts") == 0
+    equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
+    (tmp_path / "elr=1e-02.pt").write_bytes(b"junk")
+    before = (tmp_path / "elr=1e-02.csv").read_bytes()
+    capsys.readouterr()
+    assert run("--elr", 0.01, *QUICK, "--epochs", 3, "--out", tmp_path) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "elr=1e-02.pt is damaged: remove it" in err
+    assert (tmp_path / "elr=1e-02.csv").read_bytes() == before
+
+
+TOYS = [[1], [1, 2], [1, 2, 4], [5, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("alphas", "seeds"), [(a, 10 if SLOW else 1) for a in TOYS])
+def test_the_toys_regimes_are_those_that_theory_says(tmp_path, capsys, alphas, seeds):
+    threshold = 1 / sum(alphas)
+    elrs = [factor * threshold for factor in (0.95, 1.2, 3, 1000)]
+    assert run("--model", "toy", "--alphas", *alphas, "--elr", *elrs, "--seeds", seeds, "--out", tmp_path) == 0
+    regimes = [row["regime"] for row in read(tmp_path / "regimes.csv")]
+    expected = ["convergence", "equilibrium", "equilibrium", "divergence"]
+    assert regimes == [regime for regime in expected for _ in range(seeds)]
+    norms = [float(row["norm"]) ** 2 for row in read(tmp_path / f"elr={elr_name(elrs[0])}.layers.csv")]
+    of_epochs = [sum(norms[i : i + len(alphas)]) for i in range(0, len(norms), len(alphas))]
+    assert of_epochs == pytest.approx([of_epochs[0]] * 21, rel=0.1)  # squares of means; the joint sphere has one radius
+
+
+@pytest.mark.parametrize("alphas", TOYS if SLOW else TOYS[2:3])
+def test_refine_brackets_the_toys_threshold(tmp_path, capsys, alphas):
+    command = ["--model", "toy", "--alphas", *alphas, "--sweep", "0.02", "2", "5", "--refine", 6, "--out", tmp_path]
+    assert run(*command) == 0
+    line = [x for x in capsys.readouterr().out.splitlines() if x.startswith("convergence | chaotic equilibrium: ")]
+    low, high = (float(x) for x in line[0].split(": ")[1].split(" (")[0].split(" to "))
+    assert low <= 1 / sum(alphas) <= high < 1.03 * low
+    runs = len(list(tmp_path.glob("elr=*.pt")))
+    assert run(*command) == 0  # again: the same places, and nothing is left to do
+    assert len(list(tmp_path.glob("elr=*.pt"))) == runs == capsys.readouterr().out.count("(already done)")
