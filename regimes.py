@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
+TABLES = ("regimes.csv", "summary.csv")
 TITLE = {"equilibrium": "chaotic equilibrium"}
 
 MIN_TAIL = 4  # rows that the tail needs before it says anything
@@ -185,6 +186,63 @@ def _walked(log: dict[str, np.ndarray], tail: np.ndarray) -> float:
     return float(np.nanmean(log["angle"][tail]) * math.sqrt(log["step"][-1]))
 
 
+def autocorrelation_time(x: np.ndarray) -> float:
+    """Integrated autocorrelation time of a stationary series, in rows: 1 + 2 Σ_k r_k, summed up to the first k that is at least
+    five times the sum so far (Sokal's window), which keeps the noise of the far lags out. 1 is white noise."""
+    x = x - x.mean()
+    r = np.correlate(x, x, "full")[len(x) - 1 :] / max(x @ x, 1e-300)
+    sums = 2 * np.cumsum(r) - 1
+    window = np.nonzero(np.arange(len(sums)) >= 5 * sums)[0]
+    return float(max(sums[window[0] if len(window) else -1], 1.0))
+
+
+def random_walk(log: dict[str, np.ndarray]) -> np.ndarray:
+    """Per row, the angle to the start (radians) at which a walk of the run's own angular steps in random directions would be.
+
+    An isotropic step by φ turns the expected cosine to the start by cos φ, on a sphere of any dimension: E cos = Π cos φ, which
+    ends at the right angle. Of a row's steps the mean φ is known."""
+    steps = np.diff(log["step"], prepend=0)
+    return np.arccos(np.exp(np.cumsum(steps * np.log(np.maximum(np.cos(log["angle"]), 1e-300)))))
+
+
+def explain(run: "Run", chance: dict | None) -> str:
+    """The numbers behind a verdict, a line each."""
+    verdict, log = run.verdict, run.log
+    lines = [f"{run.name}: {TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}"]
+    tail = (log["epoch"] > max(log["epoch"][-1] / 2, 0)) & np.isfinite(log["train_loss"]) & (log["train_loss"] > 0)
+    if math.isfinite(verdict.slope) and tail.sum() >= MIN_TAIL:
+        epoch, loss = log["epoch"][tail], log["train_loss"][tail]
+        lines.append(f"skill {verdict.skill:+.4f} ± {verdict.skill_error:.4f} (standard error)")
+        lines.append(f"slope {verdict.slope:+.3f}, 99 % interval {verdict.slope_low:+.3f} to {verdict.slope_high:+.3f}")
+        against = (
+            f"chance {chance['train_loss']['mean']:.4g} ± {chance['train_loss']['std']:.2g} from point to point" if chance else ""
+        )
+        lines.append(f"loss {loss.mean():.4g} over the last half" + (f"; {against}" if against else ""))
+        if verdict.regime == "equilibrium":
+            tau, per_row = autocorrelation_time(loss), (epoch[-1] - epoch[0]) / (len(epoch) - 1)
+            error = loss.std(ddof=1) * math.sqrt(tau / len(loss))
+            lines.append(
+                f"level {loss.mean():.4g} ± {error:.2g}; autocorrelation time {tau * per_row:.1f} epochs, from {len(loss)} rows"
+            )
+        gamma = log.get("grad_norm", np.zeros(len(tail)))[tail]
+        if (gamma > 0).all():
+            slope, low, high = theil_sen(np.log(epoch), np.log(gamma))
+            word = "falling" if high < 0 else "rising" if low > 0 else "no trend that is sure: stationary as far as one can tell"
+            lines.append(f"γ {np.median(gamma):.4g}, its slope {slope:+.3f}, 99 % interval {low:+.3f} to {high:+.3f}: {word}")
+        if all(name in log and np.isfinite(log[name]).all() for name in ("angle", "distance", "step")):
+            walk, words = random_walk(log), []
+            rows = sorted({int(i) for i in np.geomspace(1, len(walk) - 1, 4)}) if len(walk) > 1 else []
+            for i in rows:
+                words.append(f"{log['distance'][i] ** 2:.3g} ({walk[i] ** 2:.3g}) after {log['step'][i]:g} steps")
+            lines.append(
+                "squared angle to the start, and that of a random walk of such steps, at most (π/2)² = 2.47: " + ", ".join(words)
+            )
+    if verdict.regime == "undecided" and verdict.more_epochs:
+        lines.append(f"undecided until about epoch {verdict.more_epochs}: --epochs {verdict.more_epochs} goes on from here")
+    lines += verdict.notes
+    return "\n    ".join(lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------- logs
 
 
@@ -201,6 +259,8 @@ class Run:
 
     @property
     def name(self) -> str:
+        if self.verdict.moves:
+            return self.path.stem.replace("=", " ").replace(".seed", " seed")
         return self.path.stem if math.isnan(self.elr) else f"elr {elr_name(self.elr)}" + f" seed {self.seed}" * (self.seed != 0)
 
     def final(self, column: str) -> float:
@@ -318,7 +378,7 @@ class Boundary:
             return name + f"below {self.high:.3g}"
         if math.isnan(self.high):
             return name + f"above {self.low:.3g}"
-        text = name + f"{self.low:.3g} to {self.high:.3g} (×{self.high / self.low:.3g})"
+        text = name + f"{self.low:.4g} to {self.high:.4g} (×{self.high / self.low:.3g})"
         return text if self.shares == (1, 1) else text + f", {self.shares[0]:.0%} of the seeds below, {self.shares[1]:.0%} above"
 
 
@@ -353,27 +413,73 @@ def rows(runs: list[Run]) -> list[list]:
     return table
 
 
+def summary(runs: list[Run]) -> list[dict]:
+    """A dict per ELR: its regime by the majority of the seeds, their share and number; and of skill, losses, errors and γ (means
+    of the last tenth of the epochs) the median over the seeds, the least (`_low`) and the greatest (`_high`)."""
+    found = []
+    for elr, group in by_elr(runs).items():
+        regime, share = majority(group)
+        row = {"elr": elr, "regime": regime, "share": share, "seeds": len(group)}
+        for name in ("skill", "train_loss", "train_error", "test_error", "grad_norm"):
+            values = [run.verdict.skill if name == "skill" else run.final(name) for run in group]
+            row |= {name: float(np.median(values)), f"{name}_low": min(values), f"{name}_high": max(values)}
+        found.append(row)
+    return found
+
+
 def table(runs: list[Run]) -> str:
-    """The sweep as text: a line per run, then the boundaries."""
-    seeds = len({run.seed for run in runs}) > 1
-    lines = ["       ELR  regime               skill   slope  train loss  error  test error         γ  epochs" + "  seed" * seeds]
-    for elr, regime, skill, slope, loss, error, test_error, gamma, epochs, seed in rows(runs):
-        cells = (f"{elr_name(elr):>10}", f"{TITLE.get(regime, regime):<19}", f"{skill:6.3f}", f"{slope:+6.2f}", f"{loss:10.4g}")
-        cells += (f"{error:5.3f}", f"{test_error:10.3f}", f"{gamma:8.3g}", f"{epochs:6d}") + (f"{seed:4d}",) * seeds
-        lines.append("  ".join(cells).replace("nan", "  –"))
+    """The sweep as text: a line per ELR, where there are several seeds with their median and spread; then the boundaries, and
+    the way of each run whose ELR moved."""
+    lines = []
+    if len({run.seed for run in runs}) > 1:
+        lines = ["       ELR  regime               seeds  skill  train loss, least to greatest      test error               γ"]
+        for row in summary(runs):
+            seeds = f"{round(row['share'] * row['seeds'])}/{row['seeds']}"
+            loss, error = ([row[name + end] for end in ("", "_low", "_high")] for name in ("train_loss", "test_error"))
+            cells = (f"{elr_name(row['elr']):>10}", f"{TITLE.get(row['regime'], row['regime']):<19}", f"{seeds:>5}")
+            cells += (f"{row['skill']:5.3f}", f"{loss[0]:10.4g}  {f'{loss[1]:.4g} to {loss[2]:.4g}':<20}")
+            cells += (f"{error[0]:5.3f}  {f'{error[1]:.3f} to {error[2]:.3f}':<14}", f"{row['grad_norm']:8.3g}")
+            lines.append("  ".join(cells).replace("nan", "  –"))
+    elif by_elr(runs):
+        lines = ["       ELR  regime               skill   slope  train loss  error  test error         γ  epochs"]
+        for elr, regime, skill, slope, loss, error, test_error, gamma, epochs, _ in rows(runs):
+            cells = (
+                f"{elr_name(elr):>10}",
+                f"{TITLE.get(regime, regime):<19}",
+                f"{skill:6.3f}",
+                f"{slope:+6.2f}",
+                f"{loss:10.4g}",
+            )
+            cells += (f"{error:5.3f}", f"{test_error:10.3f}", f"{gamma:8.3g}", f"{epochs:6d}")
+            lines.append("  ".join(cells).replace("nan", "  –"))
     try:
-        lines += [str(boundary) for boundary in boundaries(runs)]
+        lines += [str(boundary) for boundary in boundaries(runs)] if by_elr(runs) else []
     except ValueError as error:
         lines.append(f"no boundaries: {error}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{run.name}: {way(run, runs)}" for run in runs if run.verdict.moves])
 
 
-def write_csv(runs: list[Run], path: Path) -> None:
-    """regimes.csv: `rows`, with numbers to 6 digits."""
-    lines = [COLUMNS, *([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows(runs))]
+def way(run: Run, runs: list[Run]) -> str:
+    """Through which regimes the ELR of a run went that was not held fixed: by epoch the regime of the sweep's ELR nearest in the
+    logarithm, as far as the sweep reaches."""
+    elrs = run.log["elr"]
+    text = f"ELR {elrs[0]:.3g} to {elrs[-1]:.3g}"
+    bands = {elr: majority(group)[0] for elr, group in by_elr(runs).items()}
+    if not bands:
+        return f"{text}; a sweep given beside it says through which regimes that leads"
+    inside = (elrs >= min(bands)) & (elrs <= max(bands))
+    nearest = np.abs(np.log(np.array(list(bands)) / elrs[:, None])).argmin(1)
+    names = [list(bands.values())[i] if ok else "outside the sweep" for i, ok in zip(nearest, inside, strict=True)]
+    changes = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
+    return f"{text}: " + ", ".join(f"{TITLE.get(names[i], names[i])} from epoch {run.log['epoch'][i]:g}" for i in changes)
+
+
+def write_csv(path: Path, lines: list[list]) -> None:
+    """The lines, the first of them the names of the columns, whole or not at all; numbers to 6 digits."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line] for line in lines)
     os.replace(temporary, path)
 
 
@@ -381,7 +487,8 @@ COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#C
 
 
 def figure(runs: list[Run], path: Path, title: str = "") -> None:
-    """Five panels, written to `path` (PNG): loss, error and γ per epoch, the phase diagram, and the regimes along the ELR."""
+    """Five panels, written to `path` (PNG): loss, error and γ per epoch, the phase diagram, and the regimes along the ELR. Of the
+    toy, whose theory is known, the second panel shows the individual ELRs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -389,17 +496,19 @@ def figure(runs: list[Run], path: Path, title: str = "") -> None:
     from matplotlib.colors import LogNorm
 
     groups = by_elr(runs)
-    elrs = np.array(list(groups))
-    span = (elrs[0], elrs[-1]) if len(elrs) > 1 else (elrs[0] / 2, elrs[0] * 2)
+    moving = [run for run in runs if run.verdict.moves]
+    elrs = np.array([*groups, *(x for run in moving for x in run.log["elr"])])
+    span = (elrs.min(), elrs.max()) if np.ptp(elrs) > 0 else (elrs[0] / 2, elrs[0] * 2)
     colour = plt.cm.ScalarMappable(LogNorm(*span), plt.get_cmap("viridis"))
     fig, axes = plt.subplot_mosaic([["a", "b", "c"], ["d", "e", "e"]], figsize=(12.5, 7), layout="constrained")
+    lines = [(colour.to_rgba(elr), "-", group) for elr, group in groups.items()] + [("black", "--", [run]) for run in moving]
 
     def curves(ax, column, label, scale, **options):
-        for elr, group in groups.items():
+        for tone, style, group in lines:
             epoch, middle, low, high = _over_seeds(group, column)
-            ax.plot(epoch, middle, color=colour.to_rgba(elr), lw=1.3)
+            ax.plot(epoch, middle, style, color=tone, lw=1.3, label=group[0].name if style == "--" else None)
             if len(group) > 1:
-                ax.fill_between(epoch, low, high, color=colour.to_rgba(elr), alpha=0.2, lw=0)
+                ax.fill_between(epoch, low, high, color=tone, alpha=0.2, lw=0)
         ax.set(xlabel="epoch", title=label)
         if logged(column):
             ax.set_yscale(scale, **options)
@@ -408,36 +517,76 @@ def figure(runs: list[Run], path: Path, title: str = "") -> None:
         """Whether a run has such a column with values that a logarithmic axis can show."""
         return any((run.log.get(column, np.zeros(1)) > 0).any() for run in runs)
 
-    curves(axes["a"], "train_loss", "(a) train loss (nats)", "log")
-    curves(axes["b"], "test_error", "(b) test error", "symlog", linthresh=0.01)
-    axes["b"].set_ylim(0, 1.05)
-    axes["b"].set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    alphas = _alphas(runs)
+    curves(axes["a"], "train_loss", "(a) train loss (nats)" if not alphas else "(a) F", "log")
+    if moving:
+        axes["a"].legend(fontsize=9)
+    if alphas:
+        axes["a"].set_ylim(1e-6 * sum(alphas), 2 * sum(alphas))  # what converges falls without end
+        axes["a"].axhline(sum(alphas) / 2, color="black", ls=":", lw=1)
+        axes["a"].text(0.98, sum(alphas) / 2, "chance, Σα/2", transform=axes["a"].get_yaxis_transform(), ha="right", va="bottom")
+        _individual_elrs(axes["b"], runs, alphas)
+    else:
+        curves(axes["b"], "test_error", "(b) test error", "symlog", linthresh=0.01)
+        axes["b"].set_ylim(0, 1.05)
+        axes["b"].set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
     curves(axes["c"], "grad_norm", r"(c) effective gradient norm $\gamma$, epoch mean", "log")
+    if alphas:
+        axes["c"].set_ylim(1e-3, 2 * max(run.log["grad_norm"].max() for run in runs))
 
     ax = axes["d"]
-    for elr, group in groups.items():
+    for tone, style, group in lines:
         gamma, loss = _over_seeds(group, "grad_norm")[1], _over_seeds(group, "train_loss")[1]
-        ax.plot(gamma, loss, ".-", color=colour.to_rgba(elr), lw=0.8, ms=3)
-        ax.plot(gamma[-1:], loss[-1:], "o", color=colour.to_rgba(elr), ms=5, mec="black", mew=0.5, zorder=3)
+        ax.plot(gamma, loss, "." + style, color=tone, lw=0.8, ms=3)
+        ax.plot(gamma[-1:], loss[-1:], "o", color=tone, ms=5, mec="black", mew=0.5, zorder=3)
     starts = [
         (run.log["grad_norm"][0], run.log["train_loss"][0]) for run in runs if run.log["epoch"][0] == 0 and "grad_norm" in run.log
     ]
     if starts:
         ax.plot(*zip(*starts, strict=True), "*", color="black", ms=11, ls="none", label="start", zorder=4)
         ax.legend(loc="upper left", frameon=False)
-    ax.set(xlabel=r"effective gradient norm $\gamma$", ylabel="train loss (nats)")
+    ax.set(xlabel=r"effective gradient norm $\gamma$", ylabel="train loss (nats)" if not alphas else "F")
     if logged("grad_norm") and logged("train_loss"):
         ax.set(xscale="log", yscale="log")
+    if alphas:
+        ax.set(xlim=axes["c"].get_ylim(), ylim=axes["a"].get_ylim())
     ax.set_title("(d) phase diagram, end of each run circled")
     fig.colorbar(colour, ax=[axes["a"], axes["b"], axes["c"]], label="ELR", pad=0.01)
 
-    _along_the_elr(axes["e"], runs, groups)
+    _along_the_elr(axes["e"], runs, groups, moving, alphas)
     if title:
         fig.suptitle(title)
     temporary = path.with_name(path.name + ".tmp")
     fig.savefig(temporary, dpi=110, format="png")
     plt.close(fig)
     os.replace(temporary, path)
+
+
+def _alphas(runs: list[Run]) -> list[float]:
+    """The toy's α, if these are runs of the toy; from the config.json beside them."""
+    try:
+        alphas = json.loads((runs[0].path.parent / "config.json").read_text(encoding="utf-8"))["options"]["alphas"]
+        return [float(a) for a in alphas]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _individual_elrs(ax, runs: list[Run], alphas: list[float]) -> None:
+    """The toy: α_i η̃_i of every group, on both sides of the threshold. Group i contracts while it is below 1."""
+    groups = by_elr(runs)
+    sides = {"below": [e for e in groups if e * sum(alphas) < 1][-1:], "above": [e for e in groups if e * sum(alphas) > 1][:1]}
+    for (side, elrs), style in zip(sides.items(), ("-", ":"), strict=True):
+        for elr in elrs:
+            path = groups[elr][0].path.with_suffix(".layers.csv")
+            with open(path, encoding="utf-8") as file:
+                found = [(float(row["epoch"]), float(row["elr"])) for row in csv.DictReader(file)]
+            paths = np.array(found).reshape(-1, len(alphas), 2)
+            for i, alpha in enumerate(alphas):
+                label = f"α = {alpha:g}, ELR {elr:.4g} ({side})"
+                ax.plot(paths[:, i, 0], alpha * paths[:, i, 1], style, color=f"C{i}", lw=1.5, label=label)
+    ax.axhline(1, color="black", lw=1)
+    ax.set(xlabel="epoch", ylim=(0, None), title="(b) individual ELR of each group, times its α")
+    ax.legend(fontsize=8, loc="upper right")
 
 
 def _over_seeds(group: list[Run], column: str) -> tuple[np.ndarray, ...]:
@@ -448,20 +597,43 @@ def _over_seeds(group: list[Run], column: str) -> tuple[np.ndarray, ...]:
     return np.array(epochs), np.median(values, 0), np.min(values, 0), np.max(values, 0)
 
 
-def _along_the_elr(ax, runs: list[Run], groups: dict[float, list[Run]]) -> None:
-    """Panel (e): final loss (left axis) and errors (right axis) against ELR, over the bands of the regimes."""
+def _along_the_elr(ax, runs: list[Run], groups: dict[float, list[Run]], moving: list[Run], alphas: list[float]) -> None:
+    """Panel (e): final loss (left axis) and errors (right axis) against ELR, over the bands of the regimes; of the runs whose ELR
+    moved the path, of the toy the threshold."""
     elrs = np.array(list(groups))
     right = ax.twinx()
-    series = [(ax, "train_loss", "o-", "black", "train loss"), (right, "train_error", "s--", "#009E73", "train error")]
-    series.append((right, "test_error", "^:", "#D55E00", "test error"))
+    series = [(ax, "train_loss", "o-", "black", "train loss" if not alphas else "F")]
+    series += [(right, "train_error", "s--", "#009E73", "train error"), (right, "test_error", "^:", "#D55E00", "test error")]
     handles = []
-    for axis, column, style, colour, label in series:
+    for axis, column, style, colour, label in series if groups else ():
         finals = [[run.final(column) for run in group] for group in groups.values()]
         middle = np.array([np.median(values) for values in finals])
         spread = [middle - [min(values) for values in finals], [max(values) for values in finals] - middle]
         if np.isfinite(middle).any():
-            look = {"fmt": style, "color": colour, "ms": 4, "lw": 1.3, "capsize": 2 * (len(runs) > len(groups))}
+            seeds = any(len(group) > 1 for group in groups.values())
+            look = {"fmt": style, "color": colour, "ms": 4, "lw": 1.3, "capsize": 2 * seeds}
             handles.append(axis.errorbar(elrs, middle, yerr=spread, label=label, **look))
+    for i, run in enumerate(moving):
+        handles += ax.plot(run.log["elr"], run.log["train_loss"], ".--", color=f"C{i}", lw=1.3, label=run.name)
+        ax.plot(run.log["elr"][0], run.log["train_loss"][0], "*", color=f"C{i}", ms=11)
+        ax.plot(run.log["elr"][-1], run.log["train_loss"][-1], "o", color=f"C{i}", ms=6, mec="black")
+    if any(run.final("train_loss") > 0 for run in runs):
+        ax.set_yscale("log")
+    ax.set(xscale="log", xlabel="ELR", ylabel="final train loss (nats)" if not alphas else "F, mean of the last tenth")
+    ax.legend(handles=handles, loc="upper left", fontsize=9)
+    ax.set_title("(e) regimes along the ELR, boundaries hatched", pad=28)
+    if any("train_error" in run.log or "test_error" in run.log for run in runs):
+        right.set(ylabel="final error", ylim=(-0.03, 1.03))
+    else:
+        right.set_axis_off()
+    if not groups:
+        return
+    if alphas:
+        ax.axvline(1 / sum(alphas), color="#D55E00", lw=1.5)
+        ax.axhline(sum(alphas) / 2, color="black", ls=":", lw=1)
+        ax.set_ylim(1e-6 * sum(alphas), 2 * sum(alphas))
+        look = {"transform": ax.get_xaxis_transform(), "color": "#D55E00", "va": "top", "ha": "right"}
+        ax.text(0.95 / sum(alphas), 0.75, f"theory: 1/Σα = {1 / sum(alphas):.4g}", **look)
     edges = np.sqrt(elrs[1:] * elrs[:-1])
     margin = edges[0] / elrs[0] if len(edges) else 2.0
     edges = np.concatenate([[elrs[0] / margin], edges, [elrs[-1] * margin]])
@@ -483,32 +655,30 @@ def _along_the_elr(ax, runs: list[Run], groups: dict[float, list[Run]]) -> None:
             ax.axvspan(boundary.low, boundary.high, facecolor="none", edgecolor="black", alpha=0.25, hatch="////", lw=0)
             look = {
                 "rotation": 90,
-                "ha": "center",
+                "ha": "left",
                 "va": "bottom",
                 "fontsize": 9,
                 "bbox": {"fc": "white", "ec": "none", "pad": 1.5, "alpha": 0.75},
             }
-            text, middle = f"{boundary.low:.3g} – {boundary.high:.3g}", math.sqrt(boundary.low * boundary.high)
-            ax.text(middle, 0.03, text, transform=ax.get_xaxis_transform(), **look)
-    if any(run.final("train_loss") > 0 for run in runs):
-        ax.set_yscale("log")
-    ax.set(xscale="log", xlabel="ELR", ylabel="final train loss (nats)", xlim=(edges[0], edges[-1]))
-    ax.set_title("(e) regimes along the ELR, boundaries hatched", pad=28)
-    right.set(ylabel="final error", ylim=(-0.03, 1.03))
-    ax.legend(handles=handles, loc="upper left", fontsize=9)
+            text = f"{boundary.low:.4g} – {boundary.high:.4g}"
+            ax.text(boundary.high, 0.03, text, transform=ax.get_xaxis_transform(), **look)
+    everywhere = [*edges, *(x for run in moving for x in run.log["elr"])]
+    ax.set_xlim(min(everywhere), max(everywhere))
 
 
 def report(runs: list[Run], out: Path | None, title: str = "") -> str:
-    """The table as text; regimes.csv and regimes.png are written into `out`, if given."""
-    if out is not None and by_elr(runs):
-        write_csv(runs, out / "regimes.csv")
+    """The table as text; regimes.csv, summary.csv and regimes.png are written into `out`, if given."""
+    if out is not None and (by_elr(runs) or any(run.verdict.moves for run in runs)):
+        write_csv(out / "regimes.csv", [list(COLUMNS), *rows(runs)])
+        found = summary(runs)
+        write_csv(out / "summary.csv", [list(row.values()) for row in [dict(zip(x, x, strict=True)) for x in found[:1]] + found])
         figure(runs, out / "regimes.png", title)
     return table(runs)
 
 
 def find_logs(folder: Path) -> list[Path]:
     """The runs' logs in a folder: all CSV files but the layers' and our own tables."""
-    return sorted(p for p in folder.glob("*.csv") if not p.name.endswith(".layers.csv") and p.name != "regimes.csv")
+    return sorted(p for p in folder.glob("*.csv") if not p.name.endswith(".layers.csv") and p.name not in TABLES)
 
 
 class Parser(argparse.ArgumentParser):
@@ -523,6 +693,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of logs, or a CSV with epoch and train_loss")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where regimes.csv and regimes.png go (default: a folder given)")
     parser.add_argument("--why", action="store_true", help="also print the reason of each verdict")
+    parser.add_argument("--explain", action="store_true", help="also print the numbers behind each verdict")
     args = parser.parse_args(argv)
     folders = [path for path in args.paths if path.is_dir()]
     out = args.out or (folders[0] if len(args.paths) == len(folders) == 1 else None)
@@ -544,10 +715,13 @@ def main(argv: list[str] | None = None) -> int:
             problems.append(str(error))
     if not runs and not problems:
         problems.append(f"{args.paths[0]}: no logs here; a log is a CSV file with the columns epoch and train_loss")
-    if by_elr(runs):
+    runs.sort(key=lambda run: (math.isnan(run.elr), run.elr, run.seed))
+    if by_elr(runs) or any(run.verdict.moves for run in runs):
         print(report(runs, out))
     for run in runs:
-        if args.why or math.isnan(run.elr):
+        if args.explain:
+            print(explain(run, chances[run.path.parent].get(str(run.seed))))
+        elif args.why or (math.isnan(run.elr) and not run.verdict.moves):
             notes = f" [{'; '.join(run.verdict.notes)}]" if run.verdict.notes else ""
             print(f"{run.name}: {TITLE.get(run.verdict.regime, run.verdict.regime)}: {run.verdict.why}{notes}")
     for problem in problems:

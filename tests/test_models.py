@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import convnet, resnet18, scale_invariant_groups
+from models import Toy, convnet, resnet18, scale_invariant_groups
+from sphere_step import SphereSGD
 
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute or more: SLOW=1 python -m pytest runs it")
 EPS_BREAKS = 1e-6  # BatchNorm's eps is why this is not 1e-12
@@ -58,6 +59,43 @@ def test_the_head_has_norm_ten_and_a_bias():
     head = convnet(1, 10).head
     assert abs(head.weight.norm().item() - 10) < 1e-5 and head.bias is not None
     assert not head.weight.requires_grad and not head.bias.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------- the toy
+
+
+def test_the_toy_is_its_formula_and_each_group_is_scale_invariant():
+    net = Toy([1.0, 2.0, 4.0])
+    x, y = torch.stack(list(net.groups)).detach().unbind(1)
+    expected = sum(a * x[i] ** 2 / (x[i] ** 2 + y[i] ** 2) for i, a in enumerate([1, 2, 4]))
+    assert net().item() == pytest.approx(expected.item(), rel=1e-14)
+    gradients = torch.autograd.grad(net(), list(net.groups))
+    assert all(abs(p @ g) < 1e-14 for p, g in zip(net.groups, gradients, strict=True))
+
+
+def test_a_random_point_of_the_toy_has_half_the_sum_of_the_alphas_on_average():
+    values = torch.tensor([Toy([1.0, 2.0, 4.0])().item() for _ in range(4000)], dtype=torch.float64)
+    assert abs(values.mean() - 3.5) < 5 * values.std() / 4000**0.5
+
+
+@slow
+@pytest.mark.parametrize("alphas", [[1], [1, 2], [1, 2, 4], [5, 1, 1, 1, 1]])
+@pytest.mark.parametrize("factor", [1.2, 3])
+def test_at_equilibrium_the_toys_mean_over_100000_steps_is_the_same_for_every_seed(alphas, factor):
+    """Ten seeds at once: each is a row, and every row is a sphere."""
+    theta = torch.randn(10, len(alphas), 2, dtype=torch.float64).requires_grad_()
+    alpha, total = torch.tensor(alphas, dtype=torch.float64), 0
+    optimizer = SphereSGD([theta], lr=factor / sum(alphas), sphere="row")
+    for step in range(101_000):
+        square = theta.square()
+        losses = (alpha * square[..., 0] / square.sum(2)).sum(1)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        if step >= 1000:
+            total = total + losses.detach() / 100_000
+    print(f"α = {alphas}, {factor} times the threshold: {total.min():.5f} to {total.max():.5f}")
+    assert total.max() < 1.01 * total.min()
 
 
 # ------------------------------------------------------------------------------------------- finding the spheres of any network

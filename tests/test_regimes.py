@@ -1,6 +1,7 @@
 """The rule on synthetic logs whose regime an expert would not doubt, and the files it reads and writes."""
 
 import csv
+import json
 import math
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import regimes
-from regimes import classify
+from regimes import autocorrelation_time, classify, random_walk
 
 CHANCE = {"points": 512, "train_loss": {"mean": 6.0, "std": 1.0}, "train_error": {"mean": 0.9, "std": 0.08}}
 DRAWS = 100
@@ -250,3 +251,96 @@ def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
     result = subprocess.run([sys.executable, "regimes.py", "mine.csv"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("mine: convergence: ")
     assert "no train_error" in result.stdout and sorted(p.name for p in tmp_path.iterdir()) == ["mine.csv", "regimes.py"]
+
+
+# --------------------------------------------------------------------------------------------------------------- the evidence
+
+
+@pytest.mark.parametrize("r", [0.0, 0.5, 0.9])
+def test_the_autocorrelation_time_is_that_of_the_process(r):
+    x = noise(np.random.default_rng(), 40_000, 1.0, r)
+    assert autocorrelation_time(x) == pytest.approx((1 + r) / (1 - r), rel=0.2)
+
+
+def test_the_random_walks_angle_is_that_of_simulated_isotropic_steps():
+    rng, phi, steps, d = np.random.default_rng(), 0.2, 30, 40
+    walk = np.zeros((4000, d))
+    walk[:, 0] = 1
+    for _ in range(2 * steps):
+        turn = rng.normal(size=walk.shape)
+        turn -= (turn * walk).sum(1, keepdims=True) * walk
+        walk = math.cos(phi) * walk + math.sin(phi) * turn / np.linalg.norm(turn, axis=1, keepdims=True)
+        if _ == steps - 1:
+            half = walk[:, 0].mean()
+    log = {"step": np.array([0.0, steps, 2 * steps]), "angle": np.full(3, phi)}
+    assert np.cos(random_walk(log)) == pytest.approx([1, half, walk[:, 0].mean()], abs=0.01)
+
+
+def test_explain_prints_the_numbers_behind_each_verdict(tmp_path, capsys):
+    rng, t = np.random.default_rng(), np.arange(1, 41)
+    levels = {
+        "1e-03": power_law(rng, t),
+        "1e-02": 1.5 * np.exp(noise(rng, 40, 0.1, 0.5)),
+        "1e-01": 6 * np.exp(noise(rng, 40, 0.02, 0)),
+    }
+    for elr, loss in levels.items():
+        log = with_error(rng, loss)
+        angle = 0.5 if elr == "1e-01" else 0.001
+        log |= {
+            "step": 90 * log["epoch"],
+            "grad_norm": log["train_loss"] * 5,
+            "angle": np.full(41, angle),
+            "distance": np.full(41, 1.57),
+        }
+        lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
+        (tmp_path / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"chance": {"0": CHANCE}}))
+    assert regimes.main([str(tmp_path), "--explain"]) == 0
+    falling, level, lost = capsys.readouterr().out.split("\nelr 1e-0")[1:]
+    assert falling.startswith("3: convergence: ") and ": falling\n" in falling
+    assert level.startswith("2: chaotic equilibrium: ") and "autocorrelation time" in level and "chance 6 ± 1 from" in level
+    assert lost.startswith("1: divergence: ") and "2.46 (2.47) after 3600 steps" in lost and "skill " in lost
+    assert all("slope " in part and "γ " in part for part in (falling, level, lost))
+
+
+def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, capsys):
+    rng, t = np.random.default_rng(), np.arange(1, 41)
+    for elr in ("1e-03", "1e-02"):
+        for seed in (0, 1, 2):
+            loss = power_law(rng, t) if elr == "1e-03" or seed == 2 else 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
+            log = with_error(rng, loss)
+            lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
+            (tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"chance": {str(seed): CHANCE for seed in range(3)}}))
+    assert regimes.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10), 100% of the seeds below, 67% above" in out and " 2/3 " in out
+    with open(tmp_path / "summary.csv") as file:
+        found = list(csv.DictReader(file))
+    assert [(row["elr"], row["regime"], row["seeds"]) for row in found] == [
+        ("0.001", "convergence", "3"),
+        ("0.01", "equilibrium", "3"),
+    ]
+    with open(tmp_path / "regimes.csv") as file:
+        losses = sorted(float(row["train_loss"]) for row in csv.DictReader(file) if row["elr"] == "0.01")
+    assert [float(found[1][f"train_loss{end}"]) for end in ("_low", "", "_high")] == losses
+
+
+def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(tmp_path, capsys):
+    sweep, whole = tmp_path / "sweep", tmp_path / "whole"
+    sweep.mkdir(), whole.mkdir()
+    rng, t = np.random.default_rng(), np.arange(1, 41)
+    for elr, loss in (("1e-03", power_law(rng, t)), ("1e-02", 1.5 * np.exp(noise(rng, 40, 0.1, 0.3)))):
+        log = with_error(rng, loss)
+        lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
+        (sweep / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
+    rows = [
+        f"{epoch},{elr},{loss}"
+        for epoch, (elr, loss) in enumerate([(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)])
+    ]
+    (whole / "lr=1e-01.csv").write_text("epoch,elr,train_loss\n" + "\n".join(rows) + "\n")
+    assert regimes.main([str(sweep), str(whole), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    expected = "ELR 0.1 to 0.001: outside the sweep from epoch 0, chaotic equilibrium from epoch 1, convergence from epoch 3"
+    assert out.splitlines()[-1] == f"lr 1e-01: {expected}" and (tmp_path / "regimes.png").stat().st_size > 10_000
+    assert regimes.main([str(whole)]) == 0 and "a sweep given beside it" in capsys.readouterr().out

@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from sphere_step import SphereSGD
+from sphere_step import SphereSGD, WholeSpaceSGD
 
 ROUNDING = 1e-12  # relative, float64
 
@@ -358,3 +358,29 @@ def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
     optimizer.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match="lr is -1.0"):
         optimizer.step()
+
+
+def test_in_the_whole_space_the_loss_depends_on_the_implied_elr_alone():
+    """Weights times 10 and learning rate times 100 (weight decay over 100) leave the curve: the definition of the ELR."""
+    curves = []
+    start = [torch.randn(6, 5, dtype=torch.float64), torch.randn(7, dtype=torch.float64)]
+    data = torch.randn(40, 37, dtype=torch.float64)
+    for factor in (1, 10):
+        params = [(factor * p).requires_grad_() for p in start]
+        optimizer = WholeSpaceSGD(params, params, lr=0.02 * factor**2, momentum=0.9, weight_decay=0.01 / factor**2)
+        curves.append([])
+        for _ in range(200):
+            theta = torch.cat([p.flatten() for p in params])
+            loss = (data @ (theta / theta.norm())).tanh().square().mean()
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            stats, layers = optimizer.stats(), optimizer.layer_stats()
+            norm = theta.detach().norm()
+            assert stats["radius"].item() == pytest.approx(norm.item())
+            assert stats["elr"].item() == pytest.approx(0.2 * factor**2 / norm.item() ** 2)
+            gradient = torch.cat([p.grad.flatten() for p in params])
+            across = gradient - theta.detach() * (theta.detach() @ gradient) / norm**2
+            assert stats["grad_norm"].item() == pytest.approx((norm * across.norm()).item())
+            assert stats["angle"].item() == pytest.approx(math.atan(stats["elr"].item() * stats["grad_norm"].item()))
+            assert (1 / layers["elr"]).sum().item() == pytest.approx(1 / stats["elr"].item())
+            curves[-1].append(loss.item())
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6) and curves[0][-1] < 0.9 * curves[0][0]

@@ -534,6 +534,24 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
         assert float(row["elr"]) * float(row["norm"]) ** 2 == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
 
 
+def test_in_the_whole_space_ten_times_the_weights_and_a_hundred_times_the_rate_are_the_same_training():
+    curves, digits = [], train.load("digits")
+    for factor in (1, 10):
+        torch.manual_seed(0)
+        net, order = train.MODELS["convnet"](1, 10, 4).double(), torch.Generator().manual_seed(0)
+        for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.eps = 1e-14  # whose part in the variance is not scale invariant
+        weights = [net.get_parameter(name) for (name,) in net.layer_groups]
+        torch._foreach_mul_([w.data for w in weights], factor)
+        optimizer = train.WholeSpaceSGD(weights, weights, lr=0.01 * factor**2, momentum=0.9)
+        curves.append([])
+        for index in train.batches(1437, 64, order):
+            loss = torch.nn.functional.cross_entropy(net(digits.images(index).double()), digits.y[index])
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+            curves[-1].append(loss.item())
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6) and curves[0][-1] < 0.7 * curves[0][0]
+
+
 def test_a_folder_of_images_is_trained_on(tmp_path, monkeypatch, capsys):
     from test_data import make_folder
 
