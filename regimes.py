@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -303,7 +304,7 @@ def read_log(path: Path) -> tuple[dict[str, np.ndarray], str]:
             raise ValueError(f"{path}: line {i + 2} has {len(row)} cells, the header {len(header)}")
         for j, cell in enumerate(row):
             try:
-                table[i, j] = float(cell) if cell.strip() else math.nan
+                table[i, j] = float(cell.replace("_", "?")) if cell.strip() else math.nan  # Python would read 1_0 as 10
             except ValueError:
                 if header[j] in ("epoch", "train_loss"):
                     raise ValueError(f"{path}: line {i + 2}: {header[j]} is {cell[:40]!r}, not a number") from None
@@ -475,12 +476,25 @@ def way(run: Run, runs: list[Run]) -> str:
 
 
 def write_csv(path: Path, lines: list[list]) -> None:
-    """The lines, the first of them the names of the columns, whole or not at all; numbers to 6 digits."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line] for line in lines)
-    os.replace(temporary, path)
+    """The lines, the first of them the names of the columns; numbers to 6 digits."""
+    text = io.StringIO()
+    cells = ([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line] for line in lines)
+    csv.writer(text, lineterminator="\n").writerows(cells)
+    _replace(path, text.getvalue().encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#CC79A7", "undecided": "#999999"}  # Okabe and Ito
@@ -556,10 +570,10 @@ def figure(runs: list[Run], path: Path, title: str = "") -> None:
     _along_the_elr(axes["e"], runs, groups, moving, alphas)
     if title:
         fig.suptitle(title)
-    temporary = path.with_name(path.name + ".tmp")
-    fig.savefig(temporary, dpi=110, format="png")
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110, format="png")
     plt.close(fig)
-    os.replace(temporary, path)
+    _replace(path, picture.getbuffer())
 
 
 def _alphas(runs: list[Run]) -> list[float]:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 import regimes
+from rundir import Busy
 
 
 def grid(low: float, high: float, n: int) -> list[float]:
@@ -19,42 +21,55 @@ def sweep(
     elrs: Iterable[float],
     seeds: Iterable[int],
     epochs: int,
-    run_one: Callable[[float, int, int], None],
+    run_one: Callable[[float, int, int, bool], bool],
     out: Path,
     title: str = "",
     refine: int = 0,
     max_epochs: int = 0,
 ) -> None:
-    """Do run_one(elr, seed, epochs) for every ELR and seed, then bisect each boundary of the regimes `refine` times; then print
-    the table of all that the folder holds and write regimes.csv, summary.csv and regimes.png.
+    """Do run_one(elr, seed, epochs, patient) for every ELR and seed, then bisect each boundary of the regimes `refine` times;
+    then print the table of all that the folder holds and write regimes.csv, summary.csv and regimes.png.
 
-    run_one leaves a log in `out`, does a finished run not again and goes on with a shorter one. A run inside a bracket that is
-    undecided goes on for as long as it says it takes, up to max_epochs, before it counts.
+    run_one leaves a log in `out`, does a finished run not again and goes on with a shorter one; it returns False where another
+    process is at that run, unless it is patient. A run inside a bracket that is undecided goes on for as long as it says it
+    takes, up to max_epochs, before it counts. Raises Busy where the one run asked for is another process's.
     """
-    elrs = list(elrs)
+    elrs, seeds = list(elrs), list(seeds)
     several = len(elrs) > 1
-    for elr in elrs:
-        for seed in seeds:
-            run_one(elr, seed, epochs)
+
+    def do(elrs: list[float], epochs: int) -> None:
+        """What another process is at is left to it, and looked at again last: it may have died."""
+        pairs = [(elr, seed) for elr in elrs for seed in seeds]
+        left = [pair for pair in pairs if not run_one(*pair, epochs, False)]
+        if len(left) == 1 == len(pairs):
+            raise Busy("there is nothing else to do")
+        for pair in left:
+            run_one(*pair, epochs, True)
+
+    do(elrs, epochs)
     for _ in range(refine):
         settle(out, elrs, run_one, max_epochs)
         # From the runs of this sweep alone, so that the same command again bisects in the same places and finds them done.
-        for elr in {between(bracket): None for bracket in brackets(read_runs(out, elrs))}:
-            for seed in seeds if elr else ():
-                run_one(elr, seed, epochs)
-            elrs += [elr] if elr else []
+        new = {between(bracket): None for bracket in brackets(read_runs(out, elrs))}
+        elrs += [elr for elr in new if elr]
+        do([elr for elr in new if elr], epochs)
     if refine:
         settle(out, elrs, run_one, max_epochs)
-    report = regimes.report(read_runs(out), out, title)
+    runs = read_runs(out)
+    if not runs:
+        return
+    report = regimes.report(runs, out, title)
     if several:
         print(report)
     print(f"written: {out / 'regimes.csv'}, {out / 'regimes.png'}")
 
 
 def read_runs(out: Path, elrs: list[float] | None = None) -> list[regimes.Run]:
-    """The runs in a folder, of these ELRs or of all."""
-    chance = regimes.read_chance(out)
-    runs = [regimes.read_run(path, chance) for path in regimes.find_logs(out)]
+    """The runs in a folder, of these ELRs or of all; one that failed may have left no row."""
+    chance, runs = regimes.read_chance(out), []
+    for path in regimes.find_logs(out):
+        with suppress(ValueError):
+            runs.append(regimes.read_run(path, chance))
     return [run for run in runs if elrs is None or run.elr in elrs]
 
 
@@ -77,7 +92,7 @@ def between(bracket: list[float]) -> float | None:
     return None
 
 
-def settle(out: Path, elrs: list[float], run_one: Callable[[float, int, int], None], max_epochs: int) -> None:
+def settle(out: Path, elrs: list[float], run_one: Callable[[float, int, int, bool], bool], max_epochs: int) -> None:
     """Go on with the undecided runs inside the brackets until they are decided or max_epochs long."""
     tried = set()
     while True:
@@ -87,7 +102,7 @@ def settle(out: Path, elrs: list[float], run_one: Callable[[float, int, int], No
             epochs = min(run.verdict.more_epochs or 0, max_epochs)
             if run.elr in inside and epochs > run.log["epoch"][-1] and (run.path, epochs) not in tried:
                 tried.add((run.path, epochs))  # a run that stopped for a loss that is not finite will never be longer
-                run_one(run.elr, run.seed, epochs)
+                run_one(run.elr, run.seed, epochs, True)
                 break
         else:
             return

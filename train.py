@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import math
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm import tqdm
 import regimes
 from data import NAMES, Data, add_label_noise, batches, load, subset
 from models import MODELS, Toy, scale_invariant_groups
-from rundir import Rows, load_checkpoint, open_folder, save_checkpoint, write_config
+from rundir import Busy, Rows, load_checkpoint, lock, open_folder, save_checkpoint, write_config
 from sphere_step import SphereSGD, WholeSpaceSGD
 from sweep import grid, sweep
 
@@ -96,15 +97,19 @@ def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, 
     return loss, found
 
 
-def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step) -> tuple[dict[str, float], list]:
+class Stopped(Exception):
+    """SIGINT or SIGTERM was received, and a step has been finished since."""
+
+
+def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step, progress: dict) -> tuple[dict[str, float], list]:
     """One pass over `steps`, calling `step` (optimizer.step, or optimizer.measure to stand still) on each.
 
     Returns the means over the steps of loss, error, ELR, γ, φ and |radial|, and per tensor of (norm, ELR, γ, φ). Of several
-    spheres γ is the norm of all their γ, the others are means. The host waits for the device once, at the end.
+    spheres γ is the norm of all their γ, the others are means. The host waits for the device once, at the end. `progress` holds
+    how many steps are done and the sums so far: the pass goes on from there, and where it is Stopped it can go on later.
     """
     net.train()
-    total, layers = 0, 0
-    for indices in steps:
+    for indices in steps[progress["done"] :]:
         optimizer.zero_grad()
         size, parts = sum(map(len, indices)), 0
         for index in indices:
@@ -114,13 +119,18 @@ def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step) -> tup
         step()
         spheres = optimizer.stats()
         spheres = [spheres["elr"].mean(), spheres["grad_norm"].norm(), spheres["angle"].mean(), spheres["radial"].abs().mean()]
-        total = total + torch.cat([parts, torch.stack(spheres)])
-        layers = layers + torch.stack(list(optimizer.layer_stats().values()), 1)
-    means = dict(zip([*found, "elr", "grad_norm", "angle", "radial"], (total / len(steps)).tolist(), strict=True))
+        progress["sums"] = progress["sums"] + torch.cat([parts, torch.stack(spheres)])
+        progress["layers"] = progress["layers"] + torch.stack(list(optimizer.layer_stats().values()), 1)
+        progress["done"] += 1
+        if args.signals:
+            raise Stopped
+    names = ["train_loss"] + ["train_error"] * (data is not None) + ["noisy", *NOISE_COLUMNS] * (args.label_noise is not None)
+    means = progress["sums"] / len(steps)
+    means = dict(zip([*names, "elr", "grad_norm", "angle", "radial"], means.tolist(), strict=True))
     noisy = means.pop("noisy", None)
     if noisy is not None:
         means |= {"clean_error": means["clean_error"] / (1 - noisy), "noisy_error": means["noisy_error"] / noisy}
-    return means, (layers / len(steps)).tolist()
+    return means, (progress["layers"] / len(steps)).tolist()
 
 
 @torch.no_grad()
@@ -192,33 +202,56 @@ def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, point
     return {"points": points} | {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in columns}
 
 
-def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict) -> None:
-    """One run, from initialization, or from where it stopped, to its named regime; a finished one is not done again."""
-    path = args.out / f"{'lr' if args.space == 'whole' else 'elr'}={regimes.elr_name(rate)}{f'.seed={seed}' if seed else ''}.csv"
-    name = path.stem.replace("=", " ").replace(".seed", " seed")
-    last = load_checkpoint(path.with_suffix(".pt"), args.device)
-    done = last["epoch"] >= epochs or last["stopped"] if last else finished(path, epochs)
-    if not done:
-        net, optimizer = build(args, data, rate, seed)
-        scheduler = LambdaLR(optimizer, args.schedule(epochs))
-        order = torch.Generator().manual_seed(seed)  # the same order of batches for every ELR
-        start, seconds = directions(optimizer), 0.0
-        if last:
-            net.load_state_dict(last["net"]), optimizer.load_state_dict(last["optimizer"])
-            scheduler.load_state_dict(last["scheduler"]), order.set_state(last["order"].cpu())
-            set_random_state(args.device, last["random"])
-            seconds = last["seconds"]
-        columns = [c for c in COLUMNS if data or c not in ("train_error", "test_loss", "test_error")]
-        columns += NOISE_COLUMNS * (args.label_noise is not None) + FULL_PASS_COLUMNS * bool(args.eval_train)
-        layer_names = [layer for group in args.layer_groups for layer in group]
-        upto = last["epoch"] if last else -1
-        rows, layer_rows = Rows(path, columns, upto), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, upto)
-        bar = tqdm(range(upto + 1, epochs + 1), desc=name, unit="epoch", initial=upto + 1, total=epochs + 1, disable=None)
-        began = time.perf_counter() - seconds
+def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict, wait=None) -> None:
+    """One run, from initialization, or from where it stopped, to its named regime; a finished one is not done again. Raises Busy
+    where another process is at it, unless there is `wait`."""
+    path, name = named(args, rate, seed)
+    with lock(path.with_suffix(".lock"), wait):
+        done = run(args, data, rate, seed, epochs, path, name)
+    verdict = regimes.classify(regimes.read_log(path)[0], chance)
+    print(f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
+
+
+def run(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, path: Path, name: str) -> bool:
+    """The training itself. Returns whether there was nothing left to do."""
+    identity = {**args.config["options"], "rate": rate, "seed": seed}
+    last = load_checkpoint(path.with_suffix(".pt"), identity, args.device)
+    if last["epoch"] >= epochs or last["ended"] if last else finished(path, epochs):
+        return True
+    net, optimizer = build(args, data, rate, seed)
+    scheduler = LambdaLR(optimizer, args.schedule(epochs))
+    order = torch.Generator().manual_seed(seed)  # the same order of batches for every ELR
+    start, upto, progress, seconds = directions(optimizer), -1, None, 0.0
+    if last:
+        net.load_state_dict(last["net"]), optimizer.load_state_dict(last["optimizer"])
+        scheduler.load_state_dict(last["scheduler"]), order.set_state(last["order"].cpu())
+        set_random_state(args.device, last["random"])
+        upto, progress, seconds = last["epoch"], last["progress"], last["seconds"]
+    columns = [c for c in COLUMNS if data or c not in ("train_error", "test_loss", "test_error")]
+    columns += NOISE_COLUMNS * (args.label_noise is not None) + FULL_PASS_COLUMNS * bool(args.eval_train)
+    layer_names = [layer for group in args.layer_groups for layer in group]
+    layer_names = ["'" * (layer[0] in "=+-@\t\r") + layer for layer in layer_names]  # no formula for a spreadsheet
+    rows, layer_rows = Rows(path, columns, upto), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, upto)
+    bar = tqdm(range(upto + 1, epochs + 1), desc=name, unit="epoch", initial=upto + 1, total=epochs + 1, disable=None)
+    began = time.perf_counter() - seconds
+
+    def save(epoch: int, order_state: Tensor, progress: dict | None = None, ended: bool = False) -> None:
+        state = {"epoch": epoch, "progress": progress, "ended": ended, "seconds": time.perf_counter() - began}
+        state |= {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        state |= {"order": order_state, "random": random_state(args.device)}
+        save_checkpoint(path.with_suffix(".pt"), identity, state)
+
+    try:
         for epoch in bar:
-            elr = optimizer.param_groups[0]["lr"]
-            steps = steps_of_epoch(args, data, order)
-            row, layers = train_epoch(args, data, net, steps, optimizer, optimizer.step if epoch else optimizer.measure)
+            elr, before = optimizer.param_groups[0]["lr"], order.get_state()
+            steps, progress = steps_of_epoch(args, data, order), progress or {"done": 0, "sums": 0, "layers": 0}
+            step = optimizer.step if epoch else optimizer.measure
+            try:
+                row, layers = train_epoch(args, data, net, steps, optimizer, step, progress)
+            except Stopped:
+                save(epoch - 1, before, progress)
+                raise
+            progress = None
             row |= test(args, data, net) | (full_pass(args, data, net, optimizer) if args.eval_train else {})
             row |= {"epoch": epoch, "step": epoch * len(steps), "distance": angle_between(start, directions(optimizer))}
             row |= {"elr": elr} if args.space == "sphere" else {}
@@ -227,18 +260,23 @@ def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, e
             layer_rows.add(*([epoch, layer, *values] for layer, values in zip(layer_names, layers, strict=True)))
             if epoch:
                 scheduler.step()
-            finite = all(map(math.isfinite, (row["train_loss"], row["grad_norm"])))
-            state = {"epoch": epoch, "stopped": not finite, "seconds": row["seconds"], "net": net.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "order": order.get_state()}
-            save_checkpoint(path.with_suffix(".pt"), state | {"random": random_state(args.device)})
+            ended = not all(map(math.isfinite, (row["train_loss"], row["grad_norm"])))
+            if ended or epoch == epochs or epoch % args.checkpoint_every == 0:
+                save(epoch, order.get_state(), ended=ended)
             shown = {"loss": "train_loss", "error": "train_error", "γ": "grad_norm"}
             bar.set_postfix({label: f"{row[column]:.3g}" for label, column in shown.items() if column in row})
-            if not finite:
+            if ended:
                 print(f"{name}: stopped: loss or gradient is not finite in epoch {epoch}", file=sys.stderr)
                 break
+    finally:
         rows.close(), layer_rows.close(), bar.close()
-    verdict = regimes.classify(regimes.read_log(path)[0], chance)
-    print(f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
+    return False
+
+
+def named(args: argparse.Namespace, rate: float, seed: int) -> tuple[Path, str]:
+    """The log of a run, elr=1e-02.seed=1.csv, and its name for people, elr 1e-02 seed 1."""
+    stem = f"{'lr' if args.space == 'whole' else 'elr'}={regimes.elr_name(rate)}" + f".seed={seed}" * (seed != 0)
+    return args.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
 
 
 def finished(path: Path, epochs: int) -> bool:
@@ -262,23 +300,52 @@ def set_random_state(device: str, state: list[Tensor]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, data = parse(argv)
+    args.signals, failed = [], []
+
+    def stop(number, frame):
+        """Ask for an end after this step; a second SIGINT ends at once."""
+        args.signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def wait():
+        if args.signals:
+            raise Stopped
+        time.sleep(0.2)
+
+    def run_one(rate: float, seed: int, epochs: int, patient: bool) -> bool:
+        """Do a run. Returns False if another process is at it; one that fails leaves the others their turn."""
+        try:
+            train(args, data, rate, seed, epochs, args.chance[str(seed)], wait if patient else None)
+        except Busy as busy:
+            print(busy, file=sys.stderr)
+            return False
+        except (OSError, MemoryError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            failed.append(rate)
+            print(f"train.py: error: {named(args, rate, seed)[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        chance = args.config.setdefault("chance", {})
         seeds = range(args.seed, args.seed + args.seeds)
         for seed in seeds:
-            if str(seed) not in chance:
-                chance[str(seed)] = measure_chance(args, data, seed)
+            if str(seed) not in args.chance:
+                args.chance[str(seed)] = measure_chance(args, data, seed)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        write_config(args.out, {**args.config, "versions": versions, "threads": torch.get_num_threads()})
-        run_one = lambda rate, seed, epochs: train(args, data, rate, seed, epochs, chance[str(seed)])  # noqa: E731
+        config = {**args.config, "chance": args.chance, "versions": versions, "threads": torch.get_num_threads()}
+        write_config(args.out, config)
         sweep(args.rates, seeds, args.epochs, run_one, args.out, args.title, args.refine, args.max_epochs)
-    except KeyboardInterrupt:
+    except (Stopped, KeyboardInterrupt):
         print(f"interrupted; the finished rows are in {args.out}, and the same command goes on from there", file=sys.stderr)
-        return 130
-    except ValueError as error:
+        return 128 + (args.signals or [signal.SIGINT])[-1]
+    except (OSError, Busy) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 1 if failed else 0
 
 
 # --------------------------------------------------------------------------------------------------------- the command line
@@ -380,6 +447,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("the machine and the files").add_argument
     add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
     add("--out", type=Path, metavar="DIR", help="folder to write into (default: logs/<data>-<model>)")
+    add("--checkpoint-every", type=number(int), default=1, metavar="N", help="epochs from checkpoint to checkpoint (default: 1)")
     add("--force", action="store_true", help="start afresh: remove the runs in --out first")
     return parser
 
@@ -471,6 +539,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
     identity |= {"epochs": args.epochs} if options["schedule"] == "cosine" else {}
     try:
         args.config = open_folder(args.out, identity, args.force)
+        args.chance = regimes.read_chance(args.out)
     except ValueError as error:
         refuse("out", error)
     return args, data

@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: our n
 INTERPRETER_RUN = "test_the_kernels_pass_in_the_interpreter"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="test_faults.py: how often to kill a sweep")
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.name == INTERPRETER_RUN)  # it is asked for its result last
 

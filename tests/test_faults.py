@@ -1,0 +1,449 @@
+"""What happens to runs under faults: killed at any moment, a full disk, two processes in one folder, damaged files.
+
+`python -m pytest tests/test_faults.py --kills 50` kills a sweep at 50 random moments instead of 3.
+"""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_train import equal_runs, read, without_seconds
+
+import regimes
+import rundir
+import train
+
+ROOT = Path(__file__).parent.parent
+TOY = ["--model", "toy", "--alphas", "1", "2", "--steps", "3", "--epochs", "2", "--elr", "0.1", "0.5"]
+CALLS = ("open", "write", "fsync", "replace", "close", "ftruncate")
+
+
+def fork(function):
+    """Start a function in a child process whose output goes to a file. Returns its process id and that file."""
+    output = tempfile.TemporaryFile("w+")
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            status = function()
+        except SystemExit as exit:
+            status = exit.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status or 0)
+    return pid, output
+
+
+def end_of(child):
+    """Exit status (negative: the signal) and output of a child."""
+    pid, output = child
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    output.seek(0)
+    return status, output.read()
+
+
+def start(*arguments, before=lambda: None):
+    """train.py in a child, without the figure, which takes longer than such a run."""
+
+    def function():
+        regimes.figure = lambda *_: None
+        before()
+        return train.main([str(a) for a in arguments])
+
+    return fork(function)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+class DyingOs:
+    """The module os, whose n-th call that writes is the last thing that this process does (a write: half of it)."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __getattr__(self, name):
+        call = getattr(os, name)
+        if name not in CALLS:
+            return call
+
+        def counted(*arguments):
+            self.left -= 1
+            if self.left == 0:
+                if name == "write":
+                    os.write(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+
+        return counted
+
+
+def equal_sweeps(a, b):
+    for name in {path.name for folder in (a, b) for path in folder.glob("elr=*.pt")}:
+        equal_runs(a, b, name.removesuffix(".pt"))
+    assert (a / "regimes.csv").read_bytes() == (b / "regimes.csv").read_bytes()
+    assert not list(b.glob("*.tmp")) and not list(b.glob("*.lock"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed(tmp_path_factory):
+    """The sweep of the toy; in this process, so that what torch imports late is there when children are forked."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train.main([*TOY, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(tmp_path, undisturbed):
+    counter, calls = tmp_path / "calls", 10**9
+
+    def count():
+        rundir.os = DyingOs(calls)
+        regimes.figure = lambda *_: counter.write_text(str(calls - rundir.os.left))  # the last that is written
+
+    assert end_of(start(*TOY, "--out", tmp_path / "counted", before=count))[0] == 0
+    total = int(counter.read_text())
+    assert total > 80
+    for n in range(1, total + 1):
+        folder = tmp_path / str(n)
+        status, output = end_of(start(*TOY, "--out", folder, before=lambda n=n: setattr(rundir, "os", DyingOs(n))))
+        assert status == -signal.SIGKILL, output
+        status, output = end_of(start(*TOY, "--out", folder))
+        assert status == 0 and "Traceback" not in output, (n, output)
+        equal_sweeps(undisturbed, folder)
+        shutil.rmtree(folder)
+
+
+def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
+    command = [sys.executable, "train.py", "--elr", "0.01", "0.1", "0.3", "--width", "2", "--epochs", "6", "--batch-size", "32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def sweep(folder):
+        return subprocess.Popen([*command, "--out", str(folder)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+    assert sweep(tmp_path / "undisturbed").wait() == 0
+    out, finished = tmp_path / "disturbed", {}
+    for _ in range(pytestconfig.getoption("--kills")):
+        process = sweep(out)
+        wait_for(lambda process=process: process.poll() is not None or list(out.glob("*.lock")))
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        for path in out.glob("elr=*.csv"):  # what was a whole row before is one still
+            rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = finished.get(path.name, [])
+            assert [x.rsplit(",", 2)[0] for x in rows[: len(kept)]] == [x.rsplit(",", 2)[0] for x in kept] or len(rows) < len(
+                kept
+            )
+            if (out / path.name.replace(".csv", ".pt")).exists() and "layers" not in path.name and len(rows) == 8:
+                finished[path.name] = rows
+    assert sweep(out).wait() == 0
+    for name, rows in finished.items():
+        assert (out / name).read_text() == "".join(rows)
+    equal_sweeps(tmp_path / "undisturbed", out)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_after_the_step_and_the_run_goes_on_from_the_middle_of_the_epoch(tmp_path, number, status):
+    command = ["--elr", 0.01, "--width", 2, "--epochs", 2, "--batch-size", 2, "--train-size", 600, "--momentum", 0.9, "--augment"]
+    assert end_of(start(*command, "--out", tmp_path / "whole"))[0] == 0
+    child = start(*command, "--out", tmp_path / "parts")
+    wait_for(lambda: (tmp_path / "parts" / "elr=1e-02.pt").exists())
+    time.sleep(0.1)
+    os.kill(child[0], number)
+    code, output = end_of(child)
+    assert code == status and output.count("\n") == 1 and output.startswith("interrupted; the finished rows are in"), output
+    progress = torch.load(tmp_path / "parts" / "elr=1e-02.pt", weights_only=True)["progress"]
+    assert 0 < progress["done"] <= 300
+    assert end_of(start(*command, "--out", tmp_path / "parts"))[0] == 0
+    equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_sigint_ends_at_once_without_harm(tmp_path):
+    command = ["--elr", 0.01, "--width", 2, "--epochs", 2, "--batch-size", 64]
+
+    def slow():
+        real = train.loss_of
+        train.loss_of = lambda *a, **k: (time.sleep(30) if (tmp_path / "out" / "elr=1e-02.pt").exists() else None, real(*a, **k))[
+            1
+        ]
+
+    child = start(*command, "--out", tmp_path / "out", before=slow)
+    wait_for(lambda: (tmp_path / "out" / "elr=1e-02.pt").exists())
+    time.sleep(0.3)
+    began = time.time()
+    os.kill(child[0], signal.SIGINT)
+    time.sleep(0.3)
+    os.kill(child[0], signal.SIGINT)
+    status, output = end_of(child)
+    assert status == 130 and time.time() - began < 10 and "Traceback" not in output, output
+    assert end_of(start(*command, "--out", tmp_path / "out"))[0] == 0
+    assert end_of(start(*command, "--out", tmp_path / "whole"))[0] == 0
+    equal_runs(tmp_path / "whole", tmp_path / "out")
+
+
+# ----------------------------------------------------------------------------------------------------------------- one writer
+
+
+def test_a_second_process_is_kept_out_of_a_run_and_told_who_is_in_it(tmp_path):
+    command = ["--elr", 0.01, "--width", 2, "--epochs", 1000, "--out", tmp_path]
+    child = start(*command)
+    wait_for(lambda: (tmp_path / "elr=1e-02.pt").exists())
+    status, output = end_of(start(*command))
+    assert status == 1 and "Traceback" not in output
+    assert output.splitlines()[0].startswith(f"elr=1e-02 is in progress: process {child[0]} on ")
+    status, output = end_of(start(*command, "--force"))
+    assert status == 2 and output.count("\n") == 1 and "argument --out: elr=1e-02 is in progress" in output
+    os.kill(child[0], signal.SIGKILL)
+    assert end_of(child)[0] == -signal.SIGKILL
+    with rundir.lock(tmp_path / "elr=1e-02.lock"):  # no stale lock
+        pass
+
+
+def test_a_sweep_started_twice_shares_the_work(tmp_path):
+    command = ["--elr", 0.01, 0.02, 0.04, 0.08, "--width", 2, "--epochs", 3, "--batch-size", 32]
+    children = [start(*command, "--out", tmp_path / "shared") for _ in range(2)]
+    outputs = [end_of(child) for child in children]
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    text = "".join(output for _, output in outputs)
+    assert text.count("(already done)") == 4 and text.count("elr 4e-02") == 2  # each is done once and reported twice
+    assert end_of(start(*command, "--out", tmp_path / "alone"))[0] == 0
+    equal_sweeps(tmp_path / "alone", tmp_path / "shared")
+
+
+# --------------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
+    folder, command = tmp_path / "small", ["--elr", 0.01, "--width", 8, "--batch-size", 64, "--momentum", 0.9]
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode == 0
+    try:
+        assert end_of(start(*command, "--epochs", 1, "--out", folder / "out"))[0] == 0
+        good = (folder / "out" / "elr=1e-02.pt").read_bytes()
+
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)
+
+        if mounted:
+            with open(folder / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            with open(folder / "filler", "rb+") as file:  # leave room for half of a checkpoint
+                file.truncate(max(0, os.fstat(file.fileno()).st_size - len(good) // 2))
+        status, output = end_of(
+            start(*command, "--epochs", 3, "--out", folder / "out", before=(lambda: None) if mounted else limit)
+        )
+        assert status == 1 and "Traceback" not in output and "elr" in output, output
+        errors = [line for line in output.splitlines() if line.startswith("train.py: error: ")]
+        assert errors and ("No space left" if mounted else "File too large") in errors[0]
+        assert (folder / "out" / "elr=1e-02.pt").read_bytes() == good
+        (folder / "filler").unlink(missing_ok=True)
+        assert end_of(start(*command, "--epochs", 3, "--out", folder / "out"))[0] == 0
+        assert end_of(start(*command, "--epochs", 3, "--out", tmp_path / "whole"))[0] == 0
+        equal_runs(tmp_path / "whole", folder / "out")
+    finally:
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
+
+
+def test_a_folder_removed_during_a_run_is_one_line(tmp_path):
+    child = start("--elr", 0.01, "--width", 2, "--epochs", 1000, "--out", tmp_path / "out")
+    wait_for(lambda: (tmp_path / "out" / "elr=1e-02.pt").exists())
+    shutil.rmtree(tmp_path / "out")
+    status, output = end_of(child)
+    assert status == 1 and "Traceback" not in output and "No such file or directory" in output, output
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EROFS, "Read-only file system"), torch.OutOfMemoryError("CUDA out of memory.\nmore")]
+)
+def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monkeypatch, error):
+    real = train.train_epoch
+
+    def failing(args, data, net, steps, optimizer, *more):
+        if optimizer.param_groups[0]["lr"] == 0.1:
+            raise error
+        return real(args, data, net, steps, optimizer, *more)
+
+    monkeypatch.setattr(train, "train_epoch", failing)
+    command = ["--model", "toy", "--steps", "3", "--epochs", "2", "--elr", "0.01", "0.1", "1", "--out", str(tmp_path)]
+    assert train.main(command) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("train.py: error: elr 1e-01: ") and str(error).splitlines()[0] in err
+    assert [row["elr"] for row in read(tmp_path / "regimes.csv")] == ["0.01", "1"]
+    monkeypatch.undo()
+    assert train.main(command) == 0 and len(read(tmp_path / "regimes.csv")) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------- trust
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys):
+    for name, more in (("a", []), ("b", ["--momentum", "0.5"])):
+        assert end_of(start(*TOY, *more, "--out", tmp_path / name))[0] == 0
+    a = tmp_path / "a"
+    for source, what in (
+        (a / "elr=1e-01.pt", "rate is 0.1 there, 0.5 here"),
+        (tmp_path / "b" / "elr=5e-01.pt", "momentum is 0.5 there, None here"),
+    ):
+        shutil.copy(source, a / "elr=5e-01.pt")
+        assert train.main([*TOY, "--out", str(a), "--epochs", "3"]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"elr=5e-01.pt is the checkpoint of another run ({what}): remove it" in err
+
+
+def test_nothing_in_a_checkpoint_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"epoch": 1, "net": Evil(), "checksum": "", "identity": {}}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt is damaged"):
+        rundir.load_checkpoint(tmp_path / "evil.pt", {}, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_cell_is_a_formula_for_a_spreadsheet(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, channels, classes):\n"
+        "        super().__init__()\n"
+        "        self.add_module('=cmd()', nn.Conv2d(channels, 4, 3, bias=False))\n"
+        "        layers = nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)\n"
+        "        self.rest = nn.Sequential(*layers)\n"
+        "    def forward(self, x):\n"
+        "        return self.rest(getattr(self, '=cmd()')(x))\n"
+    )
+    command = ["--model", f"{tmp_path}/mine.py:Net", "--elr", 0.01, "--epochs", 1, "--batch-size", 256, "--out", tmp_path / "out"]
+    assert end_of(start(*command))[0] == 0
+    layers = {row["layer"] for row in read(tmp_path / "out" / "elr=1e-02.layers.csv")}
+    assert "'=cmd().weight" in layers and not any(layer[0] in "=+-@" for layer in layers)
+
+
+def one_line(error):
+    return str(error).count("\n") == 0 and len(str(error)) < 2000
+
+
+@pytest.fixture(scope="module")
+def good(undisturbed):
+    path = undisturbed / "elr=5e-01.pt"
+    identity = torch.load(path, weights_only=True)["identity"]
+    return path.read_bytes(), identity, rundir.load_checkpoint(path, identity, "cpu")
+
+
+quick = settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@quick
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_read_correctly(tmp_path_factory, good, data):
+    content, identity, state = bytearray(good[0]), good[1], good[2]
+    kind = data.draw(st.sampled_from(["flip", "cut", "junk"]))
+    if kind == "flip":
+        for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+            content[at] ^= data.draw(st.integers(1, 255))
+    elif kind == "cut":
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        content = data.draw(st.binary(max_size=300))
+    path = tmp_path_factory.getbasetemp() / "damaged.pt"
+    path.write_bytes(bytes(content))
+    try:
+        found = rundir.load_checkpoint(path, identity, "cpu")
+    except ValueError as error:
+        assert one_line(error) and "damaged.pt" in str(error)
+    else:
+        assert rundir._checksum(found) == rundir._checksum(state)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["options", "chance", "0", "mean", "train_loss", "points"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@quick
+@given(
+    content=st.binary(max_size=200)
+    | anything.map(lambda x: json.dumps(x).encode())
+    | st.integers(1, 10**5).map(lambda n: b"[" * n)
+)
+def test_a_damaged_config_is_refused_in_one_line_or_read(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp() / "config"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes(content)
+    for read_config in (lambda: rundir.open_folder(folder, {"width": 8}), lambda: regimes.read_chance(folder)):
+        try:
+            assert isinstance(read_config(), dict)
+        except ValueError as error:
+            assert one_line(error) and str(folder) in str(error)
+
+
+@quick
+@given(data=st.data())
+def test_a_damaged_log_is_refused_in_one_line_or_read_without_a_wrong_verdict(tmp_path_factory, data):
+    epochs = np.arange(31)
+    lines = ["epoch,train_loss,train_error", *(f"{e},{6 / (1 + e) ** 1.5:.5g},{0.9 / (1 + e):.5g}" for e in epochs)]
+    at, cell = data.draw(st.integers(0, 31)), data.draw(st.integers(0, 2))
+    cells = lines[at].split(",")
+    junk = st.text(max_size=20) | st.sampled_from(
+        ["\0", "1_0", "x" * 200_000, "=1+1", '"', "nan", "inf", "-1", "1e999", "", ",,,"]
+    )
+    cells[cell] = data.draw(junk)
+    lines[at] = ",".join(cells)
+    encoding = data.draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"]))
+    content = ("\n".join(lines) + "\n").encode(encoding, errors="replace")
+    content = content[: data.draw(st.sampled_from([len(content)] * 3 + [len(content) // 2, 5, 0]))]
+    path = tmp_path_factory.getbasetemp() / "damaged.csv"
+    path.write_bytes(content)
+    try:
+        run = regimes.read_run(path, {})
+    except ValueError as error:
+        assert one_line(error) and "damaged.csv" in str(error)
+    else:
+        assert run.verdict.regime in ("convergence", "undecided")
+
+
+def test_rows_that_cannot_be_written_whole_are_not_written(tmp_path, monkeypatch):
+    rows = rundir.Rows(tmp_path / "log.csv", ["epoch", "loss"])
+    rows.add([0, 0.5])
+
+    def full(file, content):
+        os.write(file, bytes(content)[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "_write", full)
+    with pytest.raises(OSError):
+        rows.add([1, 0.25])
+    rows.close()
+    assert (tmp_path / "log.csv").read_text() == "epoch,loss\n0,0.5\n"
+    assert without_seconds(tmp_path / "log.csv") == [{"epoch": "0", "loss": "0.5"}]
