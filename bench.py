@@ -1,6 +1,7 @@
 """Time what users wait for, beside the usual way of doing it, interleaved in one process.
 
     python bench.py epoch                     an epoch over 2,560 PNG files of 32×32, against torchvision's DataLoader
+    python bench.py sweep                     what checkpoints cost: default runs with one every epoch, and with one at the end
 
 The step alone: `python sphere_step.py`.
 """
@@ -89,13 +90,37 @@ def epoch(repetitions: int, width: int, n: int = 2560, batch: int = 128) -> None
     print(f"reading the files once, before the first epoch: {reading:.2f} s")
 
 
+def sweep(repetitions: int) -> None:
+    """Seconds of three runs of the default task, with a checkpoint after every epoch and with one at the end."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    import train
+
+    ways = {"a checkpoint every epoch": 1, "one at the end": 10**9}
+    times = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        for repetition in range(repetitions + 1):
+            for name, every in ways.items():
+                command = ["--elr", "0.001", "0.01", "0.1", "--epochs", "5", "--out", folder, "--force"]
+                began = time.perf_counter()
+                with redirect_stdout(StringIO()):
+                    train.main([*command, "--checkpoint-every", str(every)])
+                if repetition:
+                    times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(f"three runs of 5 epochs, digits, convnet of width 8; median of {repetitions}")
+    for name, seconds in medians.items():
+        print(f"{name:28}{seconds:8.2f} s  ×{seconds / medians['one at the end']:.3f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description="Time what users wait for, beside the usual way.")
-    parser.add_argument("what", choices=("epoch",))
-    parser.add_argument("--width", type=int, default=32, help="of the convnet (default: %(default)s)")
+    parser.add_argument("what", choices=("epoch", "sweep"))
+    parser.add_argument("--width", type=int, default=32, help="epoch: of the convnet (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=5, help="medians are over this many (default: %(default)s)")
     args = parser.parse_args()
-    epoch(args.repetitions, args.width)
+    epoch(args.repetitions, args.width) if args.what == "epoch" else sweep(args.repetitions)
     return 0
 
 

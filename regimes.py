@@ -440,7 +440,7 @@ def table(runs: list[Run]) -> str:
             cells = (f"{elr_name(row['elr']):>10}", f"{TITLE.get(row['regime'], row['regime']):<19}", f"{seeds:>5}")
             cells += (f"{row['skill']:5.3f}", f"{loss[0]:10.4g}  {f'{loss[1]:.4g} to {loss[2]:.4g}':<20}")
             cells += (f"{error[0]:5.3f}  {f'{error[1]:.3f} to {error[2]:.3f}':<14}", f"{row['grad_norm']:8.3g}")
-            lines.append("  ".join(cells).replace("nan", "  –"))
+            lines.append("  ".join(cells).replace("+nan", "   –").replace("nan", "  –"))
     elif by_elr(runs):
         lines = ["       ELR  regime               skill   slope  train loss  error  test error         γ  epochs"]
         for elr, regime, skill, slope, loss, error, test_error, gamma, epochs, _ in rows(runs):
@@ -452,7 +452,7 @@ def table(runs: list[Run]) -> str:
                 f"{loss:10.4g}",
             )
             cells += (f"{error:5.3f}", f"{test_error:10.3f}", f"{gamma:8.3g}", f"{epochs:6d}")
-            lines.append("  ".join(cells).replace("nan", "  –"))
+            lines.append("  ".join(cells).replace("+nan", "   –").replace("nan", "  –"))
     try:
         lines += [str(boundary) for boundary in boundaries(runs)] if by_elr(runs) else []
     except ValueError as error:

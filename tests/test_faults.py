@@ -79,6 +79,13 @@ def wait_for(condition, seconds=60):
     assert condition()
 
 
+def holds_a_lock(pid, folder):
+    try:
+        return any(f"process {pid} on" in path.read_text() for path in folder.glob("*.lock"))
+    except FileNotFoundError:  # released in this moment
+        return False
+
+
 class DyingOs:
     """The module os, whose n-th call that writes is the last thing that this process does (a write: half of it)."""
 
@@ -137,28 +144,32 @@ def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(t
 
 
 def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
-    command = [sys.executable, "train.py", "--elr", "0.01", "0.1", "0.3", "--width", "2", "--epochs", "6", "--batch-size", "32"]
+    kills = pytestconfig.getoption("--kills")
+    epochs = 2 * kills  # so that there is work left for each of them
+    command = [sys.executable, "train.py", "--elr", "0.01", "0.1", "0.3", "--width", "2", "--batch-size", "32"]
+    command += ["--epochs", str(epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def sweep(folder):
         return subprocess.Popen([*command, "--out", str(folder)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
     assert sweep(tmp_path / "undisturbed").wait() == 0
-    out, finished = tmp_path / "disturbed", {}
-    for _ in range(pytestconfig.getoption("--kills")):
+    out, finished, ends = tmp_path / "disturbed", {}, []
+    for _ in range(kills):
         process = sweep(out)
-        wait_for(lambda process=process: process.poll() is not None or list(out.glob("*.lock")))
+        wait_for(lambda process=process: process.poll() is not None or holds_a_lock(process.pid, out))
         time.sleep(random.uniform(0, 0.5))
         process.kill()
-        process.wait()
+        ends.append(process.wait())
         for path in out.glob("elr=*.csv"):  # what was a whole row before is one still
             rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = finished.get(path.name, [])
             assert [x.rsplit(",", 2)[0] for x in rows[: len(kept)]] == [x.rsplit(",", 2)[0] for x in kept] or len(rows) < len(
                 kept
             )
-            if (out / path.name.replace(".csv", ".pt")).exists() and "layers" not in path.name and len(rows) == 8:
+            if (out / path.name.replace(".csv", ".pt")).exists() and "layers" not in path.name and len(rows) == epochs + 2:
                 finished[path.name] = rows
+    print(f"{ends.count(-signal.SIGKILL)} of {kills} kills met a sweep that was at work")
     assert sweep(out).wait() == 0
     for name, rows in finished.items():
         assert (out / name).read_text() == "".join(rows)
