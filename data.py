@@ -174,3 +174,8 @@ def batches(n: int, size: int, generator: torch.Generator, device: torch.device 
     """The epoch's batches as index tensors [size]: a fresh permutation of n, without the last, incomplete batch."""
     order = torch.randperm(n, generator=generator).to(device)
     return iter(order[: n - n % size].split(size))
+
+
+def chunks(n: int, size: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """The whole set in its own order, as index tensors of equal length, at most `size`."""
+    return list(torch.arange(n, device=device).tensor_split(-(-n // size)))

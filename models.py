@@ -9,8 +9,10 @@ function depends on the directions of the convolutions' weights alone:
 With affine=True, train_head=True only the convolutions are scale invariant, as in common networks.
 """
 
+import importlib.util
 from collections import OrderedDict, deque
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +120,37 @@ class Toy(nn.Module):
     def forward(self) -> Tensor:
         square = torch.stack(list(self.groups)).square()
         return (self.alphas * square[:, 0] / square.sum(1)).sum()
+
+
+LOSSES = {
+    "ce": F.cross_entropy,
+    "mse": lambda logits, y: F.mse_loss(logits, F.one_hot(y, logits.shape[1]).to(logits.dtype)),
+}
+
+
+def builder(options: dict):
+    """The function of (channels, classes) that makes the network which `options` name: their `model` is one of MODELS, with
+    `width`, `affine` and `train_head`, or toy, with `alphas`, or FILE.py:FUNCTION. Raises ValueError where it names none."""
+    model = options["model"]
+    if model == "toy":
+        return lambda channels=None, classes=None: Toy(options["alphas"])
+    file, _, name = model.rpartition(":")
+    if not file:
+        if model not in MODELS:
+            raise ValueError(f"no network {model!r}: choose {', '.join(MODELS)}, toy or FILE.py:FUNCTION")
+        more = options["width"], bool(options["affine"]), bool(options["train_head"])
+        return lambda channels, classes: MODELS[model](channels, classes, *more)
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise ValueError(f"no file {file}: it must be a Python file, as in path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"{file} has no function {name!r}")
+    return getattr(module, name)
 
 
 def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6) -> list[list[str]]:

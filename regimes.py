@@ -18,6 +18,7 @@ This file depends on numpy and matplotlib alone. Regimes: Kodryan et al., NeurIP
 
 import argparse
 import csv
+import glob
 import io
 import json
 import math
@@ -32,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
-TABLES = ("regimes.csv", "summary.csv")
+TABLES = ("regimes.csv", "summary.csv", "landscape.csv")
 TITLE = {"equilibrium": "chaotic equilibrium"}
 
 MIN_TAIL = 4  # rows that the tail needs before it says anything
@@ -257,6 +258,7 @@ class Run:
     log: dict[str, np.ndarray]
     verdict: Verdict
     problem: str = ""
+    then: dict[str, np.ndarray] | None = None  # the log of the run that started from this one's end
 
     @property
     def name(self) -> str:
@@ -265,8 +267,9 @@ class Run:
         return self.path.stem if math.isnan(self.elr) else f"elr {elr_name(self.elr)}" + f" seed {self.seed}" * (self.seed != 0)
 
     def final(self, column: str) -> float:
-        """Mean of a column over the last tenth of the rows; nan if the log has none."""
-        values = self.log.get(column, np.array([math.nan]))
+        """Mean of a column over the last tenth of the rows; nan if the log has none. `then_…` is that of the second run."""
+        log, name = (self.then or {}, column[5:]) if column.startswith("then_") else (self.log, column)
+        values = log.get(name, np.array([math.nan]))
         return float(values[-max(1, len(values) // 10) :].mean())
 
 
@@ -341,7 +344,9 @@ def read_run(path: Path, chance: dict[str, dict]) -> Run:
     seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed)))
     elr = elr if elr > 0 and math.isfinite(elr) and not verdict.moves else math.nan
-    return Run(path, elr, seed, log, verdict, problem)
+    then = sorted(path.parent.glob(f"{glob.escape(path.stem)}.then=*.csv"))
+    then = [p for p in then if ".order=" not in p.name and not p.name.endswith(".layers.csv")]
+    return Run(path, elr, seed, log, verdict, problem, read_log(then[0])[0] if then else None)
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps
@@ -401,6 +406,7 @@ def boundaries(runs: list[Run]) -> list[Boundary]:
 
 
 COLUMNS = ("elr", "regime", "skill", "slope", "train_loss", "train_error", "test_error", "grad_norm", "epochs", "seed")
+THEN_COLUMNS = ("then_test_error", "then_train_loss")  # where there are second runs
 
 
 def rows(runs: list[Run]) -> list[list]:
@@ -411,6 +417,7 @@ def rows(runs: list[Run]) -> list[list]:
             measured = [run.final(name) for name in COLUMNS[4:8]]
             epochs = int(run.log["epoch"][-1])
             table.append([run.elr, run.verdict.regime, run.verdict.skill, run.verdict.slope, *measured, epochs, run.seed])
+            table[-1] += [run.final(name) for name in THEN_COLUMNS] if any(run.then for run in runs) else []
     return table
 
 
@@ -443,7 +450,7 @@ def table(runs: list[Run]) -> str:
             lines.append("  ".join(cells).replace("+nan", "   –").replace("nan", "  –"))
     elif by_elr(runs):
         lines = ["       ELR  regime               skill   slope  train loss  error  test error         γ  epochs"]
-        for elr, regime, skill, slope, loss, error, test_error, gamma, epochs, _ in rows(runs):
+        for elr, regime, skill, slope, loss, error, test_error, gamma, epochs, *_ in rows(runs):
             cells = (
                 f"{elr_name(elr):>10}",
                 f"{TITLE.get(regime, regime):<19}",
@@ -683,7 +690,8 @@ def _along_the_elr(ax, runs: list[Run], groups: dict[float, list[Run]], moving: 
 def report(runs: list[Run], out: Path | None, title: str = "") -> str:
     """The table as text; regimes.csv, summary.csv and regimes.png are written into `out`, if given."""
     if out is not None and (by_elr(runs) or any(run.verdict.moves for run in runs)):
-        write_csv(out / "regimes.csv", [list(COLUMNS), *rows(runs)])
+        then = THEN_COLUMNS if any(run.then for run in runs) else ()
+        write_csv(out / "regimes.csv", [[*COLUMNS, *then], *rows(runs)])
         found = summary(runs)
         write_csv(out / "summary.csv", [list(row.values()) for row in [dict(zip(x, x, strict=True)) for x in found[:1]] + found])
         figure(runs, out / "regimes.png", title)
@@ -692,7 +700,9 @@ def report(runs: list[Run], out: Path | None, title: str = "") -> str:
 
 def find_logs(folder: Path) -> list[Path]:
     """The runs' logs in a folder: all CSV files but the layers' and our own tables."""
-    return sorted(p for p in folder.glob("*.csv") if not p.name.endswith(".layers.csv") and p.name not in TABLES)
+    return sorted(
+        p for p in folder.glob("*.csv") if not p.name.endswith(".layers.csv") and p.name not in TABLES and ".then=" not in p.name
+    )
 
 
 class Parser(argparse.ArgumentParser):

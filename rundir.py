@@ -65,7 +65,7 @@ def open_folder(out: Path, options: dict, force: bool = False) -> dict:
 
 
 def write_config(out: Path, config: dict) -> None:
-    _replace(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
@@ -73,23 +73,23 @@ def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
     state = {**state, "identity": identity}
     file = io.BytesIO()
     torch.save({**state, "checksum": _checksum(state)}, file)
-    _replace(path, file.getbuffer())
+    write_whole(path, file.getbuffer())
 
 
-def load_checkpoint(path: Path, identity: dict, device: str) -> dict | None:
-    """The last checkpoint of a run, None if there is none. Raises ValueError where it is damaged or not of this very run."""
+def load_checkpoint(path: Path, identity: dict | None, device: str) -> dict | None:
+    """The last checkpoint of a run, None if there is none. Raises ValueError where it is damaged or not of this very run;
+    without `identity` whose it is does not matter."""
     if not path.exists():
         return None
     content = io.BytesIO(path.read_bytes())
     try:
         state = torch.load(content, map_location=device, weights_only=True)
-        checksum = state.pop("checksum")
-        there = dict(state["identity"])
+        checksum, there = state["checksum"], dict(state["identity"])
+        if checksum != _checksum({key: x for key, x in state.items() if key != "checksum"}):
+            raise ValueError
     except Exception:  # a damaged file can fail anywhere in the reading of it
-        checksum = there = None
-    if there is None or checksum != _checksum(state):
-        raise ValueError(f"{path} is damaged: remove it, and this run starts again")
-    for key in {**identity, **there}:
+        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: remove it, and this run starts again") from None
+    for key in {**identity, **there} if identity is not None else ():
         if identity.get(key) != there.get(key):
             what = f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here"
             raise ValueError(f"{path} is the checkpoint of another run ({what}): remove it, and this run starts again")
@@ -124,7 +124,7 @@ def _remove_leftovers(out: Path) -> None:
             pass
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to a temporary file beside it, flushed to disk, then renamed."""
     temporary = _temporary(path)
     file = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
@@ -189,7 +189,7 @@ class Rows:
             except (ValueError, FileNotFoundError):
                 checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
                 raise ValueError(f"{path} lacks rows or is damaged: remove {checkpoint}, and this run starts again") from None
-        _replace(path, "".join([",".join(columns) + "\n", *lines]).encode())
+        write_whole(path, "".join([",".join(columns) + "\n", *lines]).encode())
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows) -> None:

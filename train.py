@@ -13,43 +13,49 @@ Regimes: Kodryan et al., NeurIPS 2022.
 """
 
 import argparse
-import importlib.util
 import math
 import platform
 import signal
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 import regimes
-from data import NAMES, Data, add_label_noise, batches, load, subset
-from models import MODELS, Toy, scale_invariant_groups
+from data import NAMES, Data, add_label_noise, batches, chunks, load, subset
+from models import LOSSES, MODELS, builder, scale_invariant_groups
 from rundir import Busy, Rows, load_checkpoint, lock, open_folder, save_checkpoint, write_config
 from sphere_step import SphereSGD, WholeSpaceSGD
 from sweep import grid, sweep
 
 COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error seconds distance".split()
 NOISE_COLUMNS = "clean_error noisy_error".split()
+AVERAGE_COLUMNS = "avg_train_loss avg_test_error".split()
 FULL_PASS_COLUMNS = "full_train_loss full_train_error full_grad_norm batch_grad_norm batch_grad_norm_std".split()
 LAYER_COLUMNS = "epoch layer norm elr grad_norm angle".split()
-LOSSES = {
-    "ce": F.cross_entropy,
-    "mse": lambda logits, y: F.mse_loss(logits, F.one_hot(y, logits.shape[1]).to(logits.dtype)),
-}
 
 
-def build(args: argparse.Namespace, data: Data | None, rate: float, seed: int) -> tuple[nn.Module, SphereSGD | WholeSpaceSGD]:
+def build(
+    args, data: Data | None, rate: float, seed: int, init: dict | None = None
+) -> tuple[nn.Module, SphereSGD | WholeSpaceSGD]:
     """The network and its optimizer at an ELR (in the whole space: a learning rate). The same seed gives every rate the same
-    initialization."""
+    initialization, unless there is a checkpoint `init` to start from."""
     torch.manual_seed(seed)
-    net = (args.make(data.x.shape[1], data.classes) if data else args.make()).to(args.device)
+    net = args.make(*(data.x.shape[1], data.classes) if data else ()).to(args.device)
+    if init:
+        net.load_state_dict(init["net"])
+    return net, make_optimizer(args, net, rate)
+
+
+def make_optimizer(args: argparse.Namespace, net: nn.Module, rate: float) -> SphereSGD | WholeSpaceSGD:
+    """What is scale invariant on spheres (--sphere), the rest in plain SGD; or all of it in the whole space."""
     groups = [[net.get_parameter(name) for name in names] for names in args.layer_groups]
     if args.sphere != "layer":
         groups = [[p for group in groups for p in group]]
@@ -57,13 +63,13 @@ def build(args: argparse.Namespace, data: Data | None, rate: float, seed: int) -
     momentum = args.momentum or 0.0
     if args.space == "whole":
         trained = [p for p in net.parameters() if p.requires_grad]
-        return net, WholeSpaceSGD(trained, on_spheres, rate, momentum, args.wd or 0.0)
+        return WholeSpaceSGD(trained, on_spheres, rate, momentum, args.wd or 0.0)
     groups = [{"params": group} for group in groups]
     rest = [p for p in net.parameters() if p.requires_grad and all(p is not q for q in on_spheres)]
     if rest:  # plain SGD at the learning rate that matches the ELR on the sphere of the whole network, η = η̃ρ²
         square = sum(p.detach().square().sum().item() for p in on_spheres)
         groups.append({"params": rest, "sphere": None, "lr": args.head_lr or rate * square})
-    return net, SphereSGD(groups, lr=rate, sphere="row" if args.sphere == "row" else "group", momentum=momentum)
+    return SphereSGD(groups, lr=rate, sphere="row" if args.sphere == "row" else "group", momentum=momentum)
 
 
 def steps_of_epoch(args: argparse.Namespace, data: Data | None, order: torch.Generator) -> list[list[Tensor]]:
@@ -71,14 +77,8 @@ def steps_of_epoch(args: argparse.Namespace, data: Data | None, order: torch.Gen
     if data is None:
         return [[(0,)]] * args.steps
     if args.full_batch:
-        return [chunks(args, data)]
+        return [chunks(len(data.x), args.batch_size, args.device)]
     return [[index] for index in batches(len(data.x), args.batch_size, order, args.device)]
-
-
-def chunks(args: argparse.Namespace, data: Data) -> list[Tensor]:
-    """The whole training set in its own order, in equal chunks of at most a batch."""
-    n = len(data.x)
-    return list(torch.arange(n, device=args.device).tensor_split(-(-n // args.batch_size)))
 
 
 def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, augment=None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,7 +152,7 @@ def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     mean, gammas, total = [torch.zeros_like(p) for p in trained], [], 0
     with torch.random.fork_rng([args.device] if "cuda" in args.device else []):
-        for index in chunks(args, data):
+        for index in chunks(len(data.x), args.batch_size, args.device):
             loss, found = loss_of(args, data, net, index)
             optimizer.zero_grad()
             loss.backward()
@@ -167,6 +167,30 @@ def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -
     spread = torch.stack(gammas)
     values = torch.cat([total, torch.stack([gamma, spread.mean(), spread.std(correction=0)])])
     return dict(zip(FULL_PASS_COLUMNS, values.tolist(), strict=True))
+
+
+@torch.no_grad()
+def test_average(args, data: Data, averaged: AveragedModel, optimizer: SphereSGD | WholeSpaceSGD) -> dict[str, float]:
+    """Of the mean of weights, put back on the spheres: loss on the training set and error on the test set, with the BatchNorm
+    statistics of a pass over the training set."""
+    net = on_spheres(args, averaged, optimizer)
+    order = chunks(len(data.x), args.batch_size, args.device)
+    update_bn((data.images(index) for index in order), net)
+    net.eval()
+    losses = [loss_of(args, data, net, index)[1]["train_loss"].item() * len(index) / len(data.x) for index in order]
+    return {"avg_train_loss": sum(losses), "avg_test_error": test(args, data, net)["test_error"]}
+
+
+def on_spheres(args: argparse.Namespace, averaged: AveragedModel, optimizer: SphereSGD | WholeSpaceSGD) -> nn.Module:
+    """The averaged network, its spheres back on the radii of the optimizer (in the whole space: as it is)."""
+    net = deepcopy(averaged.module)
+    if args.space == "sphere":
+        projector = make_optimizer(args, net, 1.0)
+        for group, radii in zip(projector.param_groups, optimizer.param_groups, strict=True):
+            if group["sphere"]:
+                group["radii"] = radii["radii"]
+        projector.normalize()
+    return net
 
 
 def directions(optimizer) -> Tensor:
@@ -203,32 +227,46 @@ def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, point
 
 
 def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict, wait=None) -> None:
-    """One run, from initialization, or from where it stopped, to its named regime; a finished one is not done again. Raises Busy
-    where another process is at it, unless there is `wait`."""
+    """One run, from initialization, or from where it stopped, to its named regime, and then the runs that start from its end;
+    what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
     path, name = named(args, rate, seed)
     with lock(path.with_suffix(".lock"), wait):
-        done = run(args, data, rate, seed, epochs, path, name)
+        done = run(args, data, rate, seed, epochs, path, name, args.init_state)
+        for i in range(args.then_orders if args.then else 0):
+            init = load_checkpoint(path.with_suffix(".pt"), None, args.device)
+            then = path.with_suffix(f".then={regimes.elr_name(args.then)}" + f".order={i}" * (i > 0) + ".csv")
+            run(args, data, args.then, seed, args.then_epochs, then, f"{name}, then {args.then:g}", init, seed + 1000 * i)
     verdict = regimes.classify(regimes.read_log(path)[0], chance)
     print(f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
 
 
-def run(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, path: Path, name: str) -> bool:
-    """The training itself. Returns whether there was nothing left to do."""
-    identity = {**args.config["options"], "rate": rate, "seed": seed}
+def run(
+    args, data, rate: float, seed: int, epochs: int, path: Path, name: str, init: dict | None = None, order_seed=None
+) -> bool:
+    """The training itself, from the checkpoint `init` if there is one. Returns whether there was nothing left to do."""
+    order_seed = seed if order_seed is None else order_seed
+    identity = {**args.config["options"], "rate": rate, "seed": seed, "order_seed": order_seed}
+    origin = init and init["checksum"]
     last = load_checkpoint(path.with_suffix(".pt"), identity, args.device)
-    if last["epoch"] >= epochs or last["ended"] if last else finished(path, epochs):
+    if last and last["origin"] != origin:  # what it started from has gone on since
+        last = None
+    elif last["epoch"] >= epochs or last["ended"] if last else finished(path, epochs):
         return True
-    net, optimizer = build(args, data, rate, seed)
+    net, optimizer = build(args, data, rate, seed, init)
     scheduler = LambdaLR(optimizer, args.schedule(epochs))
-    order = torch.Generator().manual_seed(seed)  # the same order of batches for every ELR
+    averaged = AveragedModel(net) if args.average else None
+    order = torch.Generator().manual_seed(order_seed)  # the same order of batches for every ELR
     start, upto, progress, seconds = directions(optimizer), -1, None, 0.0
     if last:
         net.load_state_dict(last["net"]), optimizer.load_state_dict(last["optimizer"])
         scheduler.load_state_dict(last["scheduler"]), order.set_state(last["order"].cpu())
         set_random_state(args.device, last["random"])
+        if averaged:
+            averaged.load_state_dict(last["averaged"])
         upto, progress, seconds = last["epoch"], last["progress"], last["seconds"]
     columns = [c for c in COLUMNS if data or c not in ("train_error", "test_loss", "test_error")]
     columns += NOISE_COLUMNS * (args.label_noise is not None) + FULL_PASS_COLUMNS * bool(args.eval_train)
+    columns += AVERAGE_COLUMNS * (averaged is not None)
     layer_names = [layer for group in args.layer_groups for layer in group]
     layer_names = ["'" * (layer[0] in "=+-@\t\r") + layer for layer in layer_names]  # no formula for a spreadsheet
     rows, layer_rows = Rows(path, columns, upto), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, upto)
@@ -238,7 +276,8 @@ def run(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epo
     def save(epoch: int, order_state: Tensor, progress: dict | None = None, ended: bool = False) -> None:
         state = {"epoch": epoch, "progress": progress, "ended": ended, "seconds": time.perf_counter() - began}
         state |= {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        state |= {"order": order_state, "random": random_state(args.device)}
+        state |= {"order": order_state, "random": random_state(args.device), "origin": origin}
+        state |= {"spheres": spheres_of(net, optimizer), "averaged": averaged.state_dict() if averaged else None}
         save_checkpoint(path.with_suffix(".pt"), identity, state)
 
     try:
@@ -255,6 +294,11 @@ def run(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epo
             row |= test(args, data, net) | (full_pass(args, data, net, optimizer) if args.eval_train else {})
             row |= {"epoch": epoch, "step": epoch * len(steps), "distance": angle_between(start, directions(optimizer))}
             row |= {"elr": elr} if args.space == "sphere" else {}
+            if averaged:
+                row |= dict.fromkeys(AVERAGE_COLUMNS, math.nan)
+                if epoch > epochs - args.average:
+                    averaged.update_parameters(net)
+                    row |= test_average(args, data, averaged, optimizer)
             row["seconds"] = time.perf_counter() - began
             rows.add([row[column] for column in columns])
             layer_rows.add(*([epoch, layer, *values] for layer, values in zip(layer_names, layers, strict=True)))
@@ -271,6 +315,14 @@ def run(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epo
     finally:
         rows.close(), layer_rows.close(), bar.close()
     return False
+
+
+def spheres_of(net: nn.Module, optimizer: SphereSGD | WholeSpaceSGD) -> list[dict]:
+    """The spheres by the names of their tensors, for who reads the checkpoint: `names`, `rows` (each row is one), `radii`."""
+    names = {p: name for name, p in net.named_parameters()}
+    groups = (optimizer.meter if isinstance(optimizer, WholeSpaceSGD) else optimizer).param_groups
+    found = [g for g in groups if g["sphere"]]
+    return [{"names": [names[p] for p in g["params"]], "rows": g["sphere"] == "row", "radii": g["radii"]} for g in found]
 
 
 def named(args: argparse.Namespace, rate: float, seed: int) -> tuple[Path, str]:
@@ -389,11 +441,11 @@ def schedule(text: str):
 DEFAULTS = dict(
     data="digits", data_root=Path("data"), batch_size=16, loss="ce", width=8, sphere="network", alphas=[1.0, 2.0, 4.0]
 )
-DEFAULTS |= dict(steps=100)
+DEFAULTS |= dict(steps=100, then_epochs=20, then_orders=1)
 IDENTITY = """space wd momentum schedule data image_size train_size label_noise augment model width affine train_head sphere
-    head_lr loss batch_size full_batch eval_train alphas steps device""".split()  # the options that all runs of a folder share
+    head_lr loss batch_size full_batch eval_train alphas steps init average device""".split()  # what all runs of a folder share
 OF_IMAGES = """data data_root image_size train_size label_noise augment loss width affine train_head head_lr batch_size full_batch
-    eval_train""".split()
+    eval_train average""".split()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -413,6 +465,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of initialization and order of batches (default: %(default)s)")
     add("--seeds", type=number(int), default=1, metavar="K", help="this many seeds of each run, from --seed on (default: 1)")
     add("--epochs", type=number(int), default=20, help="passes over the training set (default: %(default)s)")
+    add("--init", type=Path, metavar="PT", help="start every run from this checkpoint instead of a random point")
+    add("--then", type=number(float), metavar="ELR", help="from the end of each run, another run at this ELR")
+    add("--then-epochs", type=number(int), help="of those second runs (default: 20)")
+    add("--then-orders", type=number(int), metavar="K", help="K second runs, with other orders of the batches (default: 1)")
+    add("--average", type=number(int), metavar="K", help="also test the mean of the last K epochs' weights")
     add = parser.add_argument_group("the step").add_argument
     add("--sphere", choices=("network", "layer", "row"), help="which tensors share a norm (default: network)")
     add("--momentum", type=number(float, 0, 1), help="β of the heavy ball (default: none)")
@@ -495,6 +552,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
     only(["refine"], len(args.rates) > 1, "it takes a sweep, or several ELRs, between which to bisect")
     only(["refine"], options["schedule"] == "constant", "a regime belongs to a constant ELR")
     only(["max_epochs"], args.refine, "this is for --refine")
+    only(["then_epochs", "then_orders"], args.then, "this is for --then")
+    only(["then"], options["schedule"] == "constant" and not whole, "it takes a constant ELR, on the sphere")
+    if (args.average or 0) > args.epochs:
+        refuse("average", f"{args.average} is more than the {args.epochs} epochs")
     args.max_epochs = args.max_epochs or 4 * args.epochs
     if args.max_epochs < args.epochs:
         refuse("max-epochs", f"{args.max_epochs} is less than --epochs {args.epochs}")
@@ -521,51 +582,37 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
         if args.batch_size > len(data.x):
             refuse("batch-size", f"{args.batch_size} is more than the {len(data.x)} training images")
     try:
-        args.make = model_maker(args)
+        args.make = builder(vars(args))
         torch.manual_seed(args.seed)
-        net = (args.make(data.x.shape[1], data.classes) if data else args.make()).to(args.device)
+        net = args.make(*(data.x.shape[1], data.classes) if data else ()).to(args.device)
         args.layer_groups = layer_groups(net, data, args.sphere)
     except ValueError as error:
         refuse("model", error)
     on_spheres = {name for group in args.layer_groups for name in group}
     if args.head_lr and not any(p.requires_grad and name not in on_spheres for name, p in net.named_parameters()):
         refuse("head-lr", f"all that {args.model} trains is on the spheres; leave it out")
+    args.init_state = None
+    if args.init:
+        try:
+            args.init_state = load_checkpoint(args.init, None, args.device)
+            net.load_state_dict(args.init_state["net"])
+        except (ValueError, OSError, RuntimeError, TypeError) as error:
+            why = "there is no such file" if args.init_state is None and not args.init.exists() else str(error).splitlines()[0]
+            refuse("init", why if str(args.init) in why else f"{args.init}: {why}")
+        args.init = str(args.init)
     name = "toy" if toy else f"{Path(args.data).name}-{args.model.rpartition(':')[2]}"
     args.out = args.out or Path("logs") / (name + "-whole" * whole)
     args.title = "toy, α = " + ", ".join(f"{a:g}" for a in args.alphas) if toy else f"{args.data}, {args.model}"
     args.title += f" of width {args.width}" * (args.model in MODELS) + (", whole space" if whole else f", sphere: {args.sphere}")
     identity = {k: {**vars(args), "schedule": options["schedule"]}[k] for k in IDENTITY if not (toy and k in OF_IMAGES)}
     identity = {k: v for k, v in identity.items() if toy or k not in ("alphas", "steps")}
-    identity |= {"epochs": args.epochs} if options["schedule"] == "cosine" else {}
+    identity |= {"epochs": args.epochs} if options["schedule"] == "cosine" or args.average else {}
     try:
         args.config = open_folder(args.out, identity, args.force)
         args.chance = regimes.read_chance(args.out)
     except ValueError as error:
         refuse("out", error)
     return args, data
-
-
-def model_maker(args: argparse.Namespace):
-    """The function of (channels, classes) that makes the network. Raises ValueError where --model names none."""
-    if args.model == "toy":
-        return lambda: Toy(args.alphas)
-    file, _, name = args.model.rpartition(":")
-    if not file:
-        if args.model not in MODELS:
-            raise ValueError(f"no network {args.model!r}: choose {', '.join(MODELS)}, toy or FILE.py:FUNCTION")
-        kind = MODELS[args.model]
-        return lambda channels, classes: kind(channels, classes, args.width, bool(args.affine), bool(args.train_head))
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(f"no file {file}: it must be a Python file, as in path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be imported ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"{file} has no function {name!r}")
-    return getattr(module, name)
 
 
 def layer_groups(net: nn.Module, data: Data | None, sphere: str) -> list[list[str]]:
