@@ -215,7 +215,8 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep(tmp_path, capsys):
     capsys.readouterr()
     assert landscape.main(["summary", str(tmp_path), "--samples", "128"]) == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == 6 and "undecided" in out and (tmp_path / "landscape.png").stat().st_size > 10_000
+    assert "best test error after the drop: " in out and "(median of 2 seeds" in out
+    assert len(out.splitlines()) == 7 and "undecided" in out and (tmp_path / "landscape.png").stat().st_size > 10_000
     found = read(tmp_path / "landscape.csv")
     assert [(row["elr"], row["seed"]) for row in found] == [("0.001", "0"), ("0.001", "1"), ("0.01", "0"), ("0.01", "1")]
     assert all(float(value) >= 0 for row in found for key, value in row.items() if "sharp" in key or "error" in key)

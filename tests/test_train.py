@@ -565,6 +565,17 @@ def test_a_folder_of_images_is_trained_on(tmp_path, monkeypatch, capsys):
     assert "argument --data: no data set 'dogs'" in capsys.readouterr().err
 
 
+def test_a_data_set_that_cannot_be_downloaded_is_one_line(tmp_path, capsys, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with pytest.raises(SystemExit) as exit:
+        run("--data", "cifar10", "--data-root", tmp_path / "data", "--elr", 0.1, "--out", tmp_path / "out")
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and "argument --data: cifar10 cannot be downloaded" in err
+    assert not (tmp_path / "out").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------- resume, the toy
 
 
