@@ -359,6 +359,8 @@ COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#C
 
 def figure(lines: list[dict], path: Path, title: str) -> None:
     """Test error, sharpness and barriers against the ELR of the first run, medians over seeds, over the bands of the regimes."""
+    from matplotlib.patches import Patch
+
     fig, axes = _subplots(3)
     elrs = sorted({line["elr"] for line in lines})
     edges = [math.sqrt(a * b) for a, b in pairwise(elrs)]
@@ -392,6 +394,11 @@ def figure(lines: list[dict], path: Path, title: str) -> None:
     axes[1].plot(elrs, [2 / elr for elr in elrs], "k:", lw=1)
     axes[1].text(elrs[0], 2 / elrs[0], r" $\lambda = 2/$ELR", va="bottom", fontsize=8)
     axes[2].set_yscale("symlog", linthresh=0.01)
+    axes[2].set_ylim(bottom=-0.002)
+    bands = [
+        Patch(color=COLOURS[regime], alpha=0.3, label=regime) for regime in COLOURS if any(x["regime"] == regime for x in lines)
+    ]
+    fig.legend(handles=bands, loc="outside lower center", ncols=len(bands), fontsize=9)
     fig.suptitle(title)
     _save(fig, path)
 
