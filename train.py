@@ -128,8 +128,9 @@ def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step, progre
     means = progress["sums"] / len(steps)
     means = dict(zip([*names, "elr", "grad_norm", "angle", "radial"], means.tolist(), strict=True))
     noisy = means.pop("noisy", None)
-    if noisy is not None:
-        means |= {"clean_error": means["clean_error"] / (1 - noisy), "noisy_error": means["noisy_error"] / noisy}
+    if noisy is not None:  # an epoch leaves out the last, incomplete batch, and may so have seen one kind only
+        means["clean_error"] = means["clean_error"] / (1 - noisy) if noisy < 1 else math.nan
+        means["noisy_error"] = means["noisy_error"] / noisy if noisy else math.nan
     return means, (progress["layers"] / len(steps)).tolist()
 
 
@@ -231,20 +232,21 @@ def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, e
     what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
     path, name = named(args, rate, seed)
     with lock(path.with_suffix(".lock"), wait):
-        done = run(args, data, rate, seed, epochs, path, name, args.init_state)
+        done = run(args, data, rate, seed, epochs, path, name, args.init_state, seed)
         for i in range(args.then_orders if args.then else 0):
             init = load_checkpoint(path.with_suffix(".pt"), None, args.device)
+            if init is None:
+                raise ValueError(
+                    f"{path.with_suffix('.pt')} is gone, from which to go on: remove {path.name}, and it is made again"
+                )
             then = path.with_suffix(f".then={regimes.elr_name(args.then)}" + f".order={i}" * (i > 0) + ".csv")
             run(args, data, args.then, seed, args.then_epochs, then, f"{name}, then {args.then:g}", init, seed + 1000 * i)
     verdict = regimes.classify(regimes.read_log(path)[0], chance)
     print(f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
 
 
-def run(
-    args, data, rate: float, seed: int, epochs: int, path: Path, name: str, init: dict | None = None, order_seed=None
-) -> bool:
+def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, init: dict | None, order_seed: int) -> bool:
     """The training itself, from the checkpoint `init` if there is one. Returns whether there was nothing left to do."""
-    order_seed = seed if order_seed is None else order_seed
     identity = {**args.config["options"], "rate": rate, "seed": seed, "order_seed": order_seed}
     origin = init and init["checksum"]
     last = load_checkpoint(path.with_suffix(".pt"), identity, args.device)

@@ -1,0 +1,67 @@
+"""The house: which script imports which of ours, and that the two that are meant to be copied work alone."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {path.stem for path in ROOT.glob("*.py")}
+IMPORTS = {
+    "train": {"sweep", "rundir", "data", "models", "sphere_step", "regimes"},
+    "sphere_step": set(),
+    "models": set(),
+    "regimes": set(),
+    "data": set(),
+    "rundir": set(),
+    "sweep": {"rundir", "regimes"},
+    "landscape": {"rundir", "data", "models"},
+    "bench": OURS,
+}
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_a_script_imports_only_those_below_it(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert found & OURS <= IMPORTS[name]
+
+
+def alone(tmp_path, file, code):
+    """Run code in an empty folder that holds a copy of this file and nothing else of ours."""
+    shutil.copy(ROOT / file, tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_copied_sphere_step_trains_a_network_of_ones_own(tmp_path):
+    code = """
+import torch
+from sphere_step import SphereSGD
+torch.manual_seed(0)
+x = torch.randn(256, 20)
+y = (x[:, 0] * x[:, 1] > 0).long()
+net = torch.nn.Sequential(torch.nn.Linear(20, 64, bias=False), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+first, *rest = net.parameters()
+optimizer = SphereSGD([{"params": [first]}, {"params": rest, "sphere": None, "lr": 0.1}], lr=0.01)
+norm = first.norm().item()
+for _ in range(300):
+    loss = torch.nn.functional.cross_entropy(net(x), y)
+    optimizer.zero_grad(), loss.backward(), optimizer.step()
+print(loss.item() < 0.1, abs(first.norm().item() / norm - 1) < 1e-6, optimizer.stats()["grad_norm"].item() > 0)
+"""
+    assert alone(tmp_path, "sphere_step.py", code) == "True True True\n"
+
+
+def test_a_copied_regimes_names_the_regime_of_anybodys_log(tmp_path):
+    rows = [f"{epoch},{3 / (1 + epoch) ** 1.5}" for epoch in range(31)]
+    (tmp_path / "mine.csv").write_text("epoch,train_loss\n" + "\n".join(rows) + "\n")
+    out = alone(tmp_path, "regimes.py", "import regimes; regimes.main(['mine.csv'])")
+    assert out.startswith("mine: convergence: ") and "no train_error: skill from the loss" in out
