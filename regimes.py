@@ -483,9 +483,9 @@ def way(run: Run, runs: list[Run]) -> str:
 
 
 def write_csv(path: Path, lines: list[list]) -> None:
-    """The lines, the first of them the names of the columns; numbers to 6 digits."""
+    """The lines, the first of them the names of the columns; numbers to 6 digits, the ELR, which comes first, to 9."""
     text = io.StringIO()
-    cells = ([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line] for line in lines)
+    cells = ([f"{x:.{6 if i else 9}g}" if isinstance(x, float) else x for i, x in enumerate(line)] for line in lines)
     csv.writer(text, lineterminator="\n").writerows(cells)
     _replace(path, text.getvalue().encode())
 

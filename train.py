@@ -414,9 +414,7 @@ def number(kind, low=0, high=math.inf):
         except ValueError:
             value = math.nan
         if not low < value < high:
-            what = f"{'whole' if kind is int else 'finite'} number above {low}" + (
-                f" and below {high}" if high < math.inf else ""
-            )
+            what = f"{'whole' if kind is int else 'finite'} number above {low}" + f" and below {high}" * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
         return value
 
@@ -440,10 +438,8 @@ def schedule(text: str):
     return values[0], lambda epochs: lambda t: values[np.searchsorted(starts, t, side="right") - 1] / values[0]
 
 
-DEFAULTS = dict(
-    data="digits", data_root=Path("data"), batch_size=16, loss="ce", width=8, sphere="network", alphas=[1.0, 2.0, 4.0]
-)
-DEFAULTS |= dict(steps=100, then_epochs=20, then_orders=1)
+DEFAULTS = dict(data="digits", data_root=Path("data"), batch_size=16, loss="ce", width=8, sphere="network")
+DEFAULTS |= dict(alphas=[1.0, 2.0, 4.0], steps=100, then_epochs=20, then_orders=1)
 IDENTITY = """space wd momentum schedule data image_size train_size label_noise augment model width affine train_head sphere
     head_lr loss batch_size full_batch eval_train alphas steps init average device""".split()  # what all runs of a folder share
 OF_IMAGES = """data data_root image_size train_size label_noise augment loss width affine train_head head_lr batch_size full_batch
@@ -459,9 +455,8 @@ def parser() -> argparse.ArgumentParser:
     flag = dict(action="store_true", default=None)
     add = parser.add_argument_group("which runs").add_argument
     add("--elr", nargs="+", type=number(float), metavar="ELR", help="one run at each of these ELRs")
-    add(
-        "--sweep", nargs="*", metavar=("LO", "HI N"), help="N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13 (toy: 1e-2 1e2 13)"
-    )
+    text = "N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13 (toy: 1e-2 1e2 13)"
+    add("--sweep", nargs="*", metavar=("LO", "HI N"), help=text)
     add("--refine", type=number(int), default=0, metavar="N", help="then bisect both boundaries of the regimes N times")
     add("--max-epochs", type=number(int), help="refine: go on with an undecided run up to here (default: 4 times --epochs)")
     add("--seed", type=int, default=0, help="of initialization and order of batches (default: %(default)s)")
@@ -483,11 +478,8 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", nargs="+", type=number(float), help="whole space: one run at each of these learning rates")
     add("--wd", type=number(float), help="whole space: weight decay (default: none)")
     add = parser.add_argument_group("the network").add_argument
-    add(
-        "--model",
-        default="convnet",
-        help=f"{', '.join(MODELS)}, toy, or FILE.py:FUNCTION of (channels, classes) (default: convnet)",
-    )
+    text = f"{', '.join(MODELS)}, toy, or FILE.py:FUNCTION of (channels, classes) (default: convnet)"
+    add("--model", default="convnet", help=text)
     add("--width", type=number(int), help="width k of our networks (default: 8)")
     add("--affine", **flag, help="train the BatchNorms' scales and shifts, too")
     add("--train-head", **flag, help="train the last layer, too")
@@ -545,12 +537,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
     if len(given) + (first is not None) != 1:
         ways = "--elr ELR, --sweep or a --schedule of values" if not whole else "--lr LR or a --schedule of values"
         cli.error(f"one of {ways} must say which rates to run" + (", and only one" if given else ""))
-    args.rates = (
-        [first]
-        if first
-        else args.elr or args.lr or sweep_elrs(cli, args.sweep or (["1e-2", "1e2", "13"] if toy else ["1e-4", "1", "13"]))
-    )
-    args.rates = list(dict.fromkeys(args.rates))
+    default = ["1e-2", "1e2", "13"] if toy else ["1e-4", "1", "13"]
+    args.rates = [first] if first else args.elr or args.lr or sweep_elrs(cli, args.sweep or default)
+    args.rates = list(dict.fromkeys(float(f"{rate:.9g}") for rate in args.rates))  # as many digits as the logs keep
     only(["refine"], len(args.rates) > 1, "it takes a sweep, or several ELRs, between which to bisect")
     only(["refine"], options["schedule"] == "constant", "a regime belongs to a constant ELR")
     only(["max_epochs"], args.refine, "this is for --refine")
@@ -579,6 +568,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
             refuse("train-size", f"{args.train_size} is more than the {len(data.x)} training images")
         if args.train_size:
             subset(data, args.train_size)
+        if args.label_noise and not round(args.label_noise * len(data.x)):
+            refuse("label-noise", f"{args.label_noise:g} of {len(data.x)} training images is none")
         if args.label_noise:
             add_label_noise(data, args.label_noise)
         if args.batch_size > len(data.x):

@@ -166,6 +166,13 @@ BAD = [
     (["--elr", "0.1", "--label-noise", "1"], "--label-noise: '1' is not"),
     (["--elr", "0.1", "--train-size", "1438"], "--train-size: 1438 is more than the 1437"),
     (["--elr", "0.1", "--train-size", "8"], "--batch-size: 16 is more than the 8"),
+    (["--elr", "0.1", "--label-noise", "1e-4"], "--label-noise: 0.0001 of 1437 training images is none"),
+    (["--elr", "0.1", "--then-epochs", "5"], "--then-epochs: this is for --then"),
+    (["--elr", "0.1", "--then-orders", "2"], "--then-orders: this is for --then"),
+    (["--elr", "0.1", "--then", "0.01", "--schedule", "cosine"], "--then: it takes a constant ELR"),
+    (["--elr", "0.1", "--average", "21"], "--average: 21 is more than the 20 epochs"),
+    (["--elr", "0.1", "--model", "toy", "--average", "2"], "--average: the toy has no data set"),
+    (["--elr", "0.1", "--checkpoint-every", "0"], "--checkpoint-every: '0' is not"),
     (["--elr", "0.1", "--loss", "hinge"], "--loss: invalid choice"),
     (["--elr", "0.1", "--image-size", "16"], "--image-size: this is for --data FOLDER"),
     (["--elr", "0.1", "--data-root", "x"], "--data-root: the digits come with the repository"),
@@ -633,7 +640,7 @@ TOYS = [[1], [1, 2], [1, 2, 4], [5, 1, 1, 1, 1]]
 @pytest.mark.parametrize(("alphas", "seeds"), [(a, 10 if SLOW else 1) for a in TOYS])
 def test_the_toys_regimes_are_those_that_theory_says(tmp_path, capsys, alphas, seeds):
     threshold = 1 / sum(alphas)
-    elrs = [factor * threshold for factor in (0.95, 1.2, 3, 1000)]
+    elrs = [float(f"{factor * threshold:.9g}") for factor in (0.95, 1.2, 3, 1000)]
     steps = 100 if SLOW else 50
     assert run("--model", "toy", "--alphas", *alphas, "--steps", steps, "--elr", *elrs, "--seeds", seeds, "--out", tmp_path) == 0
     regimes = [row["regime"] for row in read(tmp_path / "regimes.csv")]
