@@ -1,7 +1,7 @@
 """Many runs: the grid of ELRs, the runs one after the other, boundaries bisected, and what all of them say together."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 import regimes
-from rundir import Busy
 
 
 def grid(low: float, high: float, n: int) -> list[float]:
@@ -21,42 +20,31 @@ def sweep(
     elrs: Iterable[float],
     seeds: Iterable[int],
     epochs: int,
-    run_one: Callable[[float, int, int, bool], bool],
+    runner,
     out: Path,
     title: str = "",
     refine: int = 0,
     max_epochs: int = 0,
 ) -> None:
-    """Do run_one(elr, seed, epochs, patient) for every ELR and seed, then bisect each boundary of the regimes `refine` times;
-    then print the table of all that the folder holds and write regimes.csv, summary.csv and regimes.png.
+    """Do runner.run_all([(elr, seed), …], epochs) over every ELR and seed, then bisect each boundary of the regimes `refine`
+    times; then print the table of all that the folder holds and write regimes.csv, summary.csv and regimes.png.
 
-    run_one leaves a log in `out`, does a finished run not again and goes on with a shorter one; it returns False where another
-    process is at that run, unless it is patient. A run inside a bracket that is undecided goes on for as long as it says it
-    takes, up to max_epochs, before it counts. Raises Busy where the one run asked for is another process's.
+    A run leaves a log in `out`; a finished one is not done again, and a shorter one goes on. A run inside a bracket that is
+    undecided goes on for as long as it says it takes, up to max_epochs, before it counts.
     """
     elrs, seeds = list(elrs), list(seeds)
     several = len(elrs) > 1
-
-    def do(elrs: list[float], epochs: int) -> None:
-        """What another process is at is left to it, and looked at again last: it may have died."""
-        pairs = [(elr, seed) for elr in elrs for seed in seeds]
-        left = [pair for pair in pairs if not run_one(*pair, epochs, False)]
-        if len(left) == 1 == len(pairs):
-            raise Busy("there is nothing else to do")
-        for pair in left:
-            run_one(*pair, epochs, True)
-
-    do(elrs, epochs)
+    runner.run_all([(elr, seed) for elr in elrs for seed in seeds], epochs)
     for _ in range(refine):
-        settle(out, elrs, run_one, max_epochs)
+        settle(out, elrs, runner, max_epochs)
         # From the runs of this sweep alone, so that the same command again bisects in the same places and finds them done.
-        new = {between(bracket): None for bracket in brackets(read_runs(out, elrs))}
-        elrs += [elr for elr in new if elr]
-        do([elr for elr in new if elr], epochs)
+        new = [elr for elr in dict.fromkeys(between(bracket) for bracket in brackets(read_runs(out, elrs))) if elr]
+        elrs += new
+        runner.run_all([(elr, seed) for elr in new for seed in seeds], epochs)
     if refine:
-        settle(out, elrs, run_one, max_epochs)
+        settle(out, elrs, runner, max_epochs)
     runs = read_runs(out)
-    if not runs:
+    if not runs or runner.args.rank:
         return
     report = regimes.report(runs, out, title)
     if several:
@@ -92,17 +80,19 @@ def between(bracket: list[float]) -> float | None:
     return None
 
 
-def settle(out: Path, elrs: list[float], run_one: Callable[[float, int, int, bool], bool], max_epochs: int) -> None:
+def settle(out: Path, elrs: list[float], runner, max_epochs: int) -> None:
     """Go on with the undecided runs inside the brackets until they are decided or max_epochs long."""
     tried = set()
     while True:
         runs = read_runs(out, elrs)
         inside = {elr for bracket in brackets(runs) for elr in bracket[1:-1]}
+        longer = {}
         for run in runs:
             epochs = min(run.verdict.more_epochs or 0, max_epochs)
             if run.elr in inside and epochs > run.log["epoch"][-1] and (run.path, epochs) not in tried:
                 tried.add((run.path, epochs))  # a run that stopped for a loss that is not finite will never be longer
-                run_one(run.elr, run.seed, epochs, True)
-                break
-        else:
+                longer.setdefault(epochs, []).append((run.elr, run.seed))
+        for epochs, pairs in longer.items():
+            runner.run_all(pairs, epochs)
+        if not longer:
             return

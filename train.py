@@ -14,10 +14,13 @@ Regimes: Kodryan et al., NeurIPS 2022.
 
 import argparse
 import math
+import multiprocessing
+import os
 import platform
 import signal
 import sys
 import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -227,9 +230,9 @@ def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, point
     return {"points": points} | {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in columns}
 
 
-def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict, wait=None) -> None:
-    """One run, from initialization, or from where it stopped, to its named regime, and then the runs that start from its end;
-    what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
+def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict, wait=None) -> str:
+    """One run, from initialization, or from where it stopped, to its verdict, which it returns, and then the runs that start
+    from its end; what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
     path, name = named(args, rate, seed)
     with lock(path.with_suffix(".lock"), wait):
         done = run(args, data, rate, seed, epochs, path, name, args.init_state, seed)
@@ -242,7 +245,7 @@ def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, e
             then = path.with_suffix(f".then={regimes.elr_name(args.then)}" + f".order={i}" * (i > 0) + ".csv")
             run(args, data, args.then, seed, args.then_epochs, then, f"{name}, then {args.then:g}", init, seed + 1000 * i)
     verdict = regimes.classify(regimes.read_log(path)[0], chance)
-    print(f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}", flush=True)
+    return f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}"
 
 
 def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, init: dict | None, order_seed: int) -> bool:
@@ -272,7 +275,8 @@ def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, 
     layer_names = [layer for group in args.layer_groups for layer in group]
     layer_names = ["'" * (layer[0] in "=+-@\t\r") + layer for layer in layer_names]  # no formula for a spreadsheet
     rows, layer_rows = Rows(path, columns, upto), Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, upto)
-    bar = tqdm(range(upto + 1, epochs + 1), desc=name, unit="epoch", initial=upto + 1, total=epochs + 1, disable=None)
+    look = dict(desc=name, unit="epoch", initial=upto + 1, total=epochs + 1, disable=None, position=args.job, leave=not args.job)
+    bar = tqdm(range(upto + 1, epochs + 1), **look)
     began = time.perf_counter() - seconds
 
     def save(epoch: int, order_state: Tensor, progress: dict | None = None, ended: bool = False) -> None:
@@ -352,54 +356,102 @@ def set_random_state(device: str, state: list[Tensor]) -> None:
         torch.cuda.set_rng_state(state[1].cpu(), device)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, data = parse(argv)
-    args.signals, failed = [], []
+class Runner:
+    """Does runs, and stops after a step when SIGINT or SIGTERM asks for it. As a context it holds the handlers."""
 
-    def stop(number, frame):
+    def __init__(self, args: argparse.Namespace, data: Data | None):
+        self.args, self.data, self.failed = args, data, False
+        args.signals = []
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number, frame) -> None:
         """Ask for an end after this step; a second SIGINT ends at once."""
-        args.signals.append(number)
+        self.args.signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def wait():
-        if args.signals:
+    def wait(self) -> None:
+        if self.args.signals:
             raise Stopped
         time.sleep(0.2)
 
-    def run_one(rate: float, seed: int, epochs: int, patient: bool) -> bool:
+    def run(self, rate: float, seed: int, epochs: int, patient: bool, quiet: bool = False) -> bool:
         """Do a run. Returns False if another process is at it; one that fails leaves the others their turn."""
+        chance = self.args.chance[str(seed)]
         try:
-            train(args, data, rate, seed, epochs, args.chance[str(seed)], wait if patient else None)
+            verdict = train(self.args, self.data, rate, seed, epochs, chance, self.wait if patient else None)
+            if "(already done)" not in verdict or not (quiet or self.args.rank):
+                print(verdict, flush=True)
         except Busy as busy:
-            print(busy, file=sys.stderr)
+            if not quiet and self.args.ranks == 1:
+                print(busy, file=sys.stderr)
             return False
         except (OSError, MemoryError, ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
-            failed.append(rate)
-            print(f"train.py: error: {named(args, rate, seed)[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
+            self.failed = True
+            print(f"train.py: error: {named(self.args, rate, seed)[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
         return True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        seeds = range(args.seed, args.seed + args.seeds)
-        for seed in seeds:
-            if str(seed) not in args.chance:
-                args.chance[str(seed)] = measure_chance(args, data, seed)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        config = {**args.config, "chance": args.chance, "versions": versions, "threads": torch.get_num_threads()}
-        write_config(args.out, config)
-        sweep(args.rates, seeds, args.epochs, run_one, args.out, args.title, args.refine, args.max_epochs)
-    except (Stopped, KeyboardInterrupt):
-        print(f"interrupted; the finished rows are in {args.out}, and the same command goes on from there", file=sys.stderr)
-        return 128 + (args.signals or [signal.SIGINT])[-1]
-    except (OSError, Busy) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 1 if failed else 0
+    def run_all(self, pairs: list[tuple[float, int]], epochs: int) -> None:
+        """Do these runs; in --jobs processes, if there are more than one, each of which takes what none has taken yet."""
+        jobs = []
+        if self.args.jobs > 1 and len(pairs) > 1:
+            context = multiprocessing.get_context("spawn")
+            more = [(self.args.argv, i + 1, pairs, epochs) for i in range(min(self.args.jobs, len(pairs)))]
+            jobs = [context.Process(target=job, args=x) for x in more]
+        try:
+            for process in jobs:
+                process.start()
+            for process in jobs:
+                while process.is_alive():
+                    self.wait()
+        finally:
+            for process in jobs:
+                if process.is_alive():
+                    process.terminate()
+                process.join()
+        # What another process is at is left to it, and looked at again last: it may have died.
+        left = [pair for pair in pairs if not self.run(*pair, epochs, False, quiet=bool(jobs))]
+        if left and len(self.args.rates) * self.args.seeds == self.args.ranks == 1:
+            raise Busy("there is nothing else to do")
+        for pair in left:
+            self.run(*pair, epochs, True, quiet=bool(jobs))
+
+
+def job(argv: list[str], number: int, pairs: list[tuple[float, int]], epochs: int) -> None:
+    """One of the processes of --jobs: the same command, but only these runs."""
+    args, data = parse([x for x in argv if x != "--force"])
+    args.job = number
+    with Runner(args, data) as runner, suppress(Stopped, KeyboardInterrupt):
+        for pair in pairs:
+            runner.run(*pair, epochs, False, quiet=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, data = parse(sys.argv[1:] if argv is None else argv)
+    with Runner(args, data) as runner:
+        try:
+            seeds = range(args.seed, args.seed + args.seeds)
+            for seed in seeds:
+                if str(seed) not in args.chance:
+                    args.chance[str(seed)] = measure_chance(args, data, seed)
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+            write_config(args.out, {**args.config, "chance": args.chance, "versions": versions, "threads": args.threads})
+            sweep(args.rates, seeds, args.epochs, runner, args.out, args.title, args.refine, args.max_epochs)
+        except (Stopped, KeyboardInterrupt):
+            print(f"interrupted; the finished rows are in {args.out}, and the same command goes on from there", file=sys.stderr)
+            return 128 + (args.signals or [signal.SIGINT])[-1]
+        except (OSError, Busy) as error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+            return 1
+    return 1 if runner.failed else 0
 
 
 # --------------------------------------------------------------------------------------------------------- the command line
@@ -449,6 +501,7 @@ OF_IMAGES = """data data_root image_size train_size label_noise augment loss wid
 def parser() -> argparse.ArgumentParser:
     parser = regimes.Parser(
         prog="train.py",
+        allow_abbrev=False,
         description="Train on the sphere at a fixed effective learning rate (ELR) and name the regime.",
         epilog="example: python train.py --sweep 1e-4 1 13 --epochs 40",
     )
@@ -496,6 +549,8 @@ def parser() -> argparse.ArgumentParser:
     add("--augment", **flag, help="random crops and flips of the training images")
     add("--eval-train", **flag, help="also measure loss, error and gradient on the whole training set after each epoch")
     add = parser.add_argument_group("the machine and the files").add_argument
+    add("--jobs", type=number(int), default=1, metavar="N", help="runs at a time, each in a process of its own (default: 1)")
+    add("--threads", type=number(int), metavar="T", help="CPU threads of each process (default: all, shared out)")
     add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
     add("--out", type=Path, metavar="DIR", help="folder to write into (default: logs/<data>-<model>)")
     add("--checkpoint-every", type=number(int), default=1, metavar="N", help="epochs from checkpoint to checkpoint (default: 1)")
@@ -503,11 +558,15 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
     """The options, checked, and the data. Adds to them what follows: rates, make, layer_groups, config, title."""
     cli = parser()
     args = cli.parse_args(argv)
     options = vars(args).copy()
+    args.argv, args.job = argv, 0
+    args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+    args.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
+    torch.set_num_threads(args.threads)
 
     def refuse(name: str, why: str):
         cli.error(f"argument --{name.replace('_', '-')}: {why}")
@@ -552,7 +611,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
         refuse("max-epochs", f"{args.max_epochs} is less than --epochs {args.epochs}")
     if not 0 <= args.seed < 2**31 - args.seeds:
         refuse("seed", f"{args.seed} is not between 0 and 2147483647")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.force and args.ranks > 1:
+        refuse("force", "the ranks of torchrun share the folder and would remove each other's runs: remove it before")
+    local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    args.device = args.device or (local if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -597,7 +659,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Data | None]:
     args.out = args.out or Path("logs") / (name + "-whole" * whole)
     args.title = "toy, α = " + ", ".join(f"{a:g}" for a in args.alphas) if toy else f"{args.data}, {args.model}"
     args.title += f" of width {args.width}" * (args.model in MODELS) + (", whole space" if whole else f", sphere: {args.sphere}")
-    identity = {k: {**vars(args), "schedule": options["schedule"]}[k] for k in IDENTITY if not (toy and k in OF_IMAGES)}
+    identity = {
+        k: {**vars(args), "schedule": options["schedule"], "device": args.device.split(":")[0]}[k]
+        for k in IDENTITY
+        if not (toy and k in OF_IMAGES)
+    }
     identity = {k: v for k, v in identity.items() if toy or k not in ("alphas", "steps")}
     identity |= {"epochs": args.epochs} if options["schedule"] == "cosine" or args.average else {}
     try:

@@ -244,6 +244,64 @@ def test_a_sweep_started_twice_shares_the_work(tmp_path):
     equal_sweeps(tmp_path / "alone", tmp_path / "shared")
 
 
+# ------------------------------------------------------------------------------------------------------- many runs at a time
+
+MANY = ["--elr", "0.01", "0.02", "0.04", "0.08", "--width", "2", "--epochs", "3", "--batch-size", "32", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_by_one")
+    assert end_of(start(*MANY, "--out", folder))[0] == 0
+    return folder
+
+
+def command_line(*arguments, launcher=()):
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_path, one_by_one):
+    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("*.lock"))) == 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 143 and err.startswith("interrupted; ") and err.count("\n") == 1, err
+    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    wait_for(lambda: any("process" in text_of(path) for path in tmp_path.glob("*.lock")))
+    holders = [text_of(path) for path in tmp_path.glob("*.lock")]
+    os.kill(int(next(text for text in holders if "process" in text).split()[1]), signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in err, err
+    equal_sweeps(one_by_one, tmp_path)  # which were written by one process, one after the other
+    assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
+
+
+def text_of(path):
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(tmp_path, one_by_one):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    process = command_line(*MANY, "--out", tmp_path, launcher=launcher)
+    wait_for(lambda: any("process" in text_of(path) for path in tmp_path.glob("*.lock")))
+    holders = [text_of(path) for path in tmp_path.glob("*.lock")]
+    os.kill(int(next(text for text in holders if "process" in text).split()[1]), signal.SIGKILL)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    equal_sweeps(one_by_one, tmp_path)
+    assert out.count("written: ") == 1
+
+
 # --------------------------------------------------------------------------------------------------------------------- faults
 
 

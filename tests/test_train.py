@@ -630,7 +630,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     capsys.readouterr()
     assert run("--elr", 0.01, *QUICK, "--epochs", 3, "--out", tmp_path) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "elr=1e-02.pt is damaged: remove it" in err
+    assert err.count("\n") == 1 and "elr=1e-02.pt is damaged, or no checkpoint of train.py: remove it" in err
     assert (tmp_path / "elr=1e-02.csv").read_bytes() == before
 
 
