@@ -26,6 +26,7 @@ import os
 import re
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -346,7 +347,10 @@ def read_run(path: Path, chance: dict[str, dict]) -> Run:
     elr = elr if elr > 0 and math.isfinite(elr) and not verdict.moves else math.nan
     then = sorted(path.parent.glob(f"{glob.escape(path.stem)}.then=*.csv"))
     then = [p for p in then if ".order=" not in p.name and not p.name.endswith(".layers.csv")]
-    return Run(path, elr, seed, log, verdict, problem, read_log(then[0])[0] if then else None)
+    run = Run(path, elr, seed, log, verdict, problem)
+    with suppress(ValueError):  # it may just have been started
+        run.then = read_log(then[0])[0] if then else None
+    return run
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps
