@@ -233,7 +233,7 @@ def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, point
 def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict, wait=None) -> str:
     """One run, from initialization, or from where it stopped, to its verdict, which it returns, and then the runs that start
     from its end; what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
-    path, name = named(args, rate, seed)
+    (path, name), after = named(args, rate, seed), ""
     with lock(path.with_suffix(".lock"), wait):
         done = run(args, data, rate, seed, epochs, path, name, args.init_state, seed)
         for i in range(args.then_orders if args.then else 0):
@@ -244,8 +244,11 @@ def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, e
                 )
             then = path.with_suffix(f".then={regimes.elr_name(args.then)}" + f".order={i}" * (i > 0) + ".csv")
             run(args, data, args.then, seed, args.then_epochs, then, f"{name}, then {args.then:g}", init, seed + 1000 * i)
+            log = regimes.read_log(then)[0]
+            after += f"; then at {args.then:g}: train loss {log['train_loss'][-1]:.3g}"
+            after += f", test error {log['test_error'][-1]:.3f}" if data else ""
     verdict = regimes.classify(regimes.read_log(path)[0], chance)
-    return f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}"
+    return f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}{after}"
 
 
 def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, init: dict | None, order_seed: int) -> bool:

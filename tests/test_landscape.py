@@ -186,9 +186,10 @@ def test_average_adds_its_columns_in_the_last_epochs_and_changes_nothing_else(tm
     assert average[3]["avg_train_loss"] < 2.5 and 0 <= average[3]["avg_test_error"] < 0.9
 
 
-def test_then_starts_from_the_end_of_each_run_and_ends_far_below_an_equilibrium(tmp_path):
+def test_then_starts_from_the_end_of_each_run_and_ends_far_below_an_equilibrium(tmp_path, capsys):
     command = ["--elr", 0.01, "--epochs", 8, "--seeds", 3, "--then", 1e-3, "--then-epochs", 8, "--out", tmp_path]
     assert run(*command) == 0
+    assert capsys.readouterr().out.count("; then at 0.001: train loss 0.0") == 3
     for row in read(tmp_path / "regimes.csv"):
         assert row["regime"] == "equilibrium" and float(row["then_train_loss"]) < float(row["train_loss"]) / 10
         assert float(row["then_test_error"]) < float(row["test_error"])
