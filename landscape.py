@@ -212,7 +212,7 @@ def operators(point: Point, samples: int | None = None) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
         from curvlinops import GGNLinearOperator, HessianLinearOperator
-    from scipy.sparse.linalg import LinearOperator
+    from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
     net = deepcopy(point.net).train()
     for module in net.modules():  # statistics of the batch, and no trace of them
@@ -237,12 +237,10 @@ def operators(point: Point, samples: int | None = None) -> dict:
     for name, kind in kinds.items():
         product = kind(net, loss, parameters, batches, check_deterministic=False).to_scipy(dtype=np.float64)
         found[name] = LinearOperator(product.shape, lambda v, a=product: radius * (a @ (radius * v.ravel())), dtype=np.float64)
+        if len(radius) <= DENSE:
+            matrix = np.stack([found[name] @ unit for unit in np.eye(len(radius))])
+            found[name] = aslinearoperator((matrix + matrix.T) / 2)
     return found
-
-
-def _dense(operator) -> np.ndarray:
-    matrix = np.stack([operator @ unit for unit in np.eye(operator.shape[0])])
-    return (matrix + matrix.T) / 2
 
 
 def largest(operator, k: int) -> np.ndarray:
@@ -251,7 +249,7 @@ def largest(operator, k: int) -> np.ndarray:
 
     n = operator.shape[0]
     if n <= DENSE:
-        return np.linalg.eigvalsh(_dense(operator))[::-1][:k]
+        return np.linalg.eigvalsh(operator @ np.eye(n))[::-1][:k]
     try:
         start = np.random.default_rng(0).standard_normal(n)
         values = eigsh(operator, min(k, n - 1), which="LA", return_eigenvectors=False, tol=1e-3, v0=start)
@@ -263,7 +261,7 @@ def largest(operator, k: int) -> np.ndarray:
 def trace(operator, probes: int) -> float:
     """Exact up to DENSE rows, else Hutchinson's estimator with so many vectors of random signs."""
     if operator.shape[0] <= DENSE:
-        return float(np.trace(_dense(operator)))
+        return float(np.trace(operator @ np.eye(operator.shape[0])))
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (probes, operator.shape[0]))
     return float(np.mean([z @ (operator @ z) for z in signs]))
 

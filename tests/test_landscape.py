@@ -86,8 +86,7 @@ def dense_matrices(point, logits, loss):
     return d[:, None] * hessian * d, d[:, None] * (jacobian.T @ of_out @ jacobian) * d
 
 
-@pytest.mark.parametrize("sphere", ["network", "layer", "row"])
-@pytest.mark.parametrize("loss", ["ce", "mse"])
+@pytest.mark.parametrize(("sphere", "loss"), [("network", "ce"), ("layer", "mse"), ("row", "ce")])
 def test_eigenvalues_and_traces_are_those_of_the_dense_matrices_on_the_unit_sphere(sphere, loss):
     net, logits = two_layers(3, 5)
     net.double()
