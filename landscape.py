@@ -225,7 +225,7 @@ def operators(point: Point, samples: int | None = None) -> dict:
     parameters = [net.get_parameter(name) for sphere in point.spheres for name in sphere["names"]]
     dtype = parameters[0].dtype
     if point.data is None:
-        dummy = torch.zeros(1, 1, dtype=dtype)
+        dummy = torch.zeros(1, 1, dtype=dtype, device=parameters[0].device)
         net, loss, batches, kinds = _OfToy(net), _OwnLoss(), [(dummy, dummy)], {"hessian": HessianLinearOperator}
     else:
         data, n = point.data, min(samples or len(point.data.x), len(point.data.x))

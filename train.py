@@ -446,7 +446,8 @@ def main(argv: list[str] | None = None) -> int:
                 if str(seed) not in args.chance:
                     args.chance[str(seed)] = measure_chance(args, data, seed)
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            write_config(args.out, {**args.config, "chance": args.chance, "versions": versions, "threads": args.threads})
+            more = {"chance": args.chance, "versions": versions, "threads": args.threads, "command": args.command}
+            write_config(args.out, args.config | more)
             sweep(args.rates, seeds, args.epochs, runner, args.out, args.title, args.refine, args.max_epochs)
         except (Stopped, KeyboardInterrupt):
             print(f"interrupted; the finished rows are in {args.out}, and the same command goes on from there", file=sys.stderr)
@@ -567,6 +568,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
     args = cli.parse_args(argv)
     options = vars(args).copy()
     args.argv, args.job = argv, 0
+    args.command = {name: str(x) if isinstance(x, Path) else x for name, x in options.items()}  # as it was given, to be kept
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
     args.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     torch.set_num_threads(args.threads)

@@ -79,6 +79,7 @@ def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys):
         elrs = [float(row["elr"]) for row in layers if row["epoch"] == epoch]
         assert sum(1 / elr for elr in elrs) == pytest.approx(1 / 0.01, rel=0.01) and len(squares) == 4
     config = json.loads((tmp_path / "config.json").read_text())
+    assert config["command"]["epochs"] == 2 and config["command"]["elr"] == [0.01]
     assert config["options"]["width"] == 2 and config["chance"]["0"]["points"] == 512 and "torch" in config["versions"]
     assert abs(config["chance"]["0"]["train_error"]["mean"] - 0.9) < 0.02
     checkpoint = torch.load(tmp_path / "elr=1e-02.pt", weights_only=True)
