@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,16 +75,26 @@ def start(*arguments, before=lambda: None):
 
 def wait_for(condition, seconds=60):
     end = time.time() + seconds
-    while not condition() and time.time() < end:
+    while not condition():
+        assert time.time() < end
         time.sleep(0.01)
-    assert condition()
 
 
-def holds_a_lock(pid, folder):
-    try:
-        return any(f"process {pid} on" in path.read_text() for path in folder.glob("*.lock"))
-    except FileNotFoundError:  # released in this moment
-        return False
+def holders(folder):
+    """The process ids in the locks of a folder."""
+    found = []
+    for path in folder.glob("*.lock"):
+        with suppress(FileNotFoundError):  # released in this moment
+            text = path.read_text()
+            found += [int(text.split()[1])] if text.startswith("process ") else []
+    return found
+
+
+def holder_of_a_lock(folder):
+    """The first process that is seen to hold one."""
+    found = []
+    wait_for(lambda: found.extend(holders(folder)) or found)
+    return found[0]
 
 
 class DyingOs:
@@ -157,7 +168,7 @@ def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
     out, finished, ends = tmp_path / "disturbed", {}, []
     for _ in range(kills):
         process = sweep(out)
-        wait_for(lambda process=process: process.poll() is not None or holds_a_lock(process.pid, out))
+        wait_for(lambda process=process: process.poll() is not None or process.pid in holders(out))
         time.sleep(random.uniform(0, 0.5))
         process.kill()
         ends.append(process.wait())
@@ -246,7 +257,7 @@ def test_a_sweep_started_twice_shares_the_work(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- many runs at a time
 
-MANY = ["--elr", "0.01", "0.02", "0.04", "0.08", "--width", "2", "--epochs", "3", "--batch-size", "32", "--threads", "1"]
+MANY = ["--elr", "0.01", "0.02", "0.04", "0.08", "--width", "2", "--epochs", "6", "--batch-size", "32", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -269,33 +280,22 @@ def command_line(*arguments, launcher=()):
 
 def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_path, one_by_one):
     process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
-    wait_for(lambda: len(list(tmp_path.glob("*.lock"))) == 2)
+    holder_of_a_lock(tmp_path)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
     assert process.returncode == 143 and err.startswith("interrupted; ") and err.count("\n") == 1, err
     process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
-    wait_for(lambda: any("process" in text_of(path) for path in tmp_path.glob("*.lock")))
-    holders = [text_of(path) for path in tmp_path.glob("*.lock")]
-    os.kill(int(next(text for text in holders if "process" in text).split()[1]), signal.SIGKILL)
+    os.kill(holder_of_a_lock(tmp_path), signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0 and "Traceback" not in err, err
     equal_sweeps(one_by_one, tmp_path)  # which were written by one process, one after the other
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
 
 
-def text_of(path):
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
-
-
 def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(tmp_path, one_by_one):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     process = command_line(*MANY, "--out", tmp_path, launcher=launcher)
-    wait_for(lambda: any("process" in text_of(path) for path in tmp_path.glob("*.lock")))
-    holders = [text_of(path) for path in tmp_path.glob("*.lock")]
-    os.kill(int(next(text for text in holders if "process" in text).split()[1]), signal.SIGKILL)
+    os.kill(holder_of_a_lock(tmp_path), signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0, err
     equal_sweeps(one_by_one, tmp_path)
