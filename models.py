@@ -10,6 +10,7 @@ With affine=True, train_head=True only the convolutions are scale invariant, as 
 """
 
 import importlib.util
+import math
 from collections import OrderedDict, deque
 from copy import deepcopy
 from pathlib import Path
@@ -223,6 +224,40 @@ def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: 
                 found.append([names[i] for i in sorted(indices)])
                 taken |= indices
     return sorted(found, key=lambda group: names.index(group[0]))
+
+
+def layer_groups(net: nn.Module, x: Tensor | None, classes: int | None, sphere: str) -> list[list[str]]:
+    """Which parameters are on which sphere: what our networks say of themselves, what is found in others and then printed.
+
+    x is a batch of images, classes how many logits there must be; sphere "row" takes only tensors whose rows have directions.
+    Raises ValueError where the network does not fit or has no scale-invariant weights.
+    """
+    if hasattr(net, "layer_groups"):
+        return net.layer_groups
+    try:
+        logits = net(x)
+        found = scale_invariant_groups(net, x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the network cannot be run on the data ({str(error).splitlines()[0]})") from error
+    if logits.shape != (len(x), classes):
+        raise ValueError(f"the network's output is {tuple(logits.shape)}, not (batch, classes) = {(len(x), classes)}")
+    sizes = {name: p.detach().norm().item() for name, p in net.named_parameters() if p.requires_grad}
+    found = [group for group in found if any(sizes[name] > 0 for name in group)]  # a norm of 0 has no direction
+    if sphere == "row":  # nor has a row of one number, which is all that a vector's rows are
+        tensors = dict(net.named_parameters())
+        found = [
+            group
+            for group in found
+            if all(tensors[name].dim() > 1 and tensors[name].flatten(1).norm(dim=1).min() > 0 for name in group)
+        ]
+    if not found:
+        raise ValueError("no scale-invariant weights found: is there a normalization layer behind any?")
+    print(f"{'norm':>9}  sphere")
+    for group in found:
+        print(f"{math.hypot(*(sizes[name] for name in group)):9.3g}  {' + '.join(group)}")
+    rest = [name for name in sizes if not any(name in group for group in found)]
+    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
+    return found
 
 
 def _random_like(x):

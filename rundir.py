@@ -108,6 +108,17 @@ def _checksum(state: dict) -> str:
     return sha.hexdigest()
 
 
+def random_state(device: str) -> list[torch.Tensor]:
+    """The states of torch's own random numbers, of the CPU and of a GPU, for a checkpoint."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if "cuda" in device else [])]
+
+
+def set_random_state(device: str, state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0].cpu())
+    if "cuda" in device:
+        torch.cuda.set_rng_state(state[1].cpu(), device)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import regimes
 from data import NAMES, Data, add_label_noise, batches, chunks, load, subset
-from models import LOSSES, MODELS, builder, scale_invariant_groups
-from rundir import Busy, Rows, load_checkpoint, lock, open_folder, save_checkpoint, write_config
+from models import LOSSES, MODELS, builder, layer_groups
+from rundir import Busy, Rows, load_checkpoint, lock, open_folder, random_state, save_checkpoint, set_random_state, write_config
 from sphere_step import SphereSGD, WholeSpaceSGD
 from sweep import grid, sweep
 
@@ -349,16 +349,6 @@ def finished(path: Path, epochs: int) -> bool:
     return not problem and log["epoch"][-1] >= epochs
 
 
-def random_state(device: str) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if "cuda" in device else [])]
-
-
-def set_random_state(device: str, state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0].cpu())
-    if "cuda" in device:
-        torch.cuda.set_rng_state(state[1].cpu(), device)
-
-
 class Runner:
     """Does runs, and stops after a step when SIGINT or SIGTERM asks for it. As a context it holds the handlers."""
 
@@ -645,7 +635,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
         args.make = builder(vars(args))
         torch.manual_seed(args.seed)
         net = args.make(*(data.x.shape[1], data.classes) if data else ()).to(args.device)
-        args.layer_groups = layer_groups(net, data, args.sphere)
+        x = data.images(torch.arange(min(32, len(data.x)), device=args.device)) if data else None
+        args.layer_groups = layer_groups(net, x, data.classes if data else None, args.sphere)
     except ValueError as error:
         refuse("model", error)
     on_spheres = {name for group in args.layer_groups for name in group}
@@ -677,37 +668,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
     except ValueError as error:
         refuse("out", error)
     return args, data
-
-
-def layer_groups(net: nn.Module, data: Data | None, sphere: str) -> list[list[str]]:
-    """Which parameters are on which sphere: what our networks say of themselves, what is found in others and then printed."""
-    if hasattr(net, "layer_groups"):
-        return net.layer_groups
-    x = data.images(torch.arange(min(32, len(data.x)), device=data.x.device))
-    try:
-        logits = net(x)
-        found = scale_invariant_groups(net, x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"the network cannot be run on the data ({str(error).splitlines()[0]})") from error
-    if logits.shape != (len(x), data.classes):
-        raise ValueError(f"the network's output is {tuple(logits.shape)}, not (batch, classes) = {(len(x), data.classes)}")
-    sizes = {name: p.detach().norm().item() for name, p in net.named_parameters() if p.requires_grad}
-    found = [group for group in found if any(sizes[name] > 0 for name in group)]  # a norm of 0 has no direction
-    if sphere == "row":  # nor has a row of one number, which is all that a vector's rows are
-        tensors = dict(net.named_parameters())
-        found = [
-            group
-            for group in found
-            if all(tensors[name].dim() > 1 and tensors[name].flatten(1).norm(dim=1).min() > 0 for name in group)
-        ]
-    if not found:
-        raise ValueError("no scale-invariant weights found: is there a normalization layer behind any?")
-    print(f"{'norm':>9}  sphere")
-    for group in found:
-        print(f"{math.hypot(*(sizes[name] for name in group)):9.3g}  {' + '.join(group)}")
-    rest = [name for name in sizes if not any(name in group for group in found)]
-    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
-    return found
 
 
 def sweep_elrs(parser: argparse.ArgumentParser, texts: list[str]) -> list[float]:
