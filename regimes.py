@@ -331,7 +331,7 @@ def read_chance(folder: Path) -> dict[str, dict]:
                 raise ValueError
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise ValueError(f"{path}: damaged: no chance reference can be read from it") from None
     return chance
 
@@ -592,7 +592,7 @@ def _alphas(runs: list[Run]) -> list[float]:
     try:
         alphas = json.loads((runs[0].path.parent / "config.json").read_text(encoding="utf-8"))["options"]["alphas"]
         return [float(a) for a in alphas]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return []
 
 

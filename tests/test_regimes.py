@@ -258,8 +258,9 @@ def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
 
 @pytest.mark.parametrize("r", [0.0, 0.5, 0.9])
 def test_the_autocorrelation_time_is_that_of_the_process(r):
-    x = noise(np.random.default_rng(), 40_000, 1.0, r)
-    assert autocorrelation_time(x) == pytest.approx((1 + r) / (1 - r), rel=0.2)
+    rng = np.random.default_rng()
+    found = np.mean([autocorrelation_time(noise(rng, 10_000, 1.0, r)) for _ in range(30)])
+    assert found == pytest.approx((1 + r) / (1 - r), rel=0.2)  # at r = 0.9 its standard error is 4 %
 
 
 def test_the_random_walks_angle_is_that_of_simulated_isotropic_steps():
@@ -277,7 +278,7 @@ def test_the_random_walks_angle_is_that_of_simulated_isotropic_steps():
 
 
 def test_explain_prints_the_numbers_behind_each_verdict(tmp_path, capsys):
-    rng, t = np.random.default_rng(), np.arange(1, 41)
+    rng, t = np.random.default_rng(0), np.arange(1, 41)  # the same logs each time: the report is asked, not the rule
     levels = {
         "1e-03": power_law(rng, t),
         "1e-02": 1.5 * np.exp(noise(rng, 40, 0.1, 0.5)),
@@ -304,7 +305,7 @@ def test_explain_prints_the_numbers_behind_each_verdict(tmp_path, capsys):
 
 
 def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, capsys):
-    rng, t = np.random.default_rng(), np.arange(1, 41)
+    rng, t = np.random.default_rng(0), np.arange(1, 41)  # the same logs each time: the report is asked, not the rule
     for elr in ("1e-03", "1e-02"):
         for seed in (0, 1, 2):
             loss = power_law(rng, t) if elr == "1e-03" or seed == 2 else 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
@@ -329,7 +330,7 @@ def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, cap
 def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(tmp_path, capsys):
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
     sweep.mkdir(), whole.mkdir()
-    rng, t = np.random.default_rng(), np.arange(1, 41)
+    rng, t = np.random.default_rng(0), np.arange(1, 41)  # the same logs each time: the report is asked, not the rule
     for elr, loss in (("1e-03", power_law(rng, t)), ("1e-02", 1.5 * np.exp(noise(rng, 40, 0.1, 0.3)))):
         log = with_error(rng, loss)
         lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
