@@ -295,7 +295,9 @@ def read_log(path: Path) -> tuple[dict[str, np.ndarray], str]:
     header, rows = [cell.strip() for cell in rows[0]], rows[1:]
     missing = [name for name in ("epoch", "train_loss") if name not in header]
     if missing:
-        raise ValueError(f"{path}: no column {' and no column '.join(missing)}; its columns are {', '.join(header)[:200]}")
+        raise ValueError(
+            f"{path}: no column {' and no column '.join(missing)}; its columns are {' '.join(', '.join(header).split())[:200]}"
+        )
     problem = ""
     if rows and (not text.endswith("\n") or len(rows[-1]) < len(header)):
         problem = f"{path}: the last row (line {len(rows) + 1}) is cut off and left out"
