@@ -163,8 +163,11 @@ def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -
             optimizer.measure()
             gammas.append(optimizer.stats()["grad_norm"].norm())
             total = total + torch.stack([found["train_loss"], found["train_error"]]) * (len(index) / len(data.x))
-            torch._foreach_add_(mean, [p.grad for p in trained], alpha=len(index) / len(data.x))
-    torch._foreach_copy_([p.grad for p in trained], mean)
+            for total_of_p, p in zip(mean, trained, strict=True):
+                if p.grad is not None:  # a tensor without effect has none
+                    total_of_p.add_(p.grad, alpha=len(index) / len(data.x))
+    for p, gradient in zip(trained, mean, strict=True):
+        p.grad = gradient
     optimizer.measure()
     gamma = optimizer.stats()["grad_norm"].norm()
     torch._foreach_copy_(list(net.buffers()), buffers)

@@ -517,6 +517,23 @@ def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
     assert rows[2]["batch_grad_norm_std"] == pytest.approx(gammas.std(correction=0).item(), rel=1e-3)
 
 
+def test_eval_train_of_a_network_with_a_tensor_without_effect(tmp_path):
+    idle = """
+class idle(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.net, self.unused = net(channels, classes), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.net(x)
+"""
+    (tmp_path / "mine.py").write_text(NETWORK + idle)
+    command = ["--model", f"{tmp_path}/mine.py:idle", "--elr", 0.01, "--epochs", 1, "--batch-size", 256, "--eval-train"]
+    assert run(*command, "--out", tmp_path / "out") == 0
+    rows = log(tmp_path / "out")
+    assert len(rows) == 2 and all(math.isfinite(row["full_grad_norm"]) for row in rows)
+
+
 def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain, capsys):
     more = ["--space", "whole", "--lr", 0.05, "--wd", 0.01, "--momentum", 0.9]
     assert run(*QUICK, *more, "--out", tmp_path) == 0
