@@ -1,26 +1,136 @@
-"""Time what users wait for, beside the usual way of doing it, interleaved in one process.
+"""Time what users wait for, beside the usual ways of doing it and beside what the machine could do at best.
 
-    python bench.py epoch                     an epoch over 2,560 PNG files of 32×32, against torchvision's DataLoader
+    python bench.py step                      the optimizer's step, against plain PyTorch and geoopt
+    python bench.py epoch                     an epoch over 2,560 PNG files of 32×32, against the usual loop over a DataLoader
     python bench.py sweep                     eight default runs: what checkpoints cost, and two jobs at a time
+    python bench.py scale                     seconds per image of small and large sets, memory of short and long runs
 
-The step alone: `python sphere_step.py`.
+All ways of a case take turns in one process (sweep and scale: in processes of their own), and medians are printed, so that the
+ratios hold on a machine that others use too. The limits are measured in the same run: the rate of a large matrix product and
+that of a copy in memory. The table goes into benchmarks/ as well, as CSV, with machine, versions and date.
 """
 
 import argparse
+import csv
+import ctypes
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from data import batches, load
-from models import convnet
-from sphere_step import SphereSGD
+import sphere_step
+import train
+from data import Data
+from models import MODELS, convnet
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Row:
+    """A line of the table: median seconds; `limit`, the least that the machine could need, where one can say so."""
+
+    case: str
+    method: str
+    seconds: float
+    limit: float | None = None
+
+
+def machine() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(ways: dict[str, Callable], repetitions: int, warm: int = 1) -> dict[str, float]:
+    """Median seconds of each way, all taking turns, after `warm` turns that do not count."""
+    times = {name: [] for name in ways}
+    for repetition in range(warm + repetitions):
+        for name, way in ways.items():
+            wait()
+            began = time.perf_counter()
+            way()
+            wait()
+            if repetition >= warm:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def limits() -> tuple[float, float, float]:
+    """What the machine does at best: floating-point operations per second in float32 and in bfloat16, of a large matrix product
+    or of the same one as a convolution, whichever is faster (they can be of different libraries); bytes per second of a copy,
+    read and written."""
+    n, ways = 8192 if DEVICE == "cuda" else 2048, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+        image, weight = a.t().reshape(1, n, n // 32, 32), a.view(n, n, 1, 1)
+        image, weight = (x.contiguous(memory_format=torch.channels_last) for x in (image, weight))
+        ways |= {f"mm {dtype}": partial(torch.mm, a, a), f"conv {dtype}": partial(F.conv2d, image, weight)}
+    source = torch.zeros(2**26, device=DEVICE)
+    ways["copy"] = partial(torch.zeros_like(source).copy_, source)
+    times = interleaved(ways, 9, warm=3)
+    single, half = (2 * n**3 / min(times[f"{x} {dtype}"] for x in ("mm", "conv")) for dtype in (torch.float32, torch.bfloat16))
+    copy = 8 * len(source) / times["copy"]
+    print(f"at best {single / 1e9:,.0f} GFLOP/s in float32, {half / 1e9:,.0f} in bfloat16; a copy: {copy / 1e9:,.1f} GB/s")
+    return single, half, copy
+
+
+def report(what: str, rows: list[Row], baseline: str) -> None:
+    """Print the table, with each method's speed as a multiple of the baseline's, and write it to benchmarks/."""
+    print(f"\n{'':44}{'ms':>11}{'speed':>9}{'of the limit':>14}")
+    for case in dict.fromkeys(row.case for row in rows):
+        print(case)
+        base = next(row.seconds for row in rows if row.case == case and row.method.startswith(baseline))
+        for row in (row for row in rows if row.case == case):
+            limit = f"{row.limit / row.seconds:14.0%}" if row.limit else ""
+            print(f"  {row.method:42}{row.seconds * 1e3:11.2f}{base / row.seconds:9.2f}{limit}")
+    threads = torch.get_num_threads() if DEVICE == "cpu" else ""
+    about = [machine(), threads, torch.__version__, getattr(sphere_step.triton, "__version__", ""), time.strftime("%Y-%m-%d")]
+    name = "".join(c if c.isalnum() else "-" for c in f"{what} {machine()}" + f" {threads} threads" * bool(threads))
+    path = HERE / "benchmarks" / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow("case method seconds limit machine threads torch triton date".split())
+        for row in rows:
+            writer.writerow([row.case, row.method, f"{row.seconds:.6g}", f"{row.limit:.6g}" if row.limit else "", *about])
+    print(f"written: {path.relative_to(HERE)}")
+
+
+def step(repetitions: int) -> None:
+    """A step over the convolutions of ResNet-18. The limit: reading θ and g and writing θ, once, at the speed of a copy."""
+    *_, copy = limits()
+    rows = []
+    for width in (16, 32, 64):
+        shapes = sphere_step.resnet18_shapes(width)
+        count = sum(np.prod(shape) for shape in shapes)
+        for method, seconds in sphere_step.measure_steps(shapes, DEVICE, repetitions).items():
+            case = f"ResNet-18 of width {width}, {count / 1e6:.1f} million parameters"
+            rows.append(Row(case, method, seconds, 12 * count / copy))
+    report("step", rows, "SGD, then norms")
 
 
 def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None:
@@ -35,89 +145,139 @@ def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None
             Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
 
 
-def epoch(repetitions: int, width: int, n: int = 2560, batch: int = 128) -> None:
-    """Seconds of an epoch: the same network, batches and step, fed by data.py, and by a DataLoader with two workers that decodes
-    and normalizes each image (the usual loop, which also asks for the loss with .item() at each step)."""
+def usual_memory() -> None:
+    """Undo train.keep_memory for the usual loop: glibc's own setting, as far as it adapts it by itself."""
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 65536), mallopt(-3, 32 << 20), mallopt(-1, 64 << 20)
+
+
+def epoch(repetitions: int, n: int = 2560, batch: int = 128) -> None:
+    """An epoch of train.py, and of the usual loop: a DataLoader with two workers that decodes and normalizes each image, the
+    network as PyTorch makes it, the loss asked for with .item() at each step. Same network, batches and optimizer."""
+    single, half, _ = limits()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), n)
+        for model, width in (("convnet", 8), ("convnet", 32), ("resnet18", 8)):
+            rows += epoch_of(folder, model, width, repetitions, n, batch, {"fp32": single, "bf16": half})
+    report("epoch", rows, "the usual loop")
+
+
+def our_epoch(*options: str) -> tuple[Callable, argparse.Namespace, Data, nn.Module]:
+    """An epoch of train.py with these options, and what it works on."""
+    args, data = train.parse([*options, "--elr", "1e-3", "--force"])
+    args.signals, order = [], torch.Generator()
+    net, optimizer = train.build(args, data, 1e-3, 0)
+    step = partial(train.step_on, args, data, net, optimizer, optimizer.step)
+    step = train.Captured(step) if args.graph else step
+
+    def run():
+        train.keep_memory()
+        steps = train.steps_of_epoch(args, data, order)
+        train.train_epoch(args, net, steps, step, {"done": 0, "sums": 0, "layers": 0})
+
+    return run, args, data, net
+
+
+def flops(net: nn.Module, x: torch.Tensor) -> int:
+    """Floating-point operations of a batch's forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(net(x), torch.arange(len(x), device=x.device) % 10).backward()
+    return counter.get_total_flops()
+
+
+def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batch: int, rates: dict[str, float]) -> list[Row]:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), n)
-        began = time.perf_counter()
-        data = load(folder, Path(folder) / "cache", device=device)
-        reading = time.perf_counter() - began
-        mean, std = ((m.flatten() / 255).tolist() for m in (data.mean, data.std))
-        images = ImageFolder(f"{folder}/train", transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]))
-        options = dict(batch_size=batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
-        loader = torch.utils.data.DataLoader(images, **options)
-        order = torch.Generator().manual_seed(0)
+    options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out", "--batch-size", str(batch)]
+    options += ["--model", model, "--width", str(width)]
+    ways, limit = {}, {}
+    for graph in (False, True) if DEVICE == "cuda" else (False,):
+        for dtype, rate in rates.items():
+            way, args, data, net = our_epoch(*options, "--dtype", dtype, *["--graph"] * graph)
+            x, y = data.images(torch.arange(batch, device=DEVICE)), data.y[:batch]
 
-        def ours():
-            for index in batches(len(data.x), batch, order, device):
-                yield data.images(index), data.y[index]
+            def forward_backward(args=args, net=net, x=x, y=y):
+                train.keep_memory()
+                for _ in range(n // batch):
+                    F.cross_entropy(train.logits_of(args, net, x), y).backward()
 
-        def usual():
-            for x, y in loader:
-                yield x.to(device), y.to(device)
+            name = f"train.py, {dtype}" + ", CUDA graph" * graph
+            ways[name], limit[name] = way, flops(net, x) * (n // batch) / rate
+            if not graph:
+                name = f"  of which forward and backward, {dtype}"
+                ways[name], limit[name] = forward_backward, flops(net, x) * (n // batch) / rate
 
-        def run(net, optimizer, feed, ask):
-            for x, y in feed():
-                optimizer.zero_grad()
-                loss = F.cross_entropy(net(x), y)
-                loss.backward()
-                optimizer.step()
-                if ask:
-                    loss.item()
-            if device == "cuda":
-                torch.cuda.synchronize()
+    mean, std = ((m.flatten() / 255).tolist() for m in (data.mean, data.std))
+    images = ImageFolder(f"{folder}/train", transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]))
+    loader = torch.utils.data.DataLoader(images, batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    other = MODELS[model](3, 10, width).to(DEVICE, memory_format=torch.contiguous_format)
+    optimizer = sphere_step.SphereSGD([p for p in other.parameters() if p.requires_grad], lr=1e-3)
 
-        ways = {}
-        for name, feed, ask in (("data.py", ours, False), ("DataLoader, 2 workers", usual, True)):
-            net = convnet(3, 10, width).to(device)
-            optimizer = SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
-            ways[name] = (net, optimizer, feed, ask), []
-        for repetition in range(repetitions + 1):
-            for way, times in ways.values():
-                began = time.perf_counter()
-                run(*way)
-                if repetition:  # the first ones start the workers and warm up
-                    times.append(time.perf_counter() - began)
-    medians = {name: statistics.median(times) for name, (_, times) in ways.items()}
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
-    print(f"an epoch of {n} images of 32×32, convnet of width {width}, on {machine}; median of {repetitions}")
-    for name, seconds in medians.items():
-        print(f"{name:24}{seconds:8.2f} s  ×{seconds / medians['data.py']:.2f}")
-    print(f"reading the files once, before the first epoch: {reading:.2f} s")
+    def usual():
+        usual_memory()
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(other(x.to(DEVICE)), y.to(DEVICE))
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    name = "the usual loop: DataLoader, 2 workers, fp32"
+    ways[name], limit[name] = usual, limit["train.py, fp32"]
+    times = interleaved(ways, repetitions)
+    return [Row(f"{model} of width {width}, {n} images, batch {batch}", name, times[name], limit[name]) for name in ways]
+
+
+def run(*options: str) -> tuple[float, float]:
+    """Seconds that train.py takes with these options, and its largest memory in MiB."""
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"bench.py: error: train.py {' '.join(options)} failed")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
 
 
 def sweep(repetitions: int) -> None:
-    """Seconds of eight runs of the default task: one after the other with a checkpoint after every epoch and with one at the end,
-    and two at a time with half of the threads each."""
-    ways = {"a checkpoint every epoch": [], "one at the end": ["--checkpoint-every", "1000"], "two jobs": ["--jobs", "2"]}
-    times = {name: [] for name in ways}
-    script = Path(__file__).with_name("train.py")
-    elrs = ["--elr", *"1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1".split()]
+    """Eight runs of the default task: one after the other with a checkpoint after every epoch and with one at the end, and two
+    at a time with half of the threads each. The limit: their multiplications at the rate of a large matrix product."""
+    single, *_ = limits()
+    limit = 8 * 21 * 89 * flops(convnet(1, 10), torch.randn(16, 1, 8, 8)) / single
+    elrs = ["--elr", *"1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1".split(), "--epochs", "20", "--force"]
+    more = {"one job": [], "one job, a checkpoint at the end only": ["--checkpoint-every", "1000"], "two jobs": ["--jobs", "2"]}
+    with tempfile.TemporaryDirectory() as out:
+        times = interleaved({name: partial(run, *elrs, "--out", out, *x) for name, x in more.items()}, repetitions, warm=0)
+    rows = [Row("eight runs of 20 epochs: digits, convnet of width 8", name, s, limit) for name, s in times.items()]
+    report("sweep", rows, "one job")
+
+
+def scale(repetitions: int) -> None:
+    """Does an epoch take time in proportion to the images, and does memory stay flat however long a run is?"""
+    rows, sizes = [], (1000, 2000, 4000, 8000)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(repetitions):
-            for name, more in ways.items():
-                command = [sys.executable, script, *elrs, "--epochs", "20", "--out", folder, "--force", *more]
-                began = time.perf_counter()
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"eight runs of 20 epochs, digits, convnet of width 8, on {torch.get_num_threads()} threads; median of {repetitions}")
-    for name, seconds in medians.items():
-        print(f"{name:28}{seconds:8.2f} s  ×{seconds / medians['one at the end']:.3f}")
+        make_images(Path(folder), sizes[-1])
+        options = ["--data", folder, "--data-root", f"{folder}/cache", "--batch-size", "125", "--out", f"{folder}/out"]
+        ways = {f"{n} images": our_epoch(*options, "--train-size", str(n))[0] for n in sizes}
+        times = interleaved(ways, repetitions)
+        for n, (name, seconds) in zip(sizes, times.items(), strict=True):
+            rows.append(Row("an epoch, per 1,000 images of 32×32: convnet of width 8", name, seconds * 1000 / n))
+        memory = {epochs: run("--elr", "0.01", "--epochs", str(epochs), "--out", folder, "--force")[1] for epochs in (30, 300)}
+    report("scale", rows, "1000 images")
+    print(f"largest memory of a run of 30 epochs: {memory[30]:.0f} MiB, of 300 epochs: {memory[300]:.0f} MiB")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.py", description="Time what users wait for, beside the usual way.")
-    parser.add_argument("what", choices=("epoch", "sweep"))
-    parser.add_argument("--width", type=int, default=32, help="epoch: of the convnet (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="bench.py", description="Time what users wait for, beside the usual ways of doing it.")
+    parser.add_argument("what", choices=("step", "epoch", "sweep", "scale"))
     parser.add_argument("--repetitions", type=int, default=5, help="medians are over this many (default: %(default)s)")
     args = parser.parse_args()
-    epoch(args.repetitions, args.width) if args.what == "epoch" else sweep(args.repetitions)
+    threads = f", {torch.get_num_threads()} threads" if DEVICE == "cpu" else ""
+    print(f"on {machine()}{threads}, torch {torch.__version__}; medians of {args.repetitions}")
+    {"step": step, "epoch": epoch, "sweep": sweep, "scale": scale}[args.what](args.repetitions)
     return 0
 
 

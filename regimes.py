@@ -114,7 +114,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     log_loss, log_epoch = np.log(np.maximum(loss[tail], 1e-38)), np.log(epoch[tail])
     slope, low, high = theil_sen(log_epoch, log_loss)
     numbers = dict(skill=skill, skill_error=skill_error, slope=slope, slope_low=low, slope_high=high, notes=notes)
-    trend = f"slope {slope:+.2f}, 99 % interval {low:+.2f} to {high:+.2f}, over {where}"
+    trend = f"slope {slope:+.2f}, {_interval(low, high)}, over {where}"
     mean_loss = loss[tail].mean()
 
     def undecided(why: str, factor: float) -> Verdict:
@@ -148,7 +148,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         slope, low, high = theil_sen(np.log(epoch[longer]), np.log(np.maximum(loss[longer], 1e-38)))
         if slope < STEEP or high < 0 or low > 0:
             return undecided(f"{better}, but {word} ({trend})", 4)
-        trend += f"; {slope:+.2f}, {low:+.2f} to {high:+.2f}, over the last three quarters"
+        trend += f"; {slope:+.2f}, {_interval(low, high)}, over the last three quarters"
     return Verdict("equilibrium", f"{better}, and the loss stays at about {mean_loss:.3g} ({trend})", **numbers)
 
 
@@ -166,6 +166,11 @@ def theil_sen(x: np.ndarray, y: np.ndarray, z: float = Z99) -> tuple[float, floa
         float(slopes[math.floor(low)]) if low >= 0 else -math.inf,
         float(slopes[math.ceil(high)]) if math.ceil(high) < len(slopes) else math.inf,
     )
+
+
+def _interval(low: float, high: float) -> str:
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"99 % interval {low:+.2f} to {high:+.2f}" if known else "too few independent rows for a 99 % interval"
 
 
 def _around_trend(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
@@ -216,7 +221,7 @@ def explain(run: "Run", chance: dict | None) -> str:
     if math.isfinite(verdict.slope) and tail.sum() >= MIN_TAIL:
         epoch, loss = log["epoch"][tail], log["train_loss"][tail]
         lines.append(f"skill {verdict.skill:+.4f} ± {verdict.skill_error:.4f} (standard error)")
-        lines.append(f"slope {verdict.slope:+.3f}, 99 % interval {verdict.slope_low:+.3f} to {verdict.slope_high:+.3f}")
+        lines.append(f"slope {verdict.slope:+.3f}, {_interval(verdict.slope_low, verdict.slope_high)}")
         against = (
             f"chance {chance['train_loss']['mean']:.4g} ± {chance['train_loss']['std']:.2g} from point to point" if chance else ""
         )
@@ -231,7 +236,7 @@ def explain(run: "Run", chance: dict | None) -> str:
         if (gamma > 0).all():
             slope, low, high = theil_sen(np.log(epoch), np.log(gamma))
             word = "falling" if high < 0 else "rising" if low > 0 else "no trend that is sure: stationary as far as one can tell"
-            lines.append(f"γ {np.median(gamma):.4g}, its slope {slope:+.3f}, 99 % interval {low:+.3f} to {high:+.3f}: {word}")
+            lines.append(f"γ {np.median(gamma):.4g}, its slope {slope:+.3f}, {_interval(low, high)}: {word}")
         if all(name in log and np.isfinite(log[name]).all() for name in ("angle", "distance", "step")):
             walk, words = random_walk(log), []
             rows = sorted({int(i) for i in np.geomspace(1, len(walk) - 1, 4)}) if len(walk) > 1 else []
@@ -722,7 +727,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="regimes.py", description="Name the training regime of each run from its CSV log.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of logs, or a CSV with epoch and train_loss")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where regimes.csv and regimes.png go (default: a folder given)")
-    parser.add_argument("--why", action="store_true", help="also print the reason of each verdict")
     parser.add_argument("--explain", action="store_true", help="also print the numbers behind each verdict")
     args = parser.parse_args(argv)
     folders = [path for path in args.paths if path.is_dir()]
@@ -751,7 +755,7 @@ def main(argv: list[str] | None = None) -> int:
     for run in runs:
         if args.explain:
             print(explain(run, chances[run.path.parent].get(str(run.seed))))
-        elif args.why or (math.isnan(run.elr) and not run.verdict.moves):
+        elif math.isnan(run.elr) and not run.verdict.moves:
             notes = f" [{'; '.join(run.verdict.notes)}]" if run.verdict.notes else ""
             print(f"{run.name}: {TITLE.get(run.verdict.regime, run.verdict.regime)}: {run.verdict.why}{notes}")
     for problem in problems:

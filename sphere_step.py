@@ -353,6 +353,7 @@ class SphereSGD(torch.optim.Optimizer):
             owner.append(spheres.expand(len(g["params"])) if g["sphere"] == "group" else spheres)
             first += len(spheres)
         self._owner = torch.cat(owner).to(group["params"][0].device)
+        self._rows = torch.tensor(self._lines, dtype=torch.float64, device=self._owner.device)
         self._last = self._key = None
         self._lrs = torch.empty(len(self.param_groups), device=self._owner.device)
         self._lr_written = [math.nan] * len(self.param_groups)
@@ -421,8 +422,7 @@ class SphereSGD(torch.optim.Optimizer):
         angle = torch.atan2(b.abs() * mm.sqrt(), tt.sqrt() * (k + b * along))
         lines = torch.stack([tt, elr * radii**2 / tt, tt * gg, angle], 1)
         tt, elr, gamma2, angle = torch.stack([part.sum(0) for part in lines.split(self._lines)]).unbind(1)
-        rows = tt.new_tensor(self._lines)
-        return dict(norm=tt.sqrt(), elr=elr / rows, grad_norm=gamma2.sqrt(), angle=angle / rows)
+        return dict(norm=tt.sqrt(), elr=elr / self._rows, grad_norm=gamma2.sqrt(), angle=angle / self._rows)
 
     def _last_step(self) -> tuple[Tensor, ...]:
         if self._last is None:

@@ -1,7 +1,16 @@
-"""Many runs: the grid of ELRs, the runs one after the other, boundaries bisected, and what all of them say together."""
+"""Many runs: the grid of ELRs, the runs one after the other or side by side, boundaries bisected, and what all of them say.
+
+with Runner(args, do) as runner:
+    sweep(grid(1e-4, 1, 13), seeds=[0, 1, 2], epochs=20, runner=runner, out=Path("logs"), refine=3)
+"""
 
 import math
-from collections.abc import Iterable
+import multiprocessing
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import regimes
+from rundir import Busy
 
 
 def grid(low: float, high: float, n: int) -> list[float]:
@@ -96,3 +106,89 @@ def settle(out: Path, elrs: list[float], runner, max_epochs: int) -> None:
             runner.run_all(pairs, epochs)
         if not longer:
             return
+
+
+def named(args: Namespace, rate: float, seed: int) -> tuple[Path, str]:
+    """The log of a run, elr=1e-02.seed=1.csv, and its name for people, elr 1e-02 seed 1."""
+    stem = f"{'lr' if args.space == 'whole' else 'elr'}={regimes.elr_name(rate)}" + f".seed={seed}" * (seed != 0)
+    return args.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM was received, and a step has been finished since."""
+
+
+class Runner:
+    """Does runs, here or in processes of their own, and stops after a step when SIGINT or SIGTERM asks for it. As a context it
+    holds the handlers.
+
+    args    the options; those read here: jobs, argv, rank, ranks, rates, seeds, out, space. Adds `signals`, the list of those
+            received, at which whoever does a run looks after every step, and raises Stopped.
+    do      function of (ELR, seed, epochs, wait): does that run and returns its verdict in words. Raises Busy where another
+            process is at it, unless there is `wait`, which it then calls until the run is free.
+    job     function of (argv, number, [(ELR, seed), …], epochs), the body of each process of --jobs.
+    """
+
+    def __init__(self, args: Namespace, do: Callable[..., str], job: Callable | None = None):
+        self.args, self.do, self.job, self.failed = args, do, job, False
+        args.signals = []
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def stop(self, number, frame) -> None:
+        """Ask for an end after this step; a second SIGINT ends at once."""
+        self.args.signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def wait(self) -> None:
+        if self.args.signals:
+            raise Stopped
+        time.sleep(0.2)
+
+    def run(self, rate: float, seed: int, epochs: int, patient: bool, quiet: bool = False) -> bool:
+        """Do a run. Returns False if another process is at it; one that fails leaves the others their turn."""
+        try:
+            verdict = self.do(rate, seed, epochs, self.wait if patient else None)
+            if "(already done)" not in verdict or not (quiet or self.args.rank):
+                print(verdict, flush=True)
+        except Busy as busy:
+            if not quiet and self.args.ranks == 1:
+                print(busy, file=sys.stderr)
+            return False
+        except (OSError, MemoryError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            self.failed = True
+            print(f"train.py: error: {named(self.args, rate, seed)[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return True
+
+    def run_all(self, pairs: list[tuple[float, int]], epochs: int) -> None:
+        """Do these runs; in --jobs processes, if there are more than one, each of which takes what none has taken yet."""
+        jobs = []
+        if self.args.jobs > 1 and len(pairs) > 1:
+            context = multiprocessing.get_context("spawn")
+            more = [(self.args.argv, i + 1, pairs, epochs) for i in range(min(self.args.jobs, len(pairs)))]
+            jobs = [context.Process(target=self.job, args=x) for x in more]
+        try:
+            for process in jobs:
+                process.start()
+            for process in jobs:
+                while process.is_alive():
+                    self.wait()
+        finally:
+            for process in jobs:
+                if process.is_alive():
+                    process.terminate()
+                process.join()
+        # What another process is at is left to it, and looked at again last: it may have died.
+        left = [pair for pair in pairs if not self.run(*pair, epochs, False, quiet=bool(jobs))]
+        if left and len(self.args.rates) * self.args.seeds == self.args.ranks == 1:
+            raise Busy("there is nothing else to do")
+        for pair in left:
+            self.run(*pair, epochs, True, quiet=bool(jobs))

@@ -13,8 +13,8 @@ Regimes: Kodryan et al., NeurIPS 2022.
 """
 
 import argparse
+import ctypes
 import math
-import multiprocessing
 import os
 import platform
 import signal
@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from data import NAMES, Data, add_label_noise, batches, chunks, load, subset
 from models import LOSSES, MODELS, builder, layer_groups
 from rundir import Busy, Rows, load_checkpoint, lock, open_folder, random_state, save_checkpoint, set_random_state, write_config
 from sphere_step import SphereSGD, WholeSpaceSGD
-from sweep import grid, sweep
+from sweep import Runner, Stopped, grid, named, sweep
 
 COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error seconds distance".split()
 NOISE_COLUMNS = "clean_error noisy_error".split()
@@ -68,6 +69,8 @@ def make_optimizer(args: argparse.Namespace, net: nn.Module, rate: float) -> Sph
         trained = [p for p in net.parameters() if p.requires_grad]
         return WholeSpaceSGD(trained, on_spheres, rate, momentum, args.wd or 0.0)
     groups = [{"params": group} for group in groups]
+    if args.graph:  # which reads it from the device's memory at each replay
+        rate = torch.tensor(rate, device=args.device)
     rest = [p for p in net.parameters() if p.requires_grad and all(p is not q for q in on_spheres)]
     if rest:  # plain SGD at the learning rate that matches the ELR on the sphere of the whole network, η = η̃ρ²
         square = sum(p.detach().square().sum().item() for p in on_spheres)
@@ -84,13 +87,19 @@ def steps_of_epoch(args: argparse.Namespace, data: Data | None, order: torch.Gen
     return [[index] for index in batches(len(data.x), args.batch_size, order, args.device)]
 
 
+def logits_of(args: argparse.Namespace, net: nn.Module, x: Tensor) -> Tensor:
+    """The output of the network for a batch of images, computed in --dtype, in float32."""
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        return net(x).float()
+
+
 def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, augment=None) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, and what is logged of it: means over the batch."""
     if data is None:
         loss = net()
         return loss, {"train_loss": loss.detach()}
     y = data.y[index]
-    logits = net(data.images(index, augment))
+    logits = logits_of(args, net, data.images(index, augment))
     loss = LOSSES[args.loss](logits, y)
     wrong = (logits.detach().argmax(1) != y).double()
     found = {"train_loss": loss.detach().double(), "train_error": wrong.mean()}
@@ -100,12 +109,54 @@ def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, 
     return loss, found
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM was received, and a step has been finished since."""
+def step_on(args, data: Data | None, net: nn.Module, optimizer, move, *indices) -> tuple[Tensor, Tensor]:
+    """Forward, backward and `move` (optimizer.step, or optimizer.measure to stand still) on the mean loss of these batches.
+
+    Returns what train_epoch adds up: of the step [loss, error, …, ELR, γ, φ, |radial|], of the tensors [tensors, 4]."""
+    optimizer.zero_grad(set_to_none=not args.graph)
+    size, parts = sum(map(len, indices)), 0
+    for index in indices:
+        loss, found = loss_of(args, data, net, index, args.augment)
+        (loss * (len(index) / size)).backward()
+        parts = parts + torch.stack(list(found.values())) * (len(index) / size)
+    move()
+    spheres = optimizer.stats()
+    spheres = [spheres["elr"].mean(), spheres["grad_norm"].norm(), spheres["angle"].mean(), spheres["radial"].abs().mean()]
+    return torch.cat([parts, torch.stack(spheres)]), torch.stack(list(optimizer.layer_stats().values()), 1)
 
 
-def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step, progress: dict) -> tuple[dict[str, float], list]:
-    """One pass over `steps`, calling `step` (optimizer.step, or optimizer.measure to stand still) on each.
+class Captured:
+    """A function of one index tensor, captured whole in a CUDA graph: three calls run as usual, all later ones are replays, a
+    single launch each. Where it cannot be captured (a network that asks the device for a number), all run as usual."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
+
+    def __call__(self, index: Tensor):
+        self.calls += 1
+        if self.calls <= 3:  # on the stream of the capture, which has to know all memory that it meets
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                out = self.function(index)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return out
+        if self.calls == 4:
+            self.index, graph = index.clone(), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self.out = self.function(self.index)
+                self.graph = graph
+            except RuntimeError as error:
+                print(f"no CUDA graph, going on without: {str(error).splitlines()[0]}", file=sys.stderr)
+        if self.graph is None:
+            return self.function(index)
+        self.index.copy_(index)
+        self.graph.replay()
+        return self.out
+
+
+def train_epoch(args, net: nn.Module, steps: list, step, progress: dict) -> tuple[dict[str, float], list]:
+    """One pass over `steps`, calling `step` (see step_on) on each.
 
     Returns the means over the steps of loss, error, ELR, γ, φ and |radial|, and per tensor of (norm, ELR, γ, φ). Of several
     spheres γ is the norm of all their γ, the others are means. The host waits for the device once, at the end. `progress` holds
@@ -113,21 +164,12 @@ def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step, progre
     """
     net.train()
     for indices in steps[progress["done"] :]:
-        optimizer.zero_grad()
-        size, parts = sum(map(len, indices)), 0
-        for index in indices:
-            loss, found = loss_of(args, data, net, index, args.augment)
-            (loss * (len(index) / size)).backward()
-            parts = parts + torch.stack(list(found.values())) * (len(index) / size)
-        step()
-        spheres = optimizer.stats()
-        spheres = [spheres["elr"].mean(), spheres["grad_norm"].norm(), spheres["angle"].mean(), spheres["radial"].abs().mean()]
-        progress["sums"] = progress["sums"] + torch.cat([parts, torch.stack(spheres)])
-        progress["layers"] = progress["layers"] + torch.stack(list(optimizer.layer_stats().values()), 1)
+        sums, layers = step(*indices)
+        progress["sums"], progress["layers"] = progress["sums"] + sums, progress["layers"] + layers
         progress["done"] += 1
         if args.signals:
             raise Stopped
-    names = ["train_loss"] + ["train_error"] * (data is not None) + ["noisy", *NOISE_COLUMNS] * (args.label_noise is not None)
+    names = ["train_loss"] + ["train_error"] * (args.model != "toy") + ["noisy", *NOISE_COLUMNS] * (args.label_noise is not None)
     means = progress["sums"] / len(steps)
     means = dict(zip([*names, "elr", "grad_norm", "angle", "radial"], means.tolist(), strict=True))
     noisy = means.pop("noisy", None)
@@ -138,12 +180,12 @@ def train_epoch(args, data, net: nn.Module, steps: list, optimizer, step, progre
 
 
 @torch.no_grad()
-def test(args: argparse.Namespace, data: Data | None, net: nn.Module, size: int = 1024) -> dict[str, float]:
+def test(args: argparse.Namespace, data: Data | None, net: nn.Module, size: int = 512) -> dict[str, float]:
     """Mean loss and error on the test set, with BatchNorm's running statistics."""
     if data is None:
         return {}
     net.eval()
-    logits = torch.cat([net(data.normalized(x)) for x in data.test_x.split(size)])
+    logits = torch.cat([logits_of(args, net, data.normalized(x)) for x in data.test_x.split(size)])
     wrong = logits.argmax(1) != data.test_y
     return {"test_loss": LOSSES[args.loss](logits, data.test_y).item(), "test_error": wrong.double().mean().item()}
 
@@ -158,7 +200,7 @@ def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -
     with torch.random.fork_rng([args.device] if "cuda" in args.device else []):
         for index in chunks(len(data.x), args.batch_size, args.device):
             loss, found = loss_of(args, data, net, index)
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not args.graph)
             loss.backward()
             optimizer.measure()
             gammas.append(optimizer.stats()["grad_norm"].norm())
@@ -167,7 +209,8 @@ def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -
                 if p.grad is not None:  # a tensor without effect has none
                     total_of_p.add_(p.grad, alpha=len(index) / len(data.x))
     for p, gradient in zip(trained, mean, strict=True):
-        p.grad = gradient
+        if p.grad is not None:
+            p.grad.copy_(gradient)  # in place: a CUDA graph knows gradients by their addresses
     optimizer.measure()
     gamma = optimizer.stats()["grad_norm"].norm()
     torch._foreach_copy_(list(net.buffers()), buffers)
@@ -182,7 +225,8 @@ def test_average(args, data: Data, averaged: AveragedModel, optimizer: SphereSGD
     statistics of a pass over the training set."""
     net = on_spheres(args, averaged, optimizer)
     order = chunks(len(data.x), args.batch_size, args.device)
-    update_bn((data.images(index) for index in order), net)
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        update_bn((data.images(index) for index in order), net)
     net.eval()
     losses = [loss_of(args, data, net, index)[1]["train_loss"].item() * len(index) / len(data.x) for index in order]
     return {"avg_train_loss": sum(losses), "avg_test_error": test(args, data, net)["test_error"]}
@@ -233,7 +277,7 @@ def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, point
     return {"points": points} | {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in columns}
 
 
-def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, chance: dict, wait=None) -> str:
+def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, wait=None) -> str:
     """One run, from initialization, or from where it stopped, to its verdict, which it returns, and then the runs that start
     from its end; what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
     (path, name), after = named(args, rate, seed), ""
@@ -250,7 +294,7 @@ def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, e
             log = regimes.read_log(then)[0]
             after += f"; then at {args.then:g}: train loss {log['train_loss'][-1]:.3g}"
             after += f", test error {log['test_error'][-1]:.3f}" if data else ""
-    verdict = regimes.classify(regimes.read_log(path)[0], chance)
+    verdict = regimes.classify(regimes.read_log(path)[0], args.chance[str(seed)])
     return f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}{after}"
 
 
@@ -264,7 +308,8 @@ def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, 
     elif last["epoch"] >= epochs or last["ended"] if last else finished(path, epochs):
         return True
     net, optimizer = build(args, data, rate, seed, init)
-    scheduler = LambdaLR(optimizer, args.schedule(epochs))
+    factor = args.schedule(epochs)
+    scheduler = LambdaLR(optimizer, factor)
     averaged = AveragedModel(net) if args.average else None
     order = torch.Generator().manual_seed(order_seed)  # the same order of batches for every ELR
     start, upto, progress, seconds = directions(optimizer), -1, None, 0.0
@@ -292,20 +337,23 @@ def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, 
         state |= {"spheres": spheres_of(net, optimizer), "averaged": averaged.state_dict() if averaged else None}
         save_checkpoint(path.with_suffix(".pt"), identity, state)
 
+    stand = partial(step_on, args, data, net, optimizer, optimizer.measure)
+    step = partial(step_on, args, data, net, optimizer, optimizer.step)
+    if args.graph:
+        step = Captured(step)
     try:
         for epoch in bar:
-            elr, before = optimizer.param_groups[0]["lr"], order.get_state()
+            before = order.get_state()
             steps, progress = steps_of_epoch(args, data, order), progress or {"done": 0, "sums": 0, "layers": 0}
-            step = optimizer.step if epoch else optimizer.measure
             try:
-                row, layers = train_epoch(args, data, net, steps, optimizer, step, progress)
+                row, layers = train_epoch(args, net, steps, step if epoch else stand, progress)
             except Stopped:
                 save(epoch - 1, before, progress)
                 raise
             progress = None
             row |= test(args, data, net) | (full_pass(args, data, net, optimizer) if args.eval_train else {})
             row |= {"epoch": epoch, "step": epoch * len(steps), "distance": angle_between(start, directions(optimizer))}
-            row |= {"elr": elr} if args.space == "sphere" else {}
+            row |= {"elr": rate * factor(max(epoch - 1, 0))} if args.space == "sphere" else {}
             if averaged:
                 row |= dict.fromkeys(AVERAGE_COLUMNS, math.nan)
                 if epoch > epochs - args.average:
@@ -337,12 +385,6 @@ def spheres_of(net: nn.Module, optimizer: SphereSGD | WholeSpaceSGD) -> list[dic
     return [{"names": [names[p] for p in g["params"]], "rows": g["sphere"] == "row", "radii": g["radii"]} for g in found]
 
 
-def named(args: argparse.Namespace, rate: float, seed: int) -> tuple[Path, str]:
-    """The log of a run, elr=1e-02.seed=1.csv, and its name for people, elr 1e-02 seed 1."""
-    stem = f"{'lr' if args.space == 'whole' else 'elr'}={regimes.elr_name(rate)}" + f".seed={seed}" * (seed != 0)
-    return args.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
-
-
 def finished(path: Path, epochs: int) -> bool:
     """Whether a log without a checkpoint holds the whole run."""
     try:
@@ -352,87 +394,18 @@ def finished(path: Path, epochs: int) -> bool:
     return not problem and log["epoch"][-1] >= epochs
 
 
-class Runner:
-    """Does runs, and stops after a step when SIGINT or SIGTERM asks for it. As a context it holds the handlers."""
-
-    def __init__(self, args: argparse.Namespace, data: Data | None):
-        self.args, self.data, self.failed = args, data, False
-        args.signals = []
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def stop(self, number, frame) -> None:
-        """Ask for an end after this step; a second SIGINT ends at once."""
-        self.args.signals.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def wait(self) -> None:
-        if self.args.signals:
-            raise Stopped
-        time.sleep(0.2)
-
-    def run(self, rate: float, seed: int, epochs: int, patient: bool, quiet: bool = False) -> bool:
-        """Do a run. Returns False if another process is at it; one that fails leaves the others their turn."""
-        chance = self.args.chance[str(seed)]
-        try:
-            verdict = train(self.args, self.data, rate, seed, epochs, chance, self.wait if patient else None)
-            if "(already done)" not in verdict or not (quiet or self.args.rank):
-                print(verdict, flush=True)
-        except Busy as busy:
-            if not quiet and self.args.ranks == 1:
-                print(busy, file=sys.stderr)
-            return False
-        except (OSError, MemoryError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            self.failed = True
-            print(f"train.py: error: {named(self.args, rate, seed)[1]}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return True
-
-    def run_all(self, pairs: list[tuple[float, int]], epochs: int) -> None:
-        """Do these runs; in --jobs processes, if there are more than one, each of which takes what none has taken yet."""
-        jobs = []
-        if self.args.jobs > 1 and len(pairs) > 1:
-            context = multiprocessing.get_context("spawn")
-            more = [(self.args.argv, i + 1, pairs, epochs) for i in range(min(self.args.jobs, len(pairs)))]
-            jobs = [context.Process(target=job, args=x) for x in more]
-        try:
-            for process in jobs:
-                process.start()
-            for process in jobs:
-                while process.is_alive():
-                    self.wait()
-        finally:
-            for process in jobs:
-                if process.is_alive():
-                    process.terminate()
-                process.join()
-        # What another process is at is left to it, and looked at again last: it may have died.
-        left = [pair for pair in pairs if not self.run(*pair, epochs, False, quiet=bool(jobs))]
-        if left and len(self.args.rates) * self.args.seeds == self.args.ranks == 1:
-            raise Busy("there is nothing else to do")
-        for pair in left:
-            self.run(*pair, epochs, True, quiet=bool(jobs))
-
-
 def job(argv: list[str], number: int, pairs: list[tuple[float, int]], epochs: int) -> None:
     """One of the processes of --jobs: the same command, but only these runs."""
     args, data = parse([x for x in argv if x != "--force"])
     args.job = number
-    with Runner(args, data) as runner, suppress(Stopped, KeyboardInterrupt):
+    with Runner(args, partial(train, args, data)) as runner, suppress(Stopped, KeyboardInterrupt):
         for pair in pairs:
-            runner.run(*pair, epochs, False, quiet=True)
+            runner.run(*pair, epochs, patient=False, quiet=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, data = parse(sys.argv[1:] if argv is None else argv)
-    with Runner(args, data) as runner:
+    with Runner(args, partial(train, args, data), job) as runner:
         try:
             seeds = range(args.seed, args.seed + args.seeds)
             for seed in seeds:
@@ -449,6 +422,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
             return 1
     return 1 if runner.failed else 0
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory for the next step, which would otherwise be fetched, page by page and zeroed, from the system
+    again: with large activations that takes as long as the arithmetic. Elsewhere than on Linux nothing changes."""
+    with suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0), mallopt(-1, -1)  # M_MMAP_MAX: all from the heap; M_TRIM_THRESHOLD: which never shrinks
 
 
 # --------------------------------------------------------------------------------------------------------- the command line
@@ -488,11 +469,11 @@ def schedule(text: str):
 
 
 DEFAULTS = dict(data="digits", data_root=Path("data"), batch_size=16, loss="ce", width=8, sphere="network")
-DEFAULTS |= dict(alphas=[1.0, 2.0, 4.0], steps=100, then_epochs=20, then_orders=1)
+DEFAULTS |= dict(dtype="fp32", alphas=[1.0, 2.0, 4.0], steps=100, then_epochs=20, then_orders=1)
 IDENTITY = """space wd momentum schedule data image_size train_size label_noise augment model width affine train_head sphere
-    head_lr loss batch_size full_batch eval_train alphas steps init average device""".split()  # what all runs of a folder share
+    head_lr loss batch_size full_batch eval_train alphas steps init average dtype device""".split()  # common to a folder
 OF_IMAGES = """data data_root image_size train_size label_noise augment loss width affine train_head head_lr batch_size full_batch
-    eval_train average""".split()
+    eval_train average dtype graph""".split()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -548,6 +529,9 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("the machine and the files").add_argument
     add("--jobs", type=number(int), default=1, metavar="N", help="runs at a time, each in a process of its own (default: 1)")
     add("--threads", type=number(int), metavar="T", help="CPU threads of each process (default: all, shared out)")
+    text = "of the network's arithmetic; weights and step stay float32 (default: fp32)"
+    add("--dtype", choices=("fp32", "bf16"), help=text)
+    add("--graph", **flag, help="GPU: capture each step in a CUDA graph and replay it")
     add("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
     add("--out", type=Path, metavar="DIR", help="folder to write into (default: logs/<data>-<model>)")
     add("--checkpoint-every", type=number(int), default=1, metavar="N", help="epochs from checkpoint to checkpoint (default: 1)")
@@ -565,6 +549,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
     args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
     args.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     torch.set_num_threads(args.threads)
+    keep_memory()
 
     def refuse(name: str, why: str):
         cli.error(f"argument --{name.replace('_', '-')}: {why}")
@@ -617,6 +602,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         refuse("device", f"{args.device!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can")
+    only(["graph"], "cuda" in args.device, "this is for a GPU")
+    only(["graph"], not whole and not args.full_batch, "this is for steps of one batch on the sphere")
 
     data = None
     if not toy:

@@ -1,6 +1,7 @@
 """The command line as a user runs it."""
 
 import csv
+import ctypes
 import json
 import math
 import os
@@ -8,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +190,9 @@ BAD = [
     (["--elr", "0.1", "--max-epochs", "50"], "--max-epochs: this is for --refine"),
     (["--sweep", "--refine", "1", "--max-epochs", "5"], "--max-epochs: 5 is less than --epochs 20"),
     (["--elr", "0.1", "--seeds", "0"], "--seeds: '0' is not"),
+    (["--elr", "0.1", "--dtype", "fp16"], "--dtype: invalid choice"),
+    (["--elr", "0.1", "--model", "toy", "--dtype", "bf16"], "--dtype: the toy has no data set"),
+    (["--elr", "0.1", "--device", "cpu", "--graph"], "--graph: this is for a GPU"),
 ]
 if not torch.cuda.is_available():
     BAD.append((["--elr", "0.1", "--device", "cuda"], "--device: 'cuda' cannot be used"))
@@ -694,3 +700,97 @@ def test_refine_brackets_the_toys_threshold(tmp_path, capsys, alphas):
     runs = len(list(tmp_path.glob("elr=*.pt")))
     assert run(*command) == 0  # again: the same places, and nothing is left to do
     assert len(list(tmp_path.glob("elr=*.pt"))) == runs == capsys.readouterr().out.count("(already done)")
+
+
+# ------------------------------------------------------------------------------------------------------------- fast
+
+
+def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_path):
+    for dtype in ("fp32", "bf16"):
+        assert run("--elr", 0.01, *QUICK, "--dtype", dtype, "--average", 1, "--out", tmp_path / dtype) == 0
+    single, half = (read(tmp_path / dtype / "elr=1e-02.csv") for dtype in ("fp32", "bf16"))
+    for column in ("train_loss", "grad_norm"):  # the same weights, to the 8 bits of bfloat16 in each of some 20 operations
+        assert half[0][column] != single[0][column]
+        assert float(half[0][column]) == pytest.approx(float(single[0][column]), rel=0.05)
+    assert 10 * float(single[-1]["radial"]) < float(half[-1]["radial"]) < 0.01
+    checkpoint = torch.load(tmp_path / "bf16" / "elr=1e-02.pt", weights_only=True)
+    weights = [checkpoint["net"][f"conv{i}.weight"] for i in (1, 2, 3, 4)]
+    assert all(w.dtype == torch.float32 and (w.bfloat16() != w).any() for w in weights)
+    radius = checkpoint["spheres"][0]["radii"].item()  # met to float32, not to bfloat16
+    assert torch.cat([w.flatten() for w in weights]).double().norm().item() == pytest.approx(radius, rel=1e-6)
+
+
+def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeypatch):
+    """As a CUDA graph needs it; here, without one."""
+    monkeypatch.setattr(train, "Captured", lambda step: step)
+    for name in ("number", "tensor"):
+        args, data = train.parse(["--schedule", "0:1e-2,1:1e-3", *QUICK, "--eval-train", "--out", str(tmp_path / name)])
+        args.graph, args.signals, args.chance = name == "tensor", [], {"0": None}
+        train.train(args, data, args.rates[0], 0, 2)
+    number, tensor = (read(tmp_path / name / "elr=1e-02.csv") for name in ("number", "tensor"))
+    assert [row["elr"] for row in tensor] == ["0.01", "0.01", "0.001"]
+    for one, other in zip(number, tensor, strict=True):  # apart by the rounding of the ELR to float32
+        for column in one.keys() - {"seconds", "radial"}:
+            assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3, abs=1e-9), column
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph does, as far as it can be done without a GPU: a replay overwrites the captured output."""
+
+    def replay(self):
+        self.captured.out.copy_(self.captured.function(self.captured.index))
+
+
+@contextmanager
+def nothing(*_, **__):
+    yield
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(monkeypatch, capsys, refuses):
+    @contextmanager
+    def capture(graph, stream):
+        if refuses:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        graph.captured = captured
+        yield
+
+    fake = {"Stream": lambda: SimpleNamespace(wait_stream=lambda other: None), "stream": nothing, "graph": capture}
+    fake |= {"CUDAGraph": Graph, "current_stream": fake["Stream"]}
+    for name, value in fake.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    captured = train.Captured(lambda index: index * 2)
+    for i in range(6):
+        assert captured(torch.tensor([i, 3])).tolist() == [2 * i, 6]
+    assert (captured.graph is None) == refuses
+    assert (
+        capsys.readouterr().err == "no CUDA graph, going on without: operation not permitted when stream is capturing\n" * refuses
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_with_and_without_the_cuda_graph_training_is_the_same_to_rounding(tmp_path):
+    for name, more in (("eager", []), ("graph", ["--graph"])):
+        assert run("--elr", 0.001, *QUICK, "--augment", "--eval-train", *more, "--out", tmp_path / name) == 0
+    eager, graph = (read(tmp_path / name / "elr=1e-03.csv") for name in ("eager", "graph"))
+    for one, other in zip(eager, graph, strict=True):
+        for column in ("train_loss", "grad_norm", "angle", "full_train_loss"):
+            assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3), column
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, torch, train
+train.keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(6):
+    before = faults()
+    x = [torch.ones(2**24) for _ in range(3)]
+    del x
+print(faults() - before)
+"""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this C library has no mallopt")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # three times 64 MiB are 49,152 pages
