@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sphere_step
@@ -164,7 +165,7 @@ def epoch(repetitions: int, n: int = 2560, batch: int = 128) -> None:
     report("epoch", rows, "the usual loop")
 
 
-def our_epoch(*options: str) -> tuple[Callable, argparse.Namespace, Data, nn.Module]:
+def our_epoch(*options: str) -> tuple[Callable, Namespace, Data, nn.Module]:
     """An epoch of train.py with these options, and what it works on."""
     args, data = train.parse([*options, "--elr", "1e-3", "--force"])
     args.signals, order = [], torch.Generator()
@@ -180,7 +181,7 @@ def our_epoch(*options: str) -> tuple[Callable, argparse.Namespace, Data, nn.Mod
     return run, args, data, net
 
 
-def flops(net: nn.Module, x: torch.Tensor) -> int:
+def flops(net: nn.Module, x: Tensor) -> int:
     """Floating-point operations of a batch's forward and backward pass."""
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(net(x), torch.arange(len(x), device=x.device) % 10).backward()
@@ -199,7 +200,7 @@ def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batc
             way, args, data, net = our_epoch(*options, "--dtype", dtype, *["--graph"] * graph)
             x, y = data.images(torch.arange(batch, device=DEVICE)), data.y[:batch]
 
-            def forward_backward(args=args, net=net, x=x, y=y):
+            def forward_backward(args: Namespace = args, net: nn.Module = net, x: Tensor = x, y: Tensor = y) -> None:
                 train.keep_memory()
                 for _ in range(n // batch):
                     F.cross_entropy(train.logits_of(args, net, x), y).backward()
@@ -271,9 +272,11 @@ def scale(repetitions: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench.py", description="Time what users wait for, beside the usual ways of doing it.")
-    parser.add_argument("what", choices=("step", "epoch", "sweep", "scale"))
-    parser.add_argument("--repetitions", type=int, default=5, help="medians are over this many (default: %(default)s)")
+    text = "Time what users wait for, beside the usual ways of doing it and beside what the machine could do at best."
+    parser = argparse.ArgumentParser(prog="bench.py", description=text, epilog="example: python bench.py epoch --repetitions 9")
+    text = "the optimizer's step; an epoch; eight default runs; how time grows with the set and memory with the epochs"
+    parser.add_argument("what", choices=("step", "epoch", "sweep", "scale"), help=text)
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="medians are over so many (default: %(default)s)")
     args = parser.parse_args()
     threads = f", {torch.get_num_threads()} threads" if DEVICE == "cpu" else ""
     print(f"on {machine()}{threads}, torch {torch.__version__}; medians of {args.repetitions}")

@@ -6,7 +6,7 @@ x, y = data.images(index), data.y[index]
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def load(name: str, root: Path | str = "data", image_size: int | None = None, de
     return Data(*(t.to(device) for t in parts), int(parts[1].max()) + 1, *moments)
 
 
-def _cached(path: Path, make) -> list[Tensor]:
+def _cached(path: Path, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     """[x, y, test_x, test_y] from the file, which is made first if it is not there."""
     if not path.exists():
         parts = make()

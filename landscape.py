@@ -15,6 +15,7 @@ import io
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearoperator, eigsh
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -65,7 +67,7 @@ def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
 
 
 @cache
-def _data(name, root, image_size, device, train_size, label_noise) -> Data:
+def _data(name: str, root: Path, image_size: int | None, device: str, train_size: int | None, label_noise: float | None) -> Data:
     data = load(name, root, image_size, device)
     if train_size:
         subset(data, train_size)
@@ -180,16 +182,16 @@ class _OwnLoss(nn.Module):
 
     reduction = "mean"
 
-    def forward(self, output, _):
+    def forward(self, output: Tensor, _) -> Tensor:
         return output.mean()
 
 
 class _OfToy(nn.Module):
-    def __init__(self, toy):
+    def __init__(self, toy: nn.Module):
         super().__init__()
         self.toy = toy
 
-    def forward(self, _):
+    def forward(self, _) -> Tensor:
         return self.toy().reshape(1, 1)
 
 
@@ -212,7 +214,6 @@ def operators(point: Point, samples: int | None = None) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
         from curvlinops import GGNLinearOperator, HessianLinearOperator
-    from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
     net = deepcopy(point.net).train()
     for module in net.modules():  # statistics of the batch, and no trace of them
@@ -243,10 +244,8 @@ def operators(point: Point, samples: int | None = None) -> dict:
     return found
 
 
-def largest(operator, k: int) -> np.ndarray:
+def largest(operator: LinearOperator, k: int) -> np.ndarray:
     """The k largest eigenvalues, largest first: exact up to DENSE rows, else by ARPACK to 0.1 %, nan where it cannot."""
-    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
-
     n = operator.shape[0]
     if n <= DENSE:
         return np.linalg.eigvalsh(operator @ np.eye(n))[::-1][:k]
@@ -258,7 +257,7 @@ def largest(operator, k: int) -> np.ndarray:
     return np.sort(values)[::-1]
 
 
-def trace(operator, probes: int) -> float:
+def trace(operator: LinearOperator, probes: int) -> float:
     """Exact up to DENSE rows, else Hutchinson's estimator with so many vectors of random signs."""
     if operator.shape[0] <= DENSE:
         return float(np.trace(operator @ np.eye(operator.shape[0])))
@@ -437,28 +436,39 @@ def _save(fig, path: Path) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line and exit status 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
         self.exit(2, f"landscape.py: error: {message}\n")
 
 
 def parser() -> Parser:
-    parser = Parser(prog="landscape.py", description="What the loss looks like around and between the ends of runs.")
+    text = "What the loss looks like around and between the ends of runs, from the checkpoints that train.py wrote."
+    example = "example: python landscape.py summary logs/digits-convnet (each of the four has its own --help)"
+    parser = Parser(prog="landscape.py", description=text, epilog=example)
     parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR", help="as for train.py (default: data)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)
-    add = what.add_parser("barrier", help="the loss on the way from one checkpoint to another").add_argument
-    add("checkpoints", nargs=2, type=Path, metavar="PT")
-    add("--points", type=int, default=21, help="along the way, the ends included (default: %(default)s)")
-    add("--out", type=Path, default=Path("barrier.png"), help="the figure (default: %(default)s)")
-    add = what.add_parser("distance", help="angles between checkpoints").add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="PT")
-    add = what.add_parser("curvature", help="largest eigenvalues and traces of Hessian and Gauss-Newton matrix").add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="PT")
+
+    def command(name: str, text: str, example: str) -> Callable:
+        example = f"example: python landscape.py {name} {example}"
+        return what.add_parser(name, help=text, description=text, epilog=example).add_argument
+
+    text = "the loss (nats) on the way from one checkpoint to another, along the straight line and the great circle"
+    add = command("barrier", text, "logs/digits-convnet/elr=1e-03.pt logs/digits-convnet/elr=2.15e-03.pt")
+    add("checkpoints", nargs=2, type=Path, metavar="PT", help="a checkpoint of train.py")
+    add("--points", type=int, default=21, metavar="N", help="along the way, the ends included (default: %(default)s)")
+    add("--out", type=Path, default=Path("barrier.png"), metavar="PNG", help="the figure (default: %(default)s)")
+    text = "angles (radians) between checkpoints, of the whole network and of each layer"
+    add = command("distance", text, "logs/digits-convnet/elr=*.pt")
+    add("checkpoints", nargs="+", type=Path, metavar="PT", help="a checkpoint of train.py")
+    text = "largest eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
+    add = command("curvature", text, "logs/digits-convnet/elr=1e-03.pt --samples 512")
+    add("checkpoints", nargs="+", type=Path, metavar="PT", help="a checkpoint of train.py")
     add("--k", type=int, default=3, help="how many eigenvalues (default: %(default)s)")
-    add("--samples", type=int, help="over the first so many training images (default: all)")
-    add = what.add_parser("summary", help="all of it for every ELR of a sweep: landscape.csv, landscape.png").add_argument
-    add("folder", type=Path)
-    add("--samples", type=int, default=1024, help="of the curvature (default: %(default)s)")
+    add("--samples", type=int, metavar="N", help="over the first so many training images (default: all)")
+    text = "all of it for every ELR of a sweep: landscape.csv, landscape.png"
+    add = command("summary", text, "logs/digits-convnet")
+    add("folder", type=Path, metavar="DIR", help="of the sweep")
+    add("--samples", type=int, default=1024, help="curvature: over the first so many training images (default: %(default)s)")
     return parser
 
 

@@ -12,6 +12,7 @@ With affine=True, train_head=True only the convolutions are scale invariant, as 
 import importlib.util
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class PreActivationBlock(nn.Module):
             norm = nn.BatchNorm2d(before, affine=affine, eps=EPS)
             self.shortcut = nn.Sequential(norm, nn.Conv2d(before, after, 1, stride, bias=False))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(F.relu(self.norm1(x)))
         out = self.conv2(F.relu(self.norm2(out)))
         return out + (x if self.shortcut is None else self.shortcut(F.relu(x)))
@@ -129,7 +130,7 @@ LOSSES = {
 }
 
 
-def builder(options: dict):
+def builder(options: dict) -> Callable[..., nn.Module]:
     """The function of (channels, classes) that makes the network which `options` name: their `model` is one of MODELS, with
     `width`, `affine` and `train_head`, or toy, with `alphas`, or FILE.py:FUNCTION. Raises ValueError where it names none."""
     model = options["model"]

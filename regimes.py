@@ -719,12 +719,14 @@ def find_logs(folder: Path) -> list[Path]:
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line and exit status 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="regimes.py", description="Name the training regime of each run from its CSV log.")
+    text = "Name the training regime of each run (convergence, chaotic equilibrium or divergence) from its CSV log alone."
+    example = "example: python regimes.py --explain logs/digits-convnet"
+    parser = Parser(prog="regimes.py", description=text, epilog=example)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folder of logs, or a CSV with epoch and train_loss")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where regimes.csv and regimes.png go (default: a folder given)")
     parser.add_argument("--explain", action="store_true", help="also print the numbers behind each verdict")

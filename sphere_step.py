@@ -24,6 +24,7 @@ Regimes", NeurIPS 2022 (arXiv 2209.03695). This file depends on torch, and on Tr
 
 import math
 import os
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -313,7 +314,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params,
+        params: Iterable,
         lr: float | Tensor,
         sphere: str | None = "group",
         radius: float | None = None,
@@ -374,7 +375,7 @@ class SphereSGD(torch.optim.Optimizer):
             _normalize(group)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> Tensor | None:
         """One step along the gradients in `.grad`. Returns the closure's loss, if a closure is given."""
         loss = None
         if closure is not None:
@@ -627,7 +628,9 @@ class WholeSpaceSGD(torch.optim.SGD):
     scale_invariant   those of them that are; the statistics are theirs.
     """
 
-    def __init__(self, params, scale_invariant: list[Tensor], lr: float, momentum: float = 0.0, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable, scale_invariant: list[Tensor], lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+    ):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.meter = SphereSGD(scale_invariant, lr=1.0)
 
@@ -635,7 +638,7 @@ class WholeSpaceSGD(torch.optim.SGD):
         """Find what `step()` would report, without moving."""
         self.meter.measure()
 
-    def step(self, closure=None):
+    def step(self, closure: Callable | None = None) -> Tensor | None:
         self.meter.measure()
         return super().step(closure)
 
@@ -925,6 +928,10 @@ def measure_steps(shapes: list[tuple[int, ...]], device: str, repetitions: int) 
 
 
 def main() -> int:
+    import argparse
+
+    text = "Check the step against float64, then time it beside its peers."
+    argparse.ArgumentParser(description=text, epilog="example: TRITON_INTERPRET=1 python sphere_step.py").parse_args()
     device = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
     kernels = not _no_triton([{"params": [torch.empty(1, device=device)]}])
     how = "the Triton kernels" + " (interpreted)" * INTERPRET if kernels else "the step in PyTorch (Triton's kernels need a GPU)"

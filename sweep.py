@@ -30,7 +30,7 @@ def sweep(
     elrs: Iterable[float],
     seeds: Iterable[int],
     epochs: int,
-    runner,
+    runner: "Runner",
     out: Path,
     title: str = "",
     refine: int = 0,
@@ -90,7 +90,7 @@ def between(bracket: list[float]) -> float | None:
     return None
 
 
-def settle(out: Path, elrs: list[float], runner, max_epochs: int) -> None:
+def settle(out: Path, elrs: list[float], runner: "Runner", max_epochs: int) -> None:
     """Go on with the undecided runs inside the brackets until they are decided or max_epochs long."""
     tried = set()
     while True:
@@ -141,7 +141,7 @@ class Runner:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def stop(self, number, frame) -> None:
+    def stop(self, number: int, _) -> None:
         """Ask for an end after this step; a second SIGINT ends at once."""
         self.args.signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,6 +20,8 @@ import platform
 import signal
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -39,6 +41,8 @@ from rundir import Busy, Rows, load_checkpoint, lock, open_folder, random_state,
 from sphere_step import SphereSGD, WholeSpaceSGD
 from sweep import Runner, Stopped, grid, named, sweep
 
+Optimizer = SphereSGD | WholeSpaceSGD
+
 COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error seconds distance".split()
 NOISE_COLUMNS = "clean_error noisy_error".split()
 AVERAGE_COLUMNS = "avg_train_loss avg_test_error".split()
@@ -46,9 +50,7 @@ FULL_PASS_COLUMNS = "full_train_loss full_train_error full_grad_norm batch_grad_
 LAYER_COLUMNS = "epoch layer norm elr grad_norm angle".split()
 
 
-def build(
-    args, data: Data | None, rate: float, seed: int, init: dict | None = None
-) -> tuple[nn.Module, SphereSGD | WholeSpaceSGD]:
+def build(args: Namespace, data: Data | None, rate: float, seed: int, init: dict | None = None) -> tuple[nn.Module, Optimizer]:
     """The network and its optimizer at an ELR (in the whole space: a learning rate). The same seed gives every rate the same
     initialization, unless there is a checkpoint `init` to start from."""
     torch.manual_seed(seed)
@@ -58,7 +60,7 @@ def build(
     return net, make_optimizer(args, net, rate)
 
 
-def make_optimizer(args: argparse.Namespace, net: nn.Module, rate: float) -> SphereSGD | WholeSpaceSGD:
+def make_optimizer(args: Namespace, net: nn.Module, rate: float) -> Optimizer:
     """What is scale invariant on spheres (--sphere), the rest in plain SGD; or all of it in the whole space."""
     groups = [[net.get_parameter(name) for name in names] for names in args.layer_groups]
     if args.sphere != "layer":
@@ -78,7 +80,7 @@ def make_optimizer(args: argparse.Namespace, net: nn.Module, rate: float) -> Sph
     return SphereSGD(groups, lr=rate, sphere="row" if args.sphere == "row" else "group", momentum=momentum)
 
 
-def steps_of_epoch(args: argparse.Namespace, data: Data | None, order: torch.Generator) -> list[list[Tensor]]:
+def steps_of_epoch(args: Namespace, data: Data | None, order: torch.Generator) -> list[list[Tensor]]:
     """The epoch's steps, each a list of index tensors whose gradients it accumulates: one batch, or the whole set in chunks."""
     if data is None:
         return [[(0,)]] * args.steps
@@ -87,13 +89,15 @@ def steps_of_epoch(args: argparse.Namespace, data: Data | None, order: torch.Gen
     return [[index] for index in batches(len(data.x), args.batch_size, order, args.device)]
 
 
-def logits_of(args: argparse.Namespace, net: nn.Module, x: Tensor) -> Tensor:
+def logits_of(args: Namespace, net: nn.Module, x: Tensor) -> Tensor:
     """The output of the network for a batch of images, computed in --dtype, in float32."""
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bf16"):
         return net(x).float()
 
 
-def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, augment=None) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(
+    args: Namespace, data: Data | None, net: nn.Module, index: Tensor | None, augment: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, and what is logged of it: means over the batch."""
     if data is None:
         loss = net()
@@ -109,7 +113,9 @@ def loss_of(args: argparse.Namespace, data: Data | None, net: nn.Module, index, 
     return loss, found
 
 
-def step_on(args, data: Data | None, net: nn.Module, optimizer, move, *indices) -> tuple[Tensor, Tensor]:
+def step_on(
+    args: Namespace, data: Data | None, net: nn.Module, optimizer: Optimizer, move: Callable, *indices: Tensor
+) -> tuple[Tensor, Tensor]:
     """Forward, backward and `move` (optimizer.step, or optimizer.measure to stand still) on the mean loss of these batches.
 
     Returns what train_epoch adds up: of the step [loss, error, …, ELR, γ, φ, |radial|], of the tensors [tensors, 4]."""
@@ -129,10 +135,10 @@ class Captured:
     """A function of one index tensor, captured whole in a CUDA graph: three calls run as usual, all later ones are replays, a
     single launch each. Where it cannot be captured (a network that asks the device for a number), all run as usual."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]):
         self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
 
-    def __call__(self, index: Tensor):
+    def __call__(self, index: Tensor) -> tuple[Tensor, ...]:
         self.calls += 1
         if self.calls <= 3:  # on the stream of the capture, which has to know all memory that it meets
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -155,7 +161,9 @@ class Captured:
         return self.out
 
 
-def train_epoch(args, net: nn.Module, steps: list, step, progress: dict) -> tuple[dict[str, float], list]:
+def train_epoch(
+    args: Namespace, net: nn.Module, steps: list[list[Tensor]], step: Callable, progress: dict
+) -> tuple[dict[str, float], list[list[float]]]:
     """One pass over `steps`, calling `step` (see step_on) on each.
 
     Returns the means over the steps of loss, error, ELR, γ, φ and |radial|, and per tensor of (norm, ELR, γ, φ). Of several
@@ -180,7 +188,7 @@ def train_epoch(args, net: nn.Module, steps: list, step, progress: dict) -> tupl
 
 
 @torch.no_grad()
-def test(args: argparse.Namespace, data: Data | None, net: nn.Module, size: int = 512) -> dict[str, float]:
+def test(args: Namespace, data: Data | None, net: nn.Module, size: int = 512) -> dict[str, float]:
     """Mean loss and error on the test set, with BatchNorm's running statistics."""
     if data is None:
         return {}
@@ -190,7 +198,7 @@ def test(args: argparse.Namespace, data: Data | None, net: nn.Module, size: int 
     return {"test_loss": LOSSES[args.loss](logits, data.test_y).item(), "test_error": wrong.double().mean().item()}
 
 
-def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -> dict[str, float]:
+def full_pass(args: Namespace, data: Data, net: nn.Module, optimizer: Optimizer) -> dict[str, float]:
     """Over the whole training set, with the weights held still, statistics of the batch and no augmentation: loss, error, γ of
     the mean gradient, mean and standard deviation over the batches of each one's γ. Leaves no trace in the network."""
     net.train()
@@ -220,7 +228,7 @@ def full_pass(args: argparse.Namespace, data: Data, net: nn.Module, optimizer) -
 
 
 @torch.no_grad()
-def test_average(args, data: Data, averaged: AveragedModel, optimizer: SphereSGD | WholeSpaceSGD) -> dict[str, float]:
+def test_average(args: Namespace, data: Data, averaged: AveragedModel, optimizer: Optimizer) -> dict[str, float]:
     """Of the mean of weights, put back on the spheres: loss on the training set and error on the test set, with the BatchNorm
     statistics of a pass over the training set."""
     net = on_spheres(args, averaged, optimizer)
@@ -232,7 +240,7 @@ def test_average(args, data: Data, averaged: AveragedModel, optimizer: SphereSGD
     return {"avg_train_loss": sum(losses), "avg_test_error": test(args, data, net)["test_error"]}
 
 
-def on_spheres(args: argparse.Namespace, averaged: AveragedModel, optimizer: SphereSGD | WholeSpaceSGD) -> nn.Module:
+def on_spheres(args: Namespace, averaged: AveragedModel, optimizer: Optimizer) -> nn.Module:
     """The averaged network, its spheres back on the radii of the optimizer (in the whole space: as it is)."""
     net = deepcopy(averaged.module)
     if args.space == "sphere":
@@ -244,7 +252,7 @@ def on_spheres(args: argparse.Namespace, averaged: AveragedModel, optimizer: Sph
     return net
 
 
-def directions(optimizer) -> Tensor:
+def directions(optimizer: Optimizer) -> list[Tensor]:
     """The unit vectors of all spheres, one after the other, float64."""
     spheres = optimizer.meter if isinstance(optimizer, WholeSpaceSGD) else optimizer
     vectors = []
@@ -261,9 +269,9 @@ def angle_between(some: list[Tensor], others: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, points: int = 512) -> dict:
+def measure_chance(args: Namespace, data: Data | None, seed: int, points: int = 512) -> dict:
     """Mean and standard deviation of loss and error on a batch, over uniformly random points of the spheres."""
-    net, optimizer = build(argparse.Namespace(**{**vars(args), "space": "sphere"}), data, 1.0, seed)
+    net, optimizer = build(Namespace(**{**vars(args), "space": "sphere"}), data, 1.0, seed)
     generator, values = torch.Generator().manual_seed(seed), []
     for _ in range(points):
         for p in (p for group in optimizer.param_groups if group["sphere"] for p in group["params"]):
@@ -277,7 +285,7 @@ def measure_chance(args: argparse.Namespace, data: Data | None, seed: int, point
     return {"points": points} | {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in columns}
 
 
-def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, epochs: int, wait=None) -> str:
+def train(args: Namespace, data: Data | None, rate: float, seed: int, epochs: int, wait: Callable | None = None) -> str:
     """One run, from initialization, or from where it stopped, to its verdict, which it returns, and then the runs that start
     from its end; what is finished is not done again. Raises Busy where another process is at it, unless there is `wait`."""
     (path, name), after = named(args, rate, seed), ""
@@ -298,7 +306,17 @@ def train(args: argparse.Namespace, data: Data | None, rate: float, seed: int, e
     return f"{name}{' (already done)' * done}: {regimes.TITLE.get(verdict.regime, verdict.regime)}: {verdict.why}{after}"
 
 
-def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, init: dict | None, order_seed: int) -> bool:
+def run(
+    args: Namespace,
+    data: Data | None,
+    rate: float,
+    seed: int,
+    epochs: int,
+    path: Path,
+    name: str,
+    init: dict | None,
+    order_seed: int,
+) -> bool:
     """The training itself, from the checkpoint `init` if there is one. Returns whether there was nothing left to do."""
     identity = {**args.config["options"], "rate": rate, "seed": seed, "order_seed": order_seed}
     origin = init and init["checksum"]
@@ -377,7 +395,7 @@ def run(args, data, rate: float, seed: int, epochs: int, path: Path, name: str, 
     return False
 
 
-def spheres_of(net: nn.Module, optimizer: SphereSGD | WholeSpaceSGD) -> list[dict]:
+def spheres_of(net: nn.Module, optimizer: Optimizer) -> list[dict]:
     """The spheres by the names of their tensors, for who reads the checkpoint: `names`, `rows` (each row is one), `radii`."""
     names = {p: name for name, p in net.named_parameters()}
     groups = (optimizer.meter if isinstance(optimizer, WholeSpaceSGD) else optimizer).param_groups
@@ -435,7 +453,7 @@ def keep_memory() -> None:
 # --------------------------------------------------------------------------------------------------------- the command line
 
 
-def number(kind, low=0, high=math.inf):
+def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number of that kind, low < number < high."""
 
     def parse(text: str):
@@ -451,7 +469,7 @@ def number(kind, low=0, high=math.inf):
     return parse
 
 
-def schedule(text: str):
+def schedule(text: str) -> tuple[float | None, Callable[[int], Callable[[int], float]]]:
     """An argparse type: `constant`, `cosine`, or values by epoch, "0:1e-2,20:1e-4". Gives (first value or None, a function of the
     number of epochs, which makes the factor of the learning rate after t epochs)."""
     if text == "constant":
@@ -487,7 +505,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("which runs").add_argument
     add("--elr", nargs="+", type=number(float), metavar="ELR", help="one run at each of these ELRs")
     text = "N ELRs from LO to HI, log-spaced; alone: 1e-4 1 13 (toy: 1e-2 1e2 13)"
-    add("--sweep", nargs="*", metavar=("LO", "HI N"), help=text)
+    add("--sweep", nargs="*", metavar="LO HI N", help=text)
     add("--refine", type=number(int), default=0, metavar="N", help="then bisect both boundaries of the regimes N times")
     add("--max-epochs", type=number(int), help="refine: go on with an undecided run up to here (default: 4 times --epochs)")
     add("--seed", type=int, default=0, help="of initialization and order of batches (default: %(default)s)")
@@ -539,7 +557,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
+def parse(argv: list[str]) -> tuple[Namespace, Data | None]:
     """The options, checked, and the data. Adds to them what follows: rates, make, layer_groups, config, title."""
     cli = parser()
     args = cli.parse_args(argv)
@@ -554,7 +572,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Data | None]:
     def refuse(name: str, why: str):
         cli.error(f"argument --{name.replace('_', '-')}: {why}")
 
-    def only(names, condition: bool, why: str):
+    def only(names: list[str], condition: bool, why: str):
         for name in names:
             if not condition and options[name]:
                 refuse(name, f"{why}: leave it out")
