@@ -557,88 +557,126 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Refused(Exception):
+    """An option, by name, and why it cannot be."""
+
+
 def parse(argv: list[str]) -> tuple[Namespace, Data | None]:
-    """The options, checked, and the data. Adds to them what follows: rates, make, layer_groups, config, title."""
+    """The options, checked, and the data (None: the toy has none). Adds to the options what follows from them: rates, make,
+    layer_groups, init_state, title, config and chance. Refuses in one line, with exit status 2, before anything is written."""
     cli = parser()
     args = cli.parse_args(argv)
-    options = vars(args).copy()
+    given = vars(args).copy()
     args.argv, args.job = argv, 0
-    args.command = {name: str(x) if isinstance(x, Path) else x for name, x in options.items()}  # as it was given, to be kept
-    args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-    args.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
-    torch.set_num_threads(args.threads)
-    keep_memory()
+    args.command = {name: str(x) if isinstance(x, Path) else x for name, x in given.items()}  # as it was given, to be kept
+    for name, value in DEFAULTS.items():
+        setattr(args, name, given[name] or value)
+    try:
+        check_options(args, given)
+        choose_machine(args)
+        data = None if args.model == "toy" else read_data(args)
+        make_network(args, data)
+        open_out(args, given["schedule"])
+    except Refused as refused:
+        name, why = refused.args
+        cli.error(f"argument --{name.replace('_', '-')}: {why}" if name else why)
+    return args, data
 
-    def refuse(name: str, why: str):
-        cli.error(f"argument --{name.replace('_', '-')}: {why}")
 
-    def only(names: list[str], condition: bool, why: str):
-        for name in names:
-            if not condition and options[name]:
-                refuse(name, f"{why}: leave it out")
-
+def check_options(args: Namespace, given: dict) -> None:
+    """What needs no data: which options go together, and which rates to run."""
     toy, whole, own_file = args.model == "toy", args.space == "whole", ":" in args.model
+
+    def only(names: list[str], condition: bool, why: str) -> None:
+        for name in names:
+            if not condition and given[name] not in (None, False, 0):
+                raise Refused(name, f"{why}: leave it out")
+
     only(OF_IMAGES, not toy, "the toy has no data set and no layers")
     only(["alphas", "steps"], toy, "this is for --model toy")
     only(["width", "affine", "train_head"], not own_file, f"this is for our own networks; {args.model} has its own")
     only(["lr", "wd"], whole, "this is for --space whole; on the sphere there are --elr and --head-lr")
-    only(["elr", "refine", "sphere", "head_lr"], not whole, "in the whole space there is --lr, and no sphere")
-    only(["image_size"], args.data and args.data not in NAMES, "this is for --data FOLDER")
-    only(["data_root"], args.data not in (None, "digits"), "the digits come with the repository")
-    if whole and args.sweep is not None:
-        refuse("sweep", "in the whole space there is --lr, and no sphere: leave it out")
-    for name, value in DEFAULTS.items():
-        setattr(args, name, options[name] or value)
+    only(["elr", "sweep", "refine", "sphere", "head_lr"], not whole, "in the whole space there is --lr, and no sphere")
+    only(["image_size"], args.data not in NAMES, "this is for --data FOLDER")
+    only(["data_root"], args.data != "digits", "the digits come with the repository")
     try:
         first, args.schedule = schedule(args.schedule)
     except argparse.ArgumentTypeError as error:
-        refuse("schedule", error)
-    given = [name for name in ("elr", "sweep", "lr") if options[name] is not None]
-    if len(given) + (first is not None) != 1:
+        raise Refused("schedule", str(error)) from None
+    said = sum(given[name] is not None for name in ("elr", "sweep", "lr")) + (first is not None)
+    if said != 1:
         ways = "--elr ELR, --sweep or a --schedule of values" if not whole else "--lr LR or a --schedule of values"
-        cli.error(f"one of {ways} must say which rates to run" + (", and only one" if given else ""))
+        raise Refused("", f"one of {ways} must say which rates to run" + (", and only one" if said else ""))
     default = ["1e-2", "1e2", "13"] if toy else ["1e-4", "1", "13"]
-    args.rates = [first] if first else args.elr or args.lr or sweep_elrs(cli, args.sweep or default)
+    args.rates = [first] if first else args.elr or args.lr or sweep_elrs(args.sweep or default)
     args.rates = list(dict.fromkeys(float(f"{rate:.9g}") for rate in args.rates))  # as many digits as the logs keep
     only(["refine"], len(args.rates) > 1, "it takes a sweep, or several ELRs, between which to bisect")
-    only(["refine"], options["schedule"] == "constant", "a regime belongs to a constant ELR")
+    only(["refine"], given["schedule"] == "constant", "a regime belongs to a constant ELR")
     only(["max_epochs"], args.refine, "this is for --refine")
     only(["then_epochs", "then_orders"], args.then, "this is for --then")
-    only(["then"], options["schedule"] == "constant" and not whole, "it takes a constant ELR, on the sphere")
+    only(["then"], given["schedule"] == "constant" and not whole, "it takes a constant ELR, on the sphere")
+    only(["graph"], not whole and not args.full_batch, "this is for steps of one batch on the sphere")
     if (args.average or 0) > args.epochs:
-        refuse("average", f"{args.average} is more than the {args.epochs} epochs")
+        raise Refused("average", f"{args.average} is more than the {args.epochs} epochs")
     args.max_epochs = args.max_epochs or 4 * args.epochs
     if args.max_epochs < args.epochs:
-        refuse("max-epochs", f"{args.max_epochs} is less than --epochs {args.epochs}")
+        raise Refused("max_epochs", f"{args.max_epochs} is less than --epochs {args.epochs}")
     if not 0 <= args.seed < 2**31 - args.seeds:
-        refuse("seed", f"{args.seed} is not between 0 and 2147483647")
+        raise Refused("seed", f"{args.seed} is not between 0 and 2147483647")
+
+
+def sweep_elrs(texts: list[str]) -> list[float]:
+    try:
+        low, high, n = number(float)(texts[0]), number(float)(texts[1]), number(int)(texts[2])
+        if len(texts) != 3 or not low < high or n < 2:
+            raise IndexError
+    except argparse.ArgumentTypeError as error:
+        raise Refused("sweep", str(error)) from None
+    except IndexError:
+        why = f"{' '.join(texts)} is not LO HI N with LO < HI and N ≥ 2, as in --sweep 1e-4 1 13"
+        raise Refused("sweep", why) from None
+    return grid(low, high, n)
+
+
+def choose_machine(args: Namespace) -> None:
+    """Device, threads, and which of torchrun's ranks this is."""
+    args.rank, args.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.force and args.ranks > 1:
-        refuse("force", "the ranks of torchrun share the folder and would remove each other's runs: remove it before")
+        raise Refused("force", "the ranks of torchrun share the folder and would remove each other's runs: remove it before")
+    args.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
+    torch.set_num_threads(args.threads)
+    keep_memory()
     local = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     args.device = args.device or (local if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        refuse("device", f"{args.device!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can")
-    only(["graph"], "cuda" in args.device, "this is for a GPU")
-    only(["graph"], not whole and not args.full_batch, "this is for steps of one batch on the sphere")
+        why = f"{args.device!r} cannot be used here ({str(error).splitlines()[0]}); cpu always can"
+        raise Refused("device", why) from None
+    if args.graph and "cuda" not in args.device:
+        raise Refused("graph", "this is for a GPU: leave it out")
 
-    data = None
-    if not toy:
-        try:
-            data = load(args.data, args.data_root, args.image_size, args.device)
-        except ValueError as error:
-            refuse("data", error)
-        if (args.train_size or 0) > len(data.x):
-            refuse("train-size", f"{args.train_size} is more than the {len(data.x)} training images")
-        if args.train_size:
-            subset(data, args.train_size)
-        if args.label_noise and not round(args.label_noise * len(data.x)):
-            refuse("label-noise", f"{args.label_noise:g} of {len(data.x)} training images is none")
-        if args.label_noise:
-            add_label_noise(data, args.label_noise)
-        if args.batch_size > len(data.x):
-            refuse("batch-size", f"{args.batch_size} is more than the {len(data.x)} training images")
+
+def read_data(args: Namespace) -> Data:
+    try:
+        data = load(args.data, args.data_root, args.image_size, args.device)
+    except ValueError as error:
+        raise Refused("data", str(error)) from None
+    if (args.train_size or 0) > len(data.x):
+        raise Refused("train_size", f"{args.train_size} is more than the {len(data.x)} training images")
+    if args.train_size:
+        subset(data, args.train_size)
+    if args.label_noise and not round(args.label_noise * len(data.x)):
+        raise Refused("label_noise", f"{args.label_noise:g} of {len(data.x)} training images is none")
+    if args.label_noise:
+        add_label_noise(data, args.label_noise)
+    if args.batch_size > len(data.x):
+        raise Refused("batch_size", f"{args.batch_size} is more than the {len(data.x)} training images")
+    return data
+
+
+def make_network(args: Namespace, data: Data | None) -> None:
+    """How to make it (`make`), what is on which sphere (`layer_groups`), the checkpoint to start from (`init_state`)."""
     try:
         args.make = builder(vars(args))
         torch.manual_seed(args.seed)
@@ -646,10 +684,10 @@ def parse(argv: list[str]) -> tuple[Namespace, Data | None]:
         x = data.images(torch.arange(min(32, len(data.x)), device=args.device)) if data else None
         args.layer_groups = layer_groups(net, x, data.classes if data else None, args.sphere)
     except ValueError as error:
-        refuse("model", error)
+        raise Refused("model", str(error)) from None
     on_spheres = {name for group in args.layer_groups for name in group}
     if args.head_lr and not any(p.requires_grad and name not in on_spheres for name, p in net.named_parameters()):
-        refuse("head-lr", f"all that {args.model} trains is on the spheres; leave it out")
+        raise Refused("head_lr", f"all that {args.model} trains is on the spheres; leave it out")
     args.init_state = None
     if args.init:
         try:
@@ -657,37 +695,25 @@ def parse(argv: list[str]) -> tuple[Namespace, Data | None]:
             net.load_state_dict(args.init_state["net"])
         except (ValueError, OSError, RuntimeError, TypeError) as error:
             why = "there is no such file" if args.init_state is None and not args.init.exists() else str(error).splitlines()[0]
-            refuse("init", why if str(args.init) in why else f"{args.init}: {why}")
+            raise Refused("init", why if str(args.init) in why else f"{args.init}: {why}") from None
         args.init = str(args.init)
+
+
+def open_out(args: Namespace, schedule: str) -> None:
+    """The folder to write into, whose runs must have the same options, and the figure's title."""
+    toy, whole = args.model == "toy", args.space == "whole"
     name = "toy" if toy else f"{Path(args.data).name}-{args.model.rpartition(':')[2]}"
     args.out = args.out or Path("logs") / (name + "-whole" * whole)
     args.title = "toy, α = " + ", ".join(f"{a:g}" for a in args.alphas) if toy else f"{args.data}, {args.model}"
     args.title += f" of width {args.width}" * (args.model in MODELS) + (", whole space" if whole else f", sphere: {args.sphere}")
-    identity = {
-        k: {**vars(args), "schedule": options["schedule"], "device": args.device.split(":")[0]}[k]
-        for k in IDENTITY
-        if not (toy and k in OF_IMAGES)
-    }
-    identity = {k: v for k, v in identity.items() if toy or k not in ("alphas", "steps")}
-    identity |= {"epochs": args.epochs} if options["schedule"] == "cosine" or args.average else {}
+    values = {**vars(args), "schedule": schedule, "device": args.device.split(":")[0]}
+    identity = {name: values[name] for name in IDENTITY if name not in (OF_IMAGES if toy else ("alphas", "steps"))}
+    identity |= {"epochs": args.epochs} if schedule == "cosine" or args.average else {}
     try:
         args.config = open_folder(args.out, identity, args.force)
         args.chance = regimes.read_chance(args.out)
     except ValueError as error:
-        refuse("out", error)
-    return args, data
-
-
-def sweep_elrs(parser: argparse.ArgumentParser, texts: list[str]) -> list[float]:
-    try:
-        low, high, n = number(float)(texts[0]), number(float)(texts[1]), number(int)(texts[2])
-        if len(texts) != 3 or not low < high or n < 2:
-            raise IndexError
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"argument --sweep: {error}")
-    except IndexError:
-        parser.error(f"argument --sweep: {' '.join(texts)} is not LO HI N with LO < HI and N ≥ 2, as in --sweep 1e-4 1 13")
-    return grid(low, high, n)
+        raise Refused("out", str(error)) from None
 
 
 if __name__ == "__main__":
