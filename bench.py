@@ -5,14 +5,14 @@
     python bench.py sweep                     eight default runs: what checkpoints cost, and two jobs at a time
     python bench.py scale                     seconds per image of small and large sets, memory of short and long runs
 
-All ways of a case take turns in one process (sweep and scale: in processes of their own), and medians are printed, so that the
-ratios hold on a machine that others use too. The limits are measured in the same run: the rate of a large matrix product and
+All ways of a case take turns, in one process but for the usual loop and whole runs, and medians are printed, so that the ratios
+hold on a machine that others use too. The limits are measured in the same run: the rate of a large matrix product and
 that of a copy in memory. The table goes into benchmarks/ as well, as CSV, with machine, versions and date.
 """
 
 import argparse
 import csv
-import ctypes
+import multiprocessing
 import os
 import platform
 import statistics
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -81,22 +82,25 @@ def interleaved(ways: dict[str, Callable], repetitions: int, warm: int = 1) -> d
 
 
 def limits() -> tuple[float, float, float]:
-    """What the machine does at best: floating-point operations per second in float32 and in bfloat16, of a large matrix product
-    or of the same one as a convolution, whichever is faster (they can be of different libraries); bytes per second of a copy,
-    read and written."""
-    n, ways = 8192 if DEVICE == "cuda" else 2048, {}
+    """What the machine does at best, the fastest of nine in a row: floating-point operations per second in float32 and in
+    bfloat16, of a large matrix product or of the same one as a convolution, whichever is faster (they can be of different
+    libraries); bytes per second of a copy, read and written."""
+    train.keep_memory()
+    n = 8192 if DEVICE == "cuda" else 2048
+
+    def rate(way: Callable, work: float) -> float:
+        return work / min(interleaved({"": way}, 1)[""] for _ in range(9))
+
+    best = []
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(n, n, device=DEVICE, dtype=dtype)
         image, weight = a.t().reshape(1, n, n // 32, 32), a.view(n, n, 1, 1)
         image, weight = (x.contiguous(memory_format=torch.channels_last) for x in (image, weight))
-        ways |= {f"mm {dtype}": partial(torch.mm, a, a), f"conv {dtype}": partial(F.conv2d, image, weight)}
+        best.append(max(rate(partial(torch.mm, a, a), 2 * n**3), rate(partial(F.conv2d, image, weight), 2 * n**3)))
     source = torch.zeros(2**26, device=DEVICE)
-    ways["copy"] = partial(torch.zeros_like(source).copy_, source)
-    times = interleaved(ways, 9, warm=3)
-    single, half = (2 * n**3 / min(times[f"{x} {dtype}"] for x in ("mm", "conv")) for dtype in (torch.float32, torch.bfloat16))
-    copy = 8 * len(source) / times["copy"]
-    print(f"at best {single / 1e9:,.0f} GFLOP/s in float32, {half / 1e9:,.0f} in bfloat16; a copy: {copy / 1e9:,.1f} GB/s")
-    return single, half, copy
+    best.append(rate(partial(torch.zeros_like(source).copy_, source), 8 * len(source)))
+    print(f"at best {best[0] / 1e9:,.0f} GFLOP/s in float32, {best[1] / 1e9:,.0f} in bfloat16; a copy: {best[2] / 1e9:,.1f} GB/s")
+    return tuple(best)
 
 
 def report(what: str, rows: list[Row], baseline: str) -> None:
@@ -146,16 +150,29 @@ def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None
             Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
 
 
-def usual_memory() -> None:
-    """Undo train.keep_memory for the usual loop: glibc's own setting, as far as it adapts it by itself."""
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 65536), mallopt(-3, 32 << 20), mallopt(-1, 64 << 20)
+def usual_loop(pipe: Connection, folder: str, model: str, width: int, batch: int, mean: list[float], std: list[float]) -> None:
+    """In a process of its own, which manages memory as PyTorch does by itself: an epoch whenever the pipe says so."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    images = ImageFolder(f"{folder}/train", transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]))
+    loader = torch.utils.data.DataLoader(images, batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    net = MODELS[model](3, len(images.classes), width).to(DEVICE, memory_format=torch.contiguous_format)
+    optimizer = sphere_step.SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    while pipe.recv():
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x.to(DEVICE)), y.to(DEVICE))
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        wait()
+        pipe.send(None)
 
 
 def epoch(repetitions: int, n: int = 2560, batch: int = 128) -> None:
     """An epoch of train.py, and of the usual loop: a DataLoader with two workers that decodes and normalizes each image, the
-    network as PyTorch makes it, the loss asked for with .item() at each step. Same network, batches and optimizer."""
+    network and its memory as PyTorch has them, the loss asked for with .item() at each step. Same network and optimizer."""
     single, half, _ = limits()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -189,9 +206,6 @@ def flops(net: nn.Module, x: Tensor) -> int:
 
 
 def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batch: int, rates: dict[str, float]) -> list[Row]:
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-
     options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out", "--batch-size", str(batch)]
     options += ["--model", model, "--width", str(width)]
     ways, limit = {}, {}
@@ -212,23 +226,16 @@ def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batc
                 ways[name], limit[name] = forward_backward, flops(net, x) * (n // batch) / rate
 
     mean, std = ((m.flatten() / 255).tolist() for m in (data.mean, data.std))
-    images = ImageFolder(f"{folder}/train", transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]))
-    loader = torch.utils.data.DataLoader(images, batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
-    other = MODELS[model](3, 10, width).to(DEVICE, memory_format=torch.contiguous_format)
-    optimizer = sphere_step.SphereSGD([p for p in other.parameters() if p.requires_grad], lr=1e-3)
-
-    def usual():
-        usual_memory()
-        for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(other(x.to(DEVICE)), y.to(DEVICE))
-            loss.backward()
-            optimizer.step()
-            loss.item()
-
+    pipe, other_end = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(
+        target=usual_loop, args=(other_end, folder, model, width, batch, mean, std)
+    )
+    child.start()
     name = "the usual loop: DataLoader, 2 workers, fp32"
-    ways[name], limit[name] = usual, limit["train.py, fp32"]
+    ways[name], limit[name] = lambda: (pipe.send(True), pipe.recv()), limit["train.py, fp32"]
     times = interleaved(ways, repetitions)
+    pipe.send(False)
+    child.join()
     return [Row(f"{model} of width {width}, {n} images, batch {batch}", name, times[name], limit[name]) for name in ways]
 
 

@@ -33,6 +33,8 @@ from data import Data, add_label_noise, chunks, load, subset
 from models import LOSSES, builder
 from rundir import load_checkpoint, write_whole
 
+warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch itself still uses it
+
 CHUNK = 512  # images at once; in the curvature also what BatchNorm normalizes over
 DENSE = 200  # weights up to which a matrix is written out, in float64
 
@@ -211,9 +213,7 @@ def operators(point: Point, samples: int | None = None) -> dict:
     Second derivatives by the weights on spheres, each times its radius: D H D with D = diag(ρ), for one sphere ρ²H. BatchNorm is
     in training mode, in chunks of the set. In float64 up to DENSE weights. Products by curvlinops (arXiv 2501.19183).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
-        from curvlinops import GGNLinearOperator, HessianLinearOperator
+    from curvlinops import GGNLinearOperator, HessianLinearOperator  # not before the filter of warnings above
 
     net = deepcopy(point.net).train()
     for module in net.modules():  # statistics of the batch, and no trace of them

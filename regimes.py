@@ -451,12 +451,12 @@ def table(runs: list[Run]) -> str:
     the way of each run whose ELR moved."""
     lines = []
     if len({run.seed for run in runs}) > 1:
-        lines = ["       ELR  regime               seeds  skill  train loss, least to greatest      test error               γ"]
+        lines = ["       ELR  regime               seeds   skill  train loss, least to greatest      test error               γ"]
         for row in summary(runs):
             seeds = f"{round(row['share'] * row['seeds'])}/{row['seeds']}"
             loss, error = ([row[name + end] for end in ("", "_low", "_high")] for name in ("train_loss", "test_error"))
             cells = (f"{elr_name(row['elr']):>10}", f"{TITLE.get(row['regime'], row['regime']):<19}", f"{seeds:>5}")
-            cells += (f"{row['skill']:5.3f}", f"{loss[0]:10.4g}  {f'{loss[1]:.4g} to {loss[2]:.4g}':<20}")
+            cells += (f"{row['skill']:6.3f}", f"{loss[0]:10.4g}  {f'{loss[1]:.4g} to {loss[2]:.4g}':<20}")
             cells += (f"{error[0]:5.3f}  {f'{error[1]:.3f} to {error[2]:.3f}':<14}", f"{row['grad_norm']:8.3g}")
             lines.append("  ".join(cells).replace("+nan", "   –").replace("nan", "  –"))
     elif by_elr(runs):

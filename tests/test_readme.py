@@ -1,23 +1,71 @@
-"""What the README shows runs."""
+"""What the README shows runs: the three ways of use (run, sweep, copy), the loop of one's own, every option."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python(*command, cwd=ROOT):
+    result = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def shown(command, cwd):
+    """Run a command that the README shows, word for word but for where the script is."""
+    assert re.search(rf"(^    |&& )python {re.escape(command)}( {{2,}}|$)", README, re.M), command
+    script, *options = command.split()
+    return python(ROOT / script, *options, cwd=cwd)
+
+
+def block(section):
+    return re.search(r"```python\n(.*?)```", README.split(f"## {section}\n")[1], re.S)[1]
+
+
+def test_run_the_main_command_names_the_regime(tmp_path):
+    out = shown("train.py --elr 0.01", tmp_path)
+    assert out.startswith("elr 1e-02: chaotic equilibrium: ") and out.endswith("logs/digits-convnet/regimes.png\n")
+
+
+def test_sweep_several_elrs_make_a_table_which_the_logs_alone_make_again(tmp_path):
+    shown("train.py --elr 1e-4 1e-3 1e-2", tmp_path)
+    table = shown("regimes.py logs/digits-convnet", tmp_path)
+    assert re.findall(r"^ +(\S+)  (convergence|chaotic equilibrium|divergence)", table, re.M) == [
+        ("1e-04", "convergence"),
+        ("1e-03", "convergence"),
+        ("1e-02", "chaotic equilibrium"),
+    ]
+    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in table
+
+
+def test_copy_the_one_file_trains_a_network_of_ones_own_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "sphere_step.py", tmp_path)
+    before = """
+import torch
+net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+loss = torch.nn.functional.cross_entropy(net(torch.randn(8, 1, 3, 3)), torch.arange(8) % 2)
+norm, head = net[0].weight.norm().item(), net[3].weight.clone()
+"""
+    after = """
+print(abs(net[0].weight.norm().item() / norm - 1) < 1e-6, (net[3].weight != head).any().item())
+print(sorted(optimizer.stats()), sorted(optimizer.layer_stats()))
+"""
+    out = python("-c", before + block("Copy `sphere_step.py`") + after, cwd=tmp_path)
+    said = ["angle", "elr", "grad_norm", "radial", "radius"], ["angle", "elr", "grad_norm", "norm"]
+    assert out == f"True True\n{said[0]} {said[1]}\n"
 
 
 def test_your_own_network_is_fewer_than_fifteen_lines_that_end_with_a_regime():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own network")[1]
-    code = re.search(r"```python\n(.*?)```", section, re.S)[1]
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.startswith("Verdict(regime='equilibrium'"), result.stderr
+    code = block("Your own network")
+    assert python("-c", code).startswith("Verdict(regime='equilibrium'")
     assert len([line for line in code.splitlines() if line.strip()]) < 15
 
 
 def test_every_option_of_the_command_line_is_in_the_readme():
-    help_text = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    options = set(re.findall(r"(?<![\w-])--[a-z-]+", help_text)) - {"--help"}
-    assert len(options) > 10 and all(f"`{option}" in readme for option in options), options
+    options = set(re.findall(r"(?<![\w-])--[a-z-]+", python("train.py", "--help"))) - {"--help"}
+    assert len(options) > 10 and all(f"`{option}" in README for option in options), options
