@@ -71,13 +71,15 @@ def make_optimizer(args: Namespace, net: nn.Module, rate: float) -> Optimizer:
         trained = [p for p in net.parameters() if p.requires_grad]
         return WholeSpaceSGD(trained, on_spheres, rate, momentum, args.wd or 0.0)
     groups = [{"params": group} for group in groups]
-    if args.graph:  # which reads it from the device's memory at each replay
-        rate = torch.tensor(rate, device=args.device)
+
+    def lr(x: float) -> float | Tensor:  # a CUDA graph reads it from the device's memory at each replay
+        return torch.tensor(x, device=args.device) if args.graph else x
+
     rest = [p for p in net.parameters() if p.requires_grad and all(p is not q for q in on_spheres)]
     if rest:  # plain SGD at the learning rate that matches the ELR on the sphere of the whole network, η = η̃ρ²
         square = sum(p.detach().square().sum().item() for p in on_spheres)
-        groups.append({"params": rest, "sphere": None, "lr": args.head_lr or rate * square})
-    return SphereSGD(groups, lr=rate, sphere="row" if args.sphere == "row" else "group", momentum=momentum)
+        groups.append({"params": rest, "sphere": None, "lr": lr(args.head_lr or rate * square)})
+    return SphereSGD(groups, lr=lr(rate), sphere="row" if args.sphere == "row" else "group", momentum=momentum)
 
 
 def steps_of_epoch(args: Namespace, data: Data | None, order: torch.Generator) -> list[list[Tensor]]:

@@ -724,7 +724,8 @@ def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeyp
     """As a CUDA graph needs it; here, without one."""
     monkeypatch.setattr(train, "Captured", lambda step: step)
     for name in ("number", "tensor"):
-        args, data = train.parse(["--schedule", "0:1e-2,1:1e-3", *QUICK, "--eval-train", "--out", str(tmp_path / name)])
+        options = ["--schedule", "0:1e-2,1:1e-3", "--affine", "--head-lr", "0.1", "--eval-train", "--out", str(tmp_path / name)]
+        args, data = train.parse([*QUICK, *options])
         args.graph, args.signals, args.chance = name == "tensor", [], {"0": None}
         train.train(args, data, args.rates[0], 0, 2)
     number, tensor = (read(tmp_path / name / "elr=1e-02.csv") for name in ("number", "tensor"))
