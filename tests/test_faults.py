@@ -351,14 +351,14 @@ def test_a_folder_removed_during_a_run_is_one_line(tmp_path):
     "error", [OSError(errno.EROFS, "Read-only file system"), torch.OutOfMemoryError("CUDA out of memory.\nmore")]
 )
 def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monkeypatch, error):
-    real = train.train_epoch
+    real = train.run
 
-    def failing(args, data, net, steps, optimizer, *more):
-        if optimizer.param_groups[0]["lr"] == 0.1:
+    def failing(args, data, rate, *more):
+        if rate == 0.1:
             raise error
-        return real(args, data, net, steps, optimizer, *more)
+        return real(args, data, rate, *more)
 
-    monkeypatch.setattr(train, "train_epoch", failing)
+    monkeypatch.setattr(train, "run", failing)
     command = ["--model", "toy", "--steps", "3", "--epochs", "2", "--elr", "0.01", "0.1", "1", "--out", str(tmp_path)]
     assert train.main(command) == 1
     out, err = capsys.readouterr()

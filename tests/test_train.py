@@ -443,6 +443,7 @@ def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
     net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
     net.double()
     x, weights = digits.images(torch.arange(1437)).double(), [net.get_parameter(name) for (name,) in net.layer_groups]
+    start = torch.cat([w.detach().flatten() for w in weights])
     for _ in range(2):
         losses = [
             torch.nn.functional.cross_entropy(net(x[i]), digits.y[i], reduction="sum") for i in torch.arange(1437).split(479)
@@ -453,8 +454,9 @@ def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
         new *= theta.norm() / new.norm()
         for w, part in zip(weights, new.split([w.numel() for w in weights]), strict=True):
             w.data = part.view_as(w)
-    ours = net_of(tmp_path)
-    assert all(torch.allclose(ours[name].double(), net.get_parameter(name), atol=1e-5) for (name,) in net.layer_groups)
+    ours, theirs = torch.cat([net_of(tmp_path)[name].double().flatten() for (name,) in net.layer_groups]), new
+    # In float32 some of the max-pools' near ties are decided otherwise, each of which sends a gradient elsewhere.
+    assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()
 
 
 def test_label_noise_is_learned_and_reported_on_both_parts(tmp_path, plain):
