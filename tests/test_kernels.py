@@ -40,6 +40,15 @@ def test_the_kernels_pass_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-4000:]
 
 
+@pytest.mark.skipif(sphere_step.triton is None, reason="Triton is not installed")
+def test_the_scripts_own_check_finds_the_kernels_equal_to_float64():
+    code = "import sphere_step; print(sphere_step.check(4))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, check=True).stdout
+    assert 0 < float(out) < 1e-6
+
+
 def reference(theta, g, m, radius, elr, beta):
     """One step on one sphere, in float64 vectors, by the design's formula with explicit projections."""
     n = theta / theta.norm()
