@@ -191,7 +191,6 @@ def our_epoch(*options: str) -> tuple[Callable, Namespace, Data, nn.Module]:
     step = train.Captured(step) if args.graph else step
 
     def run():
-        train.keep_memory()
         steps = train.steps_of_epoch(args, data, order)
         train.train_epoch(args, net, steps, step, {"done": 0, "sums": 0, "layers": 0})
 
@@ -215,7 +214,6 @@ def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batc
             x, y = data.images(torch.arange(batch, device=DEVICE)), data.y[:batch]
 
             def forward_backward(args: Namespace = args, net: nn.Module = net, x: Tensor = x, y: Tensor = y) -> None:
-                train.keep_memory()
                 for _ in range(n // batch):
                     F.cross_entropy(train.logits_of(args, net, x), y).backward()
 
