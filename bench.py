@@ -229,6 +229,7 @@ def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batc
         target=usual_loop, args=(other_end, folder, model, width, batch, mean, std)
     )
     child.start()
+    other_end.close()  # ours: should the child die, recv ends in an error and does not wait
     name = "the usual loop: DataLoader, 2 workers, fp32"
     ways[name], limit[name] = lambda: (pipe.send(True), pipe.recv()), limit["train.py, fp32"]
     times = interleaved(ways, repetitions)
