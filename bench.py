@@ -96,10 +96,17 @@ def limits() -> tuple[float, float, float]:
         a = torch.randn(n, n, device=DEVICE, dtype=dtype)
         image, weight = a.t().reshape(1, n, n // 32, 32), a.view(n, n, 1, 1)
         image, weight = (x.contiguous(memory_format=torch.channels_last) for x in (image, weight))
-        best.append(max(rate(partial(torch.mm, a, a), 2 * n**3), rate(partial(F.conv2d, image, weight), 2 * n**3)))
+        best.append(
+            max(
+                rate(partial(torch.mm, a, a), 2 * n**3),
+                rate(partial(F.conv2d, image, weight), 2 * n**3),
+            )
+        )
     source = torch.zeros(2**26, device=DEVICE)
     best.append(rate(partial(torch.zeros_like(source).copy_, source), 8 * len(source)))
-    print(f"at best {best[0] / 1e9:,.0f} GFLOP/s in float32, {best[1] / 1e9:,.0f} in bfloat16; a copy: {best[2] / 1e9:,.1f} GB/s")
+    print(
+        f"at best {best[0] / 1e9:,.0f} GFLOP/s in float32, {best[1] / 1e9:,.0f} in bfloat16; a copy: {best[2] / 1e9:,.1f} GB/s"
+    )
     return tuple(best)
 
 
@@ -108,20 +115,39 @@ def report(what: str, rows: list[Row], baseline: str) -> None:
     print(f"\n{'':44}{'ms':>11}{'speed':>9}{'of the limit':>14}")
     for case in dict.fromkeys(row.case for row in rows):
         print(case)
-        base = next(row.seconds for row in rows if row.case == case and row.method.startswith(baseline))
+        base = next(
+            row.seconds for row in rows if row.case == case and row.method.startswith(baseline)
+        )
         for row in (row for row in rows if row.case == case):
             limit = f"{row.limit / row.seconds:14.0%}" if row.limit else ""
             print(f"  {row.method:42}{row.seconds * 1e3:11.2f}{base / row.seconds:9.2f}{limit}")
     threads = torch.get_num_threads() if DEVICE == "cpu" else ""
-    about = [machine(), threads, torch.__version__, getattr(sphere_step.triton, "__version__", ""), time.strftime("%Y-%m-%d")]
-    name = "".join(c if c.isalnum() else "-" for c in f"{what} {machine()}" + f" {threads} threads" * bool(threads))
+    about = [
+        machine(),
+        threads,
+        torch.__version__,
+        getattr(sphere_step.triton, "__version__", ""),
+        time.strftime("%Y-%m-%d"),
+    ]
+    name = "".join(
+        c if c.isalnum() else "-"
+        for c in f"{what} {machine()}" + f" {threads} threads" * bool(threads)
+    )
     path = HERE / "benchmarks" / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow("case method seconds limit machine threads torch triton date".split())
         for row in rows:
-            writer.writerow([row.case, row.method, f"{row.seconds:.6g}", f"{row.limit:.6g}" if row.limit else "", *about])
+            writer.writerow(
+                [
+                    row.case,
+                    row.method,
+                    f"{row.seconds:.6g}",
+                    f"{row.limit:.6g}" if row.limit else "",
+                    *about,
+                ]
+            )
     print(f"written: {path.relative_to(HERE)}")
 
 
@@ -150,14 +176,29 @@ def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None
             Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
 
 
-def usual_loop(pipe: Connection, folder: str, model: str, width: int, batch: int, mean: list[float], std: list[float]) -> None:
+def usual_loop(
+    pipe: Connection,
+    folder: str,
+    model: str,
+    width: int,
+    batch: int,
+    mean: list[float],
+    std: list[float],
+) -> None:
     """In a process of its own, which manages memory as PyTorch does by itself: an epoch whenever the pipe says so."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    images = ImageFolder(f"{folder}/train", transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]))
-    loader = torch.utils.data.DataLoader(images, batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
-    net = MODELS[model](3, len(images.classes), width).to(DEVICE, memory_format=torch.contiguous_format)
+    images = ImageFolder(
+        f"{folder}/train",
+        transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]),
+    )
+    loader = torch.utils.data.DataLoader(
+        images, batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
+    net = MODELS[model](3, len(images.classes), width).to(
+        DEVICE, memory_format=torch.contiguous_format
+    )
     optimizer = sphere_step.SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     while pipe.recv():
         for x, y in loader:
@@ -178,7 +219,9 @@ def epoch(repetitions: int, n: int = 2560, batch: int = 128) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), n)
         for model, width in (("convnet", 8), ("convnet", 32), ("resnet18", 8)):
-            rows += epoch_of(folder, model, width, repetitions, n, batch, {"fp32": single, "bf16": half})
+            rows += epoch_of(
+                folder, model, width, repetitions, n, batch, {"fp32": single, "bf16": half}
+            )
     report("epoch", rows, "the usual loop")
 
 
@@ -204,8 +247,25 @@ def flops(net: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batch: int, rates: dict[str, float]) -> list[Row]:
-    options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out", "--batch-size", str(batch)]
+def epoch_of(
+    folder: str,
+    model: str,
+    width: int,
+    repetitions: int,
+    n: int,
+    batch: int,
+    rates: dict[str, float],
+) -> list[Row]:
+    options = [
+        "--data",
+        folder,
+        "--data-root",
+        f"{folder}/cache",
+        "--out",
+        f"{folder}/out",
+        "--batch-size",
+        str(batch),
+    ]
     options += ["--model", model, "--width", str(width)]
     ways, limit = {}, {}
     for graph in (False, True) if DEVICE == "cuda" else (False,):
@@ -213,7 +273,9 @@ def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batc
             way, args, data, net = our_epoch(*options, "--dtype", dtype, *["--graph"] * graph)
             x, y = data.images(torch.arange(batch, device=DEVICE)), data.y[:batch]
 
-            def forward_backward(args: Namespace = args, net: nn.Module = net, x: Tensor = x, y: Tensor = y) -> None:
+            def forward_backward(
+                args: Namespace = args, net: nn.Module = net, x: Tensor = x, y: Tensor = y
+            ) -> None:
                 for _ in range(n // batch):
                     F.cross_entropy(train.logits_of(args, net, x), y).backward()
 
@@ -235,13 +297,18 @@ def epoch_of(folder: str, model: str, width: int, repetitions: int, n: int, batc
     times = interleaved(ways, repetitions)
     pipe.send(False)
     child.join()
-    return [Row(f"{model} of width {width}, {n} images, batch {batch}", name, times[name], limit[name]) for name in ways]
+    return [
+        Row(f"{model} of width {width}, {n} images, batch {batch}", name, times[name], limit[name])
+        for name in ways
+    ]
 
 
 def run(*options: str) -> tuple[float, float]:
     """Seconds that train.py takes with these options, and its largest memory in MiB."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -254,11 +321,28 @@ def sweep(repetitions: int) -> None:
     at a time with half of the threads each. The limit: their multiplications at the rate of a large matrix product."""
     single, *_ = limits()
     limit = 8 * 21 * 89 * flops(convnet(1, 10), torch.randn(16, 1, 8, 8)) / single
-    elrs = ["--elr", *"1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1".split(), "--epochs", "20", "--force"]
-    more = {"one job": [], "one job, a checkpoint at the end only": ["--checkpoint-every", "1000"], "two jobs": ["--jobs", "2"]}
+    elrs = [
+        "--elr",
+        *"1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1".split(),
+        "--epochs",
+        "20",
+        "--force",
+    ]
+    more = {
+        "one job": [],
+        "one job, a checkpoint at the end only": ["--checkpoint-every", "1000"],
+        "two jobs": ["--jobs", "2"],
+    }
     with tempfile.TemporaryDirectory() as out:
-        times = interleaved({name: partial(run, *elrs, "--out", out, *x) for name, x in more.items()}, repetitions, warm=0)
-    rows = [Row("eight runs of 20 epochs: digits, convnet of width 8", name, s, limit) for name, s in times.items()]
+        times = interleaved(
+            {name: partial(run, *elrs, "--out", out, *x) for name, x in more.items()},
+            repetitions,
+            warm=0,
+        )
+    rows = [
+        Row("eight runs of 20 epochs: digits, convnet of width 8", name, s, limit)
+        for name, s in times.items()
+    ]
     report("sweep", rows, "one job")
 
 
@@ -267,22 +351,50 @@ def scale(repetitions: int) -> None:
     rows, sizes = [], (1000, 2000, 4000, 8000)
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), sizes[-1])
-        options = ["--data", folder, "--data-root", f"{folder}/cache", "--batch-size", "125", "--out", f"{folder}/out"]
+        options = [
+            "--data",
+            folder,
+            "--data-root",
+            f"{folder}/cache",
+            "--batch-size",
+            "125",
+            "--out",
+            f"{folder}/out",
+        ]
         ways = {f"{n} images": our_epoch(*options, "--train-size", str(n))[0] for n in sizes}
         times = interleaved(ways, repetitions)
         for n, (name, seconds) in zip(sizes, times.items(), strict=True):
-            rows.append(Row("an epoch, per 1,000 images of 32×32: convnet of width 8", name, seconds * 1000 / n))
-        memory = {epochs: run("--elr", "0.01", "--epochs", str(epochs), "--out", folder, "--force")[1] for epochs in (30, 300)}
+            rows.append(
+                Row(
+                    "an epoch, per 1,000 images of 32×32: convnet of width 8",
+                    name,
+                    seconds * 1000 / n,
+                )
+            )
+        memory = {
+            epochs: run("--elr", "0.01", "--epochs", str(epochs), "--out", folder, "--force")[1]
+            for epochs in (30, 300)
+        }
     report("scale", rows, "1000 images")
-    print(f"largest memory of a run of 30 epochs: {memory[30]:.0f} MiB, of 300 epochs: {memory[300]:.0f} MiB")
+    print(
+        f"largest memory of a run of 30 epochs: {memory[30]:.0f} MiB, of 300 epochs: {memory[300]:.0f} MiB"
+    )
 
 
 def main() -> int:
     text = "Time what users wait for, beside the usual ways of doing it and beside what the machine could do at best."
-    parser = argparse.ArgumentParser(prog="bench.py", description=text, epilog="example: python bench.py epoch --repetitions 9")
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=text, epilog="example: python bench.py epoch --repetitions 9"
+    )
     text = "the optimizer's step; an epoch; eight default runs; how time grows with the set and memory with the epochs"
     parser.add_argument("what", choices=("step", "epoch", "sweep", "scale"), help=text)
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="medians are over so many (default: %(default)s)")
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=5,
+        metavar="N",
+        help="medians are over so many (default: %(default)s)",
+    )
     args = parser.parse_args()
     threads = f", {torch.get_num_threads()} threads" if DEVICE == "cpu" else ""
     print(f"on {machine()}{threads}, torch {torch.__version__}; medians of {args.repetitions}")

@@ -1,12 +1,12 @@
-"""Data sets as uint8 tensors that live on the device; a batch is an indexing, normalized and augmented there.
+"""Data sets as tensors that live on the device; a batch is an indexing there.
 
 data = load("cifar10", root="data", device="cuda")
-x, y = data.images(index), data.y[index]
+x, y = data.inputs(index), data.y[index]
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,58 +17,145 @@ from torch import Tensor
 from tqdm import tqdm
 
 DIGITS = Path(__file__).parent / "data" / "digits.npz"
-NAMES = ("digits", "cifar10", "cifar100", "svhn")
+NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 
 
 @dataclass
 class Data:
-    """Images [N, channels, H, W] uint8 and labels [N] int64, to train on and to test on; `noisy` [N] bool says which training
-    labels `add_label_noise` has changed. mean, std: [channels, 1, 1] float32, of the training images."""
+    """Inputs x and labels y [N] int64, to train on and to test on.
+
+    x are images [N, channels, H, W] uint8, numbers [N, features] float32, or tokens [N, T] int64,
+    of which there are `tokens`. mean, std: of the training images per channel, or of the numbers
+    per feature. `noisy` [N] bool says which training labels `add_label_noise` has changed.
+    """
 
     x: Tensor
     y: Tensor
     test_x: Tensor
     test_y: Tensor
     classes: int
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    tokens: int | None = None
     noisy: Tensor | None = None
 
-    def images(self, index: Tensor, augment: bool = False) -> Tensor:
-        """The training images at these indices, normalized: [len(index), channels, H, W] float32."""
+    def inputs(self, index: Tensor, augment: bool = False) -> Tensor:
+        """The training inputs at these indices, normalized."""
         x = self.x[index]
         return self.normalized(crop_and_flip(x) if augment else x)
 
     def normalized(self, x: Tensor) -> Tensor:
-        return (x.float() - self.mean) / self.std
+        """Images and numbers as float32 of mean 0 and deviation 1; tokens as they are."""
+        return x if self.tokens is not None else (x - self.mean) / self.std
 
 
-def load(name: str, root: Path | str = "data", image_size: int | None = None, device: torch.device | str = "cpu") -> Data:
-    """The data set `name`, on `device`: digits, cifar10, cifar100, svhn, or a folder with `train/` and `test/`, each a folder of
-    class folders of images, which are brought to image_size × image_size.
+def load(
+    name: str,
+    root: Path | str = "data",
+    image_size: int | None = None,
+    modulus: int = 31,
+    device: torch.device | str = "cpu",
+) -> Data:
+    """The data set `name`, on `device`: one of NAMES, a folder of images, or a file .npz.
 
-    digits are 1,797 images of handwritten digits, 8×8 with values 0 to 16, by Alpaydin and Kaynak (UCI, 1998), as scikit-learn
-    ships them: the first 1,437 to train on, the other 360 to test. What torchvision downloads or decodes is kept in `root` as one
-    file of uint8 tensors and read from there the next time. Raises ValueError for a name that is no data set, for images that
-    cannot be read, and where a download is impossible.
+    digits: 1,797 images of handwritten digits, 8×8 with values 0 to 16, by Alpaydin and Kaynak
+    (UCI, 1998), as scikit-learn ships them: the first 1,437 to train on. modular: see `modular`.
+    A folder has `train/` and `test/`, each with a folder of images per class, which are brought to
+    image_size × image_size. What torchvision downloads or decodes is kept in `root`.
+    Raises ValueError where there is no such data set, or it cannot be read or downloaded.
     """
     if name == "digits":
         with np.load(DIGITS) as file:
-            x, y = torch.from_numpy(file["images"])[:, None], torch.from_numpy(file["labels"]).long()
+            x, y = (
+                torch.from_numpy(file["images"])[:, None],
+                torch.from_numpy(file["labels"]).long(),
+            )
         parts = [x[:1437], y[:1437], x[1437:], y[1437:]]
+    elif name == "modular":
+        parts = modular(modulus)
     elif name in NAMES:
         parts = _cached(Path(root) / f"{name}.pt", lambda: _download(name, Path(root)))
+    elif name.endswith(".npz"):
+        parts = _npz(Path(name))
     elif Path(name).is_dir():
         parts = _folder(Path(name), Path(root), image_size)
     else:
-        raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)}, or a folder with train/ and test/")
-    # Exact moments, in little memory: of each channel the values are counted.
-    counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in parts[0].unbind(1)]).double()
-    values, n = torch.arange(256, dtype=torch.float64), counts.sum(1)
-    mean = counts @ values / n
-    std = ((counts * (values - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt()
-    moments = (m[:, None, None].float().to(device) for m in (mean, torch.where(std > 0, std, 1)))
-    return Data(*(t.to(device) for t in parts), int(parts[1].max()) + 1, *moments)
+        raise ValueError(
+            f"no data set {name!r}: choose {', '.join(NAMES)}, a folder or a file .npz"
+        )
+    x, y, test_x, test_y = parts
+    classes = int(max(y.max(), test_y.max())) + 1
+    if classes < 2:
+        raise ValueError(f"{name} has a single class: it takes two at least")
+    data = Data(*(part.to(device) for part in parts), classes)
+    if x.dtype == torch.int64:
+        data.tokens = int(max(x.max(), test_x.max())) + 1
+        return data
+    if x.dtype == torch.uint8:  # exact, in little memory: of each channel the values are counted
+        channels = [torch.bincount(c.reshape(-1), minlength=256) for c in x.unbind(1)]
+        counts, values = torch.stack(channels).double(), torch.arange(256, dtype=torch.float64)
+        n = counts.sum(1)
+        mean = counts @ values / n
+        std = ((counts * (values - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt()
+        mean, std = mean[:, None, None], std[:, None, None]
+    else:
+        mean, std = x.double().mean(0), x.double().std(0)
+    std = torch.where(std > 0, std, 1)
+    data.mean, data.std = mean.float().to(device), std.float().to(device)
+    return data
+
+
+def modular(p: int) -> list[Tensor]:
+    """Addition modulo p: all pairs as the tokens a, b and "=", the number p; the label is
+    (a + b) mod p. A random 70 % to train on, the same for every seed of a run."""
+    a, b = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
+    x, y = torch.stack([a, b, torch.full_like(a, p)], 1), (a + b) % p
+    order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
+    train, test = order[: round(0.7 * p * p)], order[round(0.7 * p * p) :]
+    return [x[train], y[train], x[test], y[test]]
+
+
+def _npz(path: Path) -> list[Tensor]:
+    """[x, y, test_x, test_y] from a file of arrays with these names."""
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in ("x", "y", "test_x", "test_y"):
+                arrays[name] = None  # the one that an error is about
+                arrays[name] = file[name]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except KeyError:
+        raise ValueError(f"{path} has no array {name}: it takes x, y, test_x, test_y") from None
+    except Exception as error:  # a damaged archive can fail anywhere in the reading of it
+        what = f"the array {name} cannot be read" if arrays else "it is no .npz file"
+        raise ValueError(f"{path}: {what} ({str(error).splitlines()[0][:100]})") from None
+    parts = []
+    for name, like in (("x", "x"), ("test_x", "x")):
+        x, y = arrays[name], arrays[name.replace("x", "y")]
+        image = x.dtype == np.uint8 and x.ndim in (3, 4)
+        number, token = x.dtype.kind == "f" and x.ndim == 2, x.dtype.kind in "iu" and x.ndim == 2
+        wrong, what = "", f"{path}: the array {name} of type {x.dtype} and shape {list(x.shape)}"
+        if not (image or number or token) or not x.size:
+            wrong = "must be images uint8 [N, C, H, W] or [N, H, W], numbers [N, features], tokens"
+            wrong += " int [N, T]"
+        elif number and not np.isfinite(x.astype(np.float32)).all():
+            wrong = "has numbers that float32 cannot hold"
+        elif token and (x.min() < 0 or x.max() > 10**6):
+            wrong = "has tokens below 0 or above a million"
+        elif x.shape[1:] != arrays[like].shape[1:] or x.dtype.kind != arrays[like].dtype.kind:
+            wrong = "is not of the kind and shape of x"
+        elif y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 10**6:
+            what = f"{path}: the array {name.replace('x', 'y')} of type {y.dtype}"
+            wrong = (
+                f"and shape {list(y.shape)} must be labels, whole numbers from 0 on, one per input"
+            )
+        if wrong:
+            raise ValueError(f"{what} {wrong}")
+        x = x[:, None] if image and x.ndim == 3 else x
+        kind = np.uint8 if image else np.float32 if number else np.int64
+        parts += [torch.from_numpy(x.astype(kind)), torch.from_numpy(y.astype(np.int64))]
+    return parts
 
 
 def _cached(path: Path, make: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -92,16 +179,24 @@ def _download(name: str, root: Path) -> list[Tensor]:
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name]
-    options = [dict(split=part) if name == "svhn" else dict(train=part == "train") for part in ("train", "test")]
-    files = [kind.split_list[p][:2] for p in ("train", "test")] if name == "svhn" else [(kind.url, kind.filename)]
+    if name == "svhn":
+        options = dict(split="train"), dict(split="test")
+        files = [kind.split_list[part][:2] for part in ("train", "test")]
+    else:
+        options = dict(train=True), dict(train=False)
+        files = [(kind.url, kind.filename)]
+    parts = []
     try:
-        sets = [kind(root, download=True, **o) for o in options]
-    except (ImportError, OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        for option in options:
+            found = kind(root, download=True, **option)
+            x, y = (found.data, found.labels) if name == "svhn" else (found.data, found.targets)
+            x = x if name == "svhn" else x.transpose(0, 3, 1, 2).copy()
+            parts += [torch.from_numpy(x), torch.as_tensor(y).long()]
+    except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
         where = " and ".join(f"{url} as {root / file}" for url, file in files)
-        raise ValueError(f"{name} cannot be downloaded ({error}): get {where} by hand, then run this again") from None
-    images = [torch.from_numpy(s.data if name == "svhn" else s.data.transpose(0, 3, 1, 2).copy()) for s in sets]
-    labels = [torch.as_tensor(s.labels if name == "svhn" else s.targets).long() for s in sets]
-    return [images[0], labels[0], images[1], labels[1]]
+        what = f"{name} cannot be downloaded ({error})"
+        raise ValueError(f"{what}: get {where} by hand, then run this again") from None
+    return parts
 
 
 def _folder(path: Path, root: Path, size: int | None) -> list[Tensor]:
@@ -110,44 +205,48 @@ def _folder(path: Path, root: Path, size: int | None) -> list[Tensor]:
     try:
         sets = [ImageFolder(path / part) for part in ("train", "test")]
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: {error}: it takes train/ and test/, each with a folder of images per class") from None
+        what = "it takes train/ and test/, each with a folder of images per class"
+        raise ValueError(f"{path}: {' '.join(str(error).split())}: {what}") from None
     if sets[0].classes != sets[1].classes:
-        raise ValueError(f"{path}: train/ has the classes {sets[0].classes}, test/ {sets[1].classes}: they must be the same")
+        what = f"train/ has the classes {sets[0].classes}, test/ {sets[1].classes}"
+        raise ValueError(f"{path}: {what}: they must be the same")
 
     def decode() -> list[Tensor]:
         parts, shape = [], (size, size) if size else None
         for part in sets:
-            images = None
-            for i in tqdm(range(len(part)), desc=f"reading {part.root}", unit="image", disable=None):
-                file, _ = part.samples[i]
+            images = []
+            for file, _ in tqdm(part.samples, desc=f"reading {part.root}", disable=None):
                 try:
                     image = part.loader(file)
-                except OSError as error:
+                except (OSError, ValueError, SyntaxError) as error:  # as Pillow has them
                     raise ValueError(f"{file} cannot be read as an image ({error})") from None
                 shape = shape or image.size  # (width, height)
-                if image.size != shape:
-                    if not size:
-                        raise ValueError(f"{file} is {image.size}, others {shape}: bring all to one size with --image-size")
-                    image = image.resize(shape)
-                if images is None:
-                    images = np.empty((len(part), 3, shape[1], shape[0]), dtype=np.uint8)
-                images[i] = np.asarray(image).transpose(2, 0, 1)
-            parts += [torch.from_numpy(images), torch.tensor(part.targets)]
+                if image.size != shape and not size:
+                    what = f"{file} is {image.size}, others {shape}"
+                    raise ValueError(f"{what}: bring all to one size with --image-size")
+                images.append(np.asarray(image.resize(shape)).transpose(2, 0, 1))
+            parts += [torch.from_numpy(np.stack(images)), torch.tensor(part.targets)]
         return parts
 
-    files = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for part in sets for file, _ in part.samples]
-    state = hashlib.sha256(repr((size, files)).encode()).hexdigest()[:12]  # of other files or another size, another cache
-    return _cached(root / f"{path.resolve().name}-{state}.pt", decode)
+    key = [size]  # of other files or another size, another cache
+    for part in sets:
+        for file, _ in part.samples:
+            key.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
+    key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    return _cached(root / f"{path.resolve().name}-{key}.pt", decode)
 
 
 def subset(data: Data, n: int) -> None:
-    """Keep n training images, drawn at random, the same for every seed of a run; the normalization stays that of all."""
-    keep = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))[:n].sort().values.to(data.x.device)
+    """Keep n training inputs, drawn at random, the same for every seed of a run. The normalization
+    stays that of all."""
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))
+    keep = order[:n].sort().values.to(data.x.device)
     data.x, data.y = data.x[keep], data.y[keep]
 
 
 def add_label_noise(data: Data, share: float) -> None:
-    """Give round(share · N) training images, drawn at random, another label than theirs, the same for every seed of a run."""
+    """Give round(share · N) training inputs, drawn at random, another label than theirs, the same
+    for every seed of a run."""
     generator, n = torch.Generator().manual_seed(1), len(data.y)
     chosen = torch.randperm(n, generator=generator)[: round(share * n)].to(data.y.device)
     shift = torch.randint(1, data.classes, (len(chosen),), generator=generator).to(data.y.device)
@@ -157,25 +256,27 @@ def add_label_noise(data: Data, share: float) -> None:
 
 
 def crop_and_flip(x: Tensor) -> Tensor:
-    """Of images [N, channels, H, W], each its own random crop of the image padded with zeros by H/8 (4 pixels at 32), and half of
-    them flipped left to right; one gather, on their device."""
+    """Of images [N, channels, H, W], each its own random crop of the image padded with zeros by H/8
+    (4 pixels at 32), and half of them flipped left to right; one gather, on their device."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
     shift = torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
     rows = shift[0] + torch.arange(height, device=x.device)
     columns = shift[1] + torch.arange(width, device=x.device)
-    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
+    flip = torch.rand(n, 1, device=x.device) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
     padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
     image = torch.arange(n, device=x.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def batches(n: int, size: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-    """The epoch's batches as index tensors [size]: a fresh permutation of n, without the last, incomplete batch."""
+def batches(n: int, size: int, generator: torch.Generator, device="cpu") -> tuple[Tensor, ...]:
+    """An epoch's batches as index tensors [size]: a fresh permutation of n, without the last,
+    incomplete batch."""
     order = torch.randperm(n, generator=generator).to(device)
-    return iter(order[: n - n % size].split(size))
+    return order[: n - n % size].split(size)
 
 
-def chunks(n: int, size: int, device: torch.device | str = "cpu") -> list[Tensor]:
+def chunks(n: int, size: int, device="cpu") -> tuple[Tensor, ...]:
     """The whole set in its own order, as index tensors of equal length, at most `size`."""
-    return list(torch.arange(n, device=device).tensor_split(-(-n // size)))
+    return torch.arange(n, device=device).tensor_split(-(-n // size))

@@ -59,17 +59,33 @@ def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
     options = state["identity"]
     data = None
     if options["model"] != "toy":
-        data = _data(options["data"], root, options["image_size"], device, options["train_size"], options["label_noise"])
+        data = _data(
+            options["data"],
+            root,
+            options["image_size"],
+            device,
+            options["train_size"],
+            options["label_noise"],
+        )
     net = builder(options)(*(data.x.shape[1], data.classes) if data else ()).to(device)
     try:
         net.load_state_dict(state["net"])
     except RuntimeError:
-        raise ValueError(f"{path}: {options['model']} has changed since: its weights do not fit") from None
+        raise ValueError(
+            f"{path}: {options['model']} has changed since: its weights do not fit"
+        ) from None
     return Point(path, net, data, options, state["spheres"])
 
 
 @cache
-def _data(name: str, root: Path, image_size: int | None, device: str, train_size: int | None, label_noise: float | None) -> Data:
+def _data(
+    name: str,
+    root: Path,
+    image_size: int | None,
+    device: str,
+    train_size: int | None,
+    label_noise: float | None,
+) -> Data:
     data = load(name, root, image_size, device)
     if train_size:
         subset(data, train_size)
@@ -88,8 +104,13 @@ def evaluate(point: Point, net: nn.Module) -> tuple[float, float]:
     update_bn((data.images(index) for index in order), net)
     net.eval()
     loss = LOSSES[point.options["loss"]]
-    loss = sum(loss(net(data.images(index)), data.y[index]).item() * len(index) for index in order) / len(data.x)
-    wrong = sum((net(data.normalized(x)).argmax(1) != y).sum().item() for x, y in _parts(data.test_x, data.test_y))
+    loss = sum(
+        loss(net(data.images(index)), data.y[index]).item() * len(index) for index in order
+    ) / len(data.x)
+    wrong = sum(
+        (net(data.normalized(x)).argmax(1) != y).sum().item()
+        for x, y in _parts(data.test_x, data.test_y)
+    )
     return loss, wrong / len(data.test_x)
 
 
@@ -102,7 +123,11 @@ def vectors(net: nn.Module, spheres: list[dict]) -> list[Tensor]:
     found = []
     for sphere in spheres:
         tensors = [net.get_parameter(name).detach().double() for name in sphere["names"]]
-        rows = [x.reshape(len(x), -1) for x in tensors] if sphere["rows"] else [torch.cat([x.flatten() for x in tensors])[None]]
+        rows = (
+            [x.reshape(len(x), -1) for x in tensors]
+            if sphere["rows"]
+            else [torch.cat([x.flatten() for x in tensors])[None]]
+        )
         found += rows
     return found
 
@@ -133,9 +158,16 @@ def between(a: Point, b: Point, t: float, way: str) -> nn.Module:
         for x, y in zip(vectors(a.net, a.spheres), vectors(b.net, b.spheres), strict=True):
             radius, other = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
             omega = _angle(x, y)[:, None]
-            weight = torch.where(omega < 1e-9, 1 - t, ((1 - t) * omega).sin() / omega.sin().clamp(min=1e-300))
-            weights = weight, torch.where(omega < 1e-9, t, (t * omega).sin() / omega.sin().clamp(min=1e-300))
-            points.append((weights[0] * x / radius + weights[1] * y / other) * ((1 - t) * radius + t * other))
+            weight = torch.where(
+                omega < 1e-9, 1 - t, ((1 - t) * omega).sin() / omega.sin().clamp(min=1e-300)
+            )
+            weights = (
+                weight,
+                torch.where(omega < 1e-9, t, (t * omega).sin() / omega.sin().clamp(min=1e-300)),
+            )
+            points.append(
+                (weights[0] * x / radius + weights[1] * y / other) * ((1 - t) * radius + t * other)
+            )
         put(net, a.spheres, points)
     return net
 
@@ -146,7 +178,9 @@ def _angle(x: Tensor, y: Tensor) -> Tensor:
     return 2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1))
 
 
-def barrier(a: Point, b: Point, way: str = "circle", points: int = 21) -> tuple[float, list[tuple[float, float, float]]]:
+def barrier(
+    a: Point, b: Point, way: str = "circle", points: int = 21
+) -> tuple[float, list[tuple[float, float, float]]]:
     """The height of the barrier, the most by which the train loss exceeds the straight line between the ends' losses, and
     (t, train loss, test error) along the way. Raises ValueError where the two are not the same network."""
     check_same(a, b)
@@ -158,9 +192,16 @@ def barrier(a: Point, b: Point, way: str = "circle", points: int = 21) -> tuple[
 def check_same(*points: Point) -> None:
     first = points[0]
     for other in points[1:]:
-        shapes = [[(name, p.shape) for name, p in point.net.named_parameters()] for point in (first, other)]
-        if shapes[0] != shapes[1] or [s["names"] for s in first.spheres] != [s["names"] for s in other.spheres]:
-            raise ValueError(f"{other.path} is another network, or on other spheres, than {first.path}")
+        shapes = [
+            [(name, p.shape) for name, p in point.net.named_parameters()]
+            for point in (first, other)
+        ]
+        if shapes[0] != shapes[1] or [s["names"] for s in first.spheres] != [
+            s["names"] for s in other.spheres
+        ]:
+            raise ValueError(
+                f"{other.path} is another network, or on other spheres, than {first.path}"
+            )
 
 
 def distances(points: list[Point]) -> dict[str, np.ndarray]:
@@ -168,7 +209,10 @@ def distances(points: list[Point]) -> dict[str, np.ndarray]:
     check_same(*points)
     whole = [vectors(point.net, point.spheres) for point in points]
     names = [name for sphere in points[0].spheres for name in sphere["names"]]
-    flat = {name: [point.net.get_parameter(name).detach().double().reshape(1, -1) for point in points] for name in names}
+    flat = {
+        name: [point.net.get_parameter(name).detach().double().reshape(1, -1) for point in points]
+        for name in names
+    }
 
     def matrix(angle, items):
         return np.array([[angle(x, y) for y in items] for x in items])
@@ -176,7 +220,9 @@ def distances(points: list[Point]) -> dict[str, np.ndarray]:
     def of_network(xs, ys):
         return torch.cat([_angle(x, y) for x, y in zip(xs, ys, strict=True)]).mean().item()
 
-    return {"network": matrix(of_network, whole)} | {n: matrix(lambda x, y: _angle(x, y).item(), xs) for n, xs in flat.items()}
+    return {"network": matrix(of_network, whole)} | {
+        n: matrix(lambda x, y: _angle(x, y).item(), xs) for n, xs in flat.items()
+    }
 
 
 class _OwnLoss(nn.Module):
@@ -197,7 +243,9 @@ class _OfToy(nn.Module):
         return self.toy().reshape(1, 1)
 
 
-def curvature(point: Point, k: int = 1, samples: int | None = None, probes: int = 20) -> dict[str, np.ndarray | float]:
+def curvature(
+    point: Point, k: int = 1, samples: int | None = None, probes: int = 20
+) -> dict[str, np.ndarray | float]:
     """`hessian`, the k largest eigenvalues of the first of `operators`, and `hessian_trace`; the same of `ggn` (but for the toy);
     and `edge`, 2/λ_max: gradient descent on a quadratic is stable below it."""
     found = {}
@@ -213,31 +261,53 @@ def operators(point: Point, samples: int | None = None) -> dict:
     Second derivatives by the weights on spheres, each times its radius: D H D with D = diag(ρ), for one sphere ρ²H. BatchNorm is
     in training mode, in chunks of the set. In float64 up to DENSE weights. Products by curvlinops (arXiv 2501.19183).
     """
-    from curvlinops import GGNLinearOperator, HessianLinearOperator  # not before the filter of warnings above
+    from curvlinops import (
+        GGNLinearOperator,
+        HessianLinearOperator,
+    )  # not before the filter of warnings above
 
     net = deepcopy(point.net).train()
     for module in net.modules():  # statistics of the batch, and no trace of them
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
-    radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in vectors(net, point.spheres)]
+    radius = [
+        x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in vectors(net, point.spheres)
+    ]
     radius = torch.cat(radius).cpu().numpy()
     net = net.double() if len(radius) <= DENSE else net
     parameters = [net.get_parameter(name) for sphere in point.spheres for name in sphere["names"]]
     dtype = parameters[0].dtype
     if point.data is None:
         dummy = torch.zeros(1, 1, dtype=dtype, device=parameters[0].device)
-        net, loss, batches, kinds = _OfToy(net), _OwnLoss(), [(dummy, dummy)], {"hessian": HessianLinearOperator}
+        net, loss, batches, kinds = (
+            _OfToy(net),
+            _OwnLoss(),
+            [(dummy, dummy)],
+            {"hessian": HessianLinearOperator},
+        )
     else:
         data, n = point.data, min(samples or len(point.data.x), len(point.data.x))
         mse = point.options["loss"] == "mse"
         target = nn.functional.one_hot(data.y, data.classes).to(dtype) if mse else data.y
-        loss, kinds = nn.MSELoss() if mse else nn.CrossEntropyLoss(), {"hessian": HessianLinearOperator, "ggn": GGNLinearOperator}
-        batches = [(data.images(index).to(dtype), target[index]) for index in chunks(n, CHUNK, data.x.device)]
+        loss, kinds = (
+            nn.MSELoss() if mse else nn.CrossEntropyLoss(),
+            {"hessian": HessianLinearOperator, "ggn": GGNLinearOperator},
+        )
+        batches = [
+            (data.images(index).to(dtype), target[index])
+            for index in chunks(n, CHUNK, data.x.device)
+        ]
     found = {}
     for name, kind in kinds.items():
-        product = kind(net, loss, parameters, batches, check_deterministic=False).to_scipy(dtype=np.float64)
-        found[name] = LinearOperator(product.shape, lambda v, a=product: radius * (a @ (radius * v.ravel())), dtype=np.float64)
+        product = kind(net, loss, parameters, batches, check_deterministic=False).to_scipy(
+            dtype=np.float64
+        )
+        found[name] = LinearOperator(
+            product.shape,
+            lambda v, a=product: radius * (a @ (radius * v.ravel())),
+            dtype=np.float64,
+        )
         if len(radius) <= DENSE:
             matrix = np.stack([found[name] @ unit for unit in np.eye(len(radius))])
             found[name] = aslinearoperator((matrix + matrix.T) / 2)
@@ -251,7 +321,9 @@ def largest(operator: LinearOperator, k: int) -> np.ndarray:
         return np.linalg.eigvalsh(operator @ np.eye(n))[::-1][:k]
     try:
         start = np.random.default_rng(0).standard_normal(n)
-        values = eigsh(operator, min(k, n - 1), which="LA", return_eigenvectors=False, tol=1e-3, v0=start)
+        values = eigsh(
+            operator, min(k, n - 1), which="LA", return_eigenvectors=False, tol=1e-3, v0=start
+        )
     except ArpackNoConvergence as partly:
         values = np.append(partly.eigenvalues, [math.nan] * (k - len(partly.eigenvalues)))
     return np.sort(values)[::-1]
@@ -278,21 +350,37 @@ def summarize(folder: Path, root: Path, device: str, samples: int) -> list[dict]
         with open(folder / "regimes.csv", newline="", encoding="utf-8") as file:
             runs = [row for row in csv.DictReader(file) if float(row["elr"]) > 0]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}: no regimes.csv that can be read: is it the folder of a sweep?") from None
+        raise ValueError(
+            f"{folder}: no regimes.csv that can be read: is it the folder of a sweep?"
+        ) from None
     found, ends = [], []
     for row in tqdm(runs, unit="run", disable=None):
         seed = int(row["seed"])
         name = np.format_float_scientific(float(row["elr"]), trim="-", exp_digits=2)
         first = folder / (f"elr={name}" + f".seed={seed}" * (seed > 0) + ".pt")
         seconds = sorted(folder.glob(f"{first.stem}.then=*.pt"))
-        then, orders = ([p for p in seconds if (".order=" in p.name) is other][:1] for other in (False, True))
+        then, orders = (
+            [p for p in seconds if (".order=" in p.name) is other][:1] for other in (False, True)
+        )
         point, second = read(first, root, device), read(then[0], root, device) if then else None
-        line = {"elr": float(row["elr"]), "seed": seed, "regime": row["regime"], "test_error": float(row["test_error"])}
+        line = {
+            "elr": float(row["elr"]),
+            "seed": seed,
+            "regime": row["regime"],
+            "test_error": float(row["test_error"]),
+        }
         line |= {"then_test_error": float(row.get("then_test_error") or math.nan)}
         line |= {"avg_test_error": _last(first, "avg_test_error")}
         line |= {"then_avg_test_error": _last(then[0], "avg_test_error") if then else math.nan}
-        sharpness = [largest(operators(p, samples)["hessian"], 1)[0] if p else math.nan for p in (point, second)]
-        line |= {"sharpness": sharpness[0], "then_sharpness": sharpness[1], "edge": 2 / sharpness[0]}
+        sharpness = [
+            largest(operators(p, samples)["hessian"], 1)[0] if p else math.nan
+            for p in (point, second)
+        ]
+        line |= {
+            "sharpness": sharpness[0],
+            "then_sharpness": sharpness[1],
+            "edge": 2 / sharpness[0],
+        }
         line |= {"barrier_to_next": math.nan, "barrier_of_orders": math.nan}
         if second and orders:
             line["barrier_of_orders"] = barrier(second, read(orders[0], root, device), points=11)[0]
@@ -326,9 +414,16 @@ def table(lines: list[dict]) -> str:
     ]
     text = ["".join(f"{head:>{width}}" for head, width in zip(heads, _WIDTHS, strict=True))]
     for line in lines:
-        cells = [f"{line['elr']:.3g}", line["regime"]] + [f"{line[name]:.3f}" for name in COLUMNS[3:7]]
+        cells = [f"{line['elr']:.3g}", line["regime"]] + [
+            f"{line[name]:.3f}" for name in COLUMNS[3:7]
+        ]
         cells += [f"{line[name]:.3g}" for name in COLUMNS[7:]]
-        text.append("".join(f"{cell.replace('nan', '–'):>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)))
+        text.append(
+            "".join(
+                f"{cell.replace('nan', '–'):>{width}}"
+                for cell, width in zip(cells, _WIDTHS, strict=True)
+            )
+        )
     return "\n".join(text)
 
 
@@ -344,14 +439,22 @@ def best(lines: list[dict]) -> str:
     text = f"best test error after the drop: {np.median(values[elr]):.4f}, from ELR {elr:.3g}"
     if len(values[elr]) > 1:
         seeds = sorted({line["seed"] for line in lines})
-        mine = [min((line["then_test_error"], line["elr"]) for line in lines if line["seed"] == seed) for seed in seeds]
+        mine = [
+            min((line["then_test_error"], line["elr"]) for line in lines if line["seed"] == seed)
+            for seed in seeds
+        ]
         text += f" (median of {len(values[elr])} seeds, {min(values[elr]):.4f} to {max(values[elr]):.4f}); seed by seed "
         text += ", ".join(f"{error:.4f} from {elr:.3g}" for error, elr in mine)
     return text
 
 
 _WIDTHS = (10, 13, 12, 9, 10, 7, 10, 10, 10, 15, 10)
-COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#CC79A7", "undecided": "#999999"}  # Okabe and Ito
+COLOURS = {
+    "convergence": "#0072B2",
+    "equilibrium": "#E69F00",
+    "divergence": "#CC79A7",
+    "undecided": "#999999",
+}  # Okabe and Ito
 
 
 def figure(lines: list[dict], path: Path, title: str) -> None:
@@ -364,24 +467,52 @@ def figure(lines: list[dict], path: Path, title: str) -> None:
     factor = edges[0] / elrs[0] if edges else 2
     edges = [elrs[0] / factor, *edges, elrs[-1] * factor]
     panels = (
-        (axes[0], "test error", ("test_error", "then_test_error", "avg_test_error", "then_avg_test_error")),
+        (
+            axes[0],
+            "test error",
+            ("test_error", "then_test_error", "avg_test_error", "then_avg_test_error"),
+        ),
         (axes[1], r"sharpness $\lambda_{max}$ on the unit sphere", ("sharpness", "then_sharpness")),
         (axes[2], "barrier (train loss)", ("barrier_to_next", "barrier_of_orders")),
     )
-    labels = {"test_error": "at the end", "then_test_error": "after the drop", "avg_test_error": "averaged"}
-    labels |= {"then_avg_test_error": "after the drop, averaged", "sharpness": "at the end", "then_sharpness": "after the drop"}
-    labels |= {"barrier_to_next": "to the next ELR's run", "barrier_of_orders": "between two orders of batches"}
+    labels = {
+        "test_error": "at the end",
+        "then_test_error": "after the drop",
+        "avg_test_error": "averaged",
+    }
+    labels |= {
+        "then_avg_test_error": "after the drop, averaged",
+        "sharpness": "at the end",
+        "then_sharpness": "after the drop",
+    }
+    labels |= {
+        "barrier_to_next": "to the next ELR's run",
+        "barrier_of_orders": "between two orders of batches",
+    }
     for ax, name, columns in panels:
         for i, elr in enumerate(elrs):
             regimes = [line["regime"] for line in lines if line["elr"] == elr]
             regime = max(dict.fromkeys(regimes), key=regimes.count)
-            ax.axvspan(edges[i], edges[i + 1], color=COLOURS.get(regime, "#999999"), alpha=0.2, lw=0)
+            ax.axvspan(
+                edges[i], edges[i + 1], color=COLOURS.get(regime, "#999999"), alpha=0.2, lw=0
+            )
         for column, style in zip(columns, ("o-", "s--", "^:", "d-."), strict=False):
-            values = [np.array([line[column] for line in lines if line["elr"] == elr]) for elr in elrs]
+            values = [
+                np.array([line[column] for line in lines if line["elr"] == elr]) for elr in elrs
+            ]
             middle = np.array([np.median(x) for x in values])
             if np.isfinite(middle).any():
                 spread = [middle - [x.min() for x in values], [x.max() for x in values] - middle]
-                ax.errorbar(elrs, middle, yerr=spread, fmt=style, ms=4, lw=1.3, capsize=2, label=labels[column])
+                ax.errorbar(
+                    elrs,
+                    middle,
+                    yerr=spread,
+                    fmt=style,
+                    ms=4,
+                    lw=1.3,
+                    capsize=2,
+                    label=labels[column],
+                )
         ax.set(xscale="log", xlabel="ELR of the first run", title=name, xlim=(edges[0], edges[-1]))
         ax.legend(fontsize=8)
     axes[0].set_yscale("symlog", linthresh=0.01)
@@ -393,7 +524,9 @@ def figure(lines: list[dict], path: Path, title: str) -> None:
     axes[2].set_yscale("symlog", linthresh=0.01)
     axes[2].set_ylim(bottom=-0.002)
     bands = [
-        Patch(color=COLOURS[regime], alpha=0.3, label=regime) for regime in COLOURS if any(x["regime"] == regime for x in lines)
+        Patch(color=COLOURS[regime], alpha=0.3, label=regime)
+        for regime in COLOURS
+        if any(x["regime"] == regime for x in lines)
     ]
     fig.legend(handles=bands, loc="outside lower center", ncols=len(bands), fontsize=9)
     fig.suptitle(title)
@@ -444,7 +577,13 @@ def parser() -> Parser:
     text = "What the loss looks like around and between the ends of runs, from the checkpoints that train.py wrote."
     example = "example: python landscape.py summary logs/digits-convnet (each of the four has its own --help)"
     parser = Parser(prog="landscape.py", description=text, epilog=example)
-    parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR", help="as for train.py (default: data)")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="as for train.py (default: data)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)
 
@@ -453,10 +592,24 @@ def parser() -> Parser:
         return what.add_parser(name, help=text, description=text, epilog=example).add_argument
 
     text = "the loss (nats) on the way from one checkpoint to another, along the straight line and the great circle"
-    add = command("barrier", text, "logs/digits-convnet/elr=1e-03.pt logs/digits-convnet/elr=2.15e-03.pt")
+    add = command(
+        "barrier", text, "logs/digits-convnet/elr=1e-03.pt logs/digits-convnet/elr=2.15e-03.pt"
+    )
     add("checkpoints", nargs=2, type=Path, metavar="PT", help="a checkpoint of train.py")
-    add("--points", type=int, default=21, metavar="N", help="along the way, the ends included (default: %(default)s)")
-    add("--out", type=Path, default=Path("barrier.png"), metavar="PNG", help="the figure (default: %(default)s)")
+    add(
+        "--points",
+        type=int,
+        default=21,
+        metavar="N",
+        help="along the way, the ends included (default: %(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("barrier.png"),
+        metavar="PNG",
+        help="the figure (default: %(default)s)",
+    )
     text = "angles (radians) between checkpoints, of the whole network and of each layer"
     add = command("distance", text, "logs/digits-convnet/elr=*.pt")
     add("checkpoints", nargs="+", type=Path, metavar="PT", help="a checkpoint of train.py")
@@ -464,11 +617,21 @@ def parser() -> Parser:
     add = command("curvature", text, "logs/digits-convnet/elr=1e-03.pt --samples 512")
     add("checkpoints", nargs="+", type=Path, metavar="PT", help="a checkpoint of train.py")
     add("--k", type=int, default=3, help="how many eigenvalues (default: %(default)s)")
-    add("--samples", type=int, metavar="N", help="over the first so many training images (default: all)")
+    add(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="over the first so many training images (default: all)",
+    )
     text = "all of it for every ELR of a sweep: landscape.csv, landscape.png"
     add = command("summary", text, "logs/digits-convnet")
     add("folder", type=Path, metavar="DIR", help="of the sweep")
-    add("--samples", type=int, default=1024, help="curvature: over the first so many training images (default: %(default)s)")
+    add(
+        "--samples",
+        type=int,
+        default=1024,
+        help="curvature: over the first so many training images (default: %(default)s)",
+    )
     return parser
 
 
@@ -484,7 +647,10 @@ def main(argv: list[str] | None = None) -> int:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in (line[c] for c in COLUMNS)] for line in lines)
+            writer.writerows(
+                [f"{x:.6g}" if isinstance(x, float) else x for x in (line[c] for c in COLUMNS)]
+                for line in lines
+            )
             write_whole(args.folder / "landscape.csv", text.getvalue().encode())
             figure(lines, args.folder / "landscape.png", str(args.folder))
             print(table(lines))
@@ -497,7 +663,9 @@ def main(argv: list[str] | None = None) -> int:
             for way, name in (("line", "straight line"), ("circle", "great circle")):
                 height, ways[name] = barrier(*points, way, args.points)
                 ends = f"train loss {ways[name][0][1]:.4g} and {ways[name][-1][1]:.4g} at the ends"
-                print(f"{name}: barrier {height:.4g}; {ends}, at most {max(loss for _, loss, _ in ways[name]):.4g}")
+                print(
+                    f"{name}: barrier {height:.4g}; {ends}, at most {max(loss for _, loss, _ in ways[name]):.4g}"
+                )
             figure_of_barrier(ways, args.out, " to ".join(p.stem for p in args.checkpoints))
             print(f"written: {args.out}")
         elif args.what == "distance":
@@ -512,8 +680,12 @@ def main(argv: list[str] | None = None) -> int:
                 for name in ("hessian", "ggn"):
                     if name in found:
                         values = ", ".join(f"{value:.5g}" for value in found[name])
-                        print(f"  {name}: largest eigenvalues {values}; trace {found[f'{name}_trace']:.5g}")
-                print(f"  2/λ_max = {found['edge']:.4g}; trained at the ELR {point.options['rate']:g}")
+                        print(
+                            f"  {name}: largest eigenvalues {values}; trace {found[f'{name}_trace']:.5g}"
+                        )
+                print(
+                    f"  2/λ_max = {found['edge']:.4g}; trained at the ELR {point.options['rate']:g}"
+                )
     except (ValueError, OSError) as error:
         parser().error(str(error))
     return 0

@@ -1,18 +1,18 @@
-"""The scale-invariant networks, the toy, and which parameters live on which sphere.
+"""The networks, and which parameters of any network are scale invariant.
 
-Every convolution is followed by a BatchNorm without affine parameters, and the last linear layer is fixed, so the whole
-function depends on the directions of the convolutions' weights alone:
+Every weight of ours stands before a normalization without parameters, or in the fixed last layer,
+so that the function depends on the directions of the weights alone:
 
     net = convnet(channels=3, classes=10, width=32)
-    net.layer_groups        # [["conv1.weight"], ...]: the minimal sets that are scale invariant, each by itself
+    net.layer_groups        # [["conv1.weight"], ...]: the minimal sets that are scale invariant
 
-With affine=True, train_head=True only the convolutions are scale invariant, as in common networks.
+With affine=True, train_head=True only the convolutions are, as in common networks.
 """
 
 import importlib.util
+import inspect
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -21,16 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-# BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant: ten times a layer's weights changes the logits
-# by 5e-5 at initialization with torch's default of 1e-5 (float64, relative), by 5e-8 with this.
+# BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant. Ten times a layer's
+# weights changes the logits by 5e-5 at initialization with torch's default of 1e-5, by 5e-8 with
+# this (float64, relative).
 EPS = 1e-8
 
 
-def convnet(channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False) -> nn.Sequential:
-    """The plain network of the paper (arXiv 2209.03695, appendix A): [N, channels, H, W] → [N, classes], H and W at least 8.
+def convnet(
+    channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False
+) -> nn.Sequential:
+    """The plain network of the paper (arXiv 2209.03695, appendix A).
 
-    3×3 convolutions channels → k → 2k → 4k → 8k without bias, each with BatchNorm and ReLU; a 2×2 max-pool after the second,
-    third and fourth, a global max-pool and a fixed linear layer.
+    [N, channels, H, W] → [N, classes], H and W at least 8. 3×3 convolutions channels → k → 2k → 4k
+    → 8k, each with BatchNorm and ReLU; a 2×2 max-pool after the second, third and fourth, a global
+    max-pool and a fixed linear layer.
     """
     layers, before = OrderedDict(), channels
     for i in range(4):
@@ -46,18 +50,20 @@ def convnet(channels: int, classes: int, width: int = 8, affine: bool = False, t
     layers["head"] = fixed_head(nn.Linear(before, classes)).requires_grad_(train_head)
     net = nn.Sequential(layers)
     net.layer_groups = [[f"conv{i + 1}.weight"] for i in range(4)]
-    return net.to(memory_format=torch.channels_last)  # NHWC throughout, which convolutions like best
+    return net.to(memory_format=torch.channels_last)  # NHWC throughout: convolutions like it best
 
 
 def fixed_head(head: nn.Linear, norm: float = 10.0) -> nn.Linear:
-    """The last layer at its random initialization, its weight rescaled to the given Frobenius norm, not trained."""
+    """The last layer at its random initialization, its weight scaled to this Frobenius norm, not
+    trained."""
     with torch.no_grad():
         head.weight.mul_(norm / head.weight.norm())
     return head.requires_grad_(False)
 
 
 class PreActivationBlock(nn.Module):
-    """norm → ReLU → 3×3 convolution, twice, added to the input; where the shape changes, to its 1×1 convolution."""
+    """norm → ReLU → 3×3 convolution, twice, added to the input. Where the shape changes, the
+    shortcut takes the block's first activation, through BatchNorm and a 1×1 convolution."""
 
     def __init__(self, before: int, after: int, stride: int, affine: bool):
         super().__init__()
@@ -71,24 +77,31 @@ class PreActivationBlock(nn.Module):
             self.shortcut = nn.Sequential(norm, nn.Conv2d(before, after, 1, stride, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.norm1(x)))
-        out = self.conv2(F.relu(self.norm2(out)))
-        return out + (x if self.shortcut is None else self.shortcut(F.relu(x)))
+        h = F.relu(self.norm1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(h)
+        h = F.relu(self.norm2(self.conv1(h)))
+        return x + self.conv2(h)
 
 
-def resnet18(channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False) -> nn.Sequential:
-    """Pre-activation ResNet-18 of width k for small images: [N, channels, H, W] → [N, classes], H and W at least 8.
+def resnet18(
+    channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False
+) -> nn.Sequential:
+    """Pre-activation ResNet-18 of width k for small images.
 
-    3×3 stem, stages k, 2k, 4k, 8k of two blocks with strides 1, 2, 2, 2, final BatchNorm, ReLU, global average pool and a fixed
-    linear layer without bias. The tensors that write to one residual stream are only jointly scale invariant.
+    [N, channels, H, W] → [N, classes], H and W at least 8. 3×3 stem, stages k, 2k, 4k, 8k of two
+    blocks with strides 1, 2, 2, 2, final BatchNorm, ReLU, global average pool and a fixed linear
+    layer without bias. The tensors that write to one residual stream are only jointly scale
+    invariant.
     """
-    layers, before = OrderedDict(stem=nn.Conv2d(channels, width, 3, padding=1, bias=False)), width
-    groups, stream = [], ["stem.weight"]
+    layers = OrderedDict(stem=nn.Conv2d(channels, width, 3, padding=1, bias=False))
+    before, groups, stream = width, [], ["stem.weight"]
     for stage in range(4):
         after = width * 2**stage
         for block in range(2):
             name = f"stage{stage + 1}_block{block + 1}"
-            layers[name] = PreActivationBlock(before, after, 2 if stage and not block else 1, affine)
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers[name] = PreActivationBlock(before, after, stride, affine)
             if layers[name].shortcut is not None:
                 groups.append(stream)
                 stream = [f"{name}.shortcut.1.weight"]
@@ -96,66 +109,124 @@ def resnet18(channels: int, classes: int, width: int = 8, affine: bool = False, 
             stream.append(f"{name}.conv2.weight")
             before = after
     layers["norm"] = nn.BatchNorm2d(before, affine=affine, eps=EPS)
-    layers["relu"], layers["global_pool"], layers["flatten"] = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    layers["head"] = fixed_head(nn.Linear(before, classes, bias=False)).requires_grad_(train_head)
+    layers["relu"] = nn.ReLU()
+    layers["global_pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    head = nn.Linear(before, classes, bias=False)
+    layers["head"] = fixed_head(head).requires_grad_(train_head)
     net = nn.Sequential(layers)
     net.layer_groups = [*groups, stream]
     return net.to(memory_format=torch.channels_last)
 
 
-MODELS = {"convnet": convnet, "resnet18": resnet18}
+class transformer(nn.Module):
+    """A causal transformer of one layer and four heads, all of whose weights are scale invariant.
 
-
-class Toy(nn.Module):
-    """The paper's toy, in float64: F(θ) = Σ_i α_i x_i² / (x_i² + y_i²) of groups θ_i = (x_i, y_i); its output is its loss.
-
-    Each group is scale invariant by itself. On their joint sphere gradient descent at an ELR η̃ can converge if and only if
-    η̃ < 1/Σα_i; a uniformly random point has E F = Σα_i/2.
+    Tokens [N, T] int64 → [N, classes], the prediction at the last token. With n(x) = x/rms(x) over
+    the last dimension: n(embedding) + n(position); x + n(W_o·attention(n(x))), whose queries and
+    keys go through n, too; x + n(W_down·relu(W_up·n(x))); logits = 10·⟨n(x)/√d, √classes·W/‖W‖⟩.
     """
 
-    def __init__(self, alphas: list[float]):
+    def __init__(self, tokens: int, length: int, classes: int, width: int = 64, heads: int = 4):
         super().__init__()
-        self.register_buffer("alphas", torch.tensor(alphas, dtype=torch.float64))
-        self.groups = nn.ParameterList(torch.randn(2, dtype=torch.float64) for _ in alphas)
-        self.layer_groups = [[f"groups.{i}"] for i in range(len(alphas))]
+        if width % heads:
+            raise ValueError(f"the width of a transformer is a multiple of {heads}, not {width}")
 
-    def forward(self) -> Tensor:
-        square = torch.stack(list(self.groups)).square()
-        return (self.alphas * square[:, 0] / square.sum(1)).sum()
+        def weight(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))
+
+        self.heads = heads
+        self.embedding, self.position = weight(tokens, width), weight(length, width)
+        self.query, self.key, self.value = (weight(width, width) for _ in range(3))
+        self.out = weight(width, width)
+        self.up, self.down = weight(4 * width, width), weight(width, 4 * width)
+        self.head = weight(classes, width)
+        self.layer_groups = [[name] for name, _ in self.named_parameters()]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = norm(self.embedding)[tokens] + norm(self.position)
+        h = norm(x)
+        split = (len(x), -1, self.heads, x.shape[-1] // self.heads)
+        # One layer, of which the last token's output alone is wanted: so that is the one query, and
+        # causal attention from there looks at all tokens.
+        q = norm(F.linear(h[:, -1], self.query).view(split).transpose(1, 2))
+        k = norm(F.linear(h, self.key).view(split).transpose(1, 2))
+        v = F.linear(h, self.value).view(split).transpose(1, 2)
+        h = F.scaled_dot_product_attention(q, k, v).flatten(1)  # [N, width], head after head
+        x = x[:, -1] + norm(F.linear(h, self.out))
+        x = x + norm(F.linear(F.relu(F.linear(norm(x), self.up)), self.down))
+        scale = 10 * math.sqrt(len(self.head) / x.shape[-1])
+        return scale * F.linear(norm(x), self.head / self.head.norm())
 
 
+def norm(x: Tensor) -> Tensor:
+    """Scaled to root mean square 1 over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
+
+
+MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
 LOSSES = {
     "ce": F.cross_entropy,
     "mse": lambda logits, y: F.mse_loss(logits, F.one_hot(y, logits.shape[1]).to(logits.dtype)),
 }
 
 
-def builder(options: dict) -> Callable[..., nn.Module]:
-    """The function of (channels, classes) that makes the network which `options` name: their `model` is one of MODELS, with
-    `width`, `affine` and `train_head`, or toy, with `alphas`, or FILE.py:FUNCTION. Raises ValueError where it names none."""
-    model = options["model"]
-    if model == "toy":
-        return lambda channels=None, classes=None: Toy(options["alphas"])
+def build(options: dict, data) -> nn.Module:
+    """The network that `options` name, for these data, which have `x`, `classes` and `tokens`.
+
+    Their `model` is one of MODELS, with `width`, `affine` and `train_head`, or FILE.py:FUNCTION.
+    Such a function takes (channels, classes), or what it names of channels, classes, tokens (how
+    many there are) and example (one input). Raises ValueError where that cannot be.
+    """
+    model, example = options["model"], data.x[0]
     file, _, name = model.rpartition(":")
-    if not file:
-        if model not in MODELS:
-            raise ValueError(f"no network {model!r}: choose {', '.join(MODELS)}, toy or FILE.py:FUNCTION")
-        more = options["width"], bool(options["affine"]), bool(options["train_head"])
-        return lambda channels, classes: MODELS[model](channels, classes, *more)
+    if file:
+        function = load_function(file, name)
+        known = dict(channels=len(example), classes=data.classes, tokens=data.tokens)
+        known["example"] = example
+        try:
+            asked = inspect.signature(function).parameters
+        except ValueError:  # it tells nothing about itself
+            asked = {}
+        if asked and all(name in known for name in asked):
+            return function(**{name: known[name] for name in asked})
+        return function(len(example), data.classes)
+    if model not in MODELS:
+        raise ValueError(f"no network {model!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
+    if model == "transformer":
+        if data.tokens is None:
+            raise ValueError("the transformer takes tokens, as --data modular has, not these")
+        if options["affine"] or options["train_head"]:
+            raise ValueError("the transformer has no affine parameters, and its head is trained")
+        width = options["width"] or 64
+        return transformer(data.tokens, len(example), data.classes, width)
+    if example.dim() != 3 or min(example.shape[1:]) < 8:
+        shape = " × ".join(map(str, example.shape))
+        raise ValueError(f"{model} takes images of at least 8 × 8, not {shape}")
+    more = (options["width"] or 8, bool(options["affine"]), bool(options["train_head"]))
+    return MODELS[model](len(example), data.classes, *more)
+
+
+def load_function(file: str, name: str):
     if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(f"no file {file}: it must be a Python file, as in path/to/file.py:function")
+        raise ValueError(
+            f"no file {file}: it must be a Python file, as in path/to/file.py:function"
+        )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"{file} cannot be imported ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} cannot be imported ({what})") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{file} has no function {name!r}")
     return getattr(module, name)
 
 
-def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6) -> list[list[str]]:
+def scale_invariant_groups(
+    model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6
+) -> list[list[str]]:
     """The minimal sets of trainable parameters that are jointly scale invariant, by name; all other parameters are not.
 
     A set S is jointly scale invariant if multiplying all its tensors by one c > 0 changes no output in training mode, that is if
@@ -178,7 +249,9 @@ def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: 
         for module in copy.modules():  # eps blurs the invariance
             if isinstance(getattr(module, "eps", None), float):
                 module.eps = min(module.eps, 1e-12)
-        names, params = zip(*((n, p) for n, p in copy.named_parameters() if p.requires_grad), strict=True)
+        names, params = zip(
+            *((n, p) for n, p in copy.named_parameters() if p.requires_grad), strict=True
+        )
         with torch.no_grad():
             for p in params:  # to a generic point: a bias of 0 would hide what depends on it
                 p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
@@ -186,7 +259,9 @@ def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: 
         def outputs(batch, seed):
             torch.manual_seed(seed)  # dropout, if any, drops the same
             leaves = tree_leaves(copy(*batch))
-            return torch.cat([x.flatten() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()])
+            return torch.cat(
+                [x.flatten() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+            )
 
         rows, norms = [], torch.stack([p.detach().norm() for p in params])
         while len(rows) < 2 * len(params) + 4:
@@ -194,11 +269,18 @@ def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: 
             out = outputs(batch, len(rows))
             for last in (False, False, False, True):
                 direction = torch.randn_like(out)
-                gradients = torch.autograd.grad(out, params, direction, retain_graph=not last, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    out, params, direction, retain_graph=not last, allow_unused=True
+                )
                 with torch.no_grad():
-                    pairs = [(torch.zeros_like(p) if g is None else g, p) for g, p in zip(gradients, params, strict=True)]
+                    pairs = [
+                        (torch.zeros_like(p) if g is None else g, p)
+                        for g, p in zip(gradients, params, strict=True)
+                    ]
                     row = torch.stack([torch.dot(g.reshape(-1), p.reshape(-1)) for g, p in pairs])
-                    size = torch.stack([g.norm() for g, _ in pairs]) @ norms  # what the row could amount to
+                    size = (
+                        torch.stack([g.norm() for g, _ in pairs]) @ norms
+                    )  # what the row could amount to
                     rows.append((row / size.clamp(min=1e-300)).cpu())
         _, singular, right = torch.linalg.svd(torch.stack(rows))
         null = right[singular < 1e-7 * len(rows) ** 0.5]
@@ -220,45 +302,56 @@ def scale_invariant_groups(model: nn.Module, inputs: Tensor | tuple, tolerance: 
 
         found, taken = [], set()
         sizes = [p.numel() for p in params]
-        for indices in sorted(_indicators(null), key=lambda s: (len(s), -sum(sizes[i] for i in s), sorted(s))):
+        for indices in sorted(
+            _indicators(null), key=lambda s: (len(s), -sum(sizes[i] for i in s), sorted(s))
+        ):
             if not taken & indices and unchanged([params[i] for i in indices]):
                 found.append([names[i] for i in sorted(indices)])
                 taken |= indices
     return sorted(found, key=lambda group: names.index(group[0]))
 
 
-def layer_groups(net: nn.Module, x: Tensor | None, classes: int | None, sphere: str) -> list[list[str]]:
-    """Which parameters are on which sphere: what our networks say of themselves, what is found in others and then printed.
+def layer_groups(net: nn.Module, x: Tensor, classes: int, sphere: str) -> list[list[str]]:
+    """Which parameters are on which sphere: what our networks say of themselves, what is found in
+    others, and then printed.
 
-    x is a batch of images, classes how many logits there must be; sphere "row" takes only tensors whose rows have directions.
-    Raises ValueError where the network does not fit or has no scale-invariant weights.
+    x is a batch of inputs, classes how many logits there must be; sphere "row" takes only tensors
+    whose rows have directions. Raises ValueError where the network does not fit or has no
+    scale-invariant weights.
     """
     if hasattr(net, "layer_groups"):
         return net.layer_groups
     try:
         logits = net(x)
         found = scale_invariant_groups(net, x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"the network cannot be run on the data ({str(error).splitlines()[0]})") from error
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(f"the network cannot be run on the data ({what})") from error
     if logits.shape != (len(x), classes):
-        raise ValueError(f"the network's output is {tuple(logits.shape)}, not (batch, classes) = {(len(x), classes)}")
-    sizes = {name: p.detach().norm().item() for name, p in net.named_parameters() if p.requires_grad}
-    found = [group for group in found if any(sizes[name] > 0 for name in group)]  # a norm of 0 has no direction
-    if sphere == "row":  # nor has a row of one number, which is all that a vector's rows are
-        tensors = dict(net.named_parameters())
-        found = [
-            group
-            for group in found
-            if all(tensors[name].dim() > 1 and tensors[name].flatten(1).norm(dim=1).min() > 0 for name in group)
-        ]
-    if not found:
-        raise ValueError("no scale-invariant weights found: is there a normalization layer behind any?")
-    print(f"{'norm':>9}  sphere")
+        expected = (len(x), classes)
+        shape = tuple(logits.shape)
+        raise ValueError(f"the network's output is {shape}, not (batch, classes) = {expected}")
+    tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    norms = {name: p.norm().item() for name, p in tensors.items()}
+    usable = []
     for group in found:
-        print(f"{math.hypot(*(sizes[name] for name in group)):9.3g}  {' + '.join(group)}")
-    rest = [name for name in sizes if not any(name in group for group in found)]
+        has_direction = any(norms[name] > 0 for name in group)
+        if sphere == "row":  # a row of one number has none, which is all that a vector's rows are
+            rows = [tensors[name].flatten(1) for name in group if tensors[name].dim() > 1]
+            has_direction = len(rows) == len(group) and all(
+                row.norm(dim=1).min() > 0 for row in rows
+            )
+        if has_direction:
+            usable.append(group)
+    if not usable:
+        raise ValueError("no scale-invariant weights found: is there a normalization layer?")
+    print(f"{'norm':>9}  sphere")
+    for group in usable:
+        norm = math.hypot(*(norms[name] for name in group))
+        print(f"{norm:9.3g}  {' + '.join(group)}")
+    rest = [name for name in norms if not any(name in group for group in usable)]
     print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
-    return found
+    return usable
 
 
 def _random_like(x):
@@ -289,7 +382,9 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
     basis = torch.where((basis - basis.round()).abs() < 1e-4, basis.round(), basis)
 
     found, seen = set(), set()
-    queue = deque(frozenset([start]) for start in range(len(basis)))  # breadth first: sums of few before sums of many
+    queue = deque(
+        frozenset([start]) for start in range(len(basis))
+    )  # breadth first: sums of few before sums of many
     while queue and len(seen) < 50_000:
         chosen = queue.popleft()
         if chosen in seen:
@@ -299,7 +394,9 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
         wrong = ((total != 0) & (total != 1)).nonzero()[:, 0]
         if not len(wrong):
             found.add(frozenset(total.nonzero()[:, 0].tolist()))
-            more = (basis[:, total == 1] < 0).any(1)  # those that exchange some of the set for others
+            more = (basis[:, total == 1] < 0).any(
+                1
+            )  # those that exchange some of the set for others
         else:
             more = basis[:, wrong[0]] != 0
         if len(chosen) < 12:

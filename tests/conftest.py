@@ -6,7 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="test_faults.py: how often to kill a sweep")
+    parser.addoption(
+        "--kills", type=int, default=3, help="test_faults.py: how often to kill a sweep"
+    )
 
 
 def pytest_collection_modifyitems(items):

@@ -17,19 +17,27 @@ from data import DIGITS, add_label_noise, batches, crop_and_flip, load, subset
 
 def test_digits_are_the_files_own_split_normalized_by_the_training_set():
     digits = load("digits")
-    assert digits.x.shape == (1437, 1, 8, 8) and digits.test_x.shape == (360, 1, 8, 8) and digits.classes == 10
+    assert (
+        digits.x.shape == (1437, 1, 8, 8)
+        and digits.test_x.shape == (360, 1, 8, 8)
+        and digits.classes == 10
+    )
     assert digits.x.dtype == torch.uint8 and digits.y.dtype == torch.int64
     with np.load(DIGITS) as file:
         images, labels = file["images"].astype(np.float64), file["labels"]
     mean, std = images[:1437].mean(), images[:1437].std(ddof=1)
     x = digits.normalized(digits.test_x)
-    assert x.dtype == torch.float32 and np.allclose(x[:, 0].numpy(), (images[1437:] - mean) / std, atol=1e-5)
+    assert x.dtype == torch.float32 and np.allclose(
+        x[:, 0].numpy(), (images[1437:] - mean) / std, atol=1e-5
+    )
     assert torch.equal(digits.images(torch.tensor([3, 5])), digits.normalized(digits.x[[3, 5]]))
     assert np.array_equal(torch.cat([digits.y, digits.test_y]).numpy(), labels)
 
 
 def test_an_epoch_is_a_seeded_permutation_in_whole_batches():
-    first, again = (torch.stack(list(batches(100, 16, torch.Generator().manual_seed(3)))) for _ in range(2))
+    first, again = (
+        torch.stack(list(batches(100, 16, torch.Generator().manual_seed(3)))) for _ in range(2)
+    )
     assert first.shape == (6, 16) and len(first.unique()) == 96 and first.max() < 100
     assert torch.equal(first, again)
     generator = torch.Generator().manual_seed(3)
@@ -67,23 +75,37 @@ def add(archive, name, content):
     return hashlib.md5(content).hexdigest()
 
 
-def test_cifar10_placed_by_hand_is_read_by_torchvision_once_and_then_from_the_cache(tmp_path, monkeypatch):
+def test_cifar10_placed_by_hand_is_read_by_torchvision_once_and_then_from_the_cache(
+    tmp_path, monkeypatch
+):
     from torchvision.datasets import CIFAR10
 
     x, labels = images(12), list(range(10)) + [3, 4]
     names = [f"data_batch_{i + 1}" for i in range(5)] + ["test_batch"]
-    files = {name: (x[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2], "labels") for i, name in enumerate(names)}
+    files = {
+        name: (x[2 * i : 2 * i + 2], labels[2 * i : 2 * i + 2], "labels")
+        for i, name in enumerate(names)
+    }
     meta = ("batches.meta", {"label_names": list("abcdefghij")})
     md5, of_archive = cifar_archive(tmp_path / CIFAR10.filename, CIFAR10.base_folder, files, meta)
     monkeypatch.setattr(CIFAR10, "tgz_md5", of_archive)
     monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": md5[meta[0]]})
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": md5[meta[0]]}
+    )
     found = load("cifar10", tmp_path)
-    assert np.array_equal(found.x.numpy(), x[:10].transpose(0, 3, 1, 2)) and found.y.tolist() == labels[:10]
-    assert np.array_equal(found.test_x.numpy(), x[10:].transpose(0, 3, 1, 2)) and found.test_y.tolist() == [3, 4]
+    assert (
+        np.array_equal(found.x.numpy(), x[:10].transpose(0, 3, 1, 2))
+        and found.y.tolist() == labels[:10]
+    )
+    assert np.array_equal(
+        found.test_x.numpy(), x[10:].transpose(0, 3, 1, 2)
+    ) and found.test_y.tolist() == [3, 4]
     normal = found.normalized(found.x).double()
-    assert normal.mean((0, 2, 3)).abs().max() < 1e-5 and (normal.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    assert (
+        normal.mean((0, 2, 3)).abs().max() < 1e-5 and (normal.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    )
     monkeypatch.setattr(data, "_download", None)
     assert torch.equal(load("cifar10", tmp_path).x, found.x)
     (tmp_path / "cifar10.pt").write_bytes(b"junk")
@@ -101,10 +123,14 @@ def test_cifar100_has_fine_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "tgz_md5", of_archive)
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
+    monkeypatch.setattr(
+        CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]}
+    )
     found = load("cifar100", tmp_path)
     assert (
-        found.classes == 100 and found.y.tolist() == [0, 99, 5, 7] and np.array_equal(found.test_x.numpy()[0, 2], x[4, :, :, 2])
+        found.classes == 100
+        and found.y.tolist() == [0, 99, 5, 7]
+        and np.array_equal(found.test_x.numpy()[0, 2], x[4, :, :, 2])
     )
 
 
@@ -116,7 +142,11 @@ def test_svhn_calls_the_ten_a_zero(tmp_path, monkeypatch):
     for part, at, labels in (("train", slice(0, 4), [10, 9, 1, 2]), ("test", slice(4, 6), [3, 10])):
         name = lists[part][1]
         savemat(tmp_path / name, {"X": x[at].transpose(1, 2, 3, 0), "y": np.array(labels)[:, None]})
-        lists[part] = [lists[part][0], name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()]
+        lists[part] = [
+            lists[part][0],
+            name,
+            hashlib.md5((tmp_path / name).read_bytes()).hexdigest(),
+        ]
     monkeypatch.setattr(SVHN, "split_list", lists)
     found = load("svhn", tmp_path)
     assert found.y.tolist() == [0, 9, 1, 2] and found.test_y.tolist() == [3, 0]
@@ -124,18 +154,29 @@ def test_svhn_calls_the_ten_a_zero(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn"])
-def test_where_a_download_is_impossible_one_line_says_how_to_place_the_files(tmp_path, monkeypatch, name):
+def test_where_a_download_is_impossible_one_line_says_how_to_place_the_files(
+    tmp_path, monkeypatch, name
+):
     from torchvision import datasets
 
-    kind, away = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name], "http://127.0.0.1:9/x"
+    kind, away = (
+        {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name],
+        "http://127.0.0.1:9/x",
+    )
     if name == "svhn":
-        monkeypatch.setattr(kind, "split_list", {k: [away, *v[1:]] for k, v in kind.split_list.items()})
+        monkeypatch.setattr(
+            kind, "split_list", {k: [away, *v[1:]] for k, v in kind.split_list.items()}
+        )
     else:
         monkeypatch.setattr(kind, "url", away)
     with pytest.raises(ValueError) as error:
         load(name, tmp_path / "root")
     text = str(error.value)
-    assert text.count("\n") == 0 and f"{name} cannot be downloaded" in text and f"get {away} as {tmp_path / 'root'}" in text
+    assert (
+        text.count("\n") == 0
+        and f"{name} cannot be downloaded" in text
+        and f"get {away} as {tmp_path / 'root'}" in text
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- a folder of images
@@ -147,18 +188,28 @@ def make_folder(path, size=9, formats=("png", "jpg")):
         for kind in ("cat", "dog"):
             (path / part / kind).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(images(1, size)[0]).save(path / part / kind / f"{i}.{formats[i % len(formats)]}")
+                Image.fromarray(images(1, size)[0]).save(
+                    path / part / kind / f"{i}.{formats[i % len(formats)]}"
+                )
     return path
 
 
 def test_a_folder_is_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
     folder, root = make_folder(tmp_path / "pets", formats=("png",)), tmp_path / "root"
     found = load(str(folder), root)
-    assert found.x.shape == (6, 3, 9, 9) and found.y.tolist() == [0, 0, 0, 1, 1, 1] and found.classes == 2
+    assert (
+        found.x.shape == (6, 3, 9, 9)
+        and found.y.tolist() == [0, 0, 0, 1, 1, 1]
+        and found.classes == 2
+    )
     file = folder / "train" / "dog" / "1.png"
     assert np.array_equal(found.x[4].numpy().transpose(1, 2, 0), np.asarray(Image.open(file)))
     cached = list(root.glob("pets-*.pt"))
-    assert len(cached) == 1 and torch.equal(load(str(folder), root).x, found.x) and list(root.glob("*")) == cached
+    assert (
+        len(cached) == 1
+        and torch.equal(load(str(folder), root).x, found.x)
+        and list(root.glob("*")) == cached
+    )
     Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
     assert torch.equal(load(str(folder), root).x[4], 255 - found.x[4])
 
@@ -166,7 +217,10 @@ def test_a_folder_is_decoded_once_and_again_when_a_file_changes(tmp_path, monkey
 def test_images_of_several_sizes_and_formats_are_brought_to_one_size(tmp_path):
     folder = make_folder(tmp_path / "pets")
     Image.fromarray(images(1, 12)[0]).convert("L").save(folder / "train" / "cat" / "1.jpg")
-    with pytest.raises(ValueError, match=r"1.jpg is \(12, 12\), others \(9, 9\): bring all to one size with --image-size"):
+    with pytest.raises(
+        ValueError,
+        match=r"1.jpg is \(12, 12\), others \(9, 9\): bring all to one size with --image-size",
+    ):
         load(str(folder), tmp_path)
     assert load(str(folder), tmp_path, 16).x.shape == (6, 3, 16, 16)
 
@@ -191,11 +245,21 @@ def test_a_subset_and_label_noise_are_random_but_always_the_same():
     for x in (some, again):
         subset(x, 500)
         add_label_noise(x, 0.3)
-    assert torch.equal(some.x, again.x) and torch.equal(some.y, again.y) and torch.equal(some.mean, full.mean)
+    assert (
+        torch.equal(some.x, again.x)
+        and torch.equal(some.y, again.y)
+        and torch.equal(some.mean, full.mean)
+    )
     assert len(some.x) == len(some.y) == 500 and some.noisy.sum() == 150
     subset(full, 500)
-    assert torch.equal(full.x, some.x) and torch.equal(full.y != some.y, some.noisy)  # every noisy label is another one
-    assert some.y.min() == 0 and some.y.max() == 9 and len(((some.y - full.y) % 10)[some.noisy].unique()) == 9
+    assert torch.equal(full.x, some.x) and torch.equal(
+        full.y != some.y, some.noisy
+    )  # every noisy label is another one
+    assert (
+        some.y.min() == 0
+        and some.y.max() == 9
+        and len(((some.y - full.y) % 10)[some.noisy].unique()) == 9
+    )
 
 
 def test_augmentation_is_a_crop_of_the_padded_image_and_half_the_time_flipped():
@@ -206,7 +270,10 @@ def test_augmentation_is_a_crop_of_the_padded_image_and_half_the_time_flipped():
     seen = set()
     for image, big in zip(out.numpy(), padded, strict=True):
         ways = product(range(5), range(5), (0, 1))
-        crops = {(dy, dx, flip): big[:, dy : dy + 16, dx : dx + 12][:, :, :: 1 - 2 * flip] for dy, dx, flip in ways}
+        crops = {
+            (dy, dx, flip): big[:, dy : dy + 16, dx : dx + 12][:, :, :: 1 - 2 * flip]
+            for dy, dx, flip in ways
+        }
         match = [how for how, crop in crops.items() if np.array_equal(crop, image)]
         assert match
         seen.add(match[0])

@@ -30,7 +30,20 @@ import rundir
 import train
 
 ROOT = Path(__file__).parent.parent
-TOY = ["--model", "toy", "--alphas", "1", "2", "--steps", "3", "--epochs", "2", "--elr", "0.1", "0.5"]
+TOY = [
+    "--model",
+    "toy",
+    "--alphas",
+    "1",
+    "2",
+    "--steps",
+    "3",
+    "--epochs",
+    "2",
+    "--elr",
+    "0.1",
+    "0.5",
+]
 CALLS = ("open", "write", "fsync", "replace", "close", "ftruncate")
 
 
@@ -134,19 +147,25 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(tmp_path, undisturbed):
+def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(
+    tmp_path, undisturbed
+):
     counter, calls = tmp_path / "calls", 10**9
 
     def count():
         rundir.os = DyingOs(calls)
-        regimes.figure = lambda *_: counter.write_text(str(calls - rundir.os.left))  # the last that is written
+        regimes.figure = lambda *_: counter.write_text(
+            str(calls - rundir.os.left)
+        )  # the last that is written
 
     assert end_of(start(*TOY, "--out", tmp_path / "counted", before=count))[0] == 0
     total = int(counter.read_text())
     assert total > 80
     for n in range(1, total + 1):
         folder = tmp_path / str(n)
-        status, output = end_of(start(*TOY, "--out", folder, before=lambda n=n: setattr(rundir, "os", DyingOs(n))))
+        status, output = end_of(
+            start(*TOY, "--out", folder, before=lambda n=n: setattr(rundir, "os", DyingOs(n)))
+        )
         assert status == -signal.SIGKILL, output
         status, output = end_of(start(*TOY, "--out", folder))
         assert status == 0 and "Traceback" not in output, (n, output)
@@ -157,12 +176,25 @@ def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(t
 def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
     kills = pytestconfig.getoption("--kills")
     epochs = 2 * kills  # so that there is work left for each of them
-    command = [sys.executable, "train.py", "--elr", "0.01", "0.1", "0.3", "--width", "2", "--batch-size", "32"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--elr",
+        "0.01",
+        "0.1",
+        "0.3",
+        "--width",
+        "2",
+        "--batch-size",
+        "32",
+    ]
     command += ["--epochs", str(epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def sweep(folder):
-        return subprocess.Popen([*command, "--out", str(folder)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*command, "--out", str(folder)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
 
     assert sweep(tmp_path / "undisturbed").wait() == 0
     out, finished, ends = tmp_path / "disturbed", {}, []
@@ -173,12 +205,18 @@ def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
         process.kill()
         ends.append(process.wait())
         for path in out.glob("elr=*.csv"):  # what was a whole row before is one still
-            rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            rows = [
+                line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+            ]
             kept = finished.get(path.name, [])
-            assert [x.rsplit(",", 2)[0] for x in rows[: len(kept)]] == [x.rsplit(",", 2)[0] for x in kept] or len(rows) < len(
-                kept
-            )
-            if (out / path.name.replace(".csv", ".pt")).exists() and "layers" not in path.name and len(rows) == epochs + 2:
+            assert [x.rsplit(",", 2)[0] for x in rows[: len(kept)]] == [
+                x.rsplit(",", 2)[0] for x in kept
+            ] or len(rows) < len(kept)
+            if (
+                (out / path.name.replace(".csv", ".pt")).exists()
+                and "layers" not in path.name
+                and len(rows) == epochs + 2
+            ):
                 finished[path.name] = rows
     print(f"{ends.count(-signal.SIGKILL)} of {kills} kills met a sweep that was at work")
     assert sweep(out).wait() == 0
@@ -188,15 +226,35 @@ def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_after_the_step_and_the_run_goes_on_from_the_middle_of_the_epoch(tmp_path, number, status):
-    command = ["--elr", 0.01, "--width", 2, "--epochs", 2, "--batch-size", 2, "--train-size", 600, "--momentum", 0.9, "--augment"]
+def test_a_signal_ends_after_the_step_and_the_run_goes_on_from_the_middle_of_the_epoch(
+    tmp_path, number, status
+):
+    command = [
+        "--elr",
+        0.01,
+        "--width",
+        2,
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+        "--train-size",
+        600,
+        "--momentum",
+        0.9,
+        "--augment",
+    ]
     assert end_of(start(*command, "--out", tmp_path / "whole"))[0] == 0
     child = start(*command, "--out", tmp_path / "parts")
     wait_for(lambda: (tmp_path / "parts" / "elr=1e-02.pt").exists())
     time.sleep(0.1)
     os.kill(child[0], number)
     code, output = end_of(child)
-    assert code == status and output.count("\n") == 1 and output.startswith("interrupted; the finished rows are in"), output
+    assert (
+        code == status
+        and output.count("\n") == 1
+        and output.startswith("interrupted; the finished rows are in")
+    ), output
     progress = torch.load(tmp_path / "parts" / "elr=1e-02.pt", weights_only=True)["progress"]
     assert 0 < progress["done"] <= 300
     assert end_of(start(*command, "--out", tmp_path / "parts"))[0] == 0
@@ -208,9 +266,10 @@ def test_a_second_sigint_ends_at_once_without_harm(tmp_path):
 
     def slow():
         real = train.loss_of
-        train.loss_of = lambda *a, **k: (time.sleep(30) if (tmp_path / "out" / "elr=1e-02.pt").exists() else None, real(*a, **k))[
-            1
-        ]
+        train.loss_of = lambda *a, **k: (
+            time.sleep(30) if (tmp_path / "out" / "elr=1e-02.pt").exists() else None,
+            real(*a, **k),
+        )[1]
 
     child = start(*command, "--out", tmp_path / "out", before=slow)
     wait_for(lambda: (tmp_path / "out" / "elr=1e-02.pt").exists())
@@ -237,7 +296,11 @@ def test_a_second_process_is_kept_out_of_a_run_and_told_who_is_in_it(tmp_path):
     assert status == 1 and "Traceback" not in output
     assert output.splitlines()[0].startswith(f"elr=1e-02 is in progress: process {child[0]} on ")
     status, output = end_of(start(*command, "--force"))
-    assert status == 2 and output.count("\n") == 1 and "argument --out: elr=1e-02 is in progress" in output
+    assert (
+        status == 2
+        and output.count("\n") == 1
+        and "argument --out: elr=1e-02 is in progress" in output
+    )
     os.kill(child[0], signal.SIGKILL)
     assert end_of(child)[0] == -signal.SIGKILL
     with rundir.lock(tmp_path / "elr=1e-02.lock"):  # no stale lock
@@ -250,14 +313,30 @@ def test_a_sweep_started_twice_shares_the_work(tmp_path):
     outputs = [end_of(child) for child in children]
     assert [status for status, _ in outputs] == [0, 0], outputs
     text = "".join(output for _, output in outputs)
-    assert text.count("(already done)") == 4 and text.count("elr 4e-02") == 2  # each is done once and reported twice
+    assert (
+        text.count("(already done)") == 4 and text.count("elr 4e-02") == 2
+    )  # each is done once and reported twice
     assert end_of(start(*command, "--out", tmp_path / "alone"))[0] == 0
     equal_sweeps(tmp_path / "alone", tmp_path / "shared")
 
 
 # ------------------------------------------------------------------------------------------------------- many runs at a time
 
-MANY = ["--elr", "0.01", "0.02", "0.04", "0.08", "--width", "2", "--epochs", "6", "--batch-size", "32", "--threads", "1"]
+MANY = [
+    "--elr",
+    "0.01",
+    "0.02",
+    "0.04",
+    "0.08",
+    "--width",
+    "2",
+    "--epochs",
+    "6",
+    "--batch-size",
+    "32",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +362,9 @@ def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_
     holder_of_a_lock(tmp_path)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
-    assert process.returncode == 143 and err.startswith("interrupted; ") and err.count("\n") == 1, err
+    assert process.returncode == 143 and err.startswith("interrupted; ") and err.count("\n") == 1, (
+        err
+    )
     process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
     os.kill(holder_of_a_lock(tmp_path), signal.SIGKILL)
     out, err = process.communicate()
@@ -292,8 +373,18 @@ def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
 
 
-def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(tmp_path, one_by_one):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
+    tmp_path, one_by_one
+):
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "2",
+    ]
     process = command_line(*MANY, "--out", tmp_path, launcher=launcher)
     os.kill(holder_of_a_lock(tmp_path), signal.SIGKILL)
     out, err = process.communicate()
@@ -306,9 +397,17 @@ def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(t
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
-    folder, command = tmp_path / "small", ["--elr", 0.01, "--width", 8, "--batch-size", 64, "--momentum", 0.9]
+    folder, command = (
+        tmp_path / "small",
+        ["--elr", 0.01, "--width", 8, "--batch-size", 64, "--momentum", 0.9],
+    )
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+        ).returncode
+        == 0
+    )
     try:
         assert end_of(start(*command, "--epochs", 1, "--out", folder / "out"))[0] == 0
         good = (folder / "out" / "elr=1e-02.pt").read_bytes()
@@ -324,7 +423,14 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
             with open(folder / "filler", "rb+") as file:  # leave room for half of a checkpoint
                 file.truncate(max(0, os.fstat(file.fileno()).st_size - len(good) // 2))
         status, output = end_of(
-            start(*command, "--epochs", 3, "--out", folder / "out", before=(lambda: None) if mounted else limit)
+            start(
+                *command,
+                "--epochs",
+                3,
+                "--out",
+                folder / "out",
+                before=(lambda: None) if mounted else limit,
+            )
         )
         assert status == 1 and "Traceback" not in output and "elr" in output, output
         errors = [line for line in output.splitlines() if line.startswith("train.py: error: ")]
@@ -344,11 +450,17 @@ def test_a_folder_removed_during_a_run_is_one_line(tmp_path):
     wait_for(lambda: (tmp_path / "out" / "elr=1e-02.pt").exists())
     shutil.rmtree(tmp_path / "out")
     status, output = end_of(child)
-    assert status == 1 and "Traceback" not in output and "No such file or directory" in output, output
+    assert status == 1 and "Traceback" not in output and "No such file or directory" in output, (
+        output
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EROFS, "Read-only file system"), torch.OutOfMemoryError("CUDA out of memory.\nmore")]
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system"),
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+    ],
 )
 def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monkeypatch, error):
     real = train.run
@@ -359,10 +471,27 @@ def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monke
         return real(args, data, rate, *more)
 
     monkeypatch.setattr(train, "run", failing)
-    command = ["--model", "toy", "--steps", "3", "--epochs", "2", "--elr", "0.01", "0.1", "1", "--out", str(tmp_path)]
+    command = [
+        "--model",
+        "toy",
+        "--steps",
+        "3",
+        "--epochs",
+        "2",
+        "--elr",
+        "0.01",
+        "0.1",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert train.main(command) == 1
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and err.startswith("train.py: error: elr 1e-01: ") and str(error).splitlines()[0] in err
+    assert (
+        err.count("\n") == 1
+        and err.startswith("train.py: error: elr 1e-01: ")
+        and str(error).splitlines()[0] in err
+    )
     assert [row["elr"] for row in read(tmp_path / "regimes.csv")] == ["0.01", "1"]
     monkeypatch.undo()
     assert train.main(command) == 0 and len(read(tmp_path / "regimes.csv")) == 3
@@ -382,7 +511,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys):
         shutil.copy(source, a / "elr=5e-01.pt")
         assert train.main([*TOY, "--out", str(a), "--epochs", "3"]) == 1
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and f"elr=5e-01.pt is the checkpoint of another run ({what}): remove it" in err
+        assert (
+            err.count("\n") == 1
+            and f"elr=5e-01.pt is the checkpoint of another run ({what}): remove it" in err
+        )
 
 
 def test_nothing_in_a_checkpoint_runs_code(tmp_path):
@@ -408,7 +540,18 @@ def test_no_cell_is_a_formula_for_a_spreadsheet(tmp_path):
         "    def forward(self, x):\n"
         "        return self.rest(getattr(self, '=cmd()')(x))\n"
     )
-    command = ["--model", f"{tmp_path}/mine.py:Net", "--elr", 0.01, "--epochs", 1, "--batch-size", 256, "--out", tmp_path / "out"]
+    command = [
+        "--model",
+        f"{tmp_path}/mine.py:Net",
+        "--elr",
+        0.01,
+        "--epochs",
+        1,
+        "--batch-size",
+        256,
+        "--out",
+        tmp_path / "out",
+    ]
     assert end_of(start(*command))[0] == 0
     layers = {row["layer"] for row in read(tmp_path / "out" / "elr=1e-02.layers.csv")}
     assert "'=cmd().weight" in layers and not any(layer[0] in "=+-@" for layer in layers)
@@ -427,12 +570,19 @@ def good(undisturbed):
 
 # The same 210 inputs each time; with SLOW=1 many more, and new ones.
 slow = "SLOW" in os.environ
-quick = settings(max_examples=2000 if slow else 70, derandomize=not slow, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(
+    max_examples=2000 if slow else 70,
+    derandomize=not slow,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @quick
 @given(data=st.data())
-def test_a_damaged_checkpoint_is_refused_in_one_line_or_read_correctly(tmp_path_factory, good, data):
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_read_correctly(
+    tmp_path_factory, good, data
+):
     content, identity, state = bytearray(good[0]), good[1], good[2]
     kind = data.draw(st.sampled_from(["flip", "cut", "junk"]))
     if kind == "flip":
@@ -456,7 +606,9 @@ anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["options", "chance", "0", "mean", "train_loss", "points"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["options", "chance", "0", "mean", "train_loss", "points"]), inner
+        )
     ),
     max_leaves=12,
 )
@@ -472,7 +624,10 @@ def test_a_damaged_config_is_refused_in_one_line_or_read(tmp_path_factory, conte
     folder = tmp_path_factory.getbasetemp() / "config"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(content)
-    for read_config in (lambda: rundir.open_folder(folder, {"width": 8}), lambda: regimes.read_chance(folder)):
+    for read_config in (
+        lambda: rundir.open_folder(folder, {"width": 8}),
+        lambda: regimes.read_chance(folder),
+    ):
         try:
             assert isinstance(read_config(), dict)
         except ValueError as error:
@@ -481,9 +636,14 @@ def test_a_damaged_config_is_refused_in_one_line_or_read(tmp_path_factory, conte
 
 @quick
 @given(data=st.data())
-def test_a_damaged_log_is_refused_in_one_line_or_read_without_a_wrong_verdict(tmp_path_factory, data):
+def test_a_damaged_log_is_refused_in_one_line_or_read_without_a_wrong_verdict(
+    tmp_path_factory, data
+):
     epochs = np.arange(31)
-    lines = ["epoch,train_loss,train_error", *(f"{e},{6 / (1 + e) ** 1.5:.5g},{0.9 / (1 + e):.5g}" for e in epochs)]
+    lines = [
+        "epoch,train_loss,train_error",
+        *(f"{e},{6 / (1 + e) ** 1.5:.5g},{0.9 / (1 + e):.5g}" for e in epochs),
+    ]
     at, cell = data.draw(st.integers(0, 31)), data.draw(st.integers(0, 2))
     cells = lines[at].split(",")
     junk = st.text(max_size=20) | st.sampled_from(

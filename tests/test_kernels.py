@@ -21,7 +21,10 @@ from sphere_step import BLOCK, INTERPRET, SphereSGD
 HERE = Path(__file__)
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
-runs = pytest.mark.skipif(not (GPU or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)")
+runs = pytest.mark.skipif(
+    not (GPU or INTERPRET),
+    reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
+)
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; there is none")
 
@@ -32,11 +35,26 @@ def test_the_kernels_pass_in_the_interpreter():
     """This file and every test of the step again, in another process, with the kernels in the place of PyTorch."""
     files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
     which = ["-k", "not ten_thousand and not ahead_of_time"]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files, *which]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        *files,
+        *which,
+    ]
     # Without what measures coverage, which would take twice the time.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("COV") and k != "PYTEST_ADDOPTS"}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("COV") and k != "PYTEST_ADDOPTS"
+    }
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-4000:]
 
 
@@ -45,7 +63,9 @@ def test_the_scripts_own_check_finds_the_kernels_equal_to_float64():
     code = "import sphere_step; print(sphere_step.check(4))"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
-    out = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert 0 < float(out) < 1e-6
 
 
@@ -88,13 +108,19 @@ def random_case(rng, dtype):
         for _ in range(max(1, count // 4)):
             t = torch.randn(random_shape(rng, largest)) * 10 ** rng.uniform(-2, 2)
             tensors.append(t.to(DEVICE, dtype).requires_grad_())
-        groups.append({"params": tensors, "sphere": sphere, "momentum": float(rng.choice([0.0, 0.0, 0.9]))})
+        groups.append(
+            {"params": tensors, "sphere": sphere, "momentum": float(rng.choice([0.0, 0.0, 0.9]))}
+        )
     for group in groups:
         for t in group["params"]:
             g_dtype = dtype
-            if hasattr(t, "grad_dtype") and rng.random() < 0.3:  # older torch allows no gradient of another type
+            if (
+                hasattr(t, "grad_dtype") and rng.random() < 0.3
+            ):  # older torch allows no gradient of another type
                 t.grad_dtype, g_dtype = None, torch.float32
-            g = torch.randn(t.shape) + rng.uniform(-1, 1) * t.detach().cpu().float()  # partly radial
+            g = (
+                torch.randn(t.shape) + rng.uniform(-1, 1) * t.detach().cpu().float()
+            )  # partly radial
             t.grad = (g * 10 ** rng.uniform(-3, 1.5)).to(DEVICE, g_dtype)
         # So that η̃ρ‖g‖, which bounds the step, is between 1e-3 and 3 (float32 cannot keep 1e-6 through more).
         sizes = [x.norm() * y.norm() for x, y in pairs(group) if len(x)]
@@ -103,7 +129,13 @@ def random_case(rng, dtype):
 
 
 def pairs(group):
-    return list(zip(cut(group["params"], group["sphere"]), cut([t.grad for t in group["params"]], group["sphere"]), strict=True))
+    return list(
+        zip(
+            cut(group["params"], group["sphere"]),
+            cut([t.grad for t in group["params"]], group["sphere"]),
+            strict=True,
+        )
+    )
 
 
 @runs
@@ -139,11 +171,25 @@ def test_seventy_random_cases_agree_with_float64(dtype):
         assert len(new) == len(expected)
         for x, (y, _), old in zip(new, expected, before, strict=True):
             if dtype == torch.float32:
-                assert (x - y).norm() <= 1e-6 * old.norm().clamp(min=y.norm()), (seed, len(x), (x - y).norm() / y.norm())
+                assert (x - y).norm() <= 1e-6 * old.norm().clamp(min=y.norm()), (
+                    seed,
+                    len(x),
+                    (x - y).norm() / y.norm(),
+                )
             else:  # the terms' own float32 rounding, on top of the last unit: the interpreter truncates where a GPU rounds
-                unit = torch.finfo(dtype).eps * 2.0 ** y.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
-                assert ((x - y).abs() <= unit + 3e-6 * (old.abs() + (y - old).abs())).all(), (seed, len(x))
-        buffers = [[optimizer.state[t]["momentum_buffer"] for t in group["params"]] for group in groups if group["momentum"]]
+                unit = (
+                    torch.finfo(dtype).eps
+                    * 2.0 ** y.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
+                )
+                assert ((x - y).abs() <= unit + 3e-6 * (old.abs() + (y - old).abs())).all(), (
+                    seed,
+                    len(x),
+                )
+        buffers = [
+            [optimizer.state[t]["momentum_buffer"] for t in group["params"]]
+            for group in groups
+            if group["momentum"]
+        ]
         kinds = [group["sphere"] for group in groups if group["momentum"]]
         moved = [m for buffer, kind in zip(buffers, kinds, strict=True) for m in cut(buffer, kind)]
         wanted, at = [], 0
@@ -152,7 +198,9 @@ def test_seventy_random_cases_agree_with_float64(dtype):
             wanted += [m for _, m in expected[at : at + size]] if group["momentum"] else []
             at += size
         for m, w in zip(moved, wanted, strict=True):
-            assert (m - w).norm() <= (2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps) * (w.norm() + 1) * 10, seed
+            assert (m - w).norm() <= (
+                2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+            ) * (w.norm() + 1) * 10, seed
 
 
 def several(dtype=torch.float32, device=DEVICE):
@@ -205,7 +253,9 @@ def test_weights_and_statistics_equal_the_pytorch_path(momentum):
             assert (x - y).norm() <= 2e-6 * y.norm()
         for name in ("stats", "layer_stats"):
             for key, value in getattr(b, name)().items():
-                assert torch.allclose(getattr(a, name)()[key], value, rtol=1e-4, atol=1e-6, equal_nan=True), (name, key)
+                assert torch.allclose(
+                    getattr(a, name)()[key], value, rtol=1e-4, atol=1e-6, equal_nan=True
+                ), (name, key)
     assert torch.equal(groups[0]["params"][2], others[0]["params"][2])
 
 
@@ -224,7 +274,9 @@ def test_a_step_is_at_most_three_launches_and_nothing_else(monkeypatch):
     """No other operation means no allocation, no copy and no wait for the device."""
     for count in (1, 5):
         groups = [group for _ in range(count) for group in several()]
-        optimizer = SphereSGD(groups, lr=torch.tensor(1e-3, device=DEVICE), momentum=0.9, backend="triton")
+        optimizer = SphereSGD(
+            groups, lr=torch.tensor(1e-3, device=DEVICE), momentum=0.9, backend="triton"
+        )
         give_gradients(groups)
         optimizer.step()
         launches = []
@@ -279,14 +331,20 @@ def test_the_elr_is_read_from_device_memory_at_every_step():
 def test_gradients_may_move_change_type_and_disappear_between_steps():
     groups = several()
     others = copy_of(groups)
-    a, b = SphereSGD(groups, lr=1e-4, momentum=0.9), SphereSGD(others, lr=1e-4, momentum=0.9, backend="torch")
+    a, b = (
+        SphereSGD(groups, lr=1e-4, momentum=0.9),
+        SphereSGD(others, lr=1e-4, momentum=0.9, backend="torch"),
+    )
     for step in range(4):
         for group, other in zip(groups, others, strict=True):
             for i, (t, u) in enumerate(zip(group["params"], other["params"], strict=True)):
                 g = torch.randn_like(t)
                 t.grad, u.grad = (None, None) if (i + step) % 3 == 2 else (g, g.clone())
         a.step(), b.step()
-    assert all((x - y).norm() <= 5e-6 * y.norm() for x, y in zip(weights(groups), weights(others), strict=True))
+    assert all(
+        (x - y).norm() <= 5e-6 * y.norm()
+        for x, y in zip(weights(groups), weights(others), strict=True)
+    )
 
 
 @runs
@@ -302,7 +360,9 @@ def test_the_norm_is_the_radius_after_a_thousand_steps():
         for t in theta:
             t.grad.copy_(noise[step : step + len(t)])
         optimizer.step()
-    assert all(abs(t.double().norm() / radius - 1) < 1e-6 for t, radius in zip(theta, radii, strict=True))
+    assert all(
+        abs(t.double().norm() / radius - 1) < 1e-6 for t, radius in zip(theta, radii, strict=True)
+    )
 
 
 @runs
@@ -310,7 +370,11 @@ def test_views_that_are_not_aligned_or_not_dense_take_the_same_step():
     base, g = torch.randn(6, 50, device=DEVICE), torch.randn(6, 50, device=DEVICE)
     memory = torch.zeros(1000, device=DEVICE)
     memory[1:301] = base.reshape(-1)
-    odd = [memory[1:301].view(6, 50), torch.stack([base, base], -1)[..., 0], base.t().contiguous().t()]
+    odd = [
+        memory[1:301].view(6, 50),
+        torch.stack([base, base], -1)[..., 0],
+        base.t().contiguous().t(),
+    ]
     for sphere in ("group", "row"):
         expected = base.clone().requires_grad_()
         expected.grad = g.clone()
@@ -356,31 +420,56 @@ def compile_ahead(kernel, target, momentum, half):
     import triton
     from triton.compiler import ASTSource
 
-    constants = {"MOMENTUM": momentum, "BLOCK": 1024 if kernel == "_finalize" else BLOCK, "HALF": half, "MOVE": True}
+    constants = {
+        "MOMENTUM": momentum,
+        "BLOCK": 1024 if kernel == "_finalize" else BLOCK,
+        "HALF": half,
+        "MOVE": True,
+    }
     function = getattr(sphere_step, kernel)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    signature = dict(argument.split() for argument in ARGUMENTS[kernel].split(", ")) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=function, signature={name: signature[name] for name in function.arg_names}, constexprs=constants)
+    signature = dict(
+        argument.split() for argument in ARGUMENTS[kernel].split(", ")
+    ) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=function,
+        signature={name: signature[name] for name in function.arg_names},
+        constexprs=constants,
+    )
     return triton.compile(source, target=target, options={"num_warps": sphere_step.WARPS})
 
 
-@pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="compiles, so neither in the interpreter nor without Triton")
+@pytest.mark.skipif(
+    INTERPRET or sphere_step.triton is None,
+    reason="compiles, so neither in the interpreter nor without Triton",
+)
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
 @pytest.mark.parametrize("kernel", ARGUMENTS)
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(capability, kernel, momentum, record_property):
+def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
+    capability, kernel, momentum, record_property
+):
     import triton
     from triton.backends.compiler import GPUTarget
 
     for half in (False, True):
         ptx = compile_ahead(kernel, GPUTarget("cuda", capability, 32), momentum, half).asm["ptx"]
-        if kernel != "_finalize":  # per type, 8192 elements over 256 threads by fours (halves by eights)
+        if (
+            kernel != "_finalize"
+        ):  # per type, 8192 elements over 256 threads by fours (halves by eights)
             tensors = 3 if momentum else 2
             loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx))
             assert loads >= tensors * BLOCK // (32 * sphere_step.WARPS) // 4
-            assert len(re.findall(r"st\.global(?:\.\w+)*\.v4", ptx)) >= (tensors - 1) * BLOCK // (32 * sphere_step.WARPS) // 4
+            assert (
+                len(re.findall(r"st\.global(?:\.\w+)*\.v4", ptx))
+                >= (tensors - 1) * BLOCK // (32 * sphere_step.WARPS) // 4
+            )
         folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        ptxas = folder / ("ptxas-blackwell" if capability >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas")
+        ptxas = folder / (
+            "ptxas-blackwell"
+            if capability >= 100 and (folder / "ptxas-blackwell").exists()
+            else "ptxas"
+        )
         architecture = re.search(r"\.target (\w+)", ptx)[1]
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(ptx)
@@ -390,11 +479,16 @@ def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
         registers = int(re.search(r"Used (\d+) registers", report)[1])
         record_property("registers per thread", registers)
-        print(f"{kernel} {architecture} momentum={momentum} half={half}: {registers} registers per thread")
+        print(
+            f"{kernel} {architecture} momentum={momentum} half={half}: {registers} registers per thread"
+        )
         assert registers * 32 * sphere_step.WARPS <= 65536
 
 
-@pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="compiles, so neither in the interpreter nor without Triton")
+@pytest.mark.skipif(
+    INTERPRET or sphere_step.triton is None,
+    reason="compiles, so neither in the interpreter nor without Triton",
+)
 @pytest.mark.parametrize("kernel", ARGUMENTS)
 def test_compiled_ahead_of_time_for_mi300(kernel):
     from triton.backends import backends
@@ -413,7 +507,10 @@ def test_a_captured_step_replays_with_a_new_elr():
     elr = torch.tensor(1e-3, device="cuda")
     give_gradients(groups)
     others = copy_of(groups)
-    optimizer, eager = SphereSGD(groups, lr=elr, momentum=0.9), SphereSGD(others, lr=1e-3, momentum=0.9, backend="torch")
+    optimizer, eager = (
+        SphereSGD(groups, lr=elr, momentum=0.9),
+        SphereSGD(others, lr=1e-3, momentum=0.9, backend="torch"),
+    )
     optimizer.step(), eager.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -423,4 +520,7 @@ def test_a_captured_step_replays_with_a_new_elr():
         for group in eager.param_groups:
             group["lr"] = value
         graph.replay(), eager.step()
-    assert all((x - y).norm() <= 5e-6 * y.norm() for x, y in zip(weights(groups), weights(others), strict=True))
+    assert all(
+        (x - y).norm() <= 5e-6 * y.norm()
+        for x, y in zip(weights(groups), weights(others), strict=True)
+    )

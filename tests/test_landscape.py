@@ -42,7 +42,20 @@ def ends(tmp_path_factory):
         for seed in (0, 1):
             where = folder / sphere
             assert (
-                run("--elr", 0.003, *SMALL, "--affine", "--train-head", "--sphere", sphere, "--seed", seed, "--out", where) == 0
+                run(
+                    "--elr",
+                    0.003,
+                    *SMALL,
+                    "--affine",
+                    "--train-head",
+                    "--sphere",
+                    sphere,
+                    "--seed",
+                    seed,
+                    "--out",
+                    where,
+                )
+                == 0
             )
     return folder
 
@@ -57,7 +70,9 @@ def two_layers(first, second):
             nn.ReLU(),
             nn.MaxPool2d(2),
         ]
-    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), fixed_head(nn.Linear(second, 10)))
+    net = nn.Sequential(
+        *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), fixed_head(nn.Linear(second, 10))
+    )
     net.layer_groups = [["0.weight"], ["4.weight"]]
     shapes = [net.get_parameter(name).shape for (name,) in net.layer_groups]
 
@@ -77,9 +92,16 @@ def dense_matrices(point, logits, loss):
     x, y = point.data.images(torch.arange(len(point.data.x))).double(), point.data.y
 
     def loss_of(out):
-        return F.cross_entropy(out, y) if loss == "ce" else F.mse_loss(out, F.one_hot(y, 10).double())
+        return (
+            F.cross_entropy(out, y) if loss == "ce" else F.mse_loss(out, F.one_hot(y, 10).double())
+        )
 
-    d = torch.cat([x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in vectors(point.net, point.spheres)])
+    d = torch.cat(
+        [
+            x.norm(dim=1, keepdim=True).expand_as(x).flatten()
+            for x in vectors(point.net, point.spheres)
+        ]
+    )
     hessian = torch.func.hessian(lambda t: loss_of(logits(t, x)))(theta)
     jacobian = torch.func.jacrev(logits)(theta, x).reshape(-1, len(theta))
     of_out = torch.func.hessian(lambda out: loss_of(out.view(-1, 10)))(logits(theta, x).flatten())
@@ -94,10 +116,14 @@ def test_eigenvalues_and_traces_are_those_of_the_dense_matrices_on_the_unit_sphe
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     found = curvature(point, k=4)
     for name, dense in zip(("hessian", "ggn"), dense_matrices(point, logits, loss), strict=True):
-        assert found[name] == pytest.approx(torch.linalg.eigvalsh(dense).flip(0)[:4].numpy(), rel=1e-6)
+        assert found[name] == pytest.approx(
+            torch.linalg.eigvalsh(dense).flip(0)[:4].numpy(), rel=1e-6
+        )
         assert found[f"{name}_trace"] == pytest.approx(dense.trace().item(), rel=1e-6)
     assert found["edge"] == pytest.approx(2 / found["hessian"][0])
-    assert all(torch.equal(b, buffers[name]) for name, b in net.named_buffers())  # no trace in the network
+    assert all(
+        torch.equal(b, buffers[name]) for name, b in net.named_buffers()
+    )  # no trace in the network
 
 
 def test_of_many_weights_arpack_and_hutchinson_agree_with_the_dense_matrix():
@@ -106,17 +132,26 @@ def test_of_many_weights_arpack_and_hutchinson_agree_with_the_dense_matrix():
     found = curvature(point, k=3, probes=100)
     for name, dense in zip(("hessian", "ggn"), dense_matrices(point, logits, "ce"), strict=True):
         assert len(dense) > landscape.DENSE
-        assert found[name] == pytest.approx(torch.linalg.eigvalsh(dense).flip(0)[:3].numpy(), rel=5e-3)
-        deviation = math.sqrt(2 * (dense - dense.diag().diag()).square().sum().item() / 100)  # of Hutchinson's estimator
+        assert found[name] == pytest.approx(
+            torch.linalg.eigvalsh(dense).flip(0)[:3].numpy(), rel=5e-3
+        )
+        deviation = math.sqrt(
+            2 * (dense - dense.diag().diag()).square().sum().item() / 100
+        )  # of Hutchinson's estimator
         assert abs(found[f"{name}_trace"] - dense.trace().item()) < 5 * deviation
 
 
 def test_at_a_minimum_of_the_toy_the_curvature_is_the_closed_form(tmp_path):
-    assert run("--model", "toy", "--alphas", 1, 2, 4, "--elr", 0.05, "--epochs", 40, "--out", tmp_path) == 0
+    assert (
+        run("--model", "toy", "--alphas", 1, 2, 4, "--elr", 0.05, "--epochs", 40, "--out", tmp_path)
+        == 0
+    )
     point = landscape.read(tmp_path / "elr=5e-02.pt")
     assert point.net().item() < 1e-25
     squares = [p.detach().square().sum().item() for p in point.net.groups]
-    expected = sorted((2 * a / s * sum(squares) for a, s in zip((1, 2, 4), squares, strict=True)), reverse=True)
+    expected = sorted(
+        (2 * a / s * sum(squares) for a, s in zip((1, 2, 4), squares, strict=True)), reverse=True
+    )
     found = curvature(point, k=3)
     assert found["hessian"] == pytest.approx(expected, rel=1e-8) and "ggn" not in found
     assert found["hessian_trace"] == pytest.approx(sum(expected), rel=1e-8)
@@ -124,7 +159,9 @@ def test_at_a_minimum_of_the_toy_the_curvature_is_the_closed_form(tmp_path):
 
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
 def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_norm(ends, sphere):
-    a, b = (landscape.read(ends / sphere / name) for name in ("elr=3e-03.pt", "elr=3e-03.seed=1.pt"))
+    a, b = (
+        landscape.read(ends / sphere / name) for name in ("elr=3e-03.pt", "elr=3e-03.seed=1.pt")
+    )
     for way in ("circle", "line"):
         height, path = barrier(a, b, way, points=5)
         own = [evaluate(a, p.net)[0] for p in (a, b)]
@@ -137,32 +174,53 @@ def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_nor
             assert torch.allclose(x.norm(dim=1), (1 - t) * ra + t * rb, rtol=1e-6)
         if before is not None:  # at even pace
             steps = [landscape._angle(x, y) for x, y in zip(before, points, strict=True)]
-            whole = [landscape._angle(x, y) for x, y in zip(*(vectors(p.net, p.spheres) for p in (a, b)), strict=True)]
-            assert all(torch.allclose(8 * s, w, rtol=1e-3, atol=1e-5) for s, w in zip(steps, whole, strict=True))
+            whole = [
+                landscape._angle(x, y)
+                for x, y in zip(*(vectors(p.net, p.spheres) for p in (a, b)), strict=True)
+            ]
+            assert all(
+                torch.allclose(8 * s, w, rtol=1e-3, atol=1e-5)
+                for s, w in zip(steps, whole, strict=True)
+            )
         before = points
 
 
 def test_distances_are_the_angles(ends):
-    points = [landscape.read(ends / "network" / name) for name in ("elr=3e-03.pt", "elr=3e-03.seed=1.pt")]
+    points = [
+        landscape.read(ends / "network" / name) for name in ("elr=3e-03.pt", "elr=3e-03.seed=1.pt")
+    ]
     found = distances(points)
-    weights = [[p.net.get_parameter(f"conv{i}.weight").detach().double().flatten() for i in (1, 2, 3, 4)] for p in points]
+    weights = [
+        [p.net.get_parameter(f"conv{i}.weight").detach().double().flatten() for i in (1, 2, 3, 4)]
+        for p in points
+    ]
 
     def angle(x, y):
         return math.acos((x @ y / x.norm() / y.norm()).item())
 
-    assert found["network"][0, 1] == pytest.approx(angle(*map(torch.cat, weights))) and found["network"][0, 0] == 0
+    assert (
+        found["network"][0, 1] == pytest.approx(angle(*map(torch.cat, weights)))
+        and found["network"][0, 0] == 0
+    )
     for i in range(4):
-        assert found[f"conv{i + 1}.weight"][1, 0] == pytest.approx(angle(weights[0][i], weights[1][i]))
+        assert found[f"conv{i + 1}.weight"][1, 0] == pytest.approx(
+            angle(weights[0][i], weights[1][i])
+        )
 
 
 def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(tmp_path):
-    args, data = train.parse([*"--elr 0.01 --width 2 --average 3 --epochs 4 --sphere layer --out".split(), str(tmp_path)])
+    args, data = train.parse(
+        [*"--elr 0.01 --width 2 --average 3 --epochs 4 --sphere layer --out".split(), str(tmp_path)]
+    )
     net, optimizer = train.build(args, data, 0.01, 0)
     averaged = train.AveragedModel(net)
     for _ in range(3):
         averaged.update_parameters(net)
     same = train.on_spheres(args, averaged, optimizer)
-    assert all(torch.allclose(p, q, rtol=1e-6) for p, q in zip(same.parameters(), net.parameters(), strict=True))
+    assert all(
+        torch.allclose(p, q, rtol=1e-6)
+        for p, q in zip(same.parameters(), net.parameters(), strict=True)
+    )
     radii = [net.get_parameter(name).norm() for (name,) in net.layer_groups]
     before = [p.detach().clone() for p in net.parameters()]
     for name in [name for (name,) in net.layer_groups]:
@@ -178,34 +236,93 @@ def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(
 
 def test_average_adds_its_columns_in_the_last_epochs_and_changes_nothing_else(tmp_path):
     for name, more in (("plain", []), ("average", ["--average", 2])):
-        assert run("--elr", 0.01, "--width", 2, "--batch-size", 64, "--epochs", 3, *more, "--out", tmp_path / name) == 0
+        assert (
+            run(
+                "--elr",
+                0.01,
+                "--width",
+                2,
+                "--batch-size",
+                64,
+                "--epochs",
+                3,
+                *more,
+                "--out",
+                tmp_path / name,
+            )
+            == 0
+        )
     plain, average = log(tmp_path / "plain"), log(tmp_path / "average")
-    assert all(x[key] == y[key] for x, y in zip(plain, average, strict=True) for key in x if key != "seconds")
+    assert all(
+        x[key] == y[key]
+        for x, y in zip(plain, average, strict=True)
+        for key in x
+        if key != "seconds"
+    )
     assert [math.isnan(row["avg_test_error"]) for row in average] == [True, True, False, False]
     assert average[3]["avg_train_loss"] < 2.5 and 0 <= average[3]["avg_test_error"] < 0.9
 
 
 def test_then_starts_from_the_end_of_each_run_and_ends_far_below_an_equilibrium(tmp_path, capsys):
-    command = ["--elr", 0.01, "--epochs", 8, "--seeds", 3, "--then", 1e-3, "--then-epochs", 8, "--out", tmp_path]
+    command = [
+        "--elr",
+        0.01,
+        "--epochs",
+        8,
+        "--seeds",
+        3,
+        "--then",
+        1e-3,
+        "--then-epochs",
+        8,
+        "--out",
+        tmp_path,
+    ]
     assert run(*command) == 0
     assert capsys.readouterr().out.count("; then at 0.001: train loss 0.0") == 3
     for row in read(tmp_path / "regimes.csv"):
-        assert row["regime"] == "equilibrium" and float(row["then_train_loss"]) < float(row["train_loss"]) / 10
+        assert (
+            row["regime"] == "equilibrium"
+            and float(row["then_train_loss"]) < float(row["train_loss"]) / 10
+        )
         assert float(row["then_test_error"]) < float(row["test_error"])
     first, then = (landscape.read(tmp_path / f"elr=1e-02{name}.pt") for name in ("", ".then=1e-03"))
-    assert [s["radii"].item() for s in then.spheres] == pytest.approx([s["radii"].item() for s in first.spheres], rel=1e-6)
+    assert [s["radii"].item() for s in then.spheres] == pytest.approx(
+        [s["radii"].item() for s in first.spheres], rel=1e-6
+    )
     rows = log(tmp_path, "elr=1e-02.then=1e-03")
     assert {row["elr"] for row in rows} == {1e-3} and len(rows) == 9
-    assert run(*command[:-2], "--out", tmp_path / "new", "--init", tmp_path / "elr=1e-02.pt", "--elr", 1e-3, "--seeds", 1) == 0
+    assert (
+        run(
+            *command[:-2],
+            "--out",
+            tmp_path / "new",
+            "--init",
+            tmp_path / "elr=1e-02.pt",
+            "--elr",
+            1e-3,
+            "--seeds",
+            1,
+        )
+        == 0
+    )
     again = log(tmp_path / "new", "elr=1e-03")
     assert again[0]["train_loss"] == rows[0]["train_loss"]  # --init is the same start
 
 
 def test_other_orders_of_the_batches_are_other_runs_from_the_same_start(tmp_path):
     more = ["--then", 1e-3, "--then-epochs", 1, "--then-orders", 2]
-    assert run("--elr", 0.01, "--width", 2, "--batch-size", 64, "--epochs", 1, *more, "--out", tmp_path) == 0
+    assert (
+        run(
+            "--elr", 0.01, "--width", 2, "--batch-size", 64, "--epochs", 1, *more, "--out", tmp_path
+        )
+        == 0
+    )
     one, two = log(tmp_path, "elr=1e-02.then=1e-03"), log(tmp_path, "elr=1e-02.then=1e-03.order=1")
-    assert one[0]["test_loss"] == pytest.approx(two[0]["test_loss"], rel=0.1) and one[1]["train_loss"] != two[1]["train_loss"]
+    assert (
+        one[0]["test_loss"] == pytest.approx(two[0]["test_loss"], rel=0.1)
+        and one[1]["train_loss"] != two[1]["train_loss"]
+    )
     assert len(read(tmp_path / "regimes.csv")) == 1
 
 
@@ -216,18 +333,44 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep(tmp_path, capsys):
     assert landscape.main(["summary", str(tmp_path), "--samples", "128"]) == 0
     out = capsys.readouterr().out
     assert "best test error after the drop: " in out and "(median of 2 seeds" in out
-    assert len(out.splitlines()) == 7 and "undecided" in out and (tmp_path / "landscape.png").stat().st_size > 10_000
-    found = read(tmp_path / "landscape.csv")
-    assert [(row["elr"], row["seed"]) for row in found] == [("0.001", "0"), ("0.001", "1"), ("0.01", "0"), ("0.01", "1")]
-    assert all(float(value) >= 0 for row in found for key, value in row.items() if "sharp" in key or "error" in key)
     assert (
-        found[0]["barrier_to_next"] != "nan" and found[2]["barrier_to_next"] == "nan" and found[0]["barrier_of_orders"] != "nan"
+        len(out.splitlines()) == 7
+        and "undecided" in out
+        and (tmp_path / "landscape.png").stat().st_size > 10_000
+    )
+    found = read(tmp_path / "landscape.csv")
+    assert [(row["elr"], row["seed"]) for row in found] == [
+        ("0.001", "0"),
+        ("0.001", "1"),
+        ("0.01", "0"),
+        ("0.01", "1"),
+    ]
+    assert all(
+        float(value) >= 0
+        for row in found
+        for key, value in row.items()
+        if "sharp" in key or "error" in key
+    )
+    assert (
+        found[0]["barrier_to_next"] != "nan"
+        and found[2]["barrier_to_next"] == "nan"
+        and found[0]["barrier_of_orders"] != "nan"
     )
     a, b = str(tmp_path / "elr=1e-03.pt"), str(tmp_path / "elr=1e-02.pt")
-    assert landscape.main(["barrier", a, b, "--points", "3", "--out", str(tmp_path / "way.png")]) == 0
-    assert landscape.main(["distance", a, b]) == 0 and landscape.main(["curvature", a, "--k", "2", "--samples", "64"]) == 0
+    assert (
+        landscape.main(["barrier", a, b, "--points", "3", "--out", str(tmp_path / "way.png")]) == 0
+    )
+    assert (
+        landscape.main(["distance", a, b]) == 0
+        and landscape.main(["curvature", a, "--k", "2", "--samples", "64"]) == 0
+    )
     out = capsys.readouterr().out
-    assert "great circle: barrier" in out and "conv4.weight" in out and "2/λ_max = " in out and (tmp_path / "way.png").exists()
+    assert (
+        "great circle: barrier" in out
+        and "conv4.weight" in out
+        and "2/λ_max = " in out
+        and (tmp_path / "way.png").exists()
+    )
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
@@ -237,8 +380,14 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
     cases = [
         (["curvature", "none.pt"], "none.pt: there is no such file"),
         (["curvature", tmp_path / "junk.pt"], "junk.pt is damaged, or no checkpoint of train.py"),
-        (["distance", good, tmp_path / "foreign.pt"], "foreign.pt is damaged, or no checkpoint of train.py"),
-        (["barrier", good, ends / "layer" / "elr=3e-03.pt"], "is another network, or on other spheres, than"),
+        (
+            ["distance", good, tmp_path / "foreign.pt"],
+            "foreign.pt is damaged, or no checkpoint of train.py",
+        ),
+        (
+            ["barrier", good, ends / "layer" / "elr=3e-03.pt"],
+            "is another network, or on other spheres, than",
+        ),
         (["summary", tmp_path], "no regimes.csv that can be read"),
         (["curvature", good, "--k", "0"], "argument --k: 0 is less than 1"),
         (["flatness", good], "invalid choice"),
@@ -250,14 +399,24 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
         assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "there is no such file"), (b"junk", "is damaged, or no checkpoint")])
-def test_an_init_that_cannot_be_read_is_one_line_and_nothing_is_written(tmp_path, capsys, content, message):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "there is no such file"), (b"junk", "is damaged, or no checkpoint")],
+)
+def test_an_init_that_cannot_be_read_is_one_line_and_nothing_is_written(
+    tmp_path, capsys, content, message
+):
     if content:
         (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(SystemExit) as exit:
         run("--elr", 0.1, "--init", tmp_path / "x.pt", "--out", tmp_path / "out")
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and "argument --init: " in err and message in err
+    assert (
+        exit.value.code == 2
+        and err.count("\n") == 1
+        and "argument --init: " in err
+        and message in err
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -27,7 +27,12 @@ IMPORTS = {
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_a_script_imports_only_those_below_it(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert found & OURS <= IMPORTS[name]
 
@@ -36,7 +41,9 @@ def alone(tmp_path, file, code):
     """Run code in an empty folder that holds a copy of this file and nothing else of ours."""
     shutil.copy(ROOT / file, tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -13,7 +13,9 @@ from torch import nn
 from models import Toy, convnet, resnet18, scale_invariant_groups
 from sphere_step import SphereSGD
 
-slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute or more: SLOW=1 python -m pytest runs it")
+slow = pytest.mark.skipif(
+    "SLOW" not in os.environ, reason="takes a minute or more: SLOW=1 python -m pytest runs it"
+)
 EPS_BREAKS = 1e-6  # BatchNorm's eps is why this is not 1e-12
 
 
@@ -52,7 +54,12 @@ def test_only_the_convolutions_are_trained_and_all_are_on_spheres():
     net = convnet(3, 7, width=5)
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {name for group in net.layer_groups for name in group}
-    assert [tuple(net.get_parameter(f"conv{i}.weight").shape[:2]) for i in (1, 2, 3, 4)] == [(5, 3), (10, 5), (20, 10), (40, 20)]
+    assert [tuple(net.get_parameter(f"conv{i}.weight").shape[:2]) for i in (1, 2, 3, 4)] == [
+        (5, 3),
+        (10, 5),
+        (20, 10),
+        (40, 20),
+    ]
 
 
 def test_the_head_has_norm_ten_and_a_bias():
@@ -105,7 +112,9 @@ def test_at_equilibrium_the_toys_mean_over_100000_steps_is_the_same_for_every_se
 def test_resnet18_has_twelve_sets_none_of_whose_parts_is_invariant():
     net = resnet18(2, 5, width=2).double()
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.eps = 1e-13  # a channel of small variance shows eps: up to 4e-7 in 60 draws, once above 1e-6
+        norm.eps = (
+            1e-13  # a channel of small variance shows eps: up to 4e-7 in 60 draws, once above 1e-6
+        )
     x = torch.randn(16, 2, 16, 16, dtype=torch.float64)
     logits = net(x)
     assert logits.shape == (16, 5) and len(net.layer_groups) == 12
@@ -129,7 +138,9 @@ def as_sets(groups):
 @pytest.mark.parametrize("build", [convnet, resnet18])
 def test_the_sets_found_are_those_that_our_networks_declare(build):
     net = build(3, 10, width=4)
-    assert as_sets(scale_invariant_groups(net, torch.randn(8, 3, 16, 16))) == as_sets(net.layer_groups)
+    assert as_sets(scale_invariant_groups(net, torch.randn(8, 3, 16, 16))) == as_sets(
+        net.layer_groups
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -145,7 +156,10 @@ def test_affine_batchnorm_adds_the_scales_and_shifts_that_another_normalization_
     expected = as_sets(net.layer_groups) | {affine(f"{name}.norm1") for name in names}
     # What a stage writes to its stream can be scaled before its last convolutions, too. The shift in the last shortcut has no
     # effect: it adds a constant to a stream that only normalizations read.
-    streams = [affine(*(f"stage{s}_{x}" for x in ("block1.norm2", "block2.norm2", "block1.shortcut.0"))) for s in (2, 3, 4)]
+    streams = [
+        affine(*(f"stage{s}_{x}" for x in ("block1.norm2", "block2.norm2", "block1.shortcut.0")))
+        for s in (2, 3, 4)
+    ]
     shift = frozenset({"stage4_block1.shortcut.0.bias"})
     assert found == expected | {streams[0], streams[1], streams[2] - shift, shift}
 
@@ -189,10 +203,17 @@ def test_torchvisions_resnet18_in_full():
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     expected = {frozenset({name}) for name, p in net.named_parameters() if p.dim() == 4}
     for stage in (1, 2, 3, 4):
-        expected |= {frozenset({f"layer{stage}.{block}.bn1.{kind}" for kind in ("weight", "bias")}) for block in (0, 1)}
-        stream = [f"layer{stage}.{block}.bn2" for block in (0, 1)] + ["bn1" if stage == 1 else f"layer{stage}.0.downsample.1"]
+        expected |= {
+            frozenset({f"layer{stage}.{block}.bn1.{kind}" for kind in ("weight", "bias")})
+            for block in (0, 1)
+        }
+        stream = [f"layer{stage}.{block}.bn2" for block in (0, 1)] + [
+            "bn1" if stage == 1 else f"layer{stage}.0.downsample.1"
+        ]
         if stage < 4:  # the last stream goes to the head without another normalization
-            expected.add(frozenset({f"{name}.{kind}" for name in stream for kind in ("weight", "bias")}))
+            expected.add(
+                frozenset({f"{name}.{kind}" for name in stream for kind in ("weight", "bias")})
+            )
     assert found == expected
     check_by_scaling(net, x, found)
 
@@ -200,7 +221,11 @@ def test_torchvisions_resnet18_in_full():
 def test_torchvisions_mobilenet_v3_small_by_scaling_every_set_and_every_parameter_left():
     net, x = torchvision.models.mobilenet_v3_small(num_classes=10), torch.randn(4, 3, 64, 64)
     found = as_sets(scale_invariant_groups(net, x))
-    assert {frozenset({name}) for name, p in net.named_parameters() if name.endswith(".0.weight") and p.dim() == 4} <= found
+    assert {
+        frozenset({name})
+        for name, p in net.named_parameters()
+        if name.endswith(".0.weight") and p.dim() == 4
+    } <= found
     check_by_scaling(net, x, found)
 
 
@@ -209,18 +234,31 @@ def test_torchvisions_vgg11_bn_in_full(whole):
     """Without `whole` the classifier, of whose 120 million weights none is invariant, is a small one of the same kind."""
     net, x = torchvision.models.vgg11_bn(num_classes=10), torch.randn(2, 3, 64, 64)
     if not whole:
-        net.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 10))
+        net.classifier = nn.Sequential(
+            nn.Linear(512 * 49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 10)
+        )
     found = as_sets(scale_invariant_groups(net, x))
     convs = [name for name, p in net.named_parameters() if p.dim() == 4]
-    expected = {frozenset({name}) for name in convs} | {frozenset({name.replace("weight", "bias")}) for name in convs}
-    norms = [f"features.{int(name.split('.')[1]) + 1}" for name in convs[:-1]]  # the last is followed by the classifier
+    expected = {frozenset({name}) for name in convs} | {
+        frozenset({name.replace("weight", "bias")}) for name in convs
+    }
+    norms = [
+        f"features.{int(name.split('.')[1]) + 1}" for name in convs[:-1]
+    ]  # the last is followed by the classifier
     expected |= {frozenset({f"{name}.weight", f"{name}.bias"}) for name in norms}
     assert found == expected
 
 
 def mlp(norm):
     return nn.Sequential(
-        nn.Linear(5, 7), norm(7), nn.ReLU(), nn.Dropout(0.3), nn.Linear(7, 6), norm(6), nn.ReLU(), nn.Linear(6, 3)
+        nn.Linear(5, 7),
+        norm(7),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(7, 6),
+        norm(6),
+        nn.ReLU(),
+        nn.Linear(6, 3),
     )
 
 
@@ -236,8 +274,12 @@ def test_nothing_is_found_without_normalization_despite_rescaling_symmetries():
 
 
 def test_the_direction_of_a_weight_normalized_layer_is_invariant():
-    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3))
-    assert scale_invariant_groups(net, torch.randn(8, 5)) == [["0.parametrizations.weight.original1"]]
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)
+    )
+    assert scale_invariant_groups(net, torch.randn(8, 5)) == [
+        ["0.parametrizations.weight.original1"]
+    ]
 
 
 class Tied(nn.Module):
@@ -276,7 +318,11 @@ class Attention(nn.Module):
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Embedding(11, 8), nn.Sequential(Attention(), Attention()), nn.Linear(8, 3)
+        self.embed, self.blocks, self.head = (
+            nn.Embedding(11, 8),
+            nn.Sequential(Attention(), Attention()),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, tokens):
         return self.head(self.blocks(self.embed(tokens)).mean(1))
@@ -285,4 +331,6 @@ class Encoder(nn.Module):
 def test_in_a_transformer_with_qk_norm_the_queries_and_keys_are_invariant_and_nothing_else():
     """The stream meets no normalization before the head, so nothing that writes to it is."""
     found = scale_invariant_groups(Encoder(), torch.randint(11, (4, 6)))
-    assert as_sets(found) == {frozenset({f"blocks.{block}.{name}.weight"}) for block in (0, 1) for name in "qk"}
+    assert as_sets(found) == {
+        frozenset({f"blocks.{block}.{name}.weight"}) for block in (0, 1) for name in "qk"
+    }

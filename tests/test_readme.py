@@ -29,7 +29,9 @@ def block(section):
 
 def test_run_the_main_command_names_the_regime(tmp_path):
     out = shown("train.py --elr 0.01", tmp_path)
-    assert out.startswith("elr 1e-02: chaotic equilibrium: ") and out.endswith("logs/digits-convnet/regimes.png\n")
+    assert out.startswith("elr 1e-02: chaotic equilibrium: ") and out.endswith(
+        "logs/digits-convnet/regimes.png\n"
+    )
 
 
 def test_sweep_several_elrs_make_a_table_which_the_logs_alone_make_again(tmp_path):

@@ -14,7 +14,11 @@ import pytest
 import regimes
 from regimes import autocorrelation_time, classify, random_walk
 
-CHANCE = {"points": 512, "train_loss": {"mean": 6.0, "std": 1.0}, "train_error": {"mean": 0.9, "std": 0.08}}
+CHANCE = {
+    "points": 512,
+    "train_loss": {"mean": 6.0, "std": 1.0},
+    "train_error": {"mean": 0.9, "std": 0.08},
+}
 DRAWS = 100
 
 
@@ -29,7 +33,9 @@ def noise(rng, n, sd, r):
 
 def with_error(rng, loss):
     """A log with a train error that goes with the loss, and a row of epoch 0 at chance."""
-    error = np.clip(0.9 * (1 - np.exp(-0.5 * loss)) / (1 - math.exp(-3)) + rng.normal(0, 0.004, len(loss)), 0, 1)
+    error = np.clip(
+        0.9 * (1 - np.exp(-0.5 * loss)) / (1 - math.exp(-3)) + rng.normal(0, 0.004, len(loss)), 0, 1
+    )
     loss, error = np.insert(loss, 0, 6.0), np.insert(error, 0, 0.9)
     return {"epoch": np.arange(len(loss), dtype=float), "train_loss": loss, "train_error": error}
 
@@ -50,12 +56,18 @@ def equilibrium(rng, t):
 
 def catapult(rng, t):
     peak = rng.uniform(0.05, 0.15) * len(t)
-    return 12 * np.exp(-((np.log(t / peak)) ** 2)) + 2 * (t / peak) ** -1.5 * np.exp(noise(rng, len(t), 0.1, 0.3))
+    return 12 * np.exp(-((np.log(t / peak)) ** 2)) + 2 * (t / peak) ** -1.5 * np.exp(
+        noise(rng, len(t), 0.1, 0.3)
+    )
 
 
 def late_escape(rng, t):
     escape = rng.uniform(0.5, 0.7) * len(t)
-    return rng.uniform(0.5, 2) * np.maximum(t / escape, 1) ** -rng.uniform(4, 10) * np.exp(noise(rng, len(t), 0.1, 0.3))
+    return (
+        rng.uniform(0.5, 2)
+        * np.maximum(t / escape, 1) ** -rng.uniform(4, 10)
+        * np.exp(noise(rng, len(t), 0.1, 0.3))
+    )
 
 
 def slow_drift(rng, t):
@@ -105,14 +117,26 @@ def test_one_nan_row_changes_nothing_but_a_note(kind, expected):
 def test_three_rows_never_get_a_verdict(kind):
     rng = np.random.default_rng(0)
     for _ in range(DRAWS):
-        log = {name: column[:3] for name, column in with_error(rng, kind(rng, np.arange(1, 41, dtype=float))).items()}
+        log = {
+            name: column[:3]
+            for name, column in with_error(rng, kind(rng, np.arange(1, 41, dtype=float))).items()
+        }
         verdict = classify(log, CHANCE)
-        assert verdict.regime == "undecided" and "too short" in verdict.why and verdict.more_epochs >= 8
+        assert (
+            verdict.regime == "undecided"
+            and "too short" in verdict.why
+            and verdict.more_epochs >= 8
+        )
 
 
 def test_slow_convergence_that_is_still_near_chance_is_not_called_divergence():
     epochs = np.arange(21.0)
-    log = {"epoch": epochs, "train_loss": np.full(21, 6.0), "train_error": np.full(21, 0.9), "step": 90 * epochs}
+    log = {
+        "epoch": epochs,
+        "train_loss": np.full(21, 6.0),
+        "train_error": np.full(21, 0.9),
+        "step": 90 * epochs,
+    }
     log["train_loss"] += np.random.default_rng(0).normal(0, 0.05, 21)
     verdict = classify({**log, "angle": np.full(21, 1e-4)}, CHANCE)
     assert verdict.regime == "undecided" and "hardly left its start" in verdict.why
@@ -121,18 +145,28 @@ def test_slow_convergence_that_is_still_near_chance_is_not_called_divergence():
 
 def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
     rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
-    for kind, expected in ((power_law, "convergence"), (equilibrium, "equilibrium"), (pure_chance, "divergence")):
+    for kind, expected in (
+        (power_law, "convergence"),
+        (equilibrium, "equilibrium"),
+        (pure_chance, "divergence"),
+    ):
         log = with_error(rng, kind(rng, t))
         del log["train_error"]
         verdict = classify(log)
         assert verdict.regime == expected
-        assert verdict.notes == ["no train_error: skill from the loss", "no chance reference: the row of epoch 0 stands in"]
+        assert verdict.notes == [
+            "no train_error: skill from the loss",
+            "no chance reference: the row of epoch 0 stands in",
+        ]
         log = {name: column[1:] for name, column in log.items()}
         assert classify(log).regime == ("convergence" if expected == "convergence" else "undecided")
 
 
 def test_a_run_that_ended_in_nan_is_undecided():
-    log = with_error(np.random.default_rng(0), equilibrium(np.random.default_rng(0), np.arange(1, 41, dtype=float)))
+    log = with_error(
+        np.random.default_rng(0),
+        equilibrium(np.random.default_rng(0), np.arange(1, 41, dtype=float)),
+    )
     log["train_loss"][-1] = math.nan
     verdict = classify(log, CHANCE)
     assert verdict.regime == "undecided" and "not finite" in verdict.why
@@ -153,7 +187,9 @@ def test_theil_sen_interval_covers_the_true_slope_and_ignores_outliers():
 
 
 def write(path, columns, rows, end="\n"):
-    path.write_text("\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)]) + end)
+    path.write_text(
+        "\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)]) + end
+    )
     return path
 
 
@@ -180,7 +216,9 @@ def test_a_folder_gives_table_boundaries_csv_and_figure(sweep, capsys):
     assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out and not err
     with open(sweep / "regimes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["regime"] for row in rows] == ["convergence"] * 3 + ["equilibrium"] * 2 + ["divergence"] * 2
+    assert [row["regime"] for row in rows] == ["convergence"] * 3 + ["equilibrium"] * 2 + [
+        "divergence"
+    ] * 2
     assert [float(row["elr"]) for row in rows] == [1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0]
     assert (sweep / "regimes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert run(sweep) == 0  # its own files are no logs
@@ -218,7 +256,9 @@ def test_an_empty_folder_and_a_missing_out_are_one_line(tmp_path, capsys):
     assert exit.value.code == 2 and "argument --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["nonsense", '{"chance": 3}', '{"chance": {"0": {"points": 0}}}', "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["nonsense", '{"chance": 3}', '{"chance": {"0": {"points": 0}}}', "[" * 100_000, "\x00"]
+)
 def test_a_damaged_config_is_named_and_the_runs_still_classified(sweep, capsys, text):
     (sweep / "config.json").write_text(text)
     assert run(sweep) == 2
@@ -234,13 +274,19 @@ def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
         write(sweep / f"elr=5e-03.seed={seed}.csv", log, zip(*log.values(), strict=True))
     assert run(sweep) == 0
     out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.005 to 0.01 (×2), 67% of the seeds below, 100% above" in out
+    assert (
+        "convergence | chaotic equilibrium: 0.005 to 0.01 (×2), 67% of the seeds below, 100% above"
+        in out
+    )
 
 
 def test_regimes_out_of_order_have_no_boundaries(sweep, capsys):
     shutil.copy(sweep / "elr=1e+00.csv", sweep / "elr=2e-05.csv")
     assert run(sweep) == 0
-    assert "no boundaries: out of order: divergence at ELR 2e-05, but convergence at 0.0001" in capsys.readouterr().out
+    assert (
+        "no boundaries: out of order: divergence at ELR 2e-05, but convergence at 0.0001"
+        in capsys.readouterr().out
+    )
 
 
 def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
@@ -248,9 +294,14 @@ def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
     rng = np.random.default_rng(0)
     loss = power_law(rng, np.arange(1, 41, dtype=float))
     write(tmp_path / "mine.csv", ("epoch", "train_loss"), enumerate(loss, 1))
-    result = subprocess.run([sys.executable, "regimes.py", "mine.csv"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "regimes.py", "mine.csv"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0 and result.stdout.startswith("mine: convergence: ")
-    assert "no train_error" in result.stdout and sorted(p.name for p in tmp_path.iterdir()) == ["mine.csv", "regimes.py"]
+    assert "no train_error" in result.stdout and sorted(p.name for p in tmp_path.iterdir()) == [
+        "mine.csv",
+        "regimes.py",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- the evidence
@@ -260,7 +311,9 @@ def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
 def test_the_autocorrelation_time_is_that_of_the_process(r):
     rng = np.random.default_rng()
     found = np.mean([autocorrelation_time(noise(rng, 10_000, 1.0, r)) for _ in range(30)])
-    assert found == pytest.approx((1 + r) / (1 - r), rel=0.2)  # at r = 0.9 its standard error is 4 %
+    assert found == pytest.approx(
+        (1 + r) / (1 - r), rel=0.2
+    )  # at r = 0.9 its standard error is 4 %
 
 
 def test_the_random_walks_angle_is_that_of_simulated_isotropic_steps():
@@ -270,7 +323,9 @@ def test_the_random_walks_angle_is_that_of_simulated_isotropic_steps():
     for _ in range(2 * steps):
         turn = rng.normal(size=walk.shape)
         turn -= (turn * walk).sum(1, keepdims=True) * walk
-        walk = math.cos(phi) * walk + math.sin(phi) * turn / np.linalg.norm(turn, axis=1, keepdims=True)
+        walk = math.cos(phi) * walk + math.sin(phi) * turn / np.linalg.norm(
+            turn, axis=1, keepdims=True
+        )
         if _ == steps - 1:
             half = walk[:, 0].mean()
     log = {"step": np.array([0.0, steps, 2 * steps]), "angle": np.full(3, phi)}
@@ -278,7 +333,10 @@ def test_the_random_walks_angle_is_that_of_simulated_isotropic_steps():
 
 
 def test_explain_prints_the_numbers_behind_each_verdict(tmp_path, capsys):
-    rng, t = np.random.default_rng(0), np.arange(1, 41)  # the same logs each time: the report is asked, not the rule
+    rng, t = (
+        np.random.default_rng(0),
+        np.arange(1, 41),
+    )  # the same logs each time: the report is asked, not the rule
     levels = {
         "1e-03": power_law(rng, t),
         "1e-02": 1.5 * np.exp(noise(rng, 40, 0.1, 0.5)),
@@ -293,29 +351,58 @@ def test_explain_prints_the_numbers_behind_each_verdict(tmp_path, capsys):
             "angle": np.full(41, angle),
             "distance": np.full(41, 1.57),
         }
-        lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
+        lines = [
+            ",".join(log),
+            *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True)),
+        ]
         (tmp_path / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "config.json").write_text(json.dumps({"chance": {"0": CHANCE}}))
     assert regimes.main([str(tmp_path), "--explain"]) == 0
     falling, level, lost = capsys.readouterr().out.split("\nelr 1e-0")[1:]
     assert falling.startswith("3: convergence: ") and ": falling\n" in falling
-    assert level.startswith("2: chaotic equilibrium: ") and "autocorrelation time" in level and "chance 6 ± 1 from" in level
-    assert lost.startswith("1: divergence: ") and "2.46 (2.47) after 3600 steps" in lost and "skill " in lost
+    assert (
+        level.startswith("2: chaotic equilibrium: ")
+        and "autocorrelation time" in level
+        and "chance 6 ± 1 from" in level
+    )
+    assert (
+        lost.startswith("1: divergence: ")
+        and "2.46 (2.47) after 3600 steps" in lost
+        and "skill " in lost
+    )
     assert all("slope " in part and "γ " in part for part in (falling, level, lost))
 
 
 def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, capsys):
-    rng, t = np.random.default_rng(0), np.arange(1, 41)  # the same logs each time: the report is asked, not the rule
+    rng, t = (
+        np.random.default_rng(0),
+        np.arange(1, 41),
+    )  # the same logs each time: the report is asked, not the rule
     for elr in ("1e-03", "1e-02"):
         for seed in (0, 1, 2):
-            loss = power_law(rng, t) if elr == "1e-03" or seed == 2 else 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
+            loss = (
+                power_law(rng, t)
+                if elr == "1e-03" or seed == 2
+                else 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
+            )
             log = with_error(rng, loss)
-            lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
-            (tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv").write_text("\n".join(lines) + "\n")
-    (tmp_path / "config.json").write_text(json.dumps({"chance": {str(seed): CHANCE for seed in range(3)}}))
+            lines = [
+                ",".join(log),
+                *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True)),
+            ]
+            (tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv").write_text(
+                "\n".join(lines) + "\n"
+            )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"chance": {str(seed): CHANCE for seed in range(3)}})
+    )
     assert regimes.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10), 100% of the seeds below, 67% above" in out and " 2/3 " in out
+    assert (
+        "convergence | chaotic equilibrium: 0.001 to 0.01 (×10), 100% of the seeds below, 67% above"
+        in out
+        and " 2/3 " in out
+    )
     with open(tmp_path / "summary.csv") as file:
         found = list(csv.DictReader(file))
     assert [(row["elr"], row["regime"], row["seeds"]) for row in found] == [
@@ -323,25 +410,41 @@ def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, cap
         ("0.01", "equilibrium", "3"),
     ]
     with open(tmp_path / "regimes.csv") as file:
-        losses = sorted(float(row["train_loss"]) for row in csv.DictReader(file) if row["elr"] == "0.01")
+        losses = sorted(
+            float(row["train_loss"]) for row in csv.DictReader(file) if row["elr"] == "0.01"
+        )
     assert [float(found[1][f"train_loss{end}"]) for end in ("_low", "", "_high")] == losses
 
 
 def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(tmp_path, capsys):
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
     sweep.mkdir(), whole.mkdir()
-    rng, t = np.random.default_rng(0), np.arange(1, 41)  # the same logs each time: the report is asked, not the rule
-    for elr, loss in (("1e-03", power_law(rng, t)), ("1e-02", 1.5 * np.exp(noise(rng, 40, 0.1, 0.3)))):
+    rng, t = (
+        np.random.default_rng(0),
+        np.arange(1, 41),
+    )  # the same logs each time: the report is asked, not the rule
+    for elr, loss in (
+        ("1e-03", power_law(rng, t)),
+        ("1e-02", 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))),
+    ):
         log = with_error(rng, loss)
-        lines = [",".join(log), *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True))]
+        lines = [
+            ",".join(log),
+            *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True)),
+        ]
         (sweep / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
     rows = [
         f"{epoch},{elr},{loss}"
-        for epoch, (elr, loss) in enumerate([(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)])
+        for epoch, (elr, loss) in enumerate(
+            [(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)]
+        )
     ]
     (whole / "lr=1e-01.csv").write_text("epoch,elr,train_loss\n" + "\n".join(rows) + "\n")
     assert regimes.main([str(sweep), str(whole), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     expected = "ELR 0.1 to 0.001: outside the sweep from epoch 0, chaotic equilibrium from epoch 1, convergence from epoch 3"
-    assert out.splitlines()[-1] == f"lr 1e-01: {expected}" and (tmp_path / "regimes.png").stat().st_size > 10_000
+    assert (
+        out.splitlines()[-1] == f"lr 1e-01: {expected}"
+        and (tmp_path / "regimes.png").stat().st_size > 10_000
+    )
     assert regimes.main([str(whole)]) == 0 and "a sweep given beside it" in capsys.readouterr().out

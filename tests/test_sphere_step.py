@@ -15,7 +15,9 @@ def invariant_loss(theta):
     """Some scale-invariant function of the concatenation of two tensors, in float64."""
     x = torch.cat([t.flatten() for t in theta])
     u = x / x.norm()
-    return (torch.linspace(-1, 3, len(u), dtype=u.dtype) * u**2).sum() + (u[:-1] * u[1:]).sin().sum()
+    return (torch.linspace(-1, 3, len(u), dtype=u.dtype) * u**2).sum() + (
+        u[:-1] * u[1:]
+    ).sin().sum()
 
 
 def other_loss(theta):
@@ -25,14 +27,21 @@ def other_loss(theta):
 
 
 def two_tensors(dtype=torch.float64):
-    return [torch.randn(4, 3, 3, dtype=dtype, requires_grad=True), torch.randn(7, dtype=dtype, requires_grad=True)]
+    return [
+        torch.randn(4, 3, 3, dtype=dtype, requires_grad=True),
+        torch.randn(7, dtype=dtype, requires_grad=True),
+    ]
 
 
 def spheres_of(theta, sphere):
     """The tensors cut into what each sphere holds, as flat vectors."""
     if sphere == "group":
         return [torch.cat([t.flatten() for t in theta])]
-    return [t.flatten() for t in theta] if sphere == "tensor" else [row.flatten() for t in theta for row in t]
+    return (
+        [t.flatten() for t in theta]
+        if sphere == "tensor"
+        else [row.flatten() for t in theta for row in t]
+    )
 
 
 def close(a, b, tolerance):
@@ -43,7 +52,9 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("elr", [1e-6, 0.03, 10.0])
 def test_step_on_an_invariant_loss_is_normalized_gradient_descent(sphere, elr):
     theta = two_tensors()
-    theta[1] = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)  # rows of one element have no tangent
+    theta[1] = torch.randn(
+        7, 2, dtype=torch.float64, requires_grad=True
+    )  # rows of one element have no tangent
     optimizer = SphereSGD(theta, lr=elr, sphere=sphere)
     loss = {"group": invariant_loss, "tensor": lambda t: sum(invariant_loss([x]) for x in t)}.get(
         sphere, lambda t: sum(invariant_loss([r]) for x in t for r in x)
@@ -61,7 +72,9 @@ def test_step_on_an_invariant_loss_is_normalized_gradient_descent(sphere, elr):
 
 @pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_steps_on_any_loss_follow_the_projected_formula_and_report_gamma_phi_radial(sphere, momentum):
+def test_steps_on_any_loss_follow_the_projected_formula_and_report_gamma_phi_radial(
+    sphere, momentum
+):
     theta, elr = two_tensors(), 0.01
     optimizer = SphereSGD(theta, lr=elr, sphere=sphere, momentum=momentum)
     x = [v.detach().clone() for v in spheres_of(theta, sphere)]
@@ -79,10 +92,16 @@ def test_steps_on_any_loss_follow_the_projected_formula_and_report_gamma_phi_rad
             v = x[i] - elr * rho[i] ** 2 * m[i]
             cosine = (x[i] @ v / x[i].norm() / v.norm()).clamp(max=1)
             gamma = (rho[i] * (tangent @ g[i]).norm()).item()
-            scale = (rho[i] * g[i].norm()).item()  # a row of one element has no tangent: its γ is 0 up to rounding
+            scale = (
+                rho[i] * g[i].norm()
+            ).item()  # a row of one element has no tangent: its γ is 0 up to rounding
             assert math.isclose(stats["grad_norm"][i], gamma, rel_tol=1e-9, abs_tol=1e-7 * scale)
-            assert math.isclose(stats["angle"][i], cosine.acos(), rel_tol=1e-6, abs_tol=1e-7 * (1 + elr * scale))
-            assert math.isclose(stats["radial"][i], n @ g[i] / g[i].norm(), rel_tol=1e-9, abs_tol=1e-12)
+            assert math.isclose(
+                stats["angle"][i], cosine.acos(), rel_tol=1e-6, abs_tol=1e-7 * (1 + elr * scale)
+            )
+            assert math.isclose(
+                stats["radial"][i], n @ g[i] / g[i].norm(), rel_tol=1e-9, abs_tol=1e-12
+            )
             x[i] = rho[i] * v / v.norm()
         for new, reference in zip(spheres_of(theta, sphere), x, strict=True):
             assert close(new, reference, 1e-11)
@@ -101,8 +120,12 @@ def test_layer_stats_are_each_tensors_norm_individual_elr_gradient_norm_and_turn
             g, n = theta[i].grad.flatten(), old.flatten() / old.norm()
             assert math.isclose(layers["norm"][i], old.norm(), rel_tol=ROUNDING)
             assert math.isclose(layers["elr"][i], 0.02 * rho2 / old.norm() ** 2, rel_tol=1e-10)
-            assert math.isclose(layers["grad_norm"][i], old.norm() * (g - n * (n @ g)).norm(), rel_tol=1e-9)
-            cosine = torch.nn.functional.cosine_similarity(old.flatten(), new.detach().flatten(), dim=0)
+            assert math.isclose(
+                layers["grad_norm"][i], old.norm() * (g - n * (n @ g)).norm(), rel_tol=1e-9
+            )
+            cosine = torch.nn.functional.cosine_similarity(
+                old.flatten(), new.detach().flatten(), dim=0
+            )
             assert math.isclose(layers["angle"][i], cosine.clamp(max=1).acos(), rel_tol=1e-5)
 
 
@@ -134,7 +157,9 @@ def test_the_norm_is_the_radius_after_ten_thousand_float32_steps(elr, sphere):
 
 
 def test_a_large_tensor_keeps_its_norm_too():
-    theta = torch.randn(700, 1000, requires_grad=True)  # more than one piece of the float32 dot product
+    theta = torch.randn(
+        700, 1000, requires_grad=True
+    )  # more than one piece of the float32 dot product
     radius = theta.detach().double().norm()
     optimizer = SphereSGD([theta], lr=1e-3)
     for _ in range(50):
@@ -194,7 +219,9 @@ def test_any_size_of_step_stays_finite_and_on_the_sphere(product):
 def test_a_sphere_with_a_non_finite_gradient_stays_and_says_so_while_the_others_step(bad, momentum):
     theta = [torch.randn(4, 4, requires_grad=True) for _ in range(3)]
     optimizer = SphereSGD(
-        [{"params": theta[:2], "sphere": "tensor"}, {"params": theta[2:], "sphere": "row"}], 0.1, momentum=momentum
+        [{"params": theta[:2], "sphere": "tensor"}, {"params": theta[2:], "sphere": "row"}],
+        0.1,
+        momentum=momentum,
     )
     before = [t.detach().clone() for t in theta]
     for t in theta:
@@ -203,7 +230,14 @@ def test_a_sphere_with_a_non_finite_gradient_stays_and_says_so_while_the_others_
     optimizer.step()
     assert torch.equal(theta[0], before[0]) and not torch.equal(theta[1], before[1])
     assert torch.equal(theta[2][3], before[2][3]) and not torch.equal(theta[2][:3], before[2][:3])
-    assert optimizer.stats()["grad_norm"].isnan().tolist() == [True, False, False, False, False, True]
+    assert optimizer.stats()["grad_norm"].isnan().tolist() == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
     assert all(t.isfinite().all() for t in theta)
 
 
@@ -251,7 +285,10 @@ def test_measure_reports_what_step_would_without_moving_anything():
     optimizer = SphereSGD(theta, lr=0.1, momentum=0.9)
     other_loss(theta).backward()
     optimizer.step()
-    before, state = [t.detach().clone() for t in theta], {k: v["momentum_buffer"].clone() for k, v in optimizer.state.items()}
+    before, state = (
+        [t.detach().clone() for t in theta],
+        {k: v["momentum_buffer"].clone() for k, v in optimizer.state.items()},
+    )
     optimizer.measure()
     measured = optimizer.stats()
     assert all(torch.equal(a, b) for a, b in zip(theta, before, strict=True))
@@ -265,7 +302,9 @@ def test_state_dict_round_trips_radii_and_momentum():
     optimizer = SphereSGD(theta, lr=0.1, momentum=0.9)
     other_loss(theta).backward()
     optimizer.step()
-    copy = [(2 * t.detach()).requires_grad_() for t in theta]  # twice the radius, until the state is loaded
+    copy = [
+        (2 * t.detach()).requires_grad_() for t in theta
+    ]  # twice the radius, until the state is loaded
     other = SphereSGD(copy, lr=0.5)
     other.load_state_dict(deepcopy(optimizer.state_dict()))
     with torch.no_grad():
@@ -311,7 +350,13 @@ def test_any_memory_layout_gives_the_same_step():
 
 def test_empty_and_scalar_tensors_are_no_trouble():
     for sphere in ("group", "tensor", "row"):
-        theta = [torch.randn(0, 3), torch.randn(()), torch.randn(1), torch.randn(4, 0), torch.randn(6, 2)]
+        theta = [
+            torch.randn(0, 3),
+            torch.randn(()),
+            torch.randn(1),
+            torch.randn(4, 0),
+            torch.randn(6, 2),
+        ]
         before = [t.clone() for t in theta]
         optimizer = SphereSGD([t.requires_grad_() for t in theta], lr=0.1, sphere=sphere)
         for t in theta:
@@ -344,7 +389,9 @@ def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
         with pytest.raises(ValueError, match="norm zero"):
             SphereSGD([torch.zeros(3, requires_grad=True)], lr=0.1, sphere=sphere)
     with pytest.raises(ValueError, match="a row of tensor 0"):
-        SphereSGD([torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)], lr=0.1, sphere="row")
+        SphereSGD(
+            [torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)], lr=0.1, sphere="row"
+        )
     with pytest.raises(ValueError, match="not finite"):
         SphereSGD([torch.tensor([1.0, math.nan], requires_grad=True)], lr=0.1)
     embedding = torch.nn.Embedding(5, 3, sparse=True)
@@ -367,7 +414,9 @@ def test_in_the_whole_space_the_loss_depends_on_the_implied_elr_alone():
     data = torch.randn(40, 37, dtype=torch.float64)
     for factor in (1, 10):
         params = [(factor * p).requires_grad_() for p in start]
-        optimizer = WholeSpaceSGD(params, params, lr=0.02 * factor**2, momentum=0.9, weight_decay=0.01 / factor**2)
+        optimizer = WholeSpaceSGD(
+            params, params, lr=0.02 * factor**2, momentum=0.9, weight_decay=0.01 / factor**2
+        )
         curves.append([])
         for _ in range(200):
             theta = torch.cat([p.flatten() for p in params])
@@ -380,7 +429,9 @@ def test_in_the_whole_space_the_loss_depends_on_the_implied_elr_alone():
             gradient = torch.cat([p.grad.flatten() for p in params])
             across = gradient - theta.detach() * (theta.detach() @ gradient) / norm**2
             assert stats["grad_norm"].item() == pytest.approx((norm * across.norm()).item())
-            assert stats["angle"].item() == pytest.approx(math.atan(stats["elr"].item() * stats["grad_norm"].item()))
+            assert stats["angle"].item() == pytest.approx(
+                math.atan(stats["elr"].item() * stats["grad_norm"].item())
+            )
             assert (1 / layers["elr"]).sum().item() == pytest.approx(1 / stats["elr"].item())
             curves[-1].append(loss.item())
     assert curves[0] == pytest.approx(curves[1], rel=1e-6) and curves[0][-1] < 0.9 * curves[0][0]

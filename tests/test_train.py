@@ -43,7 +43,11 @@ def test_the_three_regimes_are_named(tmp_path, capsys, seed):
     assert run("--elr", 0.001, 0.01, 0.3, "--seed", seed, "--out", tmp_path) == 0
     out = capsys.readouterr().out
     suffix = f" seed {seed}" if seed else ""
-    for elr, regime in (("1e-03", "convergence"), ("1e-02", "chaotic equilibrium"), ("3e-01", "divergence")):
+    for elr, regime in (
+        ("1e-03", "convergence"),
+        ("1e-02", "chaotic equilibrium"),
+        ("3e-01", "divergence"),
+    ):
         assert f"elr {elr}{suffix}: {regime}: " in out
 
 
@@ -71,19 +75,39 @@ def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys):
             "distance",
         ]
     )
-    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and [row["step"] for row in rows] == ["0", "22", "44"]
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"] and [row["step"] for row in rows] == [
+        "0",
+        "22",
+        "44",
+    ]
     for row in rows:
         assert all(math.isfinite(float(cell)) for cell in row.values())
-        assert 0 <= float(row["train_error"]) <= 1 and 0 <= float(row["test_error"]) <= 1 and float(row["radial"]) < 1e-4
+        assert (
+            0 <= float(row["train_error"]) <= 1
+            and 0 <= float(row["test_error"]) <= 1
+            and float(row["radial"]) < 1e-4
+        )
     layers = read(tmp_path / "elr=1e-02.layers.csv")
-    assert [row["layer"] for row in layers[:4]] == [f"conv{i}.weight" for i in (1, 2, 3, 4)] and len(layers) == 12
-    for epoch in ("0", "1", "2"):  # the squares of the norms add up to the sphere's, which is what ELR and norm say together
+    assert [row["layer"] for row in layers[:4]] == [
+        f"conv{i}.weight" for i in (1, 2, 3, 4)
+    ] and len(layers) == 12
+    for epoch in (
+        "0",
+        "1",
+        "2",
+    ):  # the squares of the norms add up to the sphere's, which is what ELR and norm say together
         squares = [float(row["norm"]) ** 2 for row in layers if row["epoch"] == epoch]
         elrs = [float(row["elr"]) for row in layers if row["epoch"] == epoch]
-        assert sum(1 / elr for elr in elrs) == pytest.approx(1 / 0.01, rel=0.01) and len(squares) == 4
+        assert (
+            sum(1 / elr for elr in elrs) == pytest.approx(1 / 0.01, rel=0.01) and len(squares) == 4
+        )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["command"]["epochs"] == 2 and config["command"]["elr"] == [0.01]
-    assert config["options"]["width"] == 2 and config["chance"]["0"]["points"] == 512 and "torch" in config["versions"]
+    assert (
+        config["options"]["width"] == 2
+        and config["chance"]["0"]["points"] == 512
+        and "torch" in config["versions"]
+    )
     assert abs(config["chance"]["0"]["train_error"]["mean"] - 0.9) < 0.02
     checkpoint = torch.load(tmp_path / "elr=1e-02.pt", weights_only=True)
     assert checkpoint["epoch"] == 2 and "conv1.weight" in checkpoint["net"]
@@ -96,13 +120,18 @@ def test_equal_commands_write_equal_bytes_but_for_the_seconds(tmp_path):
         assert run("--elr", 0.01, 0.1, *QUICK, "--out", tmp_path / name) == 0
     for path in (tmp_path / "a").glob("elr=*.csv"):
         assert without_seconds(path) == without_seconds(tmp_path / "b" / path.name)
-    assert (tmp_path / "a" / "regimes.csv").read_bytes() == (tmp_path / "b" / "regimes.csv").read_bytes()
+    assert (tmp_path / "a" / "regimes.csv").read_bytes() == (
+        tmp_path / "b" / "regimes.csv"
+    ).read_bytes()
 
 
 def test_every_elr_starts_from_the_same_point_and_a_seed_changes_it(tmp_path):
     assert run("--elr", 0.01, 0.1, *QUICK, "--out", tmp_path) == 0
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path, "--seed", 1) == 0
-    first = [float(read(tmp_path / f"{name}.csv")[0]["train_loss"]) for name in ("elr=1e-02", "elr=1e-01", "elr=1e-02.seed=1")]
+    first = [
+        float(read(tmp_path / f"{name}.csv")[0]["train_loss"])
+        for name in ("elr=1e-02", "elr=1e-01", "elr=1e-02.seed=1")
+    ]
     assert first[0] == first[1] != first[2]
 
 
@@ -118,7 +147,11 @@ def test_spheres_of_layers_and_rows_fix_every_layers_norm(tmp_path, sphere):
 
 def test_the_joint_sphere_lets_the_layers_norms_move(tmp_path):
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
-    norms = [float(row["norm"]) for row in read(tmp_path / "elr=1e-02.layers.csv") if row["layer"] == "conv1.weight"]
+    norms = [
+        float(row["norm"])
+        for row in read(tmp_path / "elr=1e-02.layers.csv")
+        if row["layer"] == "conv1.weight"
+    ]
     assert max(norms) / min(norms) > 1.001
 
 
@@ -127,7 +160,10 @@ def test_a_finished_run_is_not_done_again_and_force_starts_afresh(tmp_path, caps
     before = (tmp_path / "elr=1e-02.csv").read_bytes()
     capsys.readouterr()
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
-    assert "(already done)" in capsys.readouterr().out and (tmp_path / "elr=1e-02.csv").read_bytes() == before
+    assert (
+        "(already done)" in capsys.readouterr().out
+        and (tmp_path / "elr=1e-02.csv").read_bytes() == before
+    )
     (tmp_path / "notes.txt").write_text("mine")
     assert run("--elr", 0.1, *QUICK, "--out", tmp_path, "--force") == 0
     assert not (tmp_path / "elr=1e-02.csv").exists() and (tmp_path / "notes.txt").exists()
@@ -157,12 +193,21 @@ BAD = [
     (["--elr", "0.1", "--lr", "0.1"], "--lr: this is for --space whole"),
     (["--elr", "0.1", "--wd", "0.1"], "--wd: this is for --space whole"),
     (["--elr", "0.1", "--space", "whole"], "--elr: in the whole space there is --lr"),
-    (["--lr", "0.1", "--space", "whole", "--sphere", "layer"], "--sphere: in the whole space there is --lr"),
+    (
+        ["--lr", "0.1", "--space", "whole", "--sphere", "layer"],
+        "--sphere: in the whole space there is --lr",
+    ),
     (["--lr", "0.1", "--space", "whole", "--head-lr", "1"], "--head-lr: in the whole space"),
     (["--sweep", "--space", "whole"], "--sweep: in the whole space"),
     (["--space", "whole"], "one of --lr LR or a --schedule of values"),
-    (["--elr", "0.1", "--momentum", "1"], "--momentum: '1' is not a finite number above 0 and below 1"),
-    (["--elr", "0.1", "--schedule", "linear"], "--schedule: 'linear' is neither constant nor cosine"),
+    (
+        ["--elr", "0.1", "--momentum", "1"],
+        "--momentum: '1' is not a finite number above 0 and below 1",
+    ),
+    (
+        ["--elr", "0.1", "--schedule", "linear"],
+        "--schedule: 'linear' is neither constant nor cosine",
+    ),
     (["--schedule", "3:0.1"], "--schedule: '3:0.1' is neither"),
     (["--schedule", "0:0.1,0:0.2"], "--schedule: '0:0.1,0:0.2' is neither"),
     (["--schedule", "0:-1"], "--schedule: '0:-1' is neither"),
@@ -170,7 +215,10 @@ BAD = [
     (["--elr", "0.1", "--label-noise", "1"], "--label-noise: '1' is not"),
     (["--elr", "0.1", "--train-size", "1438"], "--train-size: 1438 is more than the 1437"),
     (["--elr", "0.1", "--train-size", "8"], "--batch-size: 16 is more than the 8"),
-    (["--elr", "0.1", "--label-noise", "1e-4"], "--label-noise: 0.0001 of 1437 training images is none"),
+    (
+        ["--elr", "0.1", "--label-noise", "1e-4"],
+        "--label-noise: 0.0001 of 1437 training images is none",
+    ),
     (["--elr", "0.1", "--then-epochs", "5"], "--then-epochs: this is for --then"),
     (["--elr", "0.1", "--then-orders", "2"], "--then-orders: this is for --then"),
     (["--elr", "0.1", "--then", "0.01", "--schedule", "cosine"], "--then: it takes a constant ELR"),
@@ -183,10 +231,16 @@ BAD = [
     (["--elr", "0.1", "--alphas", "1"], "--alphas: this is for --model toy"),
     (["--elr", "0.1", "--steps", "10"], "--steps: this is for --model toy"),
     (["--elr", "0.1", "--model", "toy", "--data", "digits"], "--data: the toy has no data set"),
-    (["--elr", "0.1", "--model", "toy", "--affine"], "--affine: the toy has no data set and no layers"),
+    (
+        ["--elr", "0.1", "--model", "toy", "--affine"],
+        "--affine: the toy has no data set and no layers",
+    ),
     (["--elr", "0.1", "--model", "toy", "--alphas", "-1"], "--alphas: '-1' is not"),
     (["--elr", "0.1", "--refine", "2"], "--refine: it takes a sweep"),
-    (["--sweep", "--refine", "2", "--schedule", "cosine"], "--refine: a regime belongs to a constant ELR"),
+    (
+        ["--sweep", "--refine", "2", "--schedule", "cosine"],
+        "--refine: a regime belongs to a constant ELR",
+    ),
     (["--elr", "0.1", "--max-epochs", "50"], "--max-epochs: this is for --refine"),
     (["--sweep", "--refine", "1", "--max-epochs", "5"], "--max-epochs: 5 is less than --epochs 20"),
     (["--elr", "0.1", "--seeds", "0"], "--seeds: '0' is not"),
@@ -198,8 +252,12 @@ if not torch.cuda.is_available():
     BAD.append((["--elr", "0.1", "--device", "cuda"], "--device: 'cuda' cannot be used"))
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
-def test_bad_arguments_are_one_line_status_2_and_nothing_written(tmp_path, capsys, monkeypatch, arguments, message):
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_bad_arguments_are_one_line_status_2_and_nothing_written(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         run(*arguments)
@@ -213,7 +271,12 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         run("--elr", 0.1, "--out", tmp_path / "file" / "logs")
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and "argument --out" in err and "cannot be written" in err
+    assert (
+        exit.value.code == 2
+        and err.count("\n") == 1
+        and "argument --out" in err
+        and "cannot be written" in err
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -224,7 +287,12 @@ def test_an_out_with_other_options_names_the_first_that_differs(tmp_path, capsys
     with pytest.raises(SystemExit) as exit:
         run("--elr", 0.1, *QUICK, "--width", 3, "--out", tmp_path)
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and "(width is 2 there, 3 here)" in err and "--force" in err
+    assert (
+        exit.value.code == 2
+        and err.count("\n") == 1
+        and "(width is 2 there, 3 here)" in err
+        and "--force" in err
+    )
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -242,7 +310,9 @@ def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path):
     rows.close()
 
 
-def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_goes_on(tmp_path, capsys, monkeypatch):
+def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_goes_on(
+    tmp_path, capsys, monkeypatch
+):
     real, calls = train.load, []
 
     def poisoned(*arguments):
@@ -255,18 +325,38 @@ def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_go
         train,
         "measure_chance",
         lambda *a: (
-            calls.append(a) or {"points": 1, "train_loss": {"mean": 6.0, "std": 1.0}, "train_error": {"mean": 0.9, "std": 0.1}}
+            calls.append(a)
+            or {
+                "points": 1,
+                "train_loss": {"mean": 6.0, "std": 1.0},
+                "train_error": {"mean": 0.9, "std": 0.1},
+            }
         ),
     )
     assert run("--elr", 0.01, 0.1, *QUICK, "--out", tmp_path) == 0
     out, err = capsys.readouterr()
-    assert err.count("is not finite in epoch 0") == 2 and out.count("undecided: stopped in epoch 0") == 2 and len(calls) == 1
+    assert (
+        err.count("is not finite in epoch 0") == 2
+        and out.count("undecided: stopped in epoch 0") == 2
+        and len(calls) == 1
+    )
     assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
 
 
 def test_interrupt_leaves_whole_rows_and_exit_status_130(tmp_path):
-    command = [sys.executable, "train.py", "--elr", "0.01", "--epochs", "1000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "train.py",
+        "--elr",
+        "0.01",
+        "--epochs",
+        "1000",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     log = tmp_path / "elr=1e-02.csv"
     for _ in range(600):
         if log.exists() and log.read_text().count("\n") > 3:
@@ -284,7 +374,9 @@ def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are
     command = [sys.executable, "train.py", "--elr", "0.01", *QUICK, "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
-    assert len(result.stdout.splitlines()) == 2 and result.stdout.splitlines()[1].startswith("written: ")
+    assert len(result.stdout.splitlines()) == 2 and result.stdout.splitlines()[1].startswith(
+        "written: "
+    )
 
 
 NETWORK = """
@@ -310,18 +402,34 @@ number = 3
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
 def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_path, capsys, sphere):
     (tmp_path / "mine.py").write_text(NETWORK)
-    command = ["--model", f"{tmp_path}/mine.py:net", "--elr", 0.001, "--epochs", 2, "--batch-size", 64, "--sphere", sphere]
+    command = [
+        "--model",
+        f"{tmp_path}/mine.py:net",
+        "--elr",
+        0.001,
+        "--epochs",
+        2,
+        "--batch-size",
+        64,
+        "--sphere",
+        sphere,
+    ]
     assert run(*command, "--out", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "  0.weight\n" in out and "  3.weight\n" in out and "by plain SGD:" in out
     layers = {row["layer"] for row in read(tmp_path / "out" / "elr=1e-03.layers.csv")}
-    found = {"0.weight", "3.weight"} | (set() if sphere == "row" else {"0.bias", "1.weight", "1.bias"})
+    found = {"0.weight", "3.weight"} | (
+        set() if sphere == "row" else {"0.bias", "1.weight", "1.bias"}
+    )
     assert layers == found
     assert set(out.split("by plain SGD: ")[1].splitlines()[0].split(", ")).isdisjoint(found)
     before = read(tmp_path / "out" / "elr=1e-03.csv")
     assert run(*command, "--out", tmp_path / "other", "--head-lr", 1e-6) == 0
     after = read(tmp_path / "other" / "elr=1e-03.csv")
-    assert before[0]["train_loss"] == after[0]["train_loss"] and before[2]["train_loss"] != after[2]["train_loss"]
+    assert (
+        before[0]["train_loss"] == after[0]["train_loss"]
+        and before[2]["train_loss"] != after[2]["train_loss"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +447,9 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
         ("convnet", ["--head-lr", "0.1"], "--head-lr: all that convnet trains is on the spheres"),
     ],
 )
-def test_a_network_that_cannot_be_trained_is_one_line(tmp_path, capsys, monkeypatch, model, more, message):
+def test_a_network_that_cannot_be_trained_is_one_line(
+    tmp_path, capsys, monkeypatch, model, more, message
+):
     (tmp_path / "mine.py").write_text(NETWORK)
     (tmp_path / "bad.py").write_text("def net(:")
     with pytest.raises(SystemExit) as exit:
@@ -377,45 +487,69 @@ AT_THE_START = ["train_loss", "train_error", "test_loss", "test_error"]
 
 
 def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
-    assert run("--model", "resnet18", "--elr", 0.001, *QUICK, "--sphere", "layer", "--out", tmp_path) == 0
+    assert (
+        run("--model", "resnet18", "--elr", 0.001, *QUICK, "--sphere", "layer", "--out", tmp_path)
+        == 0
+    )
     layers = {row["layer"] for row in read(tmp_path / "elr=1e-03.layers.csv")}
     assert len(layers) == 20 and "stage2_block1.shortcut.1.weight" in layers
 
 
 @pytest.mark.parametrize("model", ["convnet", "resnet18"])
-def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_its_elr(tmp_path, plain, model):
+def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_its_elr(
+    tmp_path, plain, model
+):
     command = ["--model", model, "--elr", 0.01, *QUICK]
     assert run(*command, "--out", tmp_path / "fixed") == 0
     assert run(*command, "--affine", "--train-head", "--out", tmp_path / "both") == 0
     before, after = log(tmp_path / "fixed"), log(tmp_path / "both")
-    assert same(before[:1], after[:1], AT_THE_START) and before[1]["train_loss"] != after[1]["train_loss"]
+    assert (
+        same(before[:1], after[:1], AT_THE_START)
+        and before[1]["train_loss"] != after[1]["train_loss"]
+    )
     fixed, both = net_of(tmp_path / "fixed"), net_of(tmp_path / "both")
     assert all(key in both for key in fixed)
     scales = [key for key in both if key not in fixed]
-    assert scales and all(not torch.equal(both[key], torch.full_like(both[key], "weight" in key)) for key in scales)
+    assert scales and all(
+        not torch.equal(both[key], torch.full_like(both[key], "weight" in key)) for key in scales
+    )
     torch.manual_seed(0)
     start = train.MODELS[model](1, 10, 2).head.weight
     assert torch.equal(fixed["head.weight"], start) and not torch.equal(both["head.weight"], start)
     layers = [read(tmp_path / name / "elr=1e-02.layers.csv") for name in ("fixed", "both")]
     assert [row["layer"] for row in layers[0]] == [row["layer"] for row in layers[1]]
-    assert sum(1 / float(row["elr"]) for row in layers[1] if row["epoch"] == "0") == pytest.approx(1 / 0.01, rel=1e-5)
+    assert sum(1 / float(row["elr"]) for row in layers[1] if row["epoch"] == "0") == pytest.approx(
+        1 / 0.01, rel=1e-5
+    )
 
 
 def test_head_lr_is_the_learning_rate_off_the_sphere(tmp_path):
     torch.manual_seed(0)
     net = train.MODELS["convnet"](1, 10, 2)
-    matching = 0.01 * sum(net.get_parameter(name).square().sum().item() for (name,) in net.layer_groups)
-    for name, more in (("default", []), ("same", ["--head-lr", matching]), ("other", ["--head-lr", 1e-3])):
+    matching = 0.01 * sum(
+        net.get_parameter(name).square().sum().item() for (name,) in net.layer_groups
+    )
+    for name, more in (
+        ("default", []),
+        ("same", ["--head-lr", matching]),
+        ("other", ["--head-lr", 1e-3]),
+    ):
         assert run("--elr", 0.01, *QUICK, "--train-head", *more, "--out", tmp_path / name) == 0
     default, equal, other = (log(tmp_path / name) for name in ("default", "same", "other"))
     assert default[2]["train_loss"] == pytest.approx(equal[2]["train_loss"], rel=1e-4)
-    assert same(default[:1], other[:1], LEARNED) and default[2]["train_loss"] != other[2]["train_loss"]
+    assert (
+        same(default[:1], other[:1], LEARNED) and default[2]["train_loss"] != other[2]["train_loss"]
+    )
 
 
 def test_momentum_is_the_heavy_ball_of_the_optimizer(tmp_path, plain):
     assert run("--elr", 0.001, *QUICK, "--momentum", 0.9, "--out", tmp_path) == 0
     rows = log(tmp_path, "elr=1e-03")
-    assert same(rows[:1], log(plain)[:1], ["train_loss", "train_error", "grad_norm", "test_loss", "test_error"])
+    assert same(
+        rows[:1],
+        log(plain)[:1],
+        ["train_loss", "train_error", "grad_norm", "test_loss", "test_error"],
+    )
     state = torch.load(tmp_path / "elr=1e-03.pt", weights_only=True)["optimizer"]
     assert state["param_groups"][0]["momentum"] == 0.9 and len(state["state"]) == 4
     # Along a slowly turning gradient the steps of the heavy ball are 1/(1 − β) as long.
@@ -426,27 +560,40 @@ def test_schedules_set_the_elr_of_each_epoch(tmp_path, plain):
     assert run("--elr", 0.01, *QUICK, "--schedule", "cosine", "--out", tmp_path / "cosine") == 0
     rows = log(tmp_path / "cosine")
     assert [row["elr"] for row in rows] == pytest.approx([0.01, 0.01, 0.005])
-    assert same(rows[:2], log(plain)[:2], LEARNED) and rows[2]["train_loss"] != log(plain)[2]["train_loss"]
+    assert (
+        same(rows[:2], log(plain)[:2], LEARNED)
+        and rows[2]["train_loss"] != log(plain)[2]["train_loss"]
+    )
     assert run(*QUICK, "--schedule", "0:1e-2,1:1e-4", "--out", tmp_path / "steps") == 0
     rows = log(tmp_path / "steps")
-    assert [row["elr"] for row in rows] == pytest.approx([0.01, 0.01, 0.0001]) and same(rows[:2], log(plain)[:2], LEARNED)
+    assert [row["elr"] for row in rows] == pytest.approx([0.01, 0.01, 0.0001]) and same(
+        rows[:2], log(plain)[:2], LEARNED
+    )
     layers = read(tmp_path / "steps" / "elr=1e-02.layers.csv")
-    assert sum(1 / float(row["elr"]) for row in layers if row["epoch"] == "2") == pytest.approx(1e4, rel=1e-2)
+    assert sum(1 / float(row["elr"]) for row in layers if row["epoch"] == "2") == pytest.approx(
+        1e4, rel=1e-2
+    )
 
 
 def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
     assert run("--elr", 0.01, *QUICK, "--full-batch", "--batch-size", 500, "--out", tmp_path) == 0
     rows = log(tmp_path)
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert rows[0]["train_loss"] == rows[1]["train_loss"] != rows[2]["train_loss"]  # row 1: the loss before its one step
+    assert (
+        rows[0]["train_loss"] == rows[1]["train_loss"] != rows[2]["train_loss"]
+    )  # row 1: the loss before its one step
     torch.manual_seed(0)
     net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
     net.double()
-    x, weights = digits.images(torch.arange(1437)).double(), [net.get_parameter(name) for (name,) in net.layer_groups]
+    x, weights = (
+        digits.images(torch.arange(1437)).double(),
+        [net.get_parameter(name) for (name,) in net.layer_groups],
+    )
     start = torch.cat([w.detach().flatten() for w in weights])
     for _ in range(2):
         losses = [
-            torch.nn.functional.cross_entropy(net(x[i]), digits.y[i], reduction="sum") for i in torch.arange(1437).split(479)
+            torch.nn.functional.cross_entropy(net(x[i]), digits.y[i], reduction="sum")
+            for i in torch.arange(1437).split(479)
         ]
         grads = torch.autograd.grad(sum(losses) / 1437, weights)
         theta, g = (torch.cat([t.detach().flatten() for t in ts]) for ts in (weights, grads))
@@ -454,7 +601,10 @@ def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
         new *= theta.norm() / new.norm()
         for w, part in zip(weights, new.split([w.numel() for w in weights]), strict=True):
             w.data = part.view_as(w)
-    ours, theirs = torch.cat([net_of(tmp_path)[name].double().flatten() for (name,) in net.layer_groups]), new
+    ours, theirs = (
+        torch.cat([net_of(tmp_path)[name].double().flatten() for (name,) in net.layer_groups]),
+        new,
+    )
     # In float32 some of the max-pools' near ties are decided otherwise, each of which sends a gradient elsewhere.
     assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()
 
@@ -463,7 +613,9 @@ def test_label_noise_is_learned_and_reported_on_both_parts(tmp_path, plain):
     assert run("--elr", 0.001, *QUICK, "--label-noise", 0.25, "--out", tmp_path) == 0
     rows = log(tmp_path, "elr=1e-03")
     for row in rows:
-        assert row["train_error"] == pytest.approx(0.75 * row["clean_error"] + 0.25 * row["noisy_error"], abs=0.01)
+        assert row["train_error"] == pytest.approx(
+            0.75 * row["clean_error"] + 0.25 * row["noisy_error"], abs=0.01
+        )
     assert rows[2]["noisy_error"] > rows[2]["clean_error"] + 0.3
     assert same(rows[:1], log(plain)[:1], ["test_loss", "test_error"])
     assert rows[0]["train_loss"] != log(plain)[0]["train_loss"]
@@ -472,19 +624,28 @@ def test_label_noise_is_learned_and_reported_on_both_parts(tmp_path, plain):
 def test_augment_changes_the_training_images_alone(tmp_path, plain):
     assert run("--elr", 0.01, *QUICK, "--augment", "--out", tmp_path) == 0
     rows, before = log(tmp_path), log(plain)
-    assert rows[0]["train_loss"] != before[0]["train_loss"] and [r["step"] for r in rows] == [r["step"] for r in before]
-    chance = [json.loads((folder / "config.json").read_text())["chance"] for folder in (tmp_path, plain)]
+    assert rows[0]["train_loss"] != before[0]["train_loss"] and [r["step"] for r in rows] == [
+        r["step"] for r in before
+    ]
+    chance = [
+        json.loads((folder / "config.json").read_text())["chance"] for folder in (tmp_path, plain)
+    ]
     assert chance[0] == chance[1]
 
 
 def test_loss_mse_changes_the_loss_and_leaves_the_errors_of_the_start(tmp_path, plain):
     assert run("--elr", 0.01, *QUICK, "--loss", "mse", "--out", tmp_path) == 0
     rows, before = log(tmp_path), log(plain)
-    assert same(rows[:1], before[:1], ["train_error", "test_error"]) and rows[0]["test_loss"] != before[0]["test_loss"]
+    assert (
+        same(rows[:1], before[:1], ["train_error", "test_error"])
+        and rows[0]["test_loss"] != before[0]["test_loss"]
+    )
     net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
     net.load_state_dict(net_of(tmp_path))
     logits = net.eval()(digits.normalized(digits.test_x)).detach()
-    assert rows[2]["test_loss"] == pytest.approx((logits - torch.eye(10)[digits.test_y]).square().mean().item(), rel=1e-5)
+    assert rows[2]["test_loss"] == pytest.approx(
+        (logits - torch.eye(10)[digits.test_y]).square().mean().item(), rel=1e-5
+    )
 
 
 def test_train_size_leaves_the_test_set(tmp_path):
@@ -515,14 +676,20 @@ def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
 
     total, gammas = 0, []
     for index in torch.arange(1437).tensor_split(23):
-        loss = torch.nn.functional.cross_entropy(net(digits.images(index).double()), digits.y[index])
+        loss = torch.nn.functional.cross_entropy(
+            net(digits.images(index).double()), digits.y[index]
+        )
         gammas.append(gamma(torch.autograd.grad(loss, weights, retain_graph=True)))
         total = total + loss * len(index) / 1437
     assert rows[2]["full_train_loss"] == pytest.approx(total.item(), rel=1e-5)
-    assert rows[2]["full_grad_norm"] == pytest.approx(gamma(torch.autograd.grad(total, weights)), rel=1e-4)
+    assert rows[2]["full_grad_norm"] == pytest.approx(
+        gamma(torch.autograd.grad(total, weights)), rel=1e-4
+    )
     gammas = torch.tensor(gammas)
     assert rows[2]["batch_grad_norm"] == pytest.approx(gammas.mean().item(), rel=1e-4)
-    assert rows[2]["batch_grad_norm_std"] == pytest.approx(gammas.std(correction=0).item(), rel=1e-3)
+    assert rows[2]["batch_grad_norm_std"] == pytest.approx(
+        gammas.std(correction=0).item(), rel=1e-3
+    )
 
 
 def test_eval_train_of_a_network_with_a_tensor_without_effect(tmp_path):
@@ -536,7 +703,17 @@ class idle(nn.Module):
         return self.net(x)
 """
     (tmp_path / "mine.py").write_text(NETWORK + idle)
-    command = ["--model", f"{tmp_path}/mine.py:idle", "--elr", 0.01, "--epochs", 1, "--batch-size", 256, "--eval-train"]
+    command = [
+        "--model",
+        f"{tmp_path}/mine.py:idle",
+        "--elr",
+        0.01,
+        "--epochs",
+        1,
+        "--batch-size",
+        256,
+        "--eval-train",
+    ]
     assert run(*command, "--out", tmp_path / "out") == 0
     rows = log(tmp_path / "out")
     assert len(rows) == 2 and all(math.isfinite(row["full_grad_norm"]) for row in rows)
@@ -549,7 +726,11 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
     rows = log(tmp_path, "lr=5e-02")
     assert same(rows[:1], log(plain)[:1], AT_THE_START)
     torch.manual_seed(0)
-    net, digits, order = train.MODELS["convnet"](1, 10, 2), train.load("digits"), torch.Generator().manual_seed(0)
+    net, digits, order = (
+        train.MODELS["convnet"](1, 10, 2),
+        train.load("digits"),
+        torch.Generator().manual_seed(0),
+    )
     weights = [net.get_parameter(name) for (name,) in net.layer_groups]
     sgd = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
     for row in rows:
@@ -562,9 +743,16 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
                 sgd.step()
         assert row["elr"] == pytest.approx(sum(implied) / len(implied), rel=1e-5)
     ours = net_of(tmp_path, "lr=5e-02")
-    assert all(torch.allclose(ours[name], net.get_parameter(name), atol=1e-5) for (name,) in net.layer_groups)
-    for row in read(tmp_path / "lr=5e-02.layers.csv")[:4]:  # before training, where the mean over the epoch is of equal values
-        assert float(row["elr"]) * float(row["norm"]) ** 2 == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
+    assert all(
+        torch.allclose(ours[name], net.get_parameter(name), atol=1e-5)
+        for (name,) in net.layer_groups
+    )
+    for row in read(tmp_path / "lr=5e-02.layers.csv")[
+        :4
+    ]:  # before training, where the mean over the epoch is of equal values
+        assert float(row["elr"]) * float(row["norm"]) ** 2 == pytest.approx(
+            0.05 / (1 - 0.9), rel=1e-5
+        )
 
 
 def test_in_the_whole_space_ten_times_the_weights_and_a_hundred_times_the_rate_are_the_same_training():
@@ -579,7 +767,9 @@ def test_in_the_whole_space_ten_times_the_weights_and_a_hundred_times_the_rate_a
         optimizer = train.WholeSpaceSGD(weights, weights, lr=0.01 * factor**2, momentum=0.9)
         curves.append([])
         for index in train.batches(1437, 64, order):
-            loss = torch.nn.functional.cross_entropy(net(digits.images(index).double()), digits.y[index])
+            loss = torch.nn.functional.cross_entropy(
+                net(digits.images(index).double()), digits.y[index]
+            )
             optimizer.zero_grad(), loss.backward(), optimizer.step()
             curves[-1].append(loss.item())
     assert curves[0] == pytest.approx(curves[1], rel=1e-6) and curves[0][-1] < 0.7 * curves[0][0]
@@ -590,7 +780,20 @@ def test_a_folder_of_images_is_trained_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "pets")
-    command = ["--data", "pets", "--data-root", "cache", "--elr", 0.01, "--width", 2, "--epochs", 2, "--batch-size", 3]
+    command = [
+        "--data",
+        "pets",
+        "--data-root",
+        "cache",
+        "--elr",
+        0.01,
+        "--width",
+        2,
+        "--epochs",
+        2,
+        "--batch-size",
+        3,
+    ]
     assert run(*command, "--image-size", 16) == 0
     assert len(log(Path("logs/pets-convnet"))) == 3 and len(list(Path("cache").iterdir())) == 1
     with pytest.raises(SystemExit):
@@ -603,9 +806,22 @@ def test_a_data_set_that_cannot_be_downloaded_is_one_line(tmp_path, capsys, monk
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(SystemExit) as exit:
-        run("--data", "cifar10", "--data-root", tmp_path / "data", "--elr", 0.1, "--out", tmp_path / "out")
+        run(
+            "--data",
+            "cifar10",
+            "--data-root",
+            tmp_path / "data",
+            "--elr",
+            0.1,
+            "--out",
+            tmp_path / "out",
+        )
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and "argument --data: cifar10 cannot be downloaded" in err
+    assert (
+        exit.value.code == 2
+        and err.count("\n") == 1
+        and "argument --data: cifar10 cannot be downloaded" in err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -625,14 +841,19 @@ def equal_runs(a, b, name="elr=1e-02"):
     assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
-@pytest.mark.parametrize("more", [[], ["--momentum", 0.9, "--augment", "--affine"], ["--space", "whole", "--momentum", 0.9]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--momentum", 0.9, "--augment", "--affine"], ["--space", "whole", "--momentum", 0.9]],
+)
 def test_a_run_that_goes_on_is_the_run_it_would_have_been(tmp_path, more):
     which = ["--lr", 0.01] if "--space" in more else ["--elr", 0.01]
     command = [*which, "--width", 2, "--batch-size", 64, *more]
     assert run(*command, "--epochs", 4, "--out", tmp_path / "whole") == 0
     for epochs in (2, 4):
         assert run(*command, "--epochs", epochs, "--out", tmp_path / "parts") == 0
-    equal_runs(tmp_path / "whole", tmp_path / "parts", "lr=1e-02" if "--space" in more else "elr=1e-02")
+    equal_runs(
+        tmp_path / "whole", tmp_path / "parts", "lr=1e-02" if "--space" in more else "elr=1e-02"
+    )
 
 
 def test_rows_beyond_the_checkpoint_and_a_cut_off_row_are_dropped(tmp_path):
@@ -656,7 +877,10 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     capsys.readouterr()
     assert run("--elr", 0.01, *QUICK, "--epochs", 3, "--out", tmp_path) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "elr=1e-02.pt is damaged, or no checkpoint of train.py: remove it" in err
+    assert (
+        err.count("\n") == 1
+        and "elr=1e-02.pt is damaged, or no checkpoint of train.py: remove it" in err
+    )
     assert (tmp_path / "elr=1e-02.csv").read_bytes() == before
 
 
@@ -668,13 +892,33 @@ def test_the_toys_regimes_are_those_that_theory_says(tmp_path, capsys, alphas, s
     threshold = 1 / sum(alphas)
     elrs = [float(f"{factor * threshold:.9g}") for factor in (0.95, 1.2, 3, 1000)]
     steps = 100 if SLOW else 50
-    assert run("--model", "toy", "--alphas", *alphas, "--steps", steps, "--elr", *elrs, "--seeds", seeds, "--out", tmp_path) == 0
+    assert (
+        run(
+            "--model",
+            "toy",
+            "--alphas",
+            *alphas,
+            "--steps",
+            steps,
+            "--elr",
+            *elrs,
+            "--seeds",
+            seeds,
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
     regimes = [row["regime"] for row in read(tmp_path / "regimes.csv")]
     expected = ["convergence", "equilibrium", "equilibrium", "divergence"]
     assert regimes == [regime for regime in expected for _ in range(seeds)]
-    norms = [float(row["norm"]) ** 2 for row in read(tmp_path / f"elr={elr_name(elrs[0])}.layers.csv")]
+    norms = [
+        float(row["norm"]) ** 2 for row in read(tmp_path / f"elr={elr_name(elrs[0])}.layers.csv")
+    ]
     of_epochs = [sum(norms[i : i + len(alphas)]) for i in range(0, len(norms), len(alphas))]
-    assert of_epochs == pytest.approx([of_epochs[0]] * 21, rel=0.1)  # squares of means; the joint sphere has one radius
+    assert of_epochs == pytest.approx(
+        [of_epochs[0]] * 21, rel=0.1
+    )  # squares of means; the joint sphere has one radius
 
 
 @pytest.mark.parametrize("alphas", TOYS if SLOW else TOYS[2:3])
@@ -696,12 +940,20 @@ def test_refine_brackets_the_toys_threshold(tmp_path, capsys, alphas):
         tmp_path,
     ]
     assert run(*command) == 0
-    line = [x for x in capsys.readouterr().out.splitlines() if x.startswith("convergence | chaotic equilibrium: ")]
+    line = [
+        x
+        for x in capsys.readouterr().out.splitlines()
+        if x.startswith("convergence | chaotic equilibrium: ")
+    ]
     low, high = (float(x) for x in line[0].split(": ")[1].split(" (")[0].split(" to "))
     assert low <= 1 / sum(alphas) <= high < 1.03 * low
     runs = len(list(tmp_path.glob("elr=*.pt")))
     assert run(*command) == 0  # again: the same places, and nothing is left to do
-    assert len(list(tmp_path.glob("elr=*.pt"))) == runs == capsys.readouterr().out.count("(already done)")
+    assert (
+        len(list(tmp_path.glob("elr=*.pt")))
+        == runs
+        == capsys.readouterr().out.count("(already done)")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- fast
@@ -709,9 +961,15 @@ def test_refine_brackets_the_toys_threshold(tmp_path, capsys, alphas):
 
 def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_path):
     for dtype in ("fp32", "bf16"):
-        assert run("--elr", 0.01, *QUICK, "--dtype", dtype, "--average", 1, "--out", tmp_path / dtype) == 0
+        assert (
+            run("--elr", 0.01, *QUICK, "--dtype", dtype, "--average", 1, "--out", tmp_path / dtype)
+            == 0
+        )
     single, half = (read(tmp_path / dtype / "elr=1e-02.csv") for dtype in ("fp32", "bf16"))
-    for column in ("train_loss", "grad_norm"):  # the same weights, to the 8 bits of bfloat16 in each of some 20 operations
+    for column in (
+        "train_loss",
+        "grad_norm",
+    ):  # the same weights, to the 8 bits of bfloat16 in each of some 20 operations
         assert half[0][column] != single[0][column]
         assert float(half[0][column]) == pytest.approx(float(single[0][column]), rel=0.05)
     assert 10 * float(single[-1]["radial"]) < float(half[-1]["radial"]) < 0.01
@@ -719,24 +977,43 @@ def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_pat
     weights = [checkpoint["net"][f"conv{i}.weight"] for i in (1, 2, 3, 4)]
     assert all(w.dtype == torch.float32 and (w.bfloat16() != w).any() for w in weights)
     radius = checkpoint["spheres"][0]["radii"].item()  # met to float32, not to bfloat16
-    assert torch.cat([w.flatten() for w in weights]).double().norm().item() == pytest.approx(radius, rel=1e-6)
+    assert torch.cat([w.flatten() for w in weights]).double().norm().item() == pytest.approx(
+        radius, rel=1e-6
+    )
 
 
 def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeypatch):
     """As a CUDA graph needs it; here, without one."""
     monkeypatch.setattr(train, "Captured", lambda step: step)
     for name in ("number", "tensor"):
-        options = ["--schedule", "0:1e-2,1:1e-3", "--affine", "--head-lr", "0.1", "--eval-train", "--out", str(tmp_path / name)]
+        options = [
+            "--schedule",
+            "0:1e-2,1:1e-3",
+            "--affine",
+            "--head-lr",
+            "0.1",
+            "--eval-train",
+            "--out",
+            str(tmp_path / name),
+        ]
         args, data = train.parse([*QUICK, *options])
         args.graph, args.signals, args.chance = name == "tensor", [], {"0": None}
         train.train(args, data, args.rates[0], 0, 2)
-        groups = torch.load(tmp_path / name / "elr=1e-02.pt", weights_only=True)["optimizer"]["param_groups"]
-        assert len(groups) == 2 and all(isinstance(group["lr"], torch.Tensor) == args.graph for group in groups)
+        groups = torch.load(tmp_path / name / "elr=1e-02.pt", weights_only=True)["optimizer"][
+            "param_groups"
+        ]
+        assert len(groups) == 2 and all(
+            isinstance(group["lr"], torch.Tensor) == args.graph for group in groups
+        )
     number, tensor = (read(tmp_path / name / "elr=1e-02.csv") for name in ("number", "tensor"))
     assert [row["elr"] for row in tensor] == ["0.01", "0.01", "0.001"]
-    for one, other in zip(number, tensor, strict=True):  # apart by the rounding of the ELR to float32
+    for one, other in zip(
+        number, tensor, strict=True
+    ):  # apart by the rounding of the ELR to float32
         for column in one.keys() - {"seconds", "radial"}:
-            assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3, abs=1e-9), column
+            assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3, abs=1e-9), (
+                column
+            )
 
 
 class Graph:
@@ -752,7 +1029,9 @@ def nothing(*_, **__):
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(monkeypatch, capsys, refuses):
+def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(
+    monkeypatch, capsys, refuses
+):
     @contextmanager
     def capture(graph, stream):
         if refuses:
@@ -760,7 +1039,11 @@ def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(monkeyp
         graph.captured = captured
         yield
 
-    fake = {"Stream": lambda: SimpleNamespace(wait_stream=lambda other: None), "stream": nothing, "graph": capture}
+    fake = {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": nothing,
+        "graph": capture,
+    }
     fake |= {"CUDAGraph": Graph, "current_stream": fake["Stream"]}
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -769,7 +1052,9 @@ def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(monkeyp
         assert captured(torch.tensor([i, 3])).tolist() == [2 * i, 6]
     assert (captured.graph is None) == refuses
     assert (
-        capsys.readouterr().err == "no CUDA graph, going on without: operation not permitted when stream is capturing\n" * refuses
+        capsys.readouterr().err
+        == "no CUDA graph, going on without: operation not permitted when stream is capturing\n"
+        * refuses
     )
 
 
@@ -777,7 +1062,12 @@ def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(monkeyp
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_with_and_without_the_cuda_graph_training_is_the_same_to_rounding(tmp_path):
     for name, more in (("eager", []), ("graph", ["--graph"])):
-        assert run("--elr", 0.001, *QUICK, "--augment", "--eval-train", *more, "--out", tmp_path / name) == 0
+        assert (
+            run(
+                "--elr", 0.001, *QUICK, "--augment", "--eval-train", *more, "--out", tmp_path / name
+            )
+            == 0
+        )
     eager, graph = (read(tmp_path / name / "elr=1e-03.csv") for name in ("eager", "graph"))
     for one, other in zip(eager, graph, strict=True):
         for column in ("train_loss", "grad_norm", "angle", "full_train_loss"):
@@ -797,5 +1087,9 @@ print(faults() - before)
 """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("this C library has no mallopt")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000  # the last five times: 15 times 40 MB, more than glibc keeps by itself, 146,000 pages
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (
+        int(done.stdout) < 1000
+    )  # the last five times: 15 times 40 MB, more than glibc keeps by itself, 146,000 pages

@@ -1,0 +1,310 @@
+"""Every picture, in one style.
+
+python figures.py logs/digits-convnet                             a sweep again, from its CSVs
+python figures.py logs/digits-convnet logs/digits-convnet-whole --out logs/both    two together
+"""
+
+import io
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+import regimes
+from regimes import Run, by_elr, majority, title
+
+COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#CC79A7"}
+COLOURS["undecided"] = "#999999"  # all of Okabe and Ito
+SHADES = {"convergence": 0.15, "equilibrium": 0.3, "divergence": 0.45, "undecided": 0.2}  # in grey
+
+
+def subplots(layout: list, size: tuple[float, float]):
+    """A figure and its axes by name, drawn without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "lines.linewidth": 1.3})
+    return plt.subplot_mosaic(layout, figsize=size, layout="constrained")
+
+
+def save(fig, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110, format="png")
+    plt.close(fig)
+    regimes.replace(path, picture.getvalue())
+
+
+def errors(ax) -> None:
+    """A vertical axis for errors, which shows small ones and 0."""
+    ax.set_yscale("symlog", linthresh=0.01)
+    ax.set_ylim(0, 1.05)
+    ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+
+
+def bands(ax, elrs: list[float], names: list[str], labels: bool = True) -> list[float]:
+    """The regimes along a logarithmic axis of ELRs, as bands. Returns the ends of the axis."""
+    edges = [math.sqrt(a * b) for a, b in pairwise(elrs)]
+    margin = edges[0] / elrs[0] if edges else 2.0
+    edges = [elrs[0] / margin, *edges, elrs[-1] * margin]
+    for i, name in enumerate(names):
+        look = dict(color=COLOURS[name], alpha=SHADES[name], lw=0, zorder=0)
+        ax.axvspan(edges[i], edges[i + 1], **look)
+    for name in dict.fromkeys(names) if labels else ():
+        inside = [i for i, other in enumerate(names) if other == name]
+        middle = math.sqrt(edges[inside[0]] * edges[inside[-1] + 1])
+        label = title(name).replace(" ", "\n")
+        where = ax.get_xaxis_transform()
+        ax.text(middle, 1.01, label, transform=where, ha="center", va="bottom", fontsize=9)
+    ax.set(xscale="log", xlim=(edges[0], edges[-1]))
+    return edges
+
+
+def spread(ax, x: list[float], values: list[list[float]], style: str, **look):
+    """Medians with the least and the greatest as error bars; None where there is nothing."""
+    middle = np.array([np.median(v) for v in values])
+    if not np.isfinite(middle).any():
+        return None
+    ends = [middle - [np.min(v) for v in values], [np.max(v) for v in values] - middle]
+    caps = 2 if any(len(v) > 1 for v in values) else 0
+    return ax.errorbar(x, middle, yerr=np.nan_to_num(ends), fmt=style, ms=4, capsize=caps, **look)
+
+
+# ------------------------------------------------------------------------------------- a sweep
+
+
+def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
+    """Loss, error and γ per epoch, the phase diagram, and along the ELR the regimes and the angle;
+    written to `path` (PNG). Runs whose ELR moved are dashed."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    groups, moving = by_elr(runs), [run for run in runs if run.verdict.moves]
+    if not groups and not moving:
+        return
+    fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (14.5, 7.5))
+    elrs = [*groups, *(elr for run in moving for elr in run.log["elr"] if elr > 0)]
+    low, high = min(elrs), max(elrs)
+    if high < 1.01 * low:
+        low, high = low / 2, high * 2
+    colour = plt.cm.ScalarMappable(LogNorm(max(low, 1e-300), high), plt.get_cmap("viridis"))
+    lines = [(colour.to_rgba(elr), "-", group) for elr, group in groups.items()]
+    lines += [(f"C{i + 3}", "--", [run]) for i, run in enumerate(moving)]
+    panels = (("a", "train_loss", "(a) train loss (nats)"), ("b", "test_error", "(b) test error"))
+    panels += (("c", "grad_norm", "(c) effective gradient norm γ"),)
+    for key, column, label in panels:
+        for tone, style, group in lines:
+            epoch, middle, least, most = over_seeds(group, column)
+            label_of = group[0].name if style == "--" else None
+            axes[key].plot(epoch, middle, style, color=tone, label=label_of)
+            if len(group) > 1:
+                axes[key].fill_between(epoch, least, most, color=tone, alpha=0.2, lw=0)
+        axes[key].set(xlabel="epoch", title=label)
+        if any((run.log.get(column, np.zeros(1)) > 0).any() for run in runs):
+            axes[key].set_yscale("log")
+    errors(axes["b"])
+    if moving:
+        axes["a"].legend(fontsize=8)
+    _phase_diagram(axes["d"], runs, lines)
+    fig.colorbar(colour, ax=axes["d"], label="ELR", pad=0.02)
+    _along_the_elr(axes["e"], groups, moving)
+    _angles(axes["f"], groups, moving)
+    if name:
+        fig.suptitle(name)
+    save(fig, path)
+
+
+def over_seeds(group: list[Run], column: str) -> tuple[np.ndarray, ...]:
+    """Epochs that all seeds have; median, least and greatest over the seeds."""
+    epochs = sorted(set.intersection(*(set(run.log["epoch"]) for run in group)))
+    values = []
+    for run in group:
+        of_run = run.log.get(column, np.full(len(run.log["epoch"]), math.nan))
+        values.append(of_run[np.isin(run.log["epoch"], epochs)])
+    return np.array(epochs), np.median(values, 0), np.min(values, 0), np.max(values, 0)
+
+
+def _phase_diagram(ax, runs: list[Run], lines: list) -> None:
+    for tone, style, group in lines:
+        gamma, loss = over_seeds(group, "grad_norm")[1], over_seeds(group, "train_loss")[1]
+        ax.plot(gamma, loss, "." + style, color=tone, lw=0.8, ms=3)
+        ax.plot(gamma[-1:], loss[-1:], "o", color=tone, ms=5, mec="black", mew=0.5, zorder=3)
+    with_start = [run.log for run in runs if run.log["epoch"][0] == 0 and "grad_norm" in run.log]
+    for log in with_start:
+        ax.plot(log["grad_norm"][0], log["train_loss"][0], "*", color="black", ms=9, zorder=4)
+    ax.set(xlabel="effective gradient norm γ", ylabel="train loss (nats)")
+    ax.set_title("(d) phase diagram: ★ start, ○ end")
+    positive = [np.nanmax(run.log.get(name, np.zeros(1))) > 0 for run in runs
+                for name in ("grad_norm", "train_loss")]  # fmt: skip
+    if all(positive):
+        ax.set(xscale="log", yscale="log")
+
+
+def _along_the_elr(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
+    """Final loss (left) and errors (right) against ELR, over the regimes; of the runs whose ELR
+    moved the path."""
+    right, elrs, handles = ax.twinx(), list(groups), []
+    series = [(ax, "train_loss", "o-", "black", "train loss")]
+    series += [(right, "train_error", "s--", "#009E73", "train error")]
+    series += [(right, "test_error", "^:", "#D55E00", "test error")]
+    for axis, column, style, tone, label in series if groups else ():
+        values = [[run.final(column) for run in group] for group in groups.values()]
+        handles.append(spread(axis, elrs, values, style, color=tone, label=label))
+    for i, run in enumerate(moving):
+        elr, loss, tone = run.log["elr"], run.log["train_loss"], f"C{i + 3}"
+        handles += ax.plot(elr, loss, ".--", color=tone, label=run.name)
+        ax.plot(elr[0], loss[0], "*", color=tone, ms=11)
+        ax.plot(elr[-1], loss[-1], "o", color=tone, ms=6, mec="black")
+    runs = [run for group in groups.values() for run in group] + moving
+    if any(run.final("train_loss") > 0 for run in runs):
+        ax.set_yscale("log")
+    ax.set(xscale="log", xlabel="ELR", ylabel="final train loss (nats)")
+    ax.set_title("(e) regimes along the ELR, boundaries hatched", pad=28)
+    right.set(ylabel="final error", ylim=(-0.03, 1.03))
+    handles = [handle for handle in handles if handle is not None]
+    if groups:
+        edges = bands(ax, elrs, [majority(group)[0] for group in groups.values()])
+        paths = [elr for run in moving for elr in run.log["elr"] if elr > 0]
+        ax.set_xlim(min([edges[0], *paths]), max([edges[-1], *paths]))
+        _boundaries(ax, runs)
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0.93), fontsize=8)
+
+
+def _boundaries(ax, runs: list[Run]) -> None:
+    try:
+        found = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
+    except ValueError:
+        return
+    for boundary in found:
+        look = dict(facecolor="none", edgecolor="black", alpha=0.4, hatch="////", lw=0)
+        ax.axvspan(boundary.low, boundary.high, **look)
+        box = dict(fc="white", ec="none", pad=1.5, alpha=0.8)
+        look = dict(rotation=90, ha="left", va="bottom", fontsize=8, bbox=box)
+        text = f"{boundary.low:.3g} – {boundary.high:.3g}"
+        ax.text(boundary.high, 0.03, text, transform=ax.get_xaxis_transform(), **look)
+
+
+def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
+    """The mean angular step of the last tenth of the epochs, against ELR."""
+    ax.set(xscale="log", yscale="log", xlabel="ELR", ylabel="radians")
+    ax.set_title("(f) angular step φ at the end", pad=28)
+    if groups:
+        values = [[run.final("angle") for run in group] for group in groups.values()]
+        spread(ax, list(groups), values, "o-", color="black")
+        bands(ax, list(groups), [majority(group)[0] for group in groups.values()])
+    for i, run in enumerate(moving):
+        if "angle" in run.log:
+            ax.plot(run.log["elr"], run.log["angle"], ".--", color=f"C{i + 3}")
+    for angle in (0.05, 1.0):
+        ax.axhline(angle, color="black", ls=":", lw=0.8)
+
+
+# ------------------------------------------------------------------------- the toy, the landscape
+
+
+def of_toy(rows: list[dict], alphas: list[float], path: Path) -> None:
+    """F and skill of the toy against ELR, measured and in theory."""
+    fig, axes = subplots([["a", "b"]], (11, 4.2))
+    elrs, total = sorted({row["elr"] for row in rows}), sum(alphas)
+    of_elr = [[row for row in rows if row["elr"] == elr] for elr in elrs]
+    names = []
+    for group in of_elr:
+        verdicts = [row["regime"] for row in group]
+        names.append(max(dict.fromkeys(verdicts), key=verdicts.count))
+    for key, column, label in (("a", "loss", "F"), ("b", "skill", "skill")):
+        ax = axes[key]
+        edges = bands(ax, elrs, names)
+        fine = np.geomspace(edges[0], edges[-1], 500)
+        above = fine * total > 1
+        theory = (total - 1 / fine) / 2 if column == "loss" else 1 / (total * fine)
+        ax.plot(fine[above], theory[above], "-", color="#D55E00", label="theory")
+        values = [[max(row[column], 1e-12) for row in group] for group in of_elr]
+        spread(ax, elrs, values, "o", color="black", label="measured")
+        ax.axvline(1 / total, color="#D55E00", ls="--", label=f"threshold 1/Σα = {1 / total:.4g}")
+        ax.set(yscale="log", xlabel="ELR")
+        ax.set_title(f"({key}) {label}, mean of the last half", pad=28)
+    axes["a"].axhline(total / 2, color="black", ls=":", label="chance, Σα/2")
+    axes["a"].set_ylim(1e-4 * total, 2 * total)
+    axes["b"].set_ylim(1e-5, 2)
+    for key, corner in (("a", "lower right"), ("b", "lower left")):
+        axes[key].legend(fontsize=8, loc=corner)
+    fig.suptitle("toy, α = " + ", ".join(f"{a:g}" for a in alphas))
+    save(fig, path)
+
+
+def of_landscape(lines: list[dict], path: Path, name: str) -> None:
+    """Test error, sharpness and barriers against the ELR of the first run, medians over seeds."""
+    fig, axes = subplots([["a", "b", "c"]], (14, 4.4))
+    elrs = sorted({line["elr"] for line in lines})
+    groups = [[line for line in lines if line["elr"] == elr] for elr in elrs]
+    names = []
+    for group in groups:
+        verdicts = [line["regime"] for line in group]
+        names.append(max(dict.fromkeys(verdicts), key=verdicts.count))
+    panels = {"a": ("test error", dict(test_error="at the end", then_test_error="after the drop"))}
+    panels["a"][1].update(avg_test_error="averaged", then_avg_test_error="after the drop, averaged")
+    panels["b"] = ("sharpness λ_max on the unit sphere", dict(sharpness="at the end"))
+    panels["b"][1].update(then_sharpness="after the drop")
+    panels["c"] = ("barrier (train loss)", dict(barrier_to_next="to the next ELR's run"))
+    panels["c"][1].update(barrier_of_orders="between two orders of batches")
+    for key, (label, columns) in panels.items():
+        for (column, what), style in zip(columns.items(), ("o-", "s--", "^:", "d-."), strict=False):
+            values = [[line[column] for line in group] for group in groups]
+            spread(axes[key], elrs, values, style, label=what)
+        bands(axes[key], elrs, names)
+        axes[key].set(xlabel="ELR of the first run")
+        axes[key].set_title(f"({key}) {label}", pad=28)
+    errors(axes["a"])
+    axes["b"].set_yscale("log")
+    axes["b"].plot(elrs, [2 / elr for elr in elrs], "k:", lw=1, label="2/ELR")
+    axes["c"].set_yscale("symlog", linthresh=0.01)
+    axes["c"].set_ylim(bottom=-0.002)
+    for ax in axes.values():
+        ax.legend(fontsize=8)
+    fig.suptitle(name)
+    save(fig, path)
+
+
+def of_barrier(ways: dict[str, list], path: Path, name: str) -> None:
+    """Train loss and test error along ways between two networks."""
+    fig, axes = subplots([["a", "b"]], (9.5, 4))
+    for way, values in ways.items():
+        t, loss, error = zip(*values, strict=True)
+        axes["a"].plot(t, loss, ".-", label=way)
+        axes["b"].plot(t, error, ".-", label=way)
+    axes["a"].set(title="(a) train loss", xlabel="position between the two")
+    axes["b"].set(title="(b) test error", xlabel="position between the two")
+    axes["a"].legend()
+    fig.suptitle(name)
+    save(fig, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    text = "Draw regimes.png of a folder of logs again, or of several together."
+    example = "example: python figures.py logs/digits-convnet"
+    parser = regimes.Parser(prog="figures.py", description=text, epilog=example)
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="folder of logs, or log"
+    )
+    text = "where regimes.png goes (default: the first folder)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
+    args = parser.parse_args(argv)
+    out = args.out or args.paths[0]
+    if not out.is_dir():
+        parser.error(f"argument --out: {out} is no folder: make it first")
+    runs, problems = regimes.gather(args.paths)
+    for problem in problems:
+        print(f"figures.py: error: {problem}", file=sys.stderr)
+    if runs:
+        of_sweep(runs, out / "regimes.png", ", ".join(str(path) for path in args.paths))
+        print(f"written: {out / 'regimes.png'}")
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A training step in one CUDA graph."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Captured:
+    """A function of one index tensor, captured whole in a CUDA graph. Three calls run as usual, all
+    later ones are replays, a single launch each. Where it cannot be captured (a network that asks
+    the device for a number), all run as usual. Returns copies: a replay overwrites its output."""
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]):
+        self.function, self.calls, self.graph = function, 0, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, index: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.calls <= 3:  # on the stream of the capture, which has to know all memory it meets
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                out = self.function(index)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return out
+        if self.calls == 4:
+            self._capture(index)
+        if self.graph is None:
+            return self.function(index)
+        self.index.copy_(index)
+        self.graph.replay()
+        return tuple(x.clone() for x in self.out)
+
+    def _capture(self, index: Tensor) -> None:
+        self.index, graph = index.clone(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.out = self.function(self.index)
+            self.graph = graph
+        except RuntimeError as error:
+            what = str(error).splitlines()[0]
+            print(f"no CUDA graph, going on without: {what}", file=sys.stderr)

@@ -1,0 +1,174 @@
+"""What is measured of a network: loss and error on a set, the whole training set with the weights
+held still, chance, averaged weights, and the points on the spheres with the angles between them.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from data import Data, batches, chunks
+from models import LOSSES
+from sphere_step import SphereSGD
+
+CHUNK = 512  # inputs at once where nothing is trained
+
+
+def logits_of(net: nn.Module, x: Tensor, dtype: str = "fp32") -> Tensor:
+    """The output for a batch, computed in --dtype, in float32."""
+    if dtype == "bf16":
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return net(x).float()
+    return net(x)
+
+
+@torch.no_grad()
+def on_test_set(net: nn.Module, data: Data, options) -> dict[str, float]:
+    """Mean loss and error on the test set, with BatchNorm's running statistics."""
+    net.eval()
+    parts = [logits_of(net, data.normalized(x), options.dtype) for x in data.test_x.split(CHUNK)]
+    logits = torch.cat(parts)
+    wrong = logits.argmax(1) != data.test_y
+    loss = LOSSES[options.loss](logits, data.test_y)
+    return {"test_loss": loss.item(), "test_error": wrong.double().mean().item()}
+
+
+@torch.no_grad()
+def on_train_set(net: nn.Module, data: Data, options) -> float:
+    """Mean loss on the training set, with BatchNorm's statistics computed anew over it."""
+    order = chunks(len(data.x), CHUNK, data.x.device)
+    if options.dtype == "bf16":
+        with torch.autocast(data.x.device.type, torch.bfloat16):
+            update_bn((data.inputs(index) for index in order), net)
+    else:
+        update_bn((data.inputs(index) for index in order), net)
+    net.eval()
+    total = 0.0
+    for index in order:
+        loss = LOSSES[options.loss](
+            logits_of(net, data.inputs(index), options.dtype), data.y[index]
+        )
+        total += loss.item() * len(index) / len(data.x)
+    return total
+
+
+FULL_PASS = "full_train_loss full_train_error full_grad_norm batch_grad_norm batch_grad_norm_std"
+
+
+def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[str, float]:
+    """Over the whole training set, with the weights held still, the statistics of each batch and no
+    augmentation: loss, error, γ of the mean gradient, mean and standard deviation over the batches
+    of each one's γ. Leaves no trace in the network."""
+    net.train()
+    buffers = [buffer.clone() for buffer in net.buffers()]
+    params = [p for p in net.parameters() if p.requires_grad]
+    means, gammas, loss_sum, wrong_sum = {}, [], 0.0, 0.0
+    devices = [data.x.device] if data.x.is_cuda else []
+    with torch.random.fork_rng(devices):
+        for index in chunks(len(data.x), options.batch_size, data.x.device):
+            y, share = data.y[index], len(index) / len(data.x)
+            logits = logits_of(net, data.inputs(index), options.dtype)
+            loss = LOSSES[options.loss](logits, y)
+            net.zero_grad(set_to_none=not options.graph)
+            loss.backward()
+            sphere.measure()
+            gammas.append(sphere.stats()["grad_norm"].norm())
+            loss_sum = loss_sum + loss.detach().double() * share
+            wrong_sum = wrong_sum + (logits.argmax(1) != y).double().mean() * share
+            for p in params:
+                if p.grad is not None:  # a tensor without effect has none
+                    means[p] = means.get(p, 0) + p.grad * share
+    for p, mean in means.items():
+        p.grad.copy_(mean)  # in place: a CUDA graph knows gradients by their addresses
+    sphere.measure()
+    gamma = sphere.stats()["grad_norm"].norm()
+    for buffer, before in zip(net.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    spread = torch.stack(gammas)
+    values = [loss_sum, wrong_sum, gamma, spread.mean(), spread.std(correction=0)]
+    return dict(zip(FULL_PASS.split(), torch.stack(values).tolist(), strict=True))
+
+
+@torch.no_grad()
+def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) -> dict:
+    """Mean and standard deviation of loss and error on a batch, over 512 uniformly random points of
+    the spheres. The network is moved to them."""
+    net.train()
+    generator, values = torch.Generator().manual_seed(seed), []
+    tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
+    for _ in range(512):
+        for p in tensors:
+            p.copy_(torch.randn(p.shape, generator=generator))
+        sphere.normalize()
+        index = batches(len(data.x), options.batch_size, generator, data.x.device)[0]
+        logits, y = logits_of(net, data.inputs(index), options.dtype), data.y[index]
+        wrong = (logits.argmax(1) != y).double().mean()
+        values.append(torch.stack([LOSSES[options.loss](logits, y).double(), wrong]))
+    mean, std = torch.stack(values).mean(0).tolist(), torch.stack(values).std(0).tolist()
+    found = {"points": len(values)}
+    for i, name in enumerate(("train_loss", "train_error")):
+        found[name] = {"mean": mean[i], "std": std[i]}
+    return found
+
+
+@torch.no_grad()
+def on_average(averaged: AveragedModel, spheres: list[dict], data: Data, options) -> dict:
+    """Of the mean of weights, put back on the spheres: loss on the training set and error on the
+    test set."""
+    net = deepcopy(averaged.module)
+    for sphere, x in zip(spheres, vectors(net, spheres), strict=True):
+        radii = sphere["radii"].to(x)[:, None]
+        put(net, sphere, x / x.norm(dim=1, keepdim=True) * radii)
+    loss = on_train_set(net, data, options)
+    return {"avg_train_loss": loss, "avg_test_error": on_test_set(net, data, options)["test_error"]}
+
+
+# ------------------------------------------------------------------------- points on the spheres
+
+
+def spheres_of(net: nn.Module, sphere: SphereSGD) -> list[dict]:
+    """The spheres by the names of their tensors, for a checkpoint: `names`, `rows` (each row of the
+    one tensor is a sphere), `radii`."""
+    names = {p: name for name, p in net.named_parameters()}
+    found = []
+    for group in sphere.param_groups:
+        if group["sphere"] == "row":
+            rows = [len(p) for p in group["params"]]
+            for p, radii in zip(group["params"], group["radii"].split(rows), strict=True):
+                found.append({"names": [names[p]], "rows": True, "radii": radii.clone()})
+        elif group["sphere"]:
+            tensors = [names[p] for p in group["params"]]
+            found.append({"names": tensors, "rows": False, "radii": group["radii"].clone()})
+    return found
+
+
+def vectors(net: nn.Module, spheres: list[dict]) -> list[Tensor]:
+    """The points on the spheres, float64: per entry of `spheres` a matrix whose rows are spheres."""
+    found = []
+    for sphere in spheres:
+        tensors = [net.get_parameter(name).detach().double() for name in sphere["names"]]
+        if sphere["rows"]:
+            found.append(tensors[0].reshape(len(tensors[0]), -1))
+        else:
+            found.append(torch.cat([x.reshape(-1) for x in tensors])[None])
+    return found
+
+
+@torch.no_grad()
+def put(net: nn.Module, sphere: dict, points: Tensor) -> None:
+    """The inverse of `vectors`, for one entry: write the points into the network's weights."""
+    tensors = [net.get_parameter(name) for name in sphere["names"]]
+    parts = points.reshape(-1).split([x.numel() for x in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def angles(some: list[Tensor], others: list[Tensor]) -> Tensor:
+    """The angle between each sphere's two points, [spheres] in radians, of what `vectors` gives;
+    exact where it is small or near π, too."""
+    found = []
+    for x, y in zip(some, others, strict=True):
+        x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+        found.append(2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1)))
+    return torch.cat(found)

@@ -1,0 +1,407 @@
+"""Runs on disk, and many of them: folder, rows, checkpoint and lock; grid, bisection, jobs, ranks.
+
+Files are replaced whole or not at all, and rows are whole or absent. A lock that the system
+releases when its process dies keeps a second process out of a run. How one run is done is none of
+this file's business: it is handed the function.
+"""
+
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten
+from tqdm import tqdm
+
+import regimes
+
+OURS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
+OURS += ["config.json", "regimes.csv", "regimes.png"]
+
+
+class Busy(Exception):
+    """The run is in progress in another process."""
+
+
+# ------------------------------------------------------------------------------ one run on disk
+
+
+def open_folder(out: Path, options: dict, force: bool = False) -> dict:
+    """Make the folder, or find that its runs have these very options; returns its config.
+
+    With `force` what was there of ours is removed. Raises ValueError, having changed nothing, where
+    the folder cannot be written, its runs have other options, or with `force` are in progress.
+    """
+    path = out / "config.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(out / "probe")
+        probe.touch()
+        probe.unlink()
+        _remove_leftovers(out)
+        if force:
+            for held in out.glob("*.lock"):
+                with lock(held):
+                    pass
+            for pattern in OURS:
+                for old in out.glob(pattern):
+                    old.unlink()
+        if not path.exists():
+            return {"options": options}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        there = config["options"]
+        different = [key for key in {**options, **there} if there.get(key) != options.get(key)]
+    except Busy as busy:
+        raise ValueError(f"{busy}: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: choose another --out, or --force") from None
+    if different:
+        key = different[0]
+        what = f"{key} is {there.get(key)!r} there, {options.get(key)!r} here"
+        raise ValueError(f"{out} holds runs with other options ({what}): another --out, or --force")
+    return config
+
+
+def write_config(out: Path, config: dict) -> None:
+    write_whole(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
+    """The state (tensors, numbers, texts, lists and dicts of them), whose it is, a checksum."""
+    state = {**state, "identity": identity}
+    file = io.BytesIO()
+    torch.save({**state, "checksum": _checksum(state)}, file)
+    write_whole(path, file.getbuffer())
+
+
+def load_checkpoint(path: Path, identity: dict | None, device: str) -> dict | None:
+    """The last checkpoint of a run, None if there is none. Raises ValueError where it is damaged or
+    of another run; without `identity` whose it is does not matter."""
+    if not path.exists():
+        return None
+    content = io.BytesIO(path.read_bytes())
+    again = "remove it, and this run starts again"
+    try:
+        state = torch.load(content, map_location=device, weights_only=True)
+        checksum, there = state["checksum"], dict(state["identity"])
+        if checksum != _checksum({key: x for key, x in state.items() if key != "checksum"}):
+            raise ValueError
+    except Exception:  # a damaged file can fail anywhere in the reading of it
+        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
+    for key in {**identity, **there} if identity is not None else ():
+        if identity.get(key) != there.get(key):
+            what = f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here"
+            raise ValueError(f"{path} is the checkpoint of another run ({what}): {again}")
+    return state
+
+
+def _checksum(state: dict) -> str:
+    leaves, structure = tree_flatten(state)
+    sha = hashlib.sha256(repr(structure).encode())
+    for x in leaves:
+        if isinstance(x, torch.Tensor):
+            sha.update(repr((x.dtype, tuple(x.shape))).encode())
+            sha.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            sha.update(repr(x).encode())
+    return sha.hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """The temporary files of processes of this machine that have died."""
+    for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
+        pid = path.name.removesuffix(".tmp").rpartition("-")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            pass
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it, flushed to disk, then renamed."""
+    temporary = _temporary(path)
+    file = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
+    try:
+        try:
+            _write(file, content)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write(file: int, content: bytes) -> None:
+    if os.write(file, content) < len(content):  # a disk that fills up midway does not say so
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def lock(path: Path, patient: bool = False) -> Iterator[None]:
+    """Hold the lock of a run. Where another process does, wait for it if `patient`, else raise
+    Busy, which says who."""
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+                break  # else its holder has just removed it
+        except BlockingIOError:
+            if not patient:
+                holder = os.read(file, 200).decode(errors="replace") or "another process"
+                os.close(file)
+                name = path.name.removesuffix(".lock")
+                raise Busy(f"{name} is in progress: {holder} holds {path}") from None
+            time.sleep(0.2)
+        os.close(file)
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+class Rows:
+    """A CSV file that grows by whole rows. Floats are kept to 9 digits (float32).
+
+    Where a run goes on, the rows up to epoch `upto` are kept and what comes after them is dropped.
+    Raises ValueError where rows up to there are missing.
+    """
+
+    def __init__(self, path: Path, columns: list[str], upto: int = -1):
+        kept = []
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]:
+                if upto >= 0 and line.endswith("\n") and int(line.split(",")[0]) <= upto:
+                    kept.append(line)
+        except (ValueError, FileNotFoundError):
+            kept = []
+        if {int(line.split(",")[0]) for line in kept} != set(range(upto + 1)):
+            checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
+            what = f"remove {checkpoint}, and this run starts again"
+            raise ValueError(f"{path} lacks rows or is damaged: {what}")
+        write_whole(path, "".join([",".join(columns) + "\n", *kept]).encode())
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def add(self, *rows) -> None:
+        text = io.StringIO()
+        for row in rows:
+            cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row]
+            csv.writer(text, lineterminator="\n").writerow(cells)
+        size = os.fstat(self.file).st_size
+        try:
+            _write(self.file, text.getvalue().encode())
+        except OSError:
+            os.ftruncate(self.file, size)
+            raise
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+# ------------------------------------------------------------------------------------ many runs
+
+
+def grid(low: float, high: float, n: int) -> list[float]:
+    """n ELRs from low to high, log-spaced, rounded to 3 digits so that their names stay short."""
+    return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, n)]
+
+
+def bisect(out: Path, values: list[float]) -> list[float]:
+    """For each boundary of the regimes that was seen among these ELRs, one between its sides: the
+    middle, in the logarithm, of the widest gap, in as few digits as tell it from both ends."""
+    runs = [run for run in regimes.read_folder(out) if run.elr in values]
+    try:
+        seen = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
+    except ValueError:  # out of order: there is no one boundary, and the table says so
+        return []
+    new = []
+    for boundary in seen:  # between its sides are those that the seeds leave undecided
+        inside = [elr for elr in regimes.by_elr(runs) if boundary.low <= elr <= boundary.high]
+        low, high = max(pairwise(inside), key=lambda gap: gap[1] / gap[0])
+        for digits in range(3, 7):
+            middle = float(f"{math.sqrt(low * high):.{digits}g}")
+            if low * 1.0001 < middle < high / 1.0001:
+                new.append(middle)
+                break
+    return list(dict.fromkeys(new))
+
+
+class Watch:
+    """What one sees of runs while they go on. On a terminal a bar per job and one for all of them;
+    else a line per finished run and, of a run of more than a minute, a line a minute."""
+
+    def __init__(self, jobs: int, total: int, renew: Callable[[], None], quiet: bool = False):
+        self.renew, self.quiet, self.reported, self.failed = renew, quiet, set(), False
+        self.bars, self.last = {}, {}
+        self.terminal = sys.stderr.isatty()
+        if self.terminal and total > 1:
+            self.bars["all"] = tqdm(
+                total=total, desc="runs", unit="run", position=jobs, leave=False
+            )
+
+    def tell(self, job: int, what: str, name: str, *more) -> None:
+        """A run's message: "epoch" (epoch, epochs, row), "finished", "busy" or "failed" (text)."""
+        if what == "epoch" and self.terminal:
+            self._bar(job, name, *more)
+        elif what == "epoch":
+            self._line(job, name, *more)
+        elif what == "finished":
+            again = "(already done)" in more[0] and (self.quiet or name in self.reported)
+            if not again:
+                self.reported.add(name)
+                tqdm.write(name + more[0], file=sys.stdout)
+                sys.stdout.flush()
+                if "all" in self.bars:
+                    self.bars["all"].update()
+                self.renew()
+        elif what == "failed":
+            self.failed = True
+            tqdm.write(f"train.py: error: {name}: {more[0]}", file=sys.stderr)
+        elif not self.quiet and name not in self.reported:
+            self.reported.add(name)
+            tqdm.write(more[0], file=sys.stderr)
+
+    def _bar(self, job: int, name: str, epoch: int, epochs: int, shown: str) -> None:
+        if job not in self.bars:
+            self.bars[job] = tqdm(unit="epoch", position=job, leave=False)
+        bar = self.bars[job]
+        if self.last.get(job) != name:
+            self.last[job] = name
+            bar.reset()
+            bar.initial = bar.n = bar.last_print_n = epoch
+            bar.set_description(name, refresh=False)
+        bar.total = epochs
+        bar.update(epoch - bar.n)
+        bar.set_postfix_str(shown)
+
+    def _line(self, job: int, name: str, epoch: int, epochs: int, shown: str) -> None:
+        before, since = self.last.get(job, ("", 0))
+        if before != name:
+            since = time.monotonic()
+        if time.monotonic() - since > 60:
+            print(f"{name}: epoch {epoch} of {epochs}, {shown}", flush=True)
+            since = time.monotonic()
+        self.last[job] = (name, since)
+
+    def close(self) -> None:
+        for bar in self.bars.values():
+            bar.close()
+
+
+def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callable) -> bool:
+    """Do these runs, options.jobs at a time. Returns whether one failed.
+
+    do      function of ((value, seed), tell, patient) that does a run and returns (name, verdict
+            in words). It calls tell("epoch", …) (see Watch). It raises Busy where another process is
+            at the run, or waits, if `patient`.
+    renew   called whenever a run is finished
+    """
+    jobs = min(options.jobs, len(pairs))
+    watch = Watch(jobs, len(pairs), renew, quiet=options.rank > 0)
+    try:
+        if jobs > 1:
+            _side_by_side(do, pairs, jobs, options, watch)
+        # Here all of them, or what a job that died has left. What another process is at comes last.
+        tell = partial(watch.tell, 0)
+        left = [pair for pair in pairs if not attempt(do, pair, tell)]
+        if left and len(pairs) == options.ranks == 1:
+            raise Busy("there is nothing else to do")
+        for pair in left:
+            attempt(do, pair, tell, patient=True)
+    finally:
+        watch.close()
+    return watch.failed
+
+
+def attempt(do: Callable, pair: tuple, tell: Callable, patient: bool = False) -> bool:
+    """Do a run; one that fails leaves the others their turn. Returns False if it is busy."""
+    try:
+        tell("finished", *do(pair, tell, patient))
+    except Busy as busy:
+        tell("busy", str(pair), str(busy))
+        return False
+    except (OSError, MemoryError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        tell("failed", f"{regimes.elr_name(pair[0])} seed {pair[1]}", what)
+    return True
+
+
+def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -> None:
+    """The runs in processes of their own, each of which takes what none has taken yet. On Linux
+    they fork, with what this process has imported, read and measured, from its single thread."""
+    fork = sys.platform == "linux" and options.device == "cpu"
+    context = multiprocessing.get_context("fork" if fork else "spawn")
+    processes, pipes = [], {}
+    try:
+        for job in range(jobs):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_job, args=(do, pairs, options.threads, there))
+            process.start()
+            there.close()  # so that the end of the job is the end of the pipe
+            processes.append(process)
+            pipes[here] = job
+        while pipes:
+            for pipe in wait(list(pipes)):
+                try:
+                    watch.tell(pipes[pipe], *pipe.recv())
+                except (EOFError, ConnectionResetError):
+                    del pipes[pipe]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _job(do: Callable, pairs: list, threads: int, pipe) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the parent sees it, too
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+
+    def tell(*message) -> None:
+        if message[0] != "busy":
+            pipe.send(message)
+
+    for pair in pairs:
+        attempt(do, pair, tell)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
