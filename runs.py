@@ -395,7 +395,8 @@ def _job(do: Callable, pairs: list, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
 
     def tell(*message) -> None:
-        if message[0] != "busy":
+        again = message[0] == "finished" and "(already done)" in message[2]
+        if message[0] != "busy" and not again:  # what others do is theirs to tell
             pipe.send(message)
 
     for pair in pairs:

@@ -181,7 +181,10 @@ class Run:
                 found["angle"] = (found["elr"] * found["grad_norm"]).atan()
         wrong = torch.stack(wrong).double()
         columns = [torch.stack(losses).double(), wrong.mean(1)]
-        columns += [stats["elr"].mean(1), stats["grad_norm"].norm(dim=1)]
+        gamma, elr = stats["grad_norm"].norm(dim=1), stats["elr"].mean(1)
+        if self.options.mode == "angle":  # tan φ/γ of the means: in some steps γ is next to 0
+            elr = 0 * gamma + stats["angle"].tan().mean() / stats["grad_norm"].mean()
+        columns += [elr, gamma]
         columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
         if self.options.label_noise:
             index = torch.stack([i if isinstance(i, Tensor) else torch.cat(i) for i in indices])
@@ -407,15 +410,13 @@ def main(argv: list[str] | None = None) -> int:
         more = {"chance": options.chance, "versions": versions, "command": given}
         more |= {"threads": options.threads, "jobs": options.jobs}
         write_config(options.out, options.config | more)
-        pairs, values = (
-            [(value, seed) for value in options.values for seed in seeds],
-            options.values,
-        )
+        values = options.values
+        pairs = [(value, seed) for seed in seeds for value in values]
         failed = run_all(do, pairs, options, renew)
         for _ in range(options.refine):
             new = bisect(options.out, values)
             values = values + new
-            pairs = [(value, seed) for value in new for seed in seeds]
+            pairs = [(value, seed) for seed in seeds for value in new]
             failed = run_all(do, pairs, options, renew) or failed
         runs = report(options)
     except (KeyboardInterrupt, Stopped) as stopped:
