@@ -1,17 +1,20 @@
-"""Time what users wait for, beside the usual ways of doing it and beside what the machine could do at best.
+"""Time what users wait for, beside the usual ways of doing it and what the machine could do at best.
 
-    python bench.py step                      the optimizer's step, against plain PyTorch and geoopt
-    python bench.py epoch                     an epoch over 2,560 PNG files of 32×32, against the usual loop over a DataLoader
-    python bench.py sweep                     eight default runs: what checkpoints cost, and two jobs at a time
-    python bench.py scale                     seconds per image of small and large sets, memory of short and long runs
+    python bench.py step           the optimizer's step: checked against float64, then timed
+    python bench.py iteration      an iteration of the default run, and what it is made of
+    python bench.py epoch          an epoch over 2,560 PNG files, against a loop over a DataLoader
+    python bench.py sweep          the default sweep and four short runs: default jobs, one job
+    python bench.py scale          seconds per image of small and large sets, memory of long runs
+    python bench.py optimizers     test errors of AdamW and SGD on the tasks of the README
 
-All ways of a case take turns, in one process but for the usual loop and whole runs, and medians are printed, so that the ratios
-hold on a machine that others use too. The limits are measured in the same run: the rate of a large matrix product and
-that of a copy in memory. The table goes into benchmarks/ as well, as CSV, with machine, versions and date.
+All ways of a case take turns, and medians are printed, so that ratios hold on a machine that others
+use, too. The limits, the rate of a large matrix product and of a copy in memory, are measured in
+the same run. The table goes into benchmarks/ as well, as CSV.
 """
 
 import argparse
 import csv
+import math
 import multiprocessing
 import os
 import platform
@@ -20,12 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import measure
 import sphere_step
 import train
-from data import Data
 from models import MODELS, convnet
+from options import parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
@@ -45,7 +47,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Row:
-    """A line of the table: median seconds; `limit`, the least that the machine could need, where one can say so."""
+    """A line of the table: median seconds; `limit`, the least that the machine could need."""
 
     case: str
     method: str
@@ -82,9 +84,9 @@ def interleaved(ways: dict[str, Callable], repetitions: int, warm: int = 1) -> d
 
 
 def limits() -> tuple[float, float, float]:
-    """What the machine does at best, the fastest of nine in a row: floating-point operations per second in float32 and in
-    bfloat16, of a large matrix product or of the same one as a convolution, whichever is faster (they can be of different
-    libraries); bytes per second of a copy, read and written."""
+    """What the machine does at best, of nine tries: floating-point operations per second in float32
+    and bfloat16, of a large matrix product or the same as a convolution; bytes per second of a
+    copy, read and written."""
     train.keep_memory()
     n = 8192 if DEVICE == "cuda" else 2048
 
@@ -96,72 +98,168 @@ def limits() -> tuple[float, float, float]:
         a = torch.randn(n, n, device=DEVICE, dtype=dtype)
         image, weight = a.t().reshape(1, n, n // 32, 32), a.view(n, n, 1, 1)
         image, weight = (x.contiguous(memory_format=torch.channels_last) for x in (image, weight))
-        best.append(
-            max(
-                rate(partial(torch.mm, a, a), 2 * n**3),
-                rate(partial(F.conv2d, image, weight), 2 * n**3),
-            )
-        )
+        ways = partial(torch.mm, a, a), partial(F.conv2d, image, weight)
+        best.append(max(rate(way, 2 * n**3) for way in ways))
     source = torch.zeros(2**26, device=DEVICE)
     best.append(rate(partial(torch.zeros_like(source).copy_, source), 8 * len(source)))
-    print(
-        f"at best {best[0] / 1e9:,.0f} GFLOP/s in float32, {best[1] / 1e9:,.0f} in bfloat16; a copy: {best[2] / 1e9:,.1f} GB/s"
-    )
+    print(f"at best {best[0] / 1e9:,.0f} GFLOP/s in float32, {best[1] / 1e9:,.0f} in bfloat16, "
+          f"a copy {best[2] / 1e9:,.1f} GB/s")  # fmt: skip
     return tuple(best)
 
 
 def report(what: str, rows: list[Row], baseline: str) -> None:
-    """Print the table, with each method's speed as a multiple of the baseline's, and write it to benchmarks/."""
-    print(f"\n{'':44}{'ms':>11}{'speed':>9}{'of the limit':>14}")
+    """Print the table, each method's speed as a multiple of the baseline's; write it, too."""
+    print(f"\n{'':48}{'ms':>11}{'speed':>9}{'of the limit':>14}")
     for case in dict.fromkeys(row.case for row in rows):
         print(case)
-        base = next(
-            row.seconds for row in rows if row.case == case and row.method.startswith(baseline)
-        )
-        for row in (row for row in rows if row.case == case):
+        of_case = [row for row in rows if row.case == case]
+        base = next(row.seconds for row in of_case if row.method.startswith(baseline))
+        for row in of_case:
             limit = f"{row.limit / row.seconds:14.0%}" if row.limit else ""
-            print(f"  {row.method:42}{row.seconds * 1e3:11.2f}{base / row.seconds:9.2f}{limit}")
-    threads = torch.get_num_threads() if DEVICE == "cpu" else ""
-    about = [
-        machine(),
-        threads,
-        torch.__version__,
-        getattr(sphere_step.triton, "__version__", ""),
-        time.strftime("%Y-%m-%d"),
-    ]
-    name = "".join(
-        c if c.isalnum() else "-"
-        for c in f"{what} {machine()}" + f" {threads} threads" * bool(threads)
-    )
+            print(f"  {row.method:46}{row.seconds * 1e3:11.3f}{base / row.seconds:9.2f}{limit}")
+    found = []
+    for row in rows:
+        limit = f"{row.limit:.6g}" if row.limit else ""
+        found.append([row.case, row.method, f"{row.seconds:.6g}", limit])
+    write(what, ["case", "method", "seconds", "limit"], found)
+
+
+def write(what: str, head: list[str], rows: list[list]) -> None:
+    about = {"machine": machine(), "cores": os.cpu_count() if DEVICE == "cpu" else ""}
+    about |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    name = "".join(c if c.isalnum() else "-" for c in f"{what} {machine()}")
     path = HERE / "benchmarks" / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow("case method seconds limit machine threads torch triton date".split())
-        for row in rows:
-            writer.writerow(
-                [
-                    row.case,
-                    row.method,
-                    f"{row.seconds:.6g}",
-                    f"{row.limit:.6g}" if row.limit else "",
-                    *about,
-                ]
-            )
+        writer.writerow([*head, *about])
+        writer.writerows([*row, *about.values()] for row in rows)
     print(f"written: {path.relative_to(HERE)}")
 
 
+# --------------------------------------------------------------------------------------- the step
+
+
+def check(cases: int = 30) -> float:
+    """The largest relative error of a float32 step against the formula in float64, over random
+    shapes, spheres and ELRs."""
+    worst = 0.0
+    for case in range(cases):
+        sphere = ("group", "tensor", "row")[case % 3]
+        shapes = torch.randint(1, 200, (int(torch.randint(1, 12, ())), 2)).tolist()
+        tensors = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+        for p in tensors:
+            p.grad = torch.randn_like(p) + 0.3 * p.detach()
+        before = [(p.detach().double().cpu(), p.grad.double().cpu()) for p in tensors]
+        before = spheres_of(before, sphere)
+        elr = 1 / max((x.norm() * g.norm()).item() for x, g in before)
+        sphere_step.SphereSGD(tensors, lr=elr, sphere=sphere).step()
+        after = spheres_of([(p.detach().double().cpu(),) for p in tensors], sphere)
+        for (x, g), (new,) in zip(before, after, strict=True):
+            v = x - elr * x.norm() ** 2 * (g - (x * g).sum() / (x * x).sum() * x)
+            worst = max(worst, ((new - x.norm() * v / v.norm()).norm() / x.norm()).item())
+    return worst
+
+
+def spheres_of(tensors: list[tuple], sphere: str) -> list[tuple]:
+    if sphere == "group":
+        return [tuple(torch.cat([x.flatten() for x in xs]) for xs in zip(*tensors, strict=True))]
+    if sphere == "row":
+        return [row for xs in tensors for row in zip(*xs, strict=True)]
+    return tensors
+
+
 def step(repetitions: int) -> None:
-    """A step over the convolutions of ResNet-18. The limit: reading θ and g and writing θ, once, at the speed of a copy."""
+    """A step over the convolutions of our networks. The limit: reading θ and g and writing θ once,
+    at the speed of a copy."""
+    worst = check()
+    print(f"largest relative error against float64 in 30 random cases: {worst:.1e}")
+    if worst > 1e-6:
+        raise SystemExit("bench.py: error: the step is wrong")
     *_, copy = limits()
     rows = []
-    for width in (16, 32, 64):
-        shapes = sphere_step.resnet18_shapes(width)
-        count = sum(np.prod(shape) for shape in shapes)
-        for method, seconds in sphere_step.measure_steps(shapes, DEVICE, repetitions).items():
-            case = f"ResNet-18 of width {width}, {count / 1e6:.1f} million parameters"
+    for model, width in (("convnet", 8), ("resnet18", 16), ("resnet18", 32), ("resnet18", 64)):
+        net = MODELS[model](3, 10, width)
+        shapes = [p.shape for p in net.parameters() if p.requires_grad]
+        count = sum(math.prod(shape) for shape in shapes)
+        case = f"{model} of width {width}: {count / 1e6:.2f} million parameters"
+        for method, seconds in step_of(shapes, repetitions if width > 32 else 40 * repetitions):
             rows.append(Row(case, method, seconds, 12 * count / copy))
     report("step", rows, "SGD, then norms")
+
+
+def step_of(shapes: list, repetitions: int) -> list[tuple[str, float]]:
+    elr = 1e-9  # so small that the weights stay what they are, however often
+    params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    plain, norms = torch.optim.SGD(params, lr=elr), [p.detach().norm().item() for p in params]
+
+    def usual() -> None:
+        plain.step()
+        with torch.no_grad():
+            for p, norm in zip(params, norms, strict=True):
+                p.mul_(norm / p.norm().item())
+
+    ways = {"SphereSGD, joint sphere": sphere_step.SphereSGD(params, lr=elr).step}
+    ways["SphereSGD, a sphere per tensor"] = sphere_step.SphereSGD(params, elr, "tensor").step
+    ways["SphereSGD, momentum 0.9"] = sphere_step.SphereSGD(params, elr, momentum=0.9).step
+    if DEVICE == "cuda":
+        ways["the same in PyTorch"] = sphere_step.SphereSGD(params, elr, backend="torch").step
+    ways["SGD, then norms and scaling"] = usual
+    with suppress(ImportError):
+        import geoopt
+
+        flat = [p.detach().view(-1) for p in params]  # its sphere is over the last dimension
+        balls = [geoopt.ManifoldParameter(x / x.norm(), manifold=geoopt.Sphere()) for x in flat]
+        for ball, p in zip(balls, params, strict=True):
+            ball.grad = p.grad.view(-1)
+        ways["geoopt RiemannianSGD, Sphere"] = geoopt.optim.RiemannianSGD(balls, lr=elr).step
+    ways["plain SGD, fused"] = torch.optim.SGD(params, lr=elr, fused=True).step
+    return list(interleaved(ways, repetitions, warm=3).items())
+
+
+# ------------------------------------------------------------------------- iteration, epoch, sweep
+
+
+def our_run(*options: str) -> train.Run:
+    """A run of train.py with these options, ready to train."""
+    parsed, data = parse([*options, "--elr", "1e-3", "--force"])
+    run = train.Run(parsed, data, 1e-3, 0, None)
+    run.epoch, run.epochs = 0, 1
+    return run
+
+
+def flops(net: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of a batch's forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    return counter.get_total_flops()
+
+
+def iteration(repetitions: int) -> None:
+    """An iteration of the default run, its forward and backward pass, and its step."""
+    rows = []
+    for name, options in (("digits, convnet of width 8", []), ("modular", ["--data", "modular"])):
+        with tempfile.TemporaryDirectory() as out:
+            run = our_run(*options, "--out", out)
+        index = torch.arange(run.options.batch_size)
+        x, y = run.data.inputs(index), run.data.y[index]
+
+        def passes(run: train.Run = run, x: Tensor = x, y: Tensor = y) -> None:
+            for p in run.net.parameters():
+                p.grad = None
+            F.cross_entropy(run.net(x), y).backward()
+
+        ways = {"forward and backward": passes, "iteration": partial(run.step, index)}
+        ways["step of SphereSGD"] = run.sphere.step
+        times = interleaved(ways, 400 * repetitions, warm=50)
+        kept = [run.step(index) for _ in range(89)]
+        began = time.perf_counter()
+        run.summary(kept, [index] * 89)
+        times["statistics, at the end of the epoch"] = (time.perf_counter() - began) / 89
+        rows += [Row(name, method, seconds) for method, seconds in times.items()]
+    report("iteration", rows, "forward and backward")
 
 
 def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None:
@@ -176,29 +274,18 @@ def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None
             Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
 
 
-def usual_loop(
-    pipe: Connection,
-    folder: str,
-    model: str,
-    width: int,
-    batch: int,
-    mean: list[float],
-    std: list[float],
-) -> None:
-    """In a process of its own, which manages memory as PyTorch does by itself: an epoch whenever the pipe says so."""
+def usual_loop(pipe, folder: str, model: str, width: int, batch: int, threads: int) -> None:
+    """In a process of its own, which manages memory as PyTorch does: an epoch whenever asked."""
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    images = ImageFolder(
-        f"{folder}/train",
-        transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)]),
-    )
-    loader = torch.utils.data.DataLoader(
-        images, batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
-    )
-    net = MODELS[model](3, len(images.classes), width).to(
-        DEVICE, memory_format=torch.contiguous_format
-    )
+    torch.set_num_threads(threads)
+    steps = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.29] * 3)]
+    images = ImageFolder(f"{folder}/train", transforms.Compose(steps))
+    more = dict(shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    loader = torch.utils.data.DataLoader(images, batch, **more)
+    net = MODELS[model](3, len(images.classes), width)
+    net = net.to(DEVICE, memory_format=torch.contiguous_format)
     optimizer = sphere_step.SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     while pipe.recv():
         for x, y in loader:
@@ -212,193 +299,175 @@ def usual_loop(
 
 
 def epoch(repetitions: int, n: int = 2560, batch: int = 128) -> None:
-    """An epoch of train.py, and of the usual loop: a DataLoader with two workers that decodes and normalizes each image, the
-    network and its memory as PyTorch has them, the loss asked for with .item() at each step. Same network and optimizer."""
-    single, half, _ = limits()
+    """An epoch of train.py, and of the usual loop: a DataLoader with two workers, the network and
+    its memory as PyTorch has them, .item() at each step. Same network and optimizer."""
+    rates = dict(zip(("fp32", "bf16"), limits(), strict=False))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), n)
         for model, width in (("convnet", 8), ("convnet", 32), ("resnet18", 8)):
-            rows += epoch_of(
-                folder, model, width, repetitions, n, batch, {"fp32": single, "bf16": half}
-            )
+            case = f"{model} of width {width}, {n} images, batch {batch}"
+            rows += [
+                Row(case, *row) for row in epoch_of(folder, (model, width), n, repetitions, rates)
+            ]
     report("epoch", rows, "the usual loop")
 
 
-def our_epoch(*options: str) -> tuple[Callable, Namespace, Data, nn.Module]:
-    """An epoch of train.py with these options, and what it works on."""
-    args, data = train.parse([*options, "--elr", "1e-3", "--force"])
-    args.signals, order = [], torch.Generator()
-    net, optimizer = train.build(args, data, 1e-3, 0)
-    step = partial(train.step_on, args, data, net, optimizer, optimizer.step)
-    step = train.Captured(step) if args.graph else step
-
-    def run():
-        steps = train.steps_of_epoch(args, data, order)
-        train.train_epoch(args, net, steps, step, {"done": 0, "sums": 0, "layers": 0})
-
-    return run, args, data, net
-
-
-def flops(net: nn.Module, x: Tensor) -> int:
-    """Floating-point operations of a batch's forward and backward pass."""
-    with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(net(x), torch.arange(len(x), device=x.device) % 10).backward()
-    return counter.get_total_flops()
-
-
-def epoch_of(
-    folder: str,
-    model: str,
-    width: int,
-    repetitions: int,
-    n: int,
-    batch: int,
-    rates: dict[str, float],
-) -> list[Row]:
-    options = [
-        "--data",
-        folder,
-        "--data-root",
-        f"{folder}/cache",
-        "--out",
-        f"{folder}/out",
-        "--batch-size",
-        str(batch),
-    ]
-    options += ["--model", model, "--width", str(width)]
+def epoch_of(folder: str, net: tuple, n: int, repetitions: int, rates: dict) -> list[tuple]:
+    options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out"]
+    options += ["--batch-size", "128", "--model", net[0], "--width", str(net[1])]
     ways, limit = {}, {}
-    for graph in (False, True) if DEVICE == "cuda" else (False,):
-        for dtype, rate in rates.items():
-            way, args, data, net = our_epoch(*options, "--dtype", dtype, *["--graph"] * graph)
-            x, y = data.images(torch.arange(batch, device=DEVICE)), data.y[:batch]
+    for dtype, rate in rates.items():
+        for graph in ([], ["--graph"]) if DEVICE == "cuda" else ([],):
+            run = our_run(*options, "--dtype", dtype, *graph)
+            index = torch.arange(128, device=DEVICE)
+            x, y = run.data.inputs(index), run.data.y[index]
 
-            def forward_backward(
-                args: Namespace = args, net: nn.Module = net, x: Tensor = x, y: Tensor = y
-            ) -> None:
-                for _ in range(n // batch):
-                    F.cross_entropy(train.logits_of(args, net, x), y).backward()
+            def passes(run: train.Run = run, x: Tensor = x, y: Tensor = y) -> None:
+                for _ in range(n // 128):
+                    F.cross_entropy(measure.logits_of(run.net, x, run.options.dtype), y).backward()
 
-            name = f"train.py, {dtype}" + ", CUDA graph" * graph
-            ways[name], limit[name] = way, flops(net, x) * (n // batch) / rate
-            if not graph:
-                name = f"  of which forward and backward, {dtype}"
-                ways[name], limit[name] = forward_backward, flops(net, x) * (n // batch) / rate
-
-    mean, std = ((m.flatten() / 255).tolist() for m in (data.mean, data.std))
+            name = f"train.py, {dtype}" + (", CUDA graph" if graph else "")
+            ways[name], ways[f"  of which forward and backward, {name[10:]}"] = (
+                run.train_epoch,
+                passes,
+            )
+            for way in list(ways)[-2:]:
+                limit[way] = flops(run.net, x) * (n // 128) / rate
     pipe, other_end = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(
-        target=usual_loop, args=(other_end, folder, model, width, batch, mean, std)
-    )
+    arguments = (other_end, folder, *net, 128, run.options.threads)
+    child = multiprocessing.get_context("spawn").Process(target=usual_loop, args=arguments)
     child.start()
-    other_end.close()  # ours: should the child die, recv ends in an error and does not wait
+    other_end.close()  # should the child die, recv ends in an error and does not wait
+
+    def usual() -> None:
+        pipe.send(True)
+        pipe.recv()
+
     name = "the usual loop: DataLoader, 2 workers, fp32"
-    ways[name], limit[name] = lambda: (pipe.send(True), pipe.recv()), limit["train.py, fp32"]
+    ways[name], limit[name] = usual, limit["train.py, fp32"]
     times = interleaved(ways, repetitions)
     pipe.send(False)
     child.join()
-    return [
-        Row(f"{model} of width {width}, {n} images, batch {batch}", name, times[name], limit[name])
-        for name in ways
-    ]
+    return [(name, times[name], limit[name]) for name in ways]
 
 
-def run(*options: str) -> tuple[float, float]:
-    """Seconds that train.py takes with these options, and its largest memory in MiB."""
+def run_train(*options: str) -> float:
+    """Seconds that train.py takes with these options; its largest memory in MiB."""
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, HERE / "train.py", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"bench.py: error: train.py {' '.join(options)} failed")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+    run_train.memory = usage.ru_maxrss / 1024
+    return time.perf_counter() - began
 
 
 def sweep(repetitions: int) -> None:
-    """Eight runs of the default task: one after the other with a checkpoint after every epoch and with one at the end, and two
-    at a time with half of the threads each. The limit: their multiplications at the rate of a large matrix product."""
+    """The default sweep as a user types it, with one job, and four runs of 8 epochs. The limit:
+    their multiplications at the rate of a large matrix product."""
     single, *_ = limits()
-    limit = 8 * 21 * 89 * flops(convnet(1, 10), torch.randn(16, 1, 8, 8)) / single
-    elrs = [
-        "--elr",
-        *"1e-4 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1".split(),
-        "--epochs",
-        "20",
-        "--force",
-    ]
-    more = {
-        "one job": [],
-        "one job, a checkpoint at the end only": ["--checkpoint-every", "1000"],
-        "two jobs": ["--jobs", "2"],
-    }
+    of_run = 20 * 89 * flops(convnet(1, 10), torch.randn(16, 1, 8, 8)) / single
+    short = ["--elr", "1e-3", "3e-3", "1e-2", "3e-2", "--epochs", "8"]
+    rows = []
     with tempfile.TemporaryDirectory() as out:
-        times = interleaved(
-            {name: partial(run, *elrs, "--out", out, *x) for name, x in more.items()},
-            repetitions,
-            warm=0,
-        )
-    rows = [
-        Row("eight runs of 20 epochs: digits, convnet of width 8", name, s, limit)
-        for name, s in times.items()
-    ]
+        for case, options, runs in (
+            ("--sweep: 13 runs of 20 epochs", ["--sweep"], 13),
+            ("4 runs of 8 epochs", short, 1.6),
+        ):
+            more = ["--out", out, "--force"]
+            ways = {"one job": partial(run_train, *options, *more, "--jobs", "1", "--threads", "1")}
+            ways["default jobs"] = partial(run_train, *options, *more)
+            times = interleaved(ways, repetitions, warm=0)
+            rows += [Row(case, name, s, runs * of_run) for name, s in times.items()]
     report("sweep", rows, "one job")
 
 
 def scale(repetitions: int) -> None:
-    """Does an epoch take time in proportion to the images, and does memory stay flat however long a run is?"""
+    """Does an epoch take time in proportion to the images, and does memory stay flat?"""
     rows, sizes = [], (1000, 2000, 4000, 8000)
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), sizes[-1])
-        options = [
-            "--data",
-            folder,
-            "--data-root",
-            f"{folder}/cache",
-            "--batch-size",
-            "125",
-            "--out",
-            f"{folder}/out",
-        ]
-        ways = {f"{n} images": our_epoch(*options, "--train-size", str(n))[0] for n in sizes}
+        options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out"]
+        options += ["--batch-size", "125", "--train-size"]
+        ways = {f"{n} images": our_run(*options, str(n)).train_epoch for n in sizes}
         times = interleaved(ways, repetitions)
         for n, (name, seconds) in zip(sizes, times.items(), strict=True):
-            rows.append(
-                Row(
-                    "an epoch, per 1,000 images of 32×32: convnet of width 8",
-                    name,
-                    seconds * 1000 / n,
-                )
-            )
-        memory = {
-            epochs: run("--elr", "0.01", "--epochs", str(epochs), "--out", folder, "--force")[1]
-            for epochs in (30, 300)
-        }
+            case = "an epoch, per 1,000 images of 32×32: convnet of width 8"
+            rows.append(Row(case, name, seconds * 1000 / n))
+        for epochs in ("30", "300"):
+            run_train("--elr", "0.01", "--epochs", epochs, "--out", folder, "--force")
+            print(f"largest memory of a run of {epochs} epochs: {run_train.memory:.0f} MiB")
     report("scale", rows, "1000 images")
-    print(
-        f"largest memory of a run of 30 epochs: {memory[30]:.0f} MiB, of 300 epochs: {memory[300]:.0f} MiB"
-    )
+
+
+# ------------------------------------------------------------------------------ other optimizers
+
+TASKS = {
+    "digits": ["--data", "digits"],
+    "digits, resnet18": ["--data", "digits", "--model", "resnet18"],
+    "digits, half wrong": ["--data", "digits", "--label-noise", "0.5"],
+    "digits, MLP": ["--data", "digits", "--model", f"{HERE}/bench.py:mlp"],
+    "modular 31": ["--data", "modular"],
+}
+RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
+
+
+def mlp(example: Tensor, classes: int) -> nn.Module:
+    """A network of one's own, with LayerNorm."""
+    n = example.numel()
+    layers = [nn.Flatten(), nn.Linear(n, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 128)]
+    return nn.Sequential(*layers, nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, classes))
+
+
+def optimizers(seeds: int) -> None:
+    """Test error after the task's epochs of AdamW and of SGD with momentum 0.9, weight decay and a
+    cosine, over learning rates; the same networks, data, batches and epochs as train.py."""
+    found = []
+    for task, options in TASKS.items():
+        for kind, rates in RATES.items():
+            for lr in rates:
+                values = [train_with(options, kind, lr, seed) for seed in range(seeds)]
+                found += [[task, kind, lr, seed, x] for seed, x in enumerate(values)]
+                error = statistics.median(values)
+                print(f"{task:20}{kind:8}{lr:8g}  {error:.4f}", flush=True)
+    write("optimizers", ["task", "optimizer", "lr", "seed", "test_error"], found)
+
+
+def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
+    with tempfile.TemporaryDirectory() as out:
+        parsed, data = parse([*options, "--elr", "1", "--seed", str(seed), "--out", out])
+        run = train.Run(parsed, data, 1.0, seed, None)
+    params = [p for p in run.net.parameters() if p.requires_grad]
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, parsed.epochs)
+    run.net.train()
+    for _ in range(parsed.epochs):
+        for index in train.batches(len(data.x), parsed.batch_size, run.order):
+            optimizer.zero_grad()
+            F.cross_entropy(run.net(data.inputs(index)), data.y[index]).backward()
+            optimizer.step()
+        scheduler.step()
+    return measure.on_test_set(run.net, data, parsed)["test_error"]
 
 
 def main() -> int:
-    text = "Time what users wait for, beside the usual ways of doing it and beside what the machine could do at best."
-    parser = argparse.ArgumentParser(
-        prog="bench.py", description=text, epilog="example: python bench.py epoch --repetitions 9"
-    )
-    text = "the optimizer's step; an epoch; eight default runs; how time grows with the set and memory with the epochs"
-    parser.add_argument("what", choices=("step", "epoch", "sweep", "scale"), help=text)
-    parser.add_argument(
-        "--repetitions",
-        type=int,
-        default=5,
-        metavar="N",
-        help="medians are over so many (default: %(default)s)",
-    )
+    text = "Time what users wait for, beside the usual ways and the limits of the machine."
+    example = "example: python bench.py epoch --repetitions 9"
+    parser = argparse.ArgumentParser(prog="bench.py", description=text, epilog=example)
+    ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep, scale=scale)
+    ways["optimizers"] = optimizers
+    parser.add_argument("what", choices=tuple(ways), help="what to time")
+    text = "medians are over so many; optimizers: seeds (default: %(default)s)"
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help=text)
     args = parser.parse_args()
-    threads = f", {torch.get_num_threads()} threads" if DEVICE == "cpu" else ""
-    print(f"on {machine()}{threads}, torch {torch.__version__}; medians of {args.repetitions}")
-    {"step": step, "epoch": epoch, "sweep": sweep, "scale": scale}[args.what](args.repetitions)
+    print(f"on {machine()}, torch {torch.__version__}; medians of {args.repetitions}")
+    ways[args.what](args.repetitions)
     return 0
 
 

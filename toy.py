@@ -1,0 +1,143 @@
+"""The paper's toy, whose regimes are known exactly: all ELRs, seeds and groups in one array.
+
+    python toy.py --alphas 1 2 4 --seeds 3 --refine 4
+
+F(θ) = Σ α_i x_i²/(x_i² + y_i²), with all groups (x_i, y_i) on one sphere, here of radius 1. Each
+group is scale invariant, as a layer is. Gradient descent can converge if and only if the ELR η̃ is
+below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* it settles on an orbit of period 2:
+
+    A group's own ELR is η̃_i = η̃/r_i². Its step turns it onto its mirror image, x_i/y_i → −x_i/y_i,
+    if 2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
+    F_i = (α_i/2)(1 − η̃*/η̃),    F = (Σα − 1/η̃)/2,    skill = 1 − F/(Σα/2) = η̃*/η̃.
+
+Up to 1.5 η̃* that is what one sees to six digits. Farther up the orbit is chaotic, F stays within
+1.3 % of it up to 1,000 η̃*, and uneven α can have a second attractor 1 % lower.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695), section 4; the orbit is ours.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import figures
+import regimes
+
+ROWS = 200  # of a run's log
+
+
+def step(theta: np.ndarray, alphas: np.ndarray, elr: np.ndarray) -> tuple[np.ndarray, ...]:
+    """One step of all runs. theta [..., groups, 2] of norm 1, elr [..., 1, 1].
+
+    Returns the new theta, F_i [..., groups] before the step, and the angle φ of the step [...].
+    """
+    x, y = theta[..., 0], theta[..., 1]
+    square = x * x + y * y
+    slope = 2 * alphas * x * y / (square * square)
+    gradient = np.stack([slope * y, -slope * x], -1)  # along the sphere, as F is scale invariant
+    new = theta - elr * gradient
+    length = np.sqrt((new * new).sum((-1, -2), keepdims=True))
+    turn = np.sqrt(np.maximum(length[..., 0, 0] ** 2 - 1, 0))  # tan φ
+    return new / length, alphas * x * x / square, np.arctan(turn)
+
+
+def simulate(alphas: list[float], elrs: list[float], seeds: int, steps: int) -> list[regimes.Run]:
+    """A run of so many steps for each ELR and seed, from a random point, with its log and verdict.
+    The same seed starts every ELR from the same point."""
+    alpha, total = np.array(alphas), sum(alphas)
+    starts = [
+        np.random.default_rng(seed).standard_normal((len(alphas), 2)) for seed in range(seeds)
+    ]
+    theta = np.tile(np.stack(starts), (len(elrs), 1, 1, 1))  # [elrs, seeds, groups, 2]
+    theta /= np.sqrt((theta * theta).sum((-1, -2), keepdims=True))
+    elr = np.array(elrs)[:, None, None, None]
+    first = step(theta, alpha, elr)[1].sum(-1)
+    ends = np.linspace(0, steps, min(ROWS, steps) + 1).astype(int)
+    losses, angles = [first], [np.zeros_like(first)]
+    for begin, end in zip(ends, ends[1:], strict=False):
+        loss, angle = 0.0, 0.0
+        for _ in range(begin, end):
+            theta, of_groups, turn = step(theta, alpha, elr)
+            loss, angle = loss + of_groups.sum(-1), angle + turn
+        losses.append(loss / (end - begin))
+        angles.append(angle / (end - begin))
+    losses, angles = np.stack(losses, -1), np.stack(angles, -1)
+    # Of a random point each group's share x²/(x² + y²) is the squared cosine of a uniform angle.
+    chance = {"mean": total / 2, "std": math.sqrt(sum(a * a for a in alphas) / 8)}
+    chance = {"points": 10**9, "train_loss": chance}
+    runs = []
+    for i, value in enumerate(elrs):
+        for seed in range(seeds):
+            log = {"epoch": ends.astype(float), "step": ends.astype(float)}
+            log |= {"train_loss": losses[i, seed], "angle": angles[i, seed]}
+            verdict = regimes.classify(log, chance)
+            runs.append(regimes.Run(Path("toy"), value, seed, log, verdict))
+    return runs
+
+
+def row_of(run: regimes.Run, total: float) -> dict:
+    loss = float(run.log["train_loss"][len(run.log["epoch"]) // 2 + 1 :].mean())
+    row = {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime, "loss": loss}
+    row["theory"] = max(0.0, (total - 1 / run.elr) / 2)
+    return row | {"skill": 1 - loss / (total / 2)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
+    example = "example: python toy.py --alphas 1 2 4 --seeds 3 --refine 4"
+    parser = regimes.Parser(prog="toy.py", description=text, epilog=example, allow_abbrev=False)
+    add = parser.add_argument
+    add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="α_i (default: 1 2 4)")
+    add("--elr", nargs="+", type=float, help="these ELRs")
+    text = "N ELRs, log-spaced (default: 1e-2 1e2 13)"
+    add("--sweep", nargs=3, type=float, metavar=("LO", "HI", "N"), help=text)
+    add("--seeds", type=int, default=1, metavar="K", help="random starts per ELR (default: 1)")
+    add("--refine", type=int, default=0, metavar="N", help="bisect both boundaries N times")
+    add("--steps", type=int, default=20_000, metavar="N", help="of each run (default: 20000)")
+    add("--out", type=Path, default=Path("logs/toy"), metavar="DIR", help="(default: logs/toy)")
+    args = parser.parse_args(argv)
+    low, high, n = args.sweep or (1e-2, 1e2, 13)
+    wrong = [("alphas", min(args.alphas) <= 0 or not sum(args.alphas) < 1e9, "positive numbers")]
+    wrong += [("elr", not all(1e-30 < x < 1e30 for x in args.elr or [1]), "from 1e-30 to 1e30")]
+    wrong += [("elr", args.elr and args.sweep, "left out where there is --sweep")]
+    good = 1e-30 < low < high < 1e30 and 2 <= n <= 10_000 and n == int(n)
+    wrong += [("sweep", not good, "LO HI N with LO < HI and N ≥ 2")]
+    for name, least in (("seeds", 1), ("refine", 0), ("steps", 10)):
+        wrong += [(name, not least <= getattr(args, name) <= 10**7, f"{least} at least")]
+    for name, is_wrong, what in wrong:
+        if is_wrong:
+            parser.error(f"argument --{name}: {getattr(args, name)} must be {what}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {args.out} cannot be written: {error.strerror}")
+    elrs = sorted({float(f"{elr:.4g}") for elr in args.elr or np.geomspace(low, high, int(n))})
+    runs, total = [], sum(args.alphas)
+    for _ in range(args.refine + 1):
+        runs += simulate(args.alphas, elrs, args.seeds, args.steps)
+        elrs = []
+        for boundary in regimes.boundaries(runs):
+            middle = float(f"{math.sqrt(boundary.low * boundary.high):.6g}")
+            if boundary.seen and boundary.low * 1.0001 < middle < boundary.high / 1.0001:
+                elrs.append(middle)
+    rows = [row_of(run, total) for group in regimes.by_elr(runs).values() for run in group]
+    regimes.write_csv(args.out / "toy.csv", rows)
+    figures.of_toy(rows, args.alphas, args.out / "toy.png")
+    print("       ELR  regime               seeds            F       theory    skill")
+    for elr, group in regimes.by_elr(runs).items():
+        regime, share = regimes.majority(group)
+        of_elr = [row for row in rows if row["elr"] == elr]
+        loss, skill = (np.median([row[name] for row in of_elr]) for name in ("loss", "skill"))
+        seeds = f"{round(share * len(group))}/{len(group)}"
+        cells = f"{regimes.elr_name(elr):>10}  {regimes.title(regime):<19}  {seeds:>5}"
+        print(f"{cells}  {loss:11.6g}  {of_elr[0]['theory']:11.6g}  {skill:7.4f}")
+    for boundary in regimes.boundaries(runs):
+        print(boundary)
+    print(f"theory: convergence below 1/Σα = {1 / total:.6g}")
+    print(f"written: {args.out / 'toy.csv'}, {args.out / 'toy.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
