@@ -64,7 +64,7 @@ def sphere_rule(gram: list, radius: float, lr: float, beta: float, angle: bool) 
     tan = math.tan(lr) if angle else lr * radius * radius * s / norm
     tan = min(tan, 1e100)
     k, b, elr = 1.0, 0.0, 0.0 if angle else lr
-    if s * tan == 0:
+    if s == 0 or tan == 0:
         tan = 0.0
     else:
         cos = 1 / math.sqrt(1 + tan * tan)
@@ -95,7 +95,7 @@ if triton is not None:
         if angle != 0:
             tan = tl.sin(lr) / tl.cos(lr)
         tan = tl.minimum(tan, 1e100)
-        stays = s * tan == 0
+        stays = (s == 0) | (tan == 0)
         tan = tl.where(stays, 0.0, tan)
         s = tl.where(stays, 1.0, s)
         cos = 1 / tl.sqrt(1 + tan * tan)
@@ -448,16 +448,16 @@ class SphereSGD(torch.optim.Optimizer):
         """The three passes in the kernels. New addresses cost one small upload."""
         first = 0
         for i, group in enumerate(self._on_spheres()):
-            lr, here = group["lr"], self._settings[first : first + len(group["radii"])]
-            first += len(here)
-            number = 0.0 if isinstance(lr, Tensor) else lr
-            now = number, group["momentum"], float(group["angle"]), _free(group, move)
-            if self._written.get(i) != now:
-                here[:, 0] = 0.0 if now[3] else group["radii"]
-                here[:, 1:] = torch.tensor(now[:3], dtype=torch.float64)
-                self._written[i] = now
+            lr, here = group["lr"], slice(first, first + len(group["radii"]))
+            first = here.stop
+            now = 0.0 if isinstance(lr, Tensor) else lr, group["momentum"], float(group["angle"])
+            free = _free(group, move)
+            if self._written.get(i) != (now, free):
+                self._settings[here, 0] = 0.0 if free else group["radii"]
+                self._settings[here, 1:] = torch.tensor(now, dtype=torch.float64)
+                self._written[i] = now, free
             if isinstance(lr, Tensor):
-                here[:, 1] = lr
+                self._settings[here, 1] = lr
         addresses = []
         for group, p in self._tensors:
             g, m = p.grad, self._momentum(group, p)
@@ -538,7 +538,7 @@ def _dense(p: Tensor, by_rows: bool) -> bool:
         if stride != expected and p.numel():
             return False
         expected *= n
-    return not by_rows or p.stride(0) * len(p) == p.numel()
+    return not by_rows or p.stride(0) * len(p) == p.numel() or not p.numel()
 
 
 def _rows(group: dict, p: Tensor) -> int:
