@@ -192,8 +192,10 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
 
 def _skill(name: str, log: dict, tail: np.ndarray, chance: dict) -> Skill:
     values, mean = log[name][tail], chance[name]["mean"]
-    residual, inflation = _around_trend(np.log(log["epoch"][tail]), values)
-    own = residual.std(ddof=1) * math.sqrt(inflation / len(values))
+    # Around a straight line: a curve through few rows would take the slow part of the noise with it.
+    residual, inflation = _around_trend(np.log(log["epoch"][tail]), values, degree=1)
+    own = residual.std(ddof=2) * math.sqrt(inflation / len(values))
+    own *= 1 + 3 / len(values)  # as Student's quantiles are farther out than the normal's
     of_chance = chance[name]["std"] / math.sqrt(chance.get("points", 1))
     return Skill(name, 1 - values.mean() / mean, math.hypot(own, of_chance) / mean)
 
@@ -225,11 +227,11 @@ def _interval(low: float, high: float) -> str:
     return "too few independent rows for a 99 % interval"
 
 
-def _around_trend(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """What is left of y around a polynomial of at most degree 3, and by how much its lag-1
+def _around_trend(x: np.ndarray, y: np.ndarray, degree: int = 3) -> tuple[np.ndarray, float]:
+    """What is left of y around a polynomial of at most this degree, and by how much its lag-1
     autocorrelation r, corrected for bias, inflates the variance of a mean: (1 + r)/(1 − r)."""
     n = len(y)
-    residual = y - np.polynomial.Polynomial.fit(x, y, min(3, n // 4))(x)
+    residual = y - np.polynomial.Polynomial.fit(x, y, min(degree, n // 4))(x)
     square = residual @ residual
     if square <= (1e-12 * np.abs(y).max()) ** 2:
         return residual, 1.0

@@ -30,7 +30,7 @@ def test_digits_are_the_files_own_split_normalized_by_the_training_set():
     assert x.dtype == torch.float32 and np.allclose(
         x[:, 0].numpy(), (images[1437:] - mean) / std, atol=1e-5
     )
-    assert torch.equal(digits.images(torch.tensor([3, 5])), digits.normalized(digits.x[[3, 5]]))
+    assert torch.equal(digits.inputs(torch.tensor([3, 5])), digits.normalized(digits.x[[3, 5]]))
     assert np.array_equal(torch.cat([digits.y, digits.test_y]).numpy(), labels)
 
 
@@ -286,3 +286,128 @@ def test_a_channel_without_variance_stays_finite(tmp_path):
         Image.fromarray(np.asarray(Image.open(file)) * np.uint8([1, 0, 1])).save(file)
     found = load(str(folder), tmp_path)
     assert (found.normalized(found.x)[:, 1] == 0).all() and found.std[1] == 1
+
+
+# --------------------------------------------------------------------------- numbers and tokens
+
+
+@pytest.mark.parametrize("p", [2, 5, 31])
+def test_modular_is_all_sums_and_the_same_split_each_time(p):
+    one, two = load("modular", modulus=p), load("modular", modulus=p)
+    x, y = torch.cat([one.x, one.test_x]), torch.cat([one.y, one.test_y])
+    assert (
+        len(x) == p * p
+        and len(torch.unique(x, dim=0)) == p * p
+        and len(one.x) == round(0.7 * p * p)
+    )
+    assert torch.equal(y, (x[:, 0] + x[:, 1]) % p) and (x[:, 2] == p).all()
+    assert one.tokens == p + 1 and one.classes == p and torch.equal(one.x, two.x)
+    assert torch.equal(one.inputs(torch.tensor([0])), one.x[:1])  # tokens stay whole numbers
+
+
+def arrays(kind="numbers", n=20, seed=0):
+    rng = np.random.default_rng(seed)
+    x = {
+        "numbers": rng.normal(3, 2, (n, 5)),
+        "images": rng.integers(0, 256, (n, 8, 8), dtype=np.uint8),
+        "colour": rng.integers(0, 256, (n, 3, 8, 8), dtype=np.uint8),
+        "tokens": rng.integers(0, 7, (n, 4)),
+    }[kind]
+    y = np.arange(n) % 3
+    return {"x": x, "y": y, "test_x": x[: n // 2], "test_y": y[: n // 2]}
+
+
+@pytest.mark.parametrize("kind", ["numbers", "images", "colour", "tokens"])
+def test_a_file_of_arrays_is_a_data_set(tmp_path, kind):
+    found = arrays(kind)
+    np.savez(tmp_path / "mine.npz", **found)
+    data = load(str(tmp_path / "mine.npz"))
+    x = data.inputs(torch.arange(20))
+    assert data.classes == 3 and len(data.test_x) == 10
+    if kind == "tokens":
+        assert torch.equal(x, torch.from_numpy(found["x"])) and data.tokens == found["x"].max() + 1
+        return
+    expected = torch.from_numpy(found["x"]).double()
+    expected = expected[:, None] if kind == "images" else expected
+    over = (0,) if kind == "numbers" else (0, 2, 3)
+    expected = (expected - expected.mean(over, keepdim=True)) / expected.std(over, keepdim=True)
+    assert x.dtype == torch.float32 and torch.allclose(x.double(), expected, atol=1e-5)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+WRONG = [
+    (dict(x=None), "has no array x"),
+    (dict(test_y=None), "has no array test_y"),
+    (dict(y=np.arange(20.0)), "the array y of type float64"),
+    (dict(y=np.arange(19)), "and shape [19] must be labels"),
+    (dict(y=np.full(20, -1)), "must be labels"),
+    (
+        dict(x=np.zeros((20, 5, 2))),
+        "the array x of type float64 and shape [20, 5, 2] must be images",
+    ),
+    (dict(x=np.full((20, 5), np.nan)), "numbers that float32 cannot hold"),
+    (dict(x=np.full((20, 5), 1e300)), "numbers that float32 cannot hold"),
+    (dict(x=np.full((20, 5), -1)), "tokens below 0"),
+    (dict(x=np.array(["a"] * 20)), "must be images"),
+    (dict(x=np.zeros((0, 5)), y=np.zeros(0, int)), "must be images"),
+    (dict(test_x=np.zeros((10, 6))), "test_x of type float64 and shape [10, 6] is not of the kind"),
+    (dict(x=np.array([Evil()] * 20, dtype=object)), "the array x cannot be read"),
+    (dict(y=np.zeros(20, int), test_y=np.zeros(10, int)), "has a single class"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), WRONG, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_what_is_wrong_with_an_array_is_one_line_that_names_it(tmp_path, capsys, change, message):
+    found = {name: x for name, x in {**arrays(), **change}.items() if x is not None}
+    np.savez(tmp_path / "mine.npz", **found)
+    with pytest.raises(ValueError) as error:
+        load(str(tmp_path / "mine.npz"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "mine.npz" in str(error.value) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk"])
+def test_what_is_no_file_of_arrays_is_one_line(tmp_path, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    for name in ("mine.npz", "none.npz"):
+        with pytest.raises(ValueError, match=f"{name}: ") as error:
+            load(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+
+def test_odd_folders_are_refused_in_one_line_or_read(tmp_path):
+    def folder(name, change):
+        path = make_folder(tmp_path / name, formats=("png",))
+        change(path)
+        return path
+
+    def grey(path):
+        for file in path.glob("*/*/*.png"):
+            Image.open(file).convert("L").save(file)
+
+    def alpha(path):
+        for file in path.glob("train/cat/*.png"):
+            Image.open(file).convert("RGBA").save(file)
+
+    def only(path):
+        for part in ("train", "test"):
+            for file in (path / part / "dog").iterdir():
+                file.unlink()
+            (path / part / "dog").rmdir()
+
+    assert load(str(folder("grey", grey)), tmp_path / "r").x.shape == (6, 3, 9, 9)
+    assert load(str(folder("alpha", alpha)), tmp_path / "r").x.shape == (6, 3, 9, 9)
+    text = folder("text", lambda path: (path / "train" / "cat" / "notes.txt").write_text("mine"))
+    assert len(load(str(text), tmp_path / "r").x) == 6
+    with pytest.raises(ValueError, match="single class: it takes two"):
+        load(str(folder("single", only)), tmp_path / "r")
+    empty = folder("empty", lambda path: (path / "train" / "fox").mkdir())
+    with pytest.raises(ValueError) as error:
+        load(str(empty), tmp_path / "r")
+    assert "\n" not in str(error.value) and "fox" in str(error.value)

@@ -12,14 +12,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = {path.stem for path in ROOT.glob("*.py")}
 IMPORTS = {
-    "train": {"sweep", "rundir", "data", "models", "sphere_step", "regimes"},
+    "train": OURS - {"toy", "landscape", "bench"},
+    "options": {"models", "data", "runs", "regimes"},
     "sphere_step": set(),
     "models": set(),
     "regimes": set(),
     "data": set(),
-    "rundir": set(),
-    "sweep": {"rundir", "regimes"},
-    "landscape": {"rundir", "data", "models"},
+    "graph": set(),
+    "measure": {"data", "models", "sphere_step"},
+    "runs": {"regimes"},
+    "figures": {"regimes"},
+    "toy": {"regimes", "figures"},
+    "landscape": {"measure", "runs", "data", "models", "figures", "regimes"},
     "bench": OURS,
 }
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import Toy, convnet, resnet18, scale_invariant_groups
-from sphere_step import SphereSGD
+from models import convnet, resnet18, scale_invariant_groups, transformer
 
 slow = pytest.mark.skipif(
     "SLOW" not in os.environ, reason="takes a minute or more: SLOW=1 python -m pytest runs it"
@@ -68,42 +67,88 @@ def test_the_head_has_norm_ten_and_a_bias():
     assert not head.weight.requires_grad and not head.bias.requires_grad
 
 
-# ---------------------------------------------------------------------------------------------------------------- the toy
+# ----------------------------------------------------------------- resnet18, written a second time
 
 
-def test_the_toy_is_its_formula_and_each_group_is_scale_invariant():
-    net = Toy([1.0, 2.0, 4.0])
-    x, y = torch.stack(list(net.groups)).detach().unbind(1)
-    expected = sum(a * x[i] ** 2 / (x[i] ** 2 + y[i] ** 2) for i, a in enumerate([1, 2, 4]))
-    assert net().item() == pytest.approx(expected.item(), rel=1e-14)
-    gradients = torch.autograd.grad(net(), list(net.groups))
-    assert all(abs(p @ g) < 1e-14 for p, g in zip(net.groups, gradients, strict=True))
+def second_resnet18(weights, x):
+    """The network as one function of its weights, by name, from the definition in the paper."""
+
+    def norm(x):
+        mean = x.mean((0, 2, 3), keepdim=True)
+        variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-8)
+
+    def conv(x, name, stride=1):
+        w = weights[name]
+        return F.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
+
+    x = conv(x, "stem.weight")
+    for stage, stride in zip((1, 2, 3, 4), (1, 2, 2, 2), strict=True):
+        for block in (1, 2):
+            name, s = f"stage{stage}_block{block}", stride if block == 1 else 1
+            h = norm(x).clamp(min=0)
+            inner = conv(
+                norm(conv(h, f"{name}.conv1.weight", s)).clamp(min=0), f"{name}.conv2.weight"
+            )
+            if f"{name}.shortcut.1.weight" in weights:
+                x = conv(norm(h), f"{name}.shortcut.1.weight", s)
+            x = x + inner
+    return norm(x).clamp(min=0).mean((2, 3)) @ weights["head.weight"].t()
 
 
-def test_a_random_point_of_the_toy_has_half_the_sum_of_the_alphas_on_average():
-    values = torch.tensor([Toy([1.0, 2.0, 4.0])().item() for _ in range(4000)], dtype=torch.float64)
-    assert abs(values.mean() - 3.5) < 5 * values.std() / 4000**0.5
+@pytest.mark.parametrize(("width", "size"), [(4, 8), (8, 8), (8, 32), (16, 16), (64, 8)])
+def test_resnet18_is_the_papers_network_written_a_second_time(width, size):
+    net = resnet18(3, 10, width=width).double()
+    x = torch.randn(6, 3, size, size, dtype=torch.float64)
+    logits, weights = net(x).detach(), dict(net.named_parameters())
+    assert relative(second_resnet18(weights, x).detach(), logits) < 1e-12
 
 
-@slow
-@pytest.mark.parametrize("alphas", [[1], [1, 2], [1, 2, 4], [5, 1, 1, 1, 1]])
-@pytest.mark.parametrize("factor", [1.2, 3])
-def test_at_equilibrium_the_toys_mean_over_100000_steps_is_the_same_for_every_seed(alphas, factor):
-    """Ten seeds at once: each is a row, and every row is a sphere. Within 1 % of their mean, since little above the threshold two
-    attractors can coexist: with α = (5, 1, 1, 1, 1), at 1.2 times it, levels of 0.7500 and, for one seed in ten, 0.7426."""
-    theta = torch.randn(10, len(alphas), 2, dtype=torch.float64).requires_grad_()
-    alpha, total = torch.tensor(alphas, dtype=torch.float64), 0
-    optimizer = SphereSGD([theta], lr=factor / sum(alphas), sphere="row")
-    for step in range(101_000):
-        square = theta.square()
-        losses = (alpha * square[..., 0] / square.sum(2)).sum(1)
-        optimizer.zero_grad()
-        losses.sum().backward()
-        optimizer.step()
-        if step >= 1000:
-            total = total + losses.detach() / 100_000
-    print(f"α = {alphas}, {factor} times the threshold: {total.min():.5f} to {total.max():.5f}")
-    assert (total / total.mean() - 1).abs().max() < 0.01
+# -------------------------------------------------------------------------------- the transformer
+
+
+def second_transformer(w, tokens, heads=4):
+    """The transformer in numpy-like loops over examples, heads and positions, causal throughout."""
+
+    def n(x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    x = n(w["embedding"])[tokens] + n(w["position"])
+    h, out = n(x), []
+    for example, row in zip(h, x, strict=True):
+        new = []
+        for t in range(len(example)):
+            of_heads = []
+            for part in torch.arange(example.shape[-1]).chunk(heads):
+                q = n(w["query"][part] @ example[t])
+                keys = [n(w["key"][part] @ example[s]) for s in range(t + 1)]
+                values = [w["value"][part] @ example[s] for s in range(t + 1)]
+                scores = torch.stack([q @ k for k in keys]) / len(part) ** 0.5
+                of_heads.append(sum(a * v for a, v in zip(scores.softmax(0), values, strict=True)))
+            new.append(row[t] + n(w["out"] @ torch.cat(of_heads)))
+        last = new[-1]
+        last = last + n(w["down"] @ (w["up"] @ n(last)).clamp(min=0))
+        d, head = len(last), w["head"]
+        out.append(10 * (len(head) ** 0.5 * head / head.norm()) @ (n(last) / d**0.5))
+    return torch.stack(out)
+
+
+def test_the_transformer_is_its_formula_and_all_its_weights_are_scale_invariant():
+    net = transformer(tokens=8, length=3, classes=7, width=16).double()
+    tokens = torch.randint(8, (5, 3))
+    logits, weights = net(tokens).detach(), dict(net.named_parameters())
+    assert relative(second_transformer(weights, tokens).detach(), logits) < 1e-10
+    assert net.layer_groups == [[name] for name in weights]
+    for name in weights:
+        scaled(weights[name], 10)
+        assert relative(net(tokens).detach(), logits) < 1e-8, name
+        scaled(weights[name], 1 / 10)
+
+
+def test_the_sets_found_in_the_transformer_are_its_tensors_each_by_itself():
+    net = transformer(tokens=8, length=3, classes=7, width=16)
+    found = scale_invariant_groups(net, torch.randint(8, (16, 3)))
+    assert as_sets(found) == as_sets(net.layer_groups) and len(found) == 9
 
 
 # ------------------------------------------------------------------------------------------- finding the spheres of any network
@@ -154,14 +199,33 @@ def test_affine_batchnorm_adds_the_scales_and_shifts_that_another_normalization_
 
     names = [f"stage{stage}_block{block}" for stage in (1, 2, 3, 4) for block in (1, 2)]
     expected = as_sets(net.layer_groups) | {affine(f"{name}.norm1") for name in names}
-    # What a stage writes to its stream can be scaled before its last convolutions, too. The shift in the last shortcut has no
-    # effect: it adds a constant to a stream that only normalizations read.
-    streams = [
-        affine(*(f"stage{s}_{x}" for x in ("block1.norm2", "block2.norm2", "block1.shortcut.0")))
-        for s in (2, 3, 4)
-    ]
-    shift = frozenset({"stage4_block1.shortcut.0.bias"})
-    assert found == expected | {streams[0], streams[1], streams[2] - shift, shift}
+    # What a stage writes to its stream can be scaled before its last convolutions, too. The shift in
+    # a shortcut has no effect: it adds a constant to a stream that only normalizations read.
+    for stage in (2, 3, 4):
+        parts = ("block1.norm2", "block2.norm2", "block1.shortcut.0")
+        shift = frozenset({f"stage{stage}_block1.shortcut.0.bias"})
+        expected |= {affine(*(f"stage{stage}_{x}" for x in parts)) - shift, shift}
+    assert found == expected
+
+
+def thin_resnet18(width):
+    """torchvision's network with fewer channels."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    class Thin(ResNet):
+        def _make_layer(self, block, planes, *more, **options):
+            return super()._make_layer(block, planes * width // 64, *more, **options)
+
+    net = Thin(BasicBlock, [2, 2, 2, 2], num_classes=10)
+    net.inplanes = width
+    net.conv1, net.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+    for stage in range(1, 5):
+        planes = width * 2 ** (stage - 1)
+        layer = net._make_layer(BasicBlock, 64 * 2 ** (stage - 1), 2, stride=1 if stage == 1 else 2)
+        setattr(net, f"layer{stage}", layer)
+        assert net.inplanes == planes
+    net.fc = nn.Linear(8 * width, 10)
+    return net
 
 
 def check_by_scaling(net, x, found, whole=True):
@@ -194,8 +258,9 @@ def check_by_scaling(net, x, found, whole=True):
         scaled(params[name], 1 / 2)
 
 
-def test_torchvisions_resnet18_in_full():
-    net = torchvision.models.resnet18(num_classes=10)
+@pytest.mark.parametrize("width", [8, pytest.param(64, marks=slow)])
+def test_torchvisions_resnet18_in_full(width):
+    net = torchvision.models.resnet18(num_classes=10) if width == 64 else thin_resnet18(width)
     x = torch.randn(4, 3, 64, 64)
     state, rng = deepcopy(net.state_dict()), torch.get_rng_state()
     found = as_sets(scale_invariant_groups(net, x))
@@ -219,7 +284,10 @@ def test_torchvisions_resnet18_in_full():
 
 
 def test_torchvisions_mobilenet_v3_small_by_scaling_every_set_and_every_parameter_left():
-    net, x = torchvision.models.mobilenet_v3_small(num_classes=10), torch.randn(4, 3, 64, 64)
+    net, x = (
+        torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25),
+        torch.randn(4, 3, 64, 64),
+    )
     found = as_sets(scale_invariant_groups(net, x))
     assert {
         frozenset({name})
@@ -229,7 +297,8 @@ def test_torchvisions_mobilenet_v3_small_by_scaling_every_set_and_every_paramete
     check_by_scaling(net, x, found)
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=slow)])
+@slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_torchvisions_vgg11_bn_in_full(whole):
     """Without `whole` the classifier, of whose 120 million weights none is invariant, is a small one of the same kind."""
     net, x = torchvision.models.vgg11_bn(num_classes=10), torch.randn(2, 3, 64, 64)
