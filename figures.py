@@ -28,7 +28,11 @@ def subplots(layout: list, size: tuple[float, float]):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "lines.linewidth": 1.3})
-    return plt.subplot_mosaic(layout, figsize=size, layout="constrained")
+    fig, axes = plt.subplot_mosaic(layout, figsize=size)
+    width, height = size
+    edges = dict(left=0.65 / width, right=1 - 0.65 / width, bottom=0.6 / height)
+    fig.subplots_adjust(**edges, top=1 - 0.95 / height, wspace=1.2, hspace=0.45)
+    return fig, axes
 
 
 def save(fig, path: Path) -> None:
@@ -88,7 +92,7 @@ def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
     if not groups and not moving:
         return
     fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (14.5, 7.5))
-    elrs = [*groups, *(elr for run in moving for elr in run.log["elr"] if elr > 0)]
+    elrs = list(groups) or [elr for run in moving for elr in run.log["elr"] if elr > 0] or [1.0]
     low, high = min(elrs), max(elrs)
     if high < 1.01 * low:
         low, high = low / 2, high * 2

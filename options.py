@@ -321,7 +321,7 @@ def find_spheres(options: Namespace, data: Data) -> None:
     on_spheres = {name for group in options.layer_groups for name in group}
     rest = [n for n, p in net.named_parameters() if p.requires_grad and n not in on_spheres]
     if options.head_lr and not rest:
-        raise Refused("head_lr", f"{options.model} trains nothing off the spheres: leave it out")
+        raise Refused("head_lr", f"all that {options.model} trains is on the spheres")
     options.init_state = None
     if options.init:
         try:

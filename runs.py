@@ -272,7 +272,7 @@ class Watch:
             )
 
     def tell(self, job: int, what: str, name: str, *more) -> None:
-        """A run's message: "epoch" (epoch, epochs, row), "finished", "busy" or "failed" (text)."""
+        """A run's message: "epoch" (epoch, epochs, row), "finished", "note", "busy", "failed" (text)."""
         if what == "epoch" and self.terminal:
             self._bar(job, name, *more)
         elif what == "epoch":
@@ -289,7 +289,7 @@ class Watch:
         elif what == "failed":
             self.failed = True
             tqdm.write(f"train.py: error: {name}: {more[0]}", file=sys.stderr)
-        elif not self.quiet and name not in self.reported:
+        elif what == "note" or (not self.quiet and name not in self.reported):
             self.reported.add(name)
             tqdm.write(more[0], file=sys.stderr)
 
@@ -352,6 +352,8 @@ def attempt(do: Callable, pair: tuple, tell: Callable, patient: bool = False) ->
     except Busy as busy:
         tell("busy", str(pair), str(busy))
         return False
+    except BrokenPipeError:  # who reads what we print has gone away
+        raise
     except (OSError, MemoryError, ValueError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

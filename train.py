@@ -356,7 +356,7 @@ def train_one(options: Namespace, data: Data, job: Namespace, epochs: int, tell:
     run.train(epochs, job.path, job.name, tell)
     if run.ended:
         what = f"stopped: loss or gradient is not finite in epoch {run.epoch}"
-        print(f"{job.name}: {what}", file=sys.stderr)
+        tell("note", f"{job.name} stopped", f"{job.name}: {what}")
     return True
 
 
@@ -367,12 +367,17 @@ def measure_chance(options: Namespace, data: Data, seed: int) -> dict:
     return measure.chance(run.net, run.sphere, data, options, seed)
 
 
-def report(options: Namespace) -> list[regimes.Run]:
-    """regimes.csv and regimes.png of all runs in the folder."""
-    runs = regimes.read_folder(options.out)
+def report(options: Namespace, last: bool = False) -> list[regimes.Run]:
+    """regimes.csv and regimes.png of all runs in the folder. The picture is left for later where
+    drawing would take more than a tenth of the time."""
+    runs, began = regimes.read_folder(options.out), time.monotonic()
     if runs and not options.rank:
         regimes.write_csv(options.out / "regimes.csv", regimes.rows(runs))
-        figures.of_sweep(runs, options.out / "regimes.png", options.title)
+        options.stale = options.stale or not last
+        if options.stale and (last or began > options.next_drawing):
+            figures.of_sweep(runs, options.out / "regimes.png", options.title)
+            ended = time.monotonic()
+            options.stale, options.next_drawing = False, ended + 10 * (ended - began)
     return runs
 
 
@@ -400,6 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
     do, renew = partial(train, options, data), partial(report, options)
+    options.stale, options.next_drawing = True, 0.0
     seeds = range(options.seed, options.seed + options.seeds)
     try:
         for seed in seeds:
@@ -418,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
             values = values + new
             pairs = [(value, seed) for seed in seeds for value in new]
             failed = run_all(do, pairs, options, renew) or failed
-        runs = report(options)
+        runs = report(options, last=True)
     except (KeyboardInterrupt, Stopped) as stopped:
         what = f"the finished rows are in {options.out}, and the same command goes on from there"
         print(f"interrupted; {what}", file=sys.stderr)

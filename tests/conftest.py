@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
@@ -13,3 +15,12 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "in_the_interpreter" not in item.name)  # the longest first
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(request, monkeypatch):
+    """Drawing takes longer than most runs of the tests: those that look at pictures ask for it."""
+    if "draws" in request.keywords:
+        return
+    figures = pytest.importorskip("figures")
+    monkeypatch.setattr(figures, "of_sweep", lambda runs, path, name="": path.write_bytes(b"PNG"))

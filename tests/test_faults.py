@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rundir
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import equal_runs, read, without_seconds
 
 import regimes
-import rundir
 import train
 
 ROOT = Path(__file__).parent.parent

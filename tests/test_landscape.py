@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import rundir
 import torch
 import torch.nn.functional as F
 from test_train import log, read
 from torch import nn
 
 import landscape
-import rundir
 import train
 from data import load
 from landscape import Point, barrier, between, curvature, distances, evaluate, vectors

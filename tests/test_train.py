@@ -16,9 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import options
 import train
-from regimes import elr_name
-from rundir import Rows, open_folder
+from data import batches, load
+from graph import Captured
+from models import MODELS
+from options import parse
+from runs import Rows, open_folder
 
 SLOW = "SLOW" in os.environ
 ROOT = Path(__file__).parent.parent
@@ -169,37 +173,49 @@ def test_a_finished_run_is_not_done_again_and_force_starts_afresh(tmp_path, caps
     assert not (tmp_path / "elr=1e-02.csv").exists() and (tmp_path / "notes.txt").exists()
 
 
+ONE_OF = "one of --elr ELR, --sweep, --angle PHI, --lr LR or a --schedule of values must say which"
 BAD = [
     (["--elr", "0"], "--elr: '0' is not"),
     (["--elr", "-1"], "--elr: '-1' is not"),
     (["--elr", "nan"], "--elr: 'nan' is not"),
-    (["--elr", "inf"], "--elr: 'inf' is not"),
+    (["--elr", "inf"], "--elr: 'inf' is a number that float32 cannot hold"),
+    (["--elr", "1e308"], "--elr: '1e308' is a number that float32 cannot hold"),
+    (["--elr", "5e-324"], "--elr: '5e-324' is a number that float32 cannot hold"),
+    (["--elr", "1e-320", "1e300"], "--elr: '1e-320' is a number that float32 cannot hold"),
     (["--elr", "abc"], "--elr: 'abc' is not"),
-    ([], "one of --elr ELR, --sweep or a --schedule of values must say which rates to run"),
-    (["--elr", "0.1", "--sweep"], "which rates to run, and only one"),
+    ([], ONE_OF),
+    (["--elr", "0.1", "--sweep"], "which runs, and only one"),
+    (["--elr", "0.1", "--angle", "0.1"], "which runs, and only one"),
+    (["--elr", "0.1", "--lr", "0.1"], "which runs, and only one"),
+    (["--angle", "0"], "--angle: '0' is not"),
+    (["--angle", "1.6"], "--angle: '1.6' is not a finite number above 0 and below 1.571"),
     (["--elr", "0.1", "--epochs", "0"], "--epochs: '0' is not"),
     (["--elr", "0.1", "--epochs", "2.5"], "--epochs: '2.5' is not a whole"),
     (["--sweep", "1", "1e-5", "9"], "--sweep: 1 1e-5 9 is not LO HI N"),
     (["--sweep", "1e-3", "1"], "--sweep: 1e-3 1 is not LO HI N"),
-    (["--sweep", "1e-3", "1", "1"], "--sweep: 1e-3 1 1 is not LO HI N"),
+    (["--sweep", "1e-3", "1", "1"], "--sweep: '1' is not a whole number above 1"),
+    (["--sweep", "1e-3", "1", "99999999"], "is not LO HI N with LO < HI and 2 ≤ N ≤ 10000"),
     (["--sweep", "1e-3", "x", "5"], "--sweep: 'x' is not"),
     (["--elr", "0.1", "--batch-size", "0"], "--batch-size: '0' is not"),
     (["--elr", "0.1", "--batch-size", "5000"], "--batch-size: 5000 is more than the 1437"),
     (["--elr", "0.1", "--data", "nowhere"], "--data: no data set 'nowhere'"),
+    (["--elr", "0.1", "--data", "nowhere.npz"], "--data: nowhere.npz: there is no such file"),
     (["--elr", "0.1", "--model", "vgg"], "--model: no network 'vgg'"),
+    (["--elr", "0.1", "--model", "transformer"], "--model: the transformer takes tokens"),
+    (["--elr", "0.1", "--model", "convnet", "--data", "modular"], "--model: convnet takes images"),
+    (["--elr", "0.1", "--data", "modular", "--augment"], "--augment: tokens are no images"),
+    (["--elr", "0.1", "--data", "modular", "--image-size", "9"], "--image-size: this is for"),
+    (["--elr", "0.1", "--data", "modular", "--width", "6"], "a multiple of 4, not 6"),
+    (["--elr", "0.1", "--data", "modular", "--affine"], "the transformer has no affine"),
+    (["--elr", "0.1", "--modulus", "7"], "--modulus: this is for --data modular"),
+    (["--elr", "0.1", "--data", "modular", "--modulus", "2000"], "--modulus: '2000' is not"),
     (["--elr", "0.1", "--sphere", "ball"], "--sphere: invalid choice: 'ball'"),
     (["--elr", "0.1", "--seed", "-1"], "--seed: -1 is not"),
     (["--elr", "0.1", "--device", "abacus"], "--device: 'abacus' cannot be used"),
-    (["--elr", "0.1", "--lr", "0.1"], "--lr: this is for --space whole"),
-    (["--elr", "0.1", "--wd", "0.1"], "--wd: this is for --space whole"),
-    (["--elr", "0.1", "--space", "whole"], "--elr: in the whole space there is --lr"),
-    (
-        ["--lr", "0.1", "--space", "whole", "--sphere", "layer"],
-        "--sphere: in the whole space there is --lr",
-    ),
-    (["--lr", "0.1", "--space", "whole", "--head-lr", "1"], "--head-lr: in the whole space"),
-    (["--sweep", "--space", "whole"], "--sweep: in the whole space"),
-    (["--space", "whole"], "one of --lr LR or a --schedule of values"),
+    (["--elr", "0.1", "--wd", "0.1"], "--wd: this is for --lr"),
+    (["--lr", "0.1", "--sphere", "layer"], "--sphere: in the whole space there is --lr"),
+    (["--lr", "0.1", "--head-lr", "1"], "--head-lr: in the whole space"),
+    (["--lr", "0.1", "--then", "0.01"], "--then: it takes a constant ELR"),
     (
         ["--elr", "0.1", "--momentum", "1"],
         "--momentum: '1' is not a finite number above 0 and below 1",
@@ -211,42 +227,37 @@ BAD = [
     (["--schedule", "3:0.1"], "--schedule: '3:0.1' is neither"),
     (["--schedule", "0:0.1,0:0.2"], "--schedule: '0:0.1,0:0.2' is neither"),
     (["--schedule", "0:-1"], "--schedule: '0:-1' is neither"),
-    (["--schedule", "0:0.1,5:0.2", "--elr", "0.1"], "which rates to run, and only one"),
+    (["--schedule", "0:0.1,5:0.2", "--elr", "0.1"], "which runs, and only one"),
     (["--elr", "0.1", "--label-noise", "1"], "--label-noise: '1' is not"),
     (["--elr", "0.1", "--train-size", "1438"], "--train-size: 1438 is more than the 1437"),
     (["--elr", "0.1", "--train-size", "8"], "--batch-size: 16 is more than the 8"),
-    (
-        ["--elr", "0.1", "--label-noise", "1e-4"],
-        "--label-noise: 0.0001 of 1437 training images is none",
-    ),
+    (["--elr", "0.1", "--label-noise", "1e-4"], "--label-noise: 0.0001 of 1437 training inputs is"),
     (["--elr", "0.1", "--then-epochs", "5"], "--then-epochs: this is for --then"),
     (["--elr", "0.1", "--then-orders", "2"], "--then-orders: this is for --then"),
     (["--elr", "0.1", "--then", "0.01", "--schedule", "cosine"], "--then: it takes a constant ELR"),
+    (["--angle", "0.1", "--then", "3"], "--then: 3.0 is no angle"),
     (["--elr", "0.1", "--average", "21"], "--average: 21 is more than the 20 epochs"),
-    (["--elr", "0.1", "--model", "toy", "--average", "2"], "--average: the toy has no data set"),
-    (["--elr", "0.1", "--checkpoint-every", "0"], "--checkpoint-every: '0' is not"),
     (["--elr", "0.1", "--loss", "hinge"], "--loss: invalid choice"),
     (["--elr", "0.1", "--image-size", "16"], "--image-size: this is for --data FOLDER"),
-    (["--elr", "0.1", "--data-root", "x"], "--data-root: the digits come with the repository"),
-    (["--elr", "0.1", "--alphas", "1"], "--alphas: this is for --model toy"),
-    (["--elr", "0.1", "--steps", "10"], "--steps: this is for --model toy"),
-    (["--elr", "0.1", "--model", "toy", "--data", "digits"], "--data: the toy has no data set"),
-    (
-        ["--elr", "0.1", "--model", "toy", "--affine"],
-        "--affine: the toy has no data set and no layers",
-    ),
-    (["--elr", "0.1", "--model", "toy", "--alphas", "-1"], "--alphas: '-1' is not"),
-    (["--elr", "0.1", "--refine", "2"], "--refine: it takes a sweep"),
+    (["--elr", "0.1", "--data-root", "x"], "--data-root: there is nothing to download"),
+    (["--elr", "0.1", "--refine", "2"], "--refine: it takes --sweep, or several ELRs"),
     (
         ["--sweep", "--refine", "2", "--schedule", "cosine"],
-        "--refine: a regime belongs to a constant ELR",
+        "--refine: a regime belongs to a constant",
     ),
-    (["--elr", "0.1", "--max-epochs", "50"], "--max-epochs: this is for --refine"),
+    (["--angle", "0.1", "--max-epochs", "50"], "--max-epochs: a regime belongs to a constant ELR"),
     (["--sweep", "--refine", "1", "--max-epochs", "5"], "--max-epochs: 5 is less than --epochs 20"),
+    (
+        ["--elr", "0.1", "--average", "2", "--max-epochs", "50"],
+        "--max-epochs: --average has to know",
+    ),
     (["--elr", "0.1", "--seeds", "0"], "--seeds: '0' is not"),
+    (["--elr", "0.1", "--seeds", "99999999"], "--seeds: 1 × 99999999 runs are too many"),
+    (["--elr", "0.1", "--threads", "99999"], "--threads: '99999' is not"),
+    (["--elr", "0.1", "--jobs", "0"], "--jobs: '0' is not"),
     (["--elr", "0.1", "--dtype", "fp16"], "--dtype: invalid choice"),
-    (["--elr", "0.1", "--model", "toy", "--dtype", "bf16"], "--dtype: the toy has no data set"),
     (["--elr", "0.1", "--device", "cpu", "--graph"], "--graph: this is for a GPU"),
+    (["--elr", "0.1", "--space", "whole"], "unrecognized arguments: --space whole"),
 ]
 if not torch.cuda.is_available():
     BAD.append((["--elr", "0.1", "--device", "cuda"], "--device: 'cuda' cannot be used"))
@@ -313,14 +324,14 @@ def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path):
 def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_goes_on(
     tmp_path, capsys, monkeypatch
 ):
-    real, calls = train.load, []
+    real, calls = load, []
 
     def poisoned(*arguments):
         data = real(*arguments)
         data.std[:] = math.nan
         return data
 
-    monkeypatch.setattr(train, "load", poisoned)
+    monkeypatch.setattr(options, "load", poisoned)
     monkeypatch.setattr(
         train,
         "measure_chance",
@@ -374,9 +385,22 @@ def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are
     command = [sys.executable, "train.py", "--elr", "0.01", *QUICK, "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
-    assert len(result.stdout.splitlines()) == 2 and result.stdout.splitlines()[1].startswith(
-        "written: "
-    )
+    lines = result.stdout.splitlines()
+    more = f"--epochs 2 --width 2 --batch-size 64 --out {tmp_path}"
+    assert len(lines) == 3 and lines[1].startswith("written: ")
+    assert lines[2] == f"next: python train.py --angle 0.05 {more}"
+
+
+def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
+    command = f"{sys.executable} train.py --elr 0.01 {' '.join(QUICK)} --out {tmp_path}"
+    for script in (command, f"{sys.executable} regimes.py {tmp_path}"):
+        result = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {script} | true"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert result.stderr == "" and result.returncode == 0
 
 
 NETWORK = """
@@ -514,7 +538,7 @@ def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_
         not torch.equal(both[key], torch.full_like(both[key], "weight" in key)) for key in scales
     )
     torch.manual_seed(0)
-    start = train.MODELS[model](1, 10, 2).head.weight
+    start = MODELS[model](1, 10, 2).head.weight
     assert torch.equal(fixed["head.weight"], start) and not torch.equal(both["head.weight"], start)
     layers = [read(tmp_path / name / "elr=1e-02.layers.csv") for name in ("fixed", "both")]
     assert [row["layer"] for row in layers[0]] == [row["layer"] for row in layers[1]]
@@ -525,7 +549,7 @@ def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_
 
 def test_head_lr_is_the_learning_rate_off_the_sphere(tmp_path):
     torch.manual_seed(0)
-    net = train.MODELS["convnet"](1, 10, 2)
+    net = MODELS["convnet"](1, 10, 2)
     matching = 0.01 * sum(
         net.get_parameter(name).square().sum().item() for (name,) in net.layer_groups
     )
@@ -550,7 +574,7 @@ def test_momentum_is_the_heavy_ball_of_the_optimizer(tmp_path, plain):
         log(plain)[:1],
         ["train_loss", "train_error", "grad_norm", "test_loss", "test_error"],
     )
-    state = torch.load(tmp_path / "elr=1e-03.pt", weights_only=True)["optimizer"]
+    state = torch.load(tmp_path / "elr=1e-03.pt", weights_only=True)["sphere"]
     assert state["param_groups"][0]["momentum"] == 0.9 and len(state["state"]) == 4
     # Along a slowly turning gradient the steps of the heavy ball are 1/(1 − β) as long.
     assert 2 < math.tan(rows[2]["angle"]) / (0.001 * rows[2]["grad_norm"]) < 10
@@ -583,10 +607,10 @@ def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
         rows[0]["train_loss"] == rows[1]["train_loss"] != rows[2]["train_loss"]
     )  # row 1: the loss before its one step
     torch.manual_seed(0)
-    net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
+    net, digits = MODELS["convnet"](1, 10, 2), load("digits")
     net.double()
     x, weights = (
-        digits.images(torch.arange(1437)).double(),
+        digits.inputs(torch.arange(1437)).double(),
         [net.get_parameter(name) for (name,) in net.layer_groups],
     )
     start = torch.cat([w.detach().flatten() for w in weights])
@@ -640,7 +664,7 @@ def test_loss_mse_changes_the_loss_and_leaves_the_errors_of_the_start(tmp_path, 
         same(rows[:1], before[:1], ["train_error", "test_error"])
         and rows[0]["test_loss"] != before[0]["test_loss"]
     )
-    net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
+    net, digits = MODELS["convnet"](1, 10, 2), load("digits")
     net.load_state_dict(net_of(tmp_path))
     logits = net.eval()(digits.normalized(digits.test_x)).detach()
     assert rows[2]["test_loss"] == pytest.approx(
@@ -664,7 +688,7 @@ def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
     ours, other = net_of(tmp_path), net_of(plain)
     assert all(torch.equal(ours[key], other[key]) for key in ours)
     # Against float64, autograd and the definition of γ, at the end of the run.
-    net, digits = train.MODELS["convnet"](1, 10, 2), train.load("digits")
+    net, digits = MODELS["convnet"](1, 10, 2), load("digits")
     net.load_state_dict(ours)
     net.double().train()
     weights = [net.get_parameter(name) for (name,) in net.layer_groups]
@@ -677,7 +701,7 @@ def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
     total, gammas = 0, []
     for index in torch.arange(1437).tensor_split(23):
         loss = torch.nn.functional.cross_entropy(
-            net(digits.images(index).double()), digits.y[index]
+            net(digits.inputs(index).double()), digits.y[index]
         )
         gammas.append(gamma(torch.autograd.grad(loss, weights, retain_graph=True)))
         total = total + loss * len(index) / 1437
@@ -720,25 +744,25 @@ class idle(nn.Module):
 
 
 def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain, capsys):
-    more = ["--space", "whole", "--lr", 0.05, "--wd", 0.01, "--momentum", 0.9]
+    more = ["--lr", 0.05, "--wd", 0.01, "--momentum", 0.9]
     assert run(*QUICK, *more, "--out", tmp_path) == 0
-    assert "undecided: the ELR moved from" in capsys.readouterr().out
+    assert ": ELR 0." in capsys.readouterr().out
     rows = log(tmp_path, "lr=5e-02")
     assert same(rows[:1], log(plain)[:1], AT_THE_START)
     torch.manual_seed(0)
     net, digits, order = (
-        train.MODELS["convnet"](1, 10, 2),
-        train.load("digits"),
+        MODELS["convnet"](1, 10, 2),
+        load("digits"),
         torch.Generator().manual_seed(0),
     )
     weights = [net.get_parameter(name) for (name,) in net.layer_groups]
     sgd = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
     for row in rows:
         implied = []
-        for index in train.batches(1437, 64, order):
+        for index in batches(1437, 64, order):
             implied.append(0.05 / 0.1 / sum(w.double().square().sum().item() for w in weights))
             sgd.zero_grad()
-            torch.nn.functional.cross_entropy(net(digits.images(index)), digits.y[index]).backward()
+            torch.nn.functional.cross_entropy(net(digits.inputs(index)), digits.y[index]).backward()
             if row["epoch"]:
                 sgd.step()
         assert row["elr"] == pytest.approx(sum(implied) / len(implied), rel=1e-5)
@@ -756,19 +780,19 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
 
 
 def test_in_the_whole_space_ten_times_the_weights_and_a_hundred_times_the_rate_are_the_same_training():
-    curves, digits = [], train.load("digits")
+    curves, digits = [], load("digits")
     for factor in (1, 10):
         torch.manual_seed(0)
-        net, order = train.MODELS["convnet"](1, 10, 4).double(), torch.Generator().manual_seed(0)
+        net, order = MODELS["convnet"](1, 10, 4).double(), torch.Generator().manual_seed(0)
         for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
             norm.eps = 1e-14  # whose part in the variance is not scale invariant
         weights = [net.get_parameter(name) for (name,) in net.layer_groups]
         torch._foreach_mul_([w.data for w in weights], factor)
-        optimizer = train.WholeSpaceSGD(weights, weights, lr=0.01 * factor**2, momentum=0.9)
+        optimizer = torch.optim.SGD(weights, lr=0.01 * factor**2, momentum=0.9)
         curves.append([])
-        for index in train.batches(1437, 64, order):
+        for index in batches(1437, 64, order):
             loss = torch.nn.functional.cross_entropy(
-                net(digits.images(index).double()), digits.y[index]
+                net(digits.inputs(index).double()), digits.y[index]
             )
             optimizer.zero_grad(), loss.backward(), optimizer.step()
             curves[-1].append(loss.item())
@@ -843,16 +867,20 @@ def equal_runs(a, b, name="elr=1e-02"):
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["--momentum", 0.9, "--augment", "--affine"], ["--space", "whole", "--momentum", 0.9]],
+    [
+        [],
+        ["--momentum", 0.9, "--augment", "--affine"],
+        ["--lr", 0.01, "--wd", 1e-3, "--momentum", 0.9],
+    ],
 )
 def test_a_run_that_goes_on_is_the_run_it_would_have_been(tmp_path, more):
-    which = ["--lr", 0.01] if "--space" in more else ["--elr", 0.01]
+    which = [] if "--lr" in more else ["--elr", 0.01]
     command = [*which, "--width", 2, "--batch-size", 64, *more]
     assert run(*command, "--epochs", 4, "--out", tmp_path / "whole") == 0
     for epochs in (2, 4):
         assert run(*command, "--epochs", epochs, "--out", tmp_path / "parts") == 0
     equal_runs(
-        tmp_path / "whole", tmp_path / "parts", "lr=1e-02" if "--space" in more else "elr=1e-02"
+        tmp_path / "whole", tmp_path / "parts", "lr=1e-02" if "--lr" in more else "elr=1e-02"
     )
 
 
@@ -884,78 +912,6 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
     assert (tmp_path / "elr=1e-02.csv").read_bytes() == before
 
 
-TOYS = [[1], [1, 2], [1, 2, 4], [5, 1, 1, 1, 1]]
-
-
-@pytest.mark.parametrize(("alphas", "seeds"), [(a, 10 if SLOW else 1) for a in TOYS])
-def test_the_toys_regimes_are_those_that_theory_says(tmp_path, capsys, alphas, seeds):
-    threshold = 1 / sum(alphas)
-    elrs = [float(f"{factor * threshold:.9g}") for factor in (0.95, 1.2, 3, 1000)]
-    steps = 100 if SLOW else 50
-    assert (
-        run(
-            "--model",
-            "toy",
-            "--alphas",
-            *alphas,
-            "--steps",
-            steps,
-            "--elr",
-            *elrs,
-            "--seeds",
-            seeds,
-            "--out",
-            tmp_path,
-        )
-        == 0
-    )
-    regimes = [row["regime"] for row in read(tmp_path / "regimes.csv")]
-    expected = ["convergence", "equilibrium", "equilibrium", "divergence"]
-    assert regimes == [regime for regime in expected for _ in range(seeds)]
-    norms = [
-        float(row["norm"]) ** 2 for row in read(tmp_path / f"elr={elr_name(elrs[0])}.layers.csv")
-    ]
-    of_epochs = [sum(norms[i : i + len(alphas)]) for i in range(0, len(norms), len(alphas))]
-    assert of_epochs == pytest.approx(
-        [of_epochs[0]] * 21, rel=0.1
-    )  # squares of means; the joint sphere has one radius
-
-
-@pytest.mark.parametrize("alphas", TOYS if SLOW else TOYS[2:3])
-def test_refine_brackets_the_toys_threshold(tmp_path, capsys, alphas):
-    command = [
-        "--model",
-        "toy",
-        "--alphas",
-        *alphas,
-        "--sweep",
-        "0.02",
-        "2",
-        "5",
-        "--refine",
-        6,
-        "--steps",
-        100 if SLOW else 60,
-        "--out",
-        tmp_path,
-    ]
-    assert run(*command) == 0
-    line = [
-        x
-        for x in capsys.readouterr().out.splitlines()
-        if x.startswith("convergence | chaotic equilibrium: ")
-    ]
-    low, high = (float(x) for x in line[0].split(": ")[1].split(" (")[0].split(" to "))
-    assert low <= 1 / sum(alphas) <= high < 1.03 * low
-    runs = len(list(tmp_path.glob("elr=*.pt")))
-    assert run(*command) == 0  # again: the same places, and nothing is left to do
-    assert (
-        len(list(tmp_path.glob("elr=*.pt")))
-        == runs
-        == capsys.readouterr().out.count("(already done)")
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- fast
 
 
@@ -985,42 +941,26 @@ def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_pat
 def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeypatch):
     """As a CUDA graph needs it; here, without one."""
     monkeypatch.setattr(train, "Captured", lambda step: step)
+    more = ["--schedule", "0:1e-2,1:1e-3", "--affine", "--head-lr", "0.1", "--eval-train", "--out"]
     for name in ("number", "tensor"):
-        options = [
-            "--schedule",
-            "0:1e-2,1:1e-3",
-            "--affine",
-            "--head-lr",
-            "0.1",
-            "--eval-train",
-            "--out",
-            str(tmp_path / name),
-        ]
-        args, data = train.parse([*QUICK, *options])
-        args.graph, args.signals, args.chance = name == "tensor", [], {"0": None}
-        train.train(args, data, args.rates[0], 0, 2)
-        groups = torch.load(tmp_path / name / "elr=1e-02.pt", weights_only=True)["optimizer"][
-            "param_groups"
-        ]
-        assert len(groups) == 2 and all(
-            isinstance(group["lr"], torch.Tensor) == args.graph for group in groups
-        )
+        parsed, data = parse([*QUICK, *more, str(tmp_path / name)])
+        parsed.graph, parsed.chance = name == "tensor", {"0": None}
+        train.train(parsed, data, (0.01, 0), lambda *message: None, False)
+        checkpoint = torch.load(tmp_path / name / "elr=1e-02.pt", weights_only=True)
+        lrs = [group["lr"] for group in checkpoint["sphere"]["param_groups"]]
+        assert len(lrs) == 2 and all(isinstance(lr, torch.Tensor) == parsed.graph for lr in lrs)
     number, tensor = (read(tmp_path / name / "elr=1e-02.csv") for name in ("number", "tensor"))
     assert [row["elr"] for row in tensor] == ["0.01", "0.01", "0.001"]
-    for one, other in zip(
-        number, tensor, strict=True
-    ):  # apart by the rounding of the ELR to float32
+    for one, other in zip(number, tensor, strict=True):  # apart by the rounding to float32
         for column in one.keys() - {"seconds", "radial"}:
-            assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3, abs=1e-9), (
-                column
-            )
+            assert float(other[column]) == pytest.approx(float(one[column]), rel=2e-3, abs=1e-9)
 
 
 class Graph:
     """What torch.cuda.CUDAGraph does, as far as it can be done without a GPU: a replay overwrites the captured output."""
 
     def replay(self):
-        self.captured.out.copy_(self.captured.function(self.captured.index))
+        self.captured.out[0].copy_(self.captured.function(self.captured.index)[0])
 
 
 @contextmanager
@@ -1047,9 +987,9 @@ def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(
     fake |= {"CUDAGraph": Graph, "current_stream": fake["Stream"]}
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    captured = train.Captured(lambda index: index * 2)
+    captured = Captured(lambda index: (index * 2,))
     for i in range(6):
-        assert captured(torch.tensor([i, 3])).tolist() == [2 * i, 6]
+        assert captured(torch.tensor([i, 3]))[0].tolist() == [2 * i, 6]
     assert (captured.graph is None) == refuses
     assert (
         capsys.readouterr().err
@@ -1093,3 +1033,161 @@ print(faults() - before)
     assert (
         int(done.stdout) < 1000
     )  # the last five times: 15 times 40 MB, more than glibc keeps by itself, 146,000 pages
+
+
+# --------------------------------------------------------------- the angle, max-epochs, jobs, next
+
+
+def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path, capsys):
+    assert run("--elr", 0.001, 0.3, "--width", 2, "--epochs", 8, "--out", tmp_path) == 0
+    capsys.readouterr()
+    assert run("--angle", 0.05, "--width", 2, "--epochs", 8, "--out", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("angle 5e-02: ELR ") and "test error " in out.splitlines()[0]
+    rows = log(tmp_path, "angle=5e-02")
+    for epoch, row in enumerate(rows):
+        expected = 0.05 * (1 + math.cos(math.pi * max(epoch - 1, 0) / 8)) / 2
+        assert row["angle"] == pytest.approx(expected, rel=1e-6)
+        assert row["elr"] == pytest.approx(math.tan(row["angle"]) / row["grad_norm"], rel=1e-6)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 3
+    table = [row["elr"] for row in read(tmp_path / "regimes.csv")]
+    assert table == ["0.001", "0.3"]  # a run whose ELR moved has no row
+    flags = ["--schedule", "constant", "--sphere", "layer", "--affine", "--out", tmp_path / "more"]
+    assert run("--angle", 0.1, *QUICK, *flags, "--then", 0.01, "--then-epochs", 2) == 0
+    assert {round(row["angle"], 9) for row in log(tmp_path / "more", "angle=1e-01")} == {0.1}
+    then = log(tmp_path / "more", "angle=1e-01.then=1e-02")
+    assert {round(row["angle"], 9) for row in then} == {0.01}
+
+
+def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long(tmp_path, capsys):
+    command = ["--elr", 0.001, "--width", 2, "--epochs", 2, "--batch-size", 64]
+    assert run(*command, "--max-epochs", 5, "--out", tmp_path / "short") == 0
+    assert len(log(tmp_path / "short", "elr=1e-03")) == 6  # it asks for 8
+    assert run(*command, "--max-epochs", 40, "--out", tmp_path / "long") == 0
+    verdict = capsys.readouterr().out.splitlines()[-3]
+    rows = log(tmp_path / "long", "elr=1e-03")
+    assert "undecided" not in verdict and 8 < len(rows) <= 41
+    assert run(*command, "--max-epochs", 40, "--out", tmp_path / "long") == 0
+    assert "(already done)" in capsys.readouterr().out
+
+
+def test_a_finished_sweep_says_what_to_do_next_and_what_that_gave(tmp_path, capsys):
+    command = ["--elr", 0.001, 0.3, "--epochs", 8, "--width", 4, "--out", tmp_path]
+    assert run(*command) == 0
+    *_, one, two = capsys.readouterr().out.splitlines()
+    more = f"--epochs 8 --width 4 --out {tmp_path}"
+    assert one == f"next: python train.py --elr 0.3 --then 0.0001 {more}"
+    assert two == f"next: python train.py --angle 0.05 {more}"
+    assert run(*one.split()[3:]) == 0
+    assert run(*command) == 0
+    assert "(gave test error 0." in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_threads_and_jobs_are_chosen_by_the_work_and_kept_in_the_config(tmp_path):
+    cores = os.cpu_count()
+    for name, arguments, jobs, threads in (
+        ("one", ["--elr", "0.1"], 1, 1),
+        ("wide", ["--elr", "0.1", "--width", "64", "--batch-size", "64"], 1, cores),
+        ("two", ["--elr", "0.1", "0.2"], min(2, cores), 1),
+        ("own", ["--elr", "0.1", "0.2", "--jobs", "1", "--threads", "2"], 1, 2),
+    ):
+        parsed, _ = parse([*arguments, "--out", str(tmp_path / name)])
+        assert (parsed.jobs, parsed.threads) == (jobs, threads), name
+    torch.set_num_threads(1)
+    assert run("--elr", 0.01, *QUICK, "--out", tmp_path / "run") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["jobs"], config["threads"]) == (1, 1)
+
+
+# ------------------------------------------------------------------------------ numbers and tokens
+
+MLP = """
+from torch import nn
+
+def mlp(example, classes):
+    return nn.Sequential(nn.Linear(len(example), 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, classes))
+
+def tokens(tokens, example, classes):
+    net = [nn.Embedding(tokens, 8), nn.LayerNorm(8), nn.Flatten(), nn.Linear(8 * len(example), classes)]
+    return nn.Sequential(*net)
+"""
+
+
+def test_a_file_of_numbers_trains_a_network_of_ones_own_to_a_named_regime(tmp_path, capsys):
+    import numpy as np
+
+    (tmp_path / "mine.py").write_text(MLP)
+    rng = np.random.default_rng(0)
+    y = rng.integers(3, size=400)
+    x = rng.normal(0, 1, (400, 6)) + 2 * np.eye(3, 6)[y]
+    np.savez(tmp_path / "mine.npz", x=x[:300], y=y[:300], test_x=x[300:], test_y=y[300:])
+    command = ["--data", tmp_path / "mine.npz", "--model", f"{tmp_path}/mine.py:mlp"]
+    assert run(*command, "--elr", 3e-3, 30, "--epochs", 20, "--out", tmp_path / "out") == 0
+    regimes = [row["regime"] for row in read(tmp_path / "out" / "regimes.csv")]
+    assert regimes[1] in ("equilibrium", "divergence") and "undecided" not in regimes
+    assert "0.weight" in capsys.readouterr().out
+    assert run(*command, "--angle", 0.05, "--epochs", 4, "--out", tmp_path / "out2") == 0
+
+
+def test_modular_addition_runs_through_the_loop_on_every_kind_of_sphere(tmp_path):
+    command = ["--data", "modular", "--modulus", 7, "--width", 8, "--epochs", 2, "--elr", 1e-3]
+    for sphere in ("network", "layer", "row"):
+        more = ["--sphere", sphere, "--momentum", 0.9, "--out", tmp_path / sphere]
+        assert run(*command, *more) == 0
+        layers = read(tmp_path / sphere / "elr=1e-03.layers.csv")
+        assert {row["layer"] for row in layers} >= {"embedding", "query", "up", "head"}
+        elrs = [float(row["elr"]) for row in layers if row["epoch"] == "0"]
+        if sphere == "network":
+            assert sum(1 / elr for elr in elrs) == pytest.approx(1000, rel=1e-6)
+        else:
+            assert elrs == pytest.approx([1e-3] * 9, rel=1e-6)
+    own = f"{tmp_path}/mine.py:tokens"
+    (tmp_path / "mine.py").write_text(MLP)
+    more = ["--model", own, "--out", tmp_path / "own"]
+    assert run("--data", "modular", "--modulus", 7, "--epochs", 2, "--elr", 1e-3, *more) == 0
+
+
+# ------------------------------------------------------------------------- extremes of all options
+
+EXTREME = [
+    "0",
+    "-1",
+    "1",
+    "2",
+    "nan",
+    "inf",
+    "1e308",
+    "5e-324",
+    "1e-320",
+    "1e30",
+    "99999999999999999",
+]
+EXTREME += ["", "x", "0x10", "1_0", "9" * 5000]
+OPTIONS = """--elr --sweep --angle --lr --wd --refine --max-epochs --seed --seeds --epochs --then
+    --then-epochs --then-orders --average --momentum --schedule --head-lr --width --modulus --image-size
+    --batch-size --train-size --label-noise --jobs --threads""".split()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_extreme_number_is_one_line_or_taken(tmp_path, capsys, monkeypatch, option):
+    """All scripts check before they do anything, so that the check alone is asked here."""
+    monkeypatch.chdir(tmp_path)
+    first = (
+        [] if option in ("--elr", "--sweep", "--angle", "--lr", "--schedule") else ["--elr", "0.1"]
+    )
+    for number in EXTREME:
+        try:
+            parsed, _ = parse([*first, option, *[number] * (3 if option == "--sweep" else 1)])
+        except SystemExit as exit:
+            err = capsys.readouterr().err
+            assert exit.code == 2 and err.count("\n") == 1 and len(err) < 6000, err
+        else:
+            assert parsed.values and all(1.1e-38 < x < 3.5e38 for x in parsed.values)
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("elr", ["1.2e-38", "3.3e38"])
+def test_the_ends_of_what_float32_holds_run_without_a_traceback(tmp_path, capsys, elr):
+    assert run("--elr", elr, *QUICK, "--out", tmp_path / "one") == 0
+    assert run("--elr", elr, "0.1", *QUICK, "--out", tmp_path / "two") == 0
+    assert "Traceback" not in capsys.readouterr().err
