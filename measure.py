@@ -12,6 +12,7 @@ from data import Data, batches, chunks
 from models import LOSSES
 from sphere_step import SphereSGD
 
+POINTS = 512  # at which chance is measured
 CHUNK = 512  # inputs at once where nothing is trained
 
 
@@ -92,12 +93,12 @@ def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[st
 
 @torch.no_grad()
 def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) -> dict:
-    """Mean and standard deviation of loss and error on a batch, over 512 uniformly random points of
+    """Mean and standard deviation of loss and error on a batch, over POINTS uniformly random points of
     the spheres. The network is moved to them."""
     net.train()
     generator, values = torch.Generator().manual_seed(seed), []
     tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
-    for _ in range(512):
+    for _ in range(POINTS):
         for p in tensors:
             p.copy_(torch.randn(p.shape, generator=generator))
         sphere.normalize()

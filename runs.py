@@ -335,17 +335,24 @@ def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callab
             _side_by_side(do, pairs, jobs, options, watch)
         # Here all of them, or what a job that died has left. What another process is at comes last.
         tell = partial(watch.tell, 0)
-        left = [pair for pair in pairs if not attempt(do, pair, tell)]
+        left = [pair for pair in pairs if not attempt(do, pair, options, tell)]
         if left and len(pairs) == options.ranks == 1:
             raise Busy("there is nothing else to do")
         for pair in left:
-            attempt(do, pair, tell, patient=True)
+            attempt(do, pair, options, tell, patient=True)
     finally:
         watch.close()
     return watch.failed
 
 
-def attempt(do: Callable, pair: tuple, tell: Callable, patient: bool = False) -> bool:
+def name_of(options, pair: tuple[float, int]) -> tuple[Path, str]:
+    """The log of a run, elr=1e-02.seed=1.csv, and its name for people, elr 1e-02 seed 1."""
+    value, seed = pair
+    stem = f"{options.mode}={regimes.elr_name(value)}" + (f".seed={seed}" if seed else "")
+    return options.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
+
+
+def attempt(do: Callable, pair: tuple, options, tell: Callable, patient: bool = False) -> bool:
     """Do a run; one that fails leaves the others their turn. Returns False if it is busy."""
     try:
         tell("finished", *do(pair, tell, patient))
@@ -358,7 +365,7 @@ def attempt(do: Callable, pair: tuple, tell: Callable, patient: bool = False) ->
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        tell("failed", f"{regimes.elr_name(pair[0])} seed {pair[1]}", what)
+        tell("failed", name_of(options, pair)[1], what)
     return True
 
 
@@ -371,13 +378,15 @@ def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -
     try:
         for job in range(jobs):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_job, args=(do, pairs, options.threads, there))
+            process = context.Process(target=_job, args=(do, pairs, options, there))
             process.start()
             there.close()  # so that the end of the job is the end of the pipe
             processes.append(process)
             pipes[here] = job
         while pipes:
-            for pipe in wait(list(pipes)):
+            if options.signals:
+                raise KeyboardInterrupt
+            for pipe in wait(list(pipes), timeout=1):
                 try:
                     watch.tell(pipes[pipe], *pipe.recv())
                 except (EOFError, ConnectionResetError):
@@ -390,11 +399,11 @@ def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -
             process.join()
 
 
-def _job(do: Callable, pairs: list, threads: int, pipe) -> None:
+def _job(do: Callable, pairs: list, options, pipe) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the parent sees it, too
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    torch.set_num_threads(options.threads)
 
     def tell(*message) -> None:
         again = message[0] == "finished" and "(already done)" in message[2]
@@ -402,7 +411,7 @@ def _job(do: Callable, pairs: list, threads: int, pipe) -> None:
             pipe.send(message)
 
     for pair in pairs:
-        attempt(do, pair, tell)
+        attempt(do, pair, options, tell)
 
 
 def _end_with_parent() -> None:

@@ -36,7 +36,17 @@ from data import Data, batches, chunks
 from graph import Captured
 from models import LOSSES, build
 from options import again, parse
-from runs import Busy, Rows, bisect, load_checkpoint, lock, run_all, save_checkpoint, write_config
+from runs import (
+    Busy,
+    Rows,
+    bisect,
+    load_checkpoint,
+    lock,
+    name_of,
+    run_all,
+    save_checkpoint,
+    write_config,
+)
 from sphere_step import SphereSGD
 
 COLUMNS = (
@@ -288,12 +298,9 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
     """One run (value, seed) to its verdict, and then the runs that start from its end. What is
     finished is not done again. Returns its name and the verdict in words. Raises Busy where another
     process is at it, unless `patient`."""
-    value, seed = pair
-    stem = f"{options.mode}={regimes.elr_name(value)}" + (f".seed={seed}" if seed else "")
-    path, name = options.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
-    job = Namespace(
-        value=value, seed=seed, path=path, name=name, init=options.init_state, order=seed
-    )
+    (value, seed), (path, name) = pair, name_of(options, pair)
+    job = Namespace(value=value, seed=seed, order=seed, init=options.init_state)
+    job.path, job.name = path, name
     with lock(path.with_suffix(".lock"), patient):
         done, epochs = True, options.epochs
         while True:
@@ -402,6 +409,13 @@ def what_next(options: Namespace, runs: list[regimes.Run]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     options, data = parse(sys.argv[1:] if argv is None else argv)
+    options.signals = []
+
+    def stop(number: int, _) -> None:
+        options.signals.append(number)  # should the exception get lost in a callback
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
     do, renew = partial(train, options, data), partial(report, options)
@@ -425,10 +439,10 @@ def main(argv: list[str] | None = None) -> int:
             pairs = [(value, seed) for seed in seeds for value in new]
             failed = run_all(do, pairs, options, renew) or failed
         runs = report(options, last=True)
-    except (KeyboardInterrupt, Stopped) as stopped:
+    except KeyboardInterrupt:
         what = f"the finished rows are in {options.out}, and the same command goes on from there"
         print(f"interrupted; {what}", file=sys.stderr)
-        return 143 if isinstance(stopped, Stopped) else 130
+        return 128 + (options.signals or [signal.SIGINT])[-1]
     except (OSError, Busy) as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -440,14 +454,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"written: {options.out / 'regimes.csv'}, {options.out / 'regimes.png'}")
         print("\n".join(what_next(options, runs)))
     return 1 if failed else 0
-
-
-class Stopped(BaseException):
-    """SIGTERM was received."""
-
-
-def stop(*_) -> None:
-    raise Stopped
 
 
 def keep_memory() -> None:

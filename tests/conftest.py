@@ -22,5 +22,8 @@ def quick_figures(request, monkeypatch):
     """Drawing takes longer than most runs of the tests: those that look at pictures ask for it."""
     if "draws" in request.keywords:
         return
-    figures = pytest.importorskip("figures")
+    import figures
+    import measure
+
+    monkeypatch.setattr(measure, "POINTS", 64)
     monkeypatch.setattr(figures, "of_sweep", lambda runs, path, name="": path.write_bytes(b"PNG"))

@@ -60,6 +60,7 @@ def test_a_short_run_at_a_tiny_elr_is_not_called_equilibrium_or_divergence(tmp_p
     assert "elr 1e-05: undecided: too short" in capsys.readouterr().out
 
 
+@pytest.mark.draws
 def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys):
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
     rows = read(tmp_path / "elr=1e-02.csv")
@@ -1072,10 +1073,10 @@ def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long
 
 
 def test_a_finished_sweep_says_what_to_do_next_and_what_that_gave(tmp_path, capsys):
-    command = ["--elr", 0.001, 0.3, "--epochs", 8, "--width", 4, "--out", tmp_path]
+    command = ["--elr", 0.001, 0.3, "--epochs", 16, "--width", 4, "--out", tmp_path]
     assert run(*command) == 0
     *_, one, two = capsys.readouterr().out.splitlines()
-    more = f"--epochs 8 --width 4 --out {tmp_path}"
+    more = f"--epochs 16 --width 4 --out {tmp_path}"
     assert one == f"next: python train.py --elr 0.3 --then 0.0001 {more}"
     assert two == f"next: python train.py --angle 0.05 {more}"
     assert run(*one.split()[3:]) == 0
@@ -1122,9 +1123,9 @@ def test_a_file_of_numbers_trains_a_network_of_ones_own_to_a_named_regime(tmp_pa
     x = rng.normal(0, 1, (400, 6)) + 2 * np.eye(3, 6)[y]
     np.savez(tmp_path / "mine.npz", x=x[:300], y=y[:300], test_x=x[300:], test_y=y[300:])
     command = ["--data", tmp_path / "mine.npz", "--model", f"{tmp_path}/mine.py:mlp"]
-    assert run(*command, "--elr", 3e-3, 30, "--epochs", 20, "--out", tmp_path / "out") == 0
+    assert run(*command, "--elr", 3e-3, 0.03, "--epochs", 20, "--out", tmp_path / "out") == 0
     regimes = [row["regime"] for row in read(tmp_path / "out" / "regimes.csv")]
-    assert regimes[1] in ("equilibrium", "divergence") and "undecided" not in regimes
+    assert regimes[1] == "equilibrium"
     assert "0.weight" in capsys.readouterr().out
     assert run(*command, "--angle", 0.05, "--epochs", 4, "--out", tmp_path / "out2") == 0
 
