@@ -34,6 +34,7 @@ from tqdm import tqdm
 import regimes
 
 OURS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
+STOPS = (signal.SIGINT, signal.SIGTERM)
 OURS += ["config.json", "regimes.csv", "regimes.png"]
 
 
@@ -375,6 +376,7 @@ def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -
     fork = sys.platform == "linux" and options.device == "cpu"
     context = multiprocessing.get_context("fork" if fork else "spawn")
     processes, pipes = [], {}
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until a job has its own handlers
     try:
         for job in range(jobs):
             here, there = context.Pipe(duplex=False)
@@ -383,10 +385,9 @@ def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -
             there.close()  # so that the end of the job is the end of the pipe
             processes.append(process)
             pipes[here] = job
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         while pipes:
-            if options.signals:
-                raise KeyboardInterrupt
-            for pipe in wait(list(pipes), timeout=1):
+            for pipe in wait(list(pipes)):
                 try:
                     watch.tell(pipes[pipe], *pipe.recv())
                 except (EOFError, ConnectionResetError):
@@ -400,9 +401,10 @@ def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -
 
 
 def _job(do: Callable, pairs: list, options, pipe) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the parent sees it, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(options.threads)
 
     def tell(*message) -> None:

@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     options.signals = []
 
     def stop(number: int, _) -> None:
-        options.signals.append(number)  # should the exception get lost in a callback
+        options.signals.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, stop)
@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         what = f"the finished rows are in {options.out}, and the same command goes on from there"
         print(f"interrupted; {what}", file=sys.stderr)
-        return 128 + (options.signals or [signal.SIGINT])[-1]
+        return 128 + options.signals[-1]
     except (OSError, Busy) as error:
         if isinstance(error, BrokenPipeError):
             raise
