@@ -4,15 +4,15 @@
 
 F(θ) = Σ α_i x_i²/(x_i² + y_i²), with all groups (x_i, y_i) on one sphere, here of radius 1. Each
 group is scale invariant, as a layer is. Gradient descent can converge if and only if the ELR η̃ is
-below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* it settles on an orbit of period 2:
+below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* there is an orbit of period 2:
 
     A group's own ELR is η̃_i = η̃/r_i². Its step turns it onto its mirror image, x_i/y_i → −x_i/y_i,
     if 2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
     F_i = (α_i/2)(1 − η̃*/η̃),    F = (Σα − 1/η̃)/2,    skill = 1 − F/(Σα/2) = η̃*/η̃.
 
-Up to 1.5 η̃* that is what one sees to six digits. Farther up the orbit is chaotic, F stays within
-1.3 % of it up to 1,000 η̃*, and uneven α can have a second attractor 1 % lower.
-Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695), section 4; the orbit is ours.
+Runs stay around it: up to 1.5 η̃* their means over time are these to six digits. Farther up the path
+is chaotic, and F stays within 1.3 % up to 1,000 η̃* for α = 1, 2, 4, 5 % for α = 5, 1, 1, 1, 1.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695); the orbit is ours.
 """
 
 import math

@@ -4,17 +4,20 @@ import math
 
 import numpy as np
 import pytest
-import rundir
 import torch
 import torch.nn.functional as F
 from test_train import log, read
 from torch import nn
 
 import landscape
+import measure
+import runs
 import train
 from data import load
-from landscape import Point, barrier, between, curvature, distances, evaluate, vectors
+from landscape import Point, barrier, between, curvature, distances, evaluate
+from measure import vectors
 from models import fixed_head
+from options import parse
 
 SMALL = ["--width", "1", "--batch-size", "64", "--epochs", "2", "--train-size", "300"]
 
@@ -89,7 +92,7 @@ def dense_matrices(point, logits, loss):
     """Hessian and Gauss-Newton matrix of the train loss on the unit sphere, from torch.func in float64."""
     names = [name for (name,) in point.net.layer_groups]
     theta = torch.cat([point.net.get_parameter(name).detach().double().flatten() for name in names])
-    x, y = point.data.images(torch.arange(len(point.data.x))).double(), point.data.y
+    x, y = point.data.inputs(torch.arange(len(point.data.x))).double(), point.data.y
 
     def loss_of(out):
         return (
@@ -141,22 +144,6 @@ def test_of_many_weights_arpack_and_hutchinson_agree_with_the_dense_matrix():
         assert abs(found[f"{name}_trace"] - dense.trace().item()) < 5 * deviation
 
 
-def test_at_a_minimum_of_the_toy_the_curvature_is_the_closed_form(tmp_path):
-    assert (
-        run("--model", "toy", "--alphas", 1, 2, 4, "--elr", 0.05, "--epochs", 40, "--out", tmp_path)
-        == 0
-    )
-    point = landscape.read(tmp_path / "elr=5e-02.pt")
-    assert point.net().item() < 1e-25
-    squares = [p.detach().square().sum().item() for p in point.net.groups]
-    expected = sorted(
-        (2 * a / s * sum(squares) for a, s in zip((1, 2, 4), squares, strict=True)), reverse=True
-    )
-    found = curvature(point, k=3)
-    assert found["hessian"] == pytest.approx(expected, rel=1e-8) and "ggn" not in found
-    assert found["hessian_trace"] == pytest.approx(sum(expected), rel=1e-8)
-
-
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
 def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_norm(ends, sphere):
     a, b = (
@@ -173,9 +160,9 @@ def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_nor
         for x, ra, rb in zip(points, *radii, strict=True):
             assert torch.allclose(x.norm(dim=1), (1 - t) * ra + t * rb, rtol=1e-6)
         if before is not None:  # at even pace
-            steps = [landscape._angle(x, y) for x, y in zip(before, points, strict=True)]
+            steps = [measure.angles([x], [y]) for x, y in zip(before, points, strict=True)]
             whole = [
-                landscape._angle(x, y)
+                measure.angles([x], [y])
                 for x, y in zip(*(vectors(p.net, p.spheres) for p in (a, b)), strict=True)
             ]
             assert all(
@@ -209,29 +196,29 @@ def test_distances_are_the_angles(ends):
 
 
 def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(tmp_path):
-    args, data = train.parse(
-        [*"--elr 0.01 --width 2 --average 3 --epochs 4 --sphere layer --out".split(), str(tmp_path)]
-    )
-    net, optimizer = train.build(args, data, 0.01, 0)
-    averaged = train.AveragedModel(net)
-    for _ in range(3):
-        averaged.update_parameters(net)
-    same = train.on_spheres(args, averaged, optimizer)
-    assert all(
-        torch.allclose(p, q, rtol=1e-6)
-        for p, q in zip(same.parameters(), net.parameters(), strict=True)
-    )
-    radii = [net.get_parameter(name).norm() for (name,) in net.layer_groups]
-    before = [p.detach().clone() for p in net.parameters()]
-    for name in [name for (name,) in net.layer_groups]:
-        p = net.get_parameter(name)
-        p.data = torch.randn_like(p) * p.norm() / p.numel() ** 0.5
-    averaged.update_parameters(net)
-    mean = train.on_spheres(args, averaged, optimizer)
-    for (name,), radius, old in zip(net.layer_groups, radii, before, strict=False):
-        p, expected = mean.get_parameter(name), (3 * old + net.get_parameter(name)) / 4
-        assert p.norm().item() == pytest.approx(radius.item(), rel=1e-6)
-        assert torch.allclose(p, expected * radius / expected.norm(), rtol=1e-4, atol=1e-6)
+    more = "--elr 0.01 --width 2 --average 3 --epochs 4 --sphere layer --out"
+    options, data = parse([*more.split(), str(tmp_path)])
+    made = train.Run(options, data, 0.01, 0, None)
+    start, seen = [x.clone() for x in vectors(made.net, made.spheres)], []
+    real = measure.on_train_set
+    measure.on_train_set = lambda net, *_: seen.append(vectors(net, made.spheres)) or 0.0
+    try:
+        for _ in range(3):
+            made.averaged.update_parameters(made.net)
+        measure.on_average(made.averaged, made.spheres, data, options)
+        other = [torch.randn_like(x) * x.norm() / x.numel() ** 0.5 for x in start]
+        for sphere, x in zip(made.spheres, other, strict=True):
+            measure.put(made.net, sphere, x)
+        made.averaged.update_parameters(made.net)
+        measure.on_average(made.averaged, made.spheres, data, options)
+    finally:
+        measure.on_train_set = real
+    for same, old in zip(seen[0], start, strict=True):
+        assert torch.allclose(same, old, rtol=1e-6)
+    for mean, old, new in zip(seen[1], start, other, strict=True):
+        expected = (3 * old + new) / 4
+        assert mean.norm().item() == pytest.approx(old.norm().item(), rel=1e-6)
+        assert torch.allclose(mean, expected * old.norm() / expected.norm(), rtol=1e-4, atol=1e-6)
 
 
 def test_average_adds_its_columns_in_the_last_epochs_and_changes_nothing_else(tmp_path):
@@ -388,8 +375,8 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
             ["barrier", good, ends / "layer" / "elr=3e-03.pt"],
             "is another network, or on other spheres, than",
         ),
-        (["summary", tmp_path], "no regimes.csv that can be read"),
-        (["curvature", good, "--k", "0"], "argument --k: 0 is less than 1"),
+        (["summary", tmp_path], "no runs here"),
+        (["curvature", good, "--k", "0"], "argument --k: 0 is not from 1"),
         (["flatness", good], "invalid choice"),
     ]
     for arguments, message in cases:
@@ -425,4 +412,4 @@ def test_an_init_of_another_network_is_refused(tmp_path, capsys, ends):
         run("--elr", 0.1, "--init", ends / "network" / "elr=3e-03.pt", "--out", tmp_path / "out")
     err = capsys.readouterr().err
     assert exit.value.code == 2 and err.count("\n") == 1 and "argument --init: " in err
-    assert rundir.load_checkpoint(ends / "network" / "elr=3e-03.pt", None, "cpu")["epoch"] == 2
+    assert runs.load_checkpoint(ends / "network" / "elr=3e-03.pt", None, "cpu")["epoch"] == 2

@@ -1,0 +1,116 @@
+"""The toy against its closed form, and its step against SphereSGD's."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import regimes
+import toy
+from sphere_step import SphereSGD
+
+CASES = [[1.0], [1.0, 2.0], [1.0, 2.0, 4.0], [5.0, 1.0, 1.0, 1.0, 1.0]]
+
+
+def test_its_step_is_that_of_sphere_sgd():
+    alphas, elr = [1.0, 2.0, 4.0], 0.2
+    theta = np.random.default_rng().standard_normal((3, 2))
+    theta /= np.linalg.norm(theta)
+    groups = [torch.tensor(x).requires_grad_() for x in theta]
+    optimizer = SphereSGD(groups, lr=elr)
+    for _ in range(20):
+        parts = [a * x[0] ** 2 / (x @ x) for a, x in zip(alphas, groups, strict=True)]
+        optimizer.zero_grad()
+        sum(parts).backward()
+        optimizer.step()
+        theta, of_groups, angle = toy.step(theta, np.array(alphas), elr)
+        assert of_groups == pytest.approx([part.item() for part in parts], rel=1e-9)
+        assert angle == pytest.approx(optimizer.stats()["angle"].item(), rel=1e-6)
+        for x, y in zip(theta, groups, strict=True):
+            assert x == pytest.approx(y.detach().numpy(), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.05, 1.2, 1.35, 1.5])
+def test_a_little_above_the_threshold_the_means_are_those_of_the_orbit_of_period_two(factor):
+    """F, every F_i and every r_i² to 1e-4."""
+    alphas = np.array([1.0, 2.0, 4.0])
+    total, elr = alphas.sum(), factor / alphas.sum()
+    theta, loss, square = np.random.default_rng(1).standard_normal((3, 2)), 0.0, 0.0
+    theta /= np.linalg.norm(theta)
+    for step in range(60_000):
+        flips = np.sign(theta[:, 0] / theta[:, 1])
+        if step >= 10_000:
+            square = square + (theta**2).sum(1) / 50_000
+        theta, of_groups, _ = toy.step(theta, alphas, elr)
+        if step >= 10_000:
+            loss = loss + of_groups / 50_000
+            assert (np.sign(theta[:, 0] / theta[:, 1]) == -flips).all()
+    assert loss == pytest.approx(alphas / 2 * (1 - 1 / factor), rel=1e-4)
+    assert loss.sum() == pytest.approx((total - 1 / elr) / 2, rel=1e-4)
+    assert square == pytest.approx(alphas / total, rel=1e-4)
+
+
+@pytest.mark.parametrize("alphas", CASES)
+def test_regimes_and_levels_are_those_that_theory_says(alphas):
+    """F within 3 % of the closed form up to 1,000 times the threshold, within 6 % for uneven α."""
+    factors, total = [0.95, 1.2, 3.0, 30.0, 1000.0], sum(alphas)
+    runs = toy.simulate(alphas, [factor / total for factor in factors], seeds=3, steps=6000)
+    rows = [toy.row_of(run, total) for run in runs]
+    expected = ["convergence", "equilibrium", "equilibrium", None, "divergence"]
+    for i, row in enumerate(rows):
+        regime = expected[i // 3]
+        assert row["regime"] == regime or regime is None, row
+        if factors[i // 3] > 1:
+            assert row["loss"] == pytest.approx(
+                row["theory"], rel=0.06 if max(alphas) > 4 else 0.03
+            )
+            assert row["skill"] == pytest.approx(1 / factors[i // 3], abs=0.03)
+
+
+def test_a_random_point_has_half_the_sum_of_the_alphas_on_average():
+    runs = toy.simulate([1.0, 2.0, 4.0], [1e-6], seeds=3000, steps=10)
+    values = np.array([run.log["train_loss"][0] for run in runs])
+    assert abs(values.mean() - 3.5) < 5 * values.std() / 3000**0.5
+    assert values.std() == pytest.approx((21 / 8) ** 0.5, rel=0.1)  # what classify is told
+
+
+@pytest.mark.draws
+def test_the_command_line_brackets_the_threshold_and_writes_table_and_picture(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    command = ["--alphas", "5", "1", "1", "--sweep", "0.02", "2", "5", "--refine", "6"]
+    assert toy.main([*command, "--steps", "4000", "--seeds", "2", "--out", out]) == 0
+    text = capsys.readouterr().out
+    line = next(x for x in text.splitlines() if x.startswith("convergence | chaotic"))
+    low, high = (float(x) for x in line.split(": ")[1].split(" (")[0].split(" to "))
+    assert low <= 1 / 7 <= high < 1.06 * low
+    with open(tmp_path / "out" / "toy.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["elr", "seed", "regime", "loss", "theory", "skill"]
+    assert {row["regime"] for row in rows} <= set(regimes.ORDER) | {"undecided"}
+    assert (tmp_path / "out" / "toy.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alphas", "-1"], "--alphas: [-1.0] must be positive numbers"),
+        (["--alphas", "nan"], "--alphas: [nan] must be positive numbers"),
+        (["--elr", "0"], "--elr: [0.0] must be from 1e-30 to 1e30"),
+        (["--elr", "1e308"], "--elr: [1e+308] must be"),
+        (["--sweep", "1", "0.1", "5"], "--sweep: [1.0, 0.1, 5.0] must be LO HI N"),
+        (["--sweep", "0.1", "1", "2.5"], "must be LO HI N"),
+        (["--sweep", "0.1", "1", "1e30"], "must be LO HI N"),
+        (["--elr", "1", "--sweep", "0.1", "1", "5"], "--elr: [1.0] must be left out"),
+        (["--seeds", "0"], "--seeds: 0 must be 1 at least"),
+        (["--steps", "9"], "--steps: 9 must be 10 at least"),
+        (["--refine", "-1"], "--refine: -1 must be 0 at least"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        toy.main(arguments)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
+    assert not list(tmp_path.iterdir())
