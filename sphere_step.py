@@ -1,23 +1,22 @@
 """Train scale-invariant weights on a sphere at a fixed effective learning rate (ELR).
 
-    optimizer = SphereSGD(weights_before_normalization_layers, lr=0.01)               # lr is the ELR
-    optimizer = SphereSGD(weights_before_normalization_layers, lr=0.05, angle=True)   # lr in radians
+    optimizer = SphereSGD(weights_before_normalization_layers, lr=0.01)              # the ELR
+    optimizer = SphereSGD(weights_before_normalization_layers, lr=0.05, angle=True)  # radians
 
 A sphere is a set of tensors that share one norm. θ is their concatenation, ρ the radius (fixed),
 g the gradient, m the momentum (without momentum β = 0), η̃ the ELR. One step is
 
     r = ⟨θ,g⟩/‖θ‖²      g_t = g − rθ                   projection on the tangent space
     q = ⟨θ,m⟩/‖θ‖²      m ← β(m − qθ) + g_t            Riemannian heavy ball
-    θ ← ρ (θ − η̃ρ²m) / ‖θ − η̃ρ²m‖                      step and renormalization
-    γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖             effective gradient norm, angular step
+    θ ← ρ (θ − η̃ρ²m) / ‖θ − η̃ρ²m‖                     step and renormalization
+    γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖            effective gradient norm, angular step
 
-With angle=True the angle φ is given and η̃ follows. Either way every scalar in the step is a function
-of the Gram matrix of (θ, g, m). Its six entries are plain sums, so tiles and tensors add up. A step
-sums them, finds three numbers per sphere (`sphere_rule`), and updates m ← βm + g + uθ, θ ← kθ + bm.
+With angle=True φ is given and η̃ follows. Either way every scalar in the step is a function of the
+Gram matrix of (θ, g, m). Its six entries are plain sums, so tiles and tensors add up. A step sums
+them, finds three numbers per sphere (`sphere_rule`), updates m ← βm + g + uθ and θ ← kθ + bm.
 
-Source: Kodryan, Lobacheva, Nakhodnov, Vetrov, "Training Scale-Invariant Neural Networks on the
-Sphere Can Happen in Three Regimes", NeurIPS 2022 (arXiv 2209.03695).
-This file needs torch, and Triton for its fused kernels. Copy it into any project.
+Source: Kodryan et al., "Training Scale-Invariant Neural Networks on the Sphere Can Happen in Three
+Regimes", NeurIPS 2022 (arXiv 2209.03695). Needs torch, and Triton for its kernels. Copy it.
 """
 
 import math
@@ -34,23 +33,20 @@ try:
 except ImportError:  # there is no Triton for macOS: PyTorch does the step there
     triton = None
 
-SPHERES = ("group", "tensor", "row", None)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks when a kernel is defined
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 BLOCK, WARPS = 4096, 8  # elements of a tile, and the warps that work on it
-PIECE = 1 << 18  # elements of one dot product in PyTorch: float32 sums stay accurate
+PIECE = 1 << 18  # elements of a tile in PyTorch: its float32 sums stay accurate
+SMALL = 1024  # up to here they are in float64: few dimensions make nearly radial gradients
 TINY = 1e-14  # a part of a sum of squares that is smaller is rounding
-SMALL = 1024  # up to here PyTorch sums in float64: few dimensions make nearly radial gradients
 
 
 def sphere_rule(gram: list, radius: float, lr: float, beta: float, angle: bool) -> list[float]:
     """From the Gram matrix of a sphere to the coefficients and the statistics of its step.
 
-    gram     ⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩, ⟨θ,m⟩, ⟨g,m⟩, ⟨m,m⟩
-    radius   ρ; 0 means the norm that θ has
-    lr       η̃, or with `angle` φ in radians; beta is β
-    Returns k, b, u, γ, tan φ, ⟨θ,g⟩/(‖θ‖‖g‖), η̃, ρ, β. A step of length 0 gives k = 1, b = 0.
-    A Gram matrix that is not finite, or of no weights at all, gives nan.
+    gram is ⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩, ⟨θ,m⟩, ⟨g,m⟩, ⟨m,m⟩; radius ρ, 0 for the norm that θ has; lr η̃,
+    or with `angle` φ in radians. Returns k, b, u, γ, tan φ, ⟨θ,g⟩/(‖θ‖‖g‖), η̃, ρ, β. A step of
+    length 0 gives k = 1, b = 0; a Gram matrix that is not finite, or of no weights at all, nan.
     """
     tt, tg, gg, tm, gm, mm = gram
     if not (tt > 0 and math.isfinite(sum(gram))):
@@ -218,38 +214,29 @@ if triton is not None:
 class SphereSGD(torch.optim.Optimizer):
     """Stochastic gradient descent on spheres, at a fixed effective learning rate or angle.
 
-    params    tensors, or param groups, each of which may set its own options.
-    lr        the ELR η̃ ≥ 0, a float or a 0-d tensor; every torch.optim.lr_scheduler works on it.
+    params    tensors, or param groups, each of which may set its own options
+    lr        the ELR η̃ ≥ 0, a float or a 0-d tensor; every torch.optim.lr_scheduler works on it
     sphere    "group": all tensors of the param group on one joint sphere, as in the paper;
-              "tensor": each tensor a sphere;  "row": each slice tensor[i] (output filter) a sphere;
-              None: plain SGD, for what is not scale invariant; there lr is the learning rate.
-    radius    of every sphere, to which the weights are scaled at once; None: the norms they have.
-    momentum  β in [0, 1) of the Riemannian heavy ball (of the ordinary one where sphere=None).
+              "tensor": each tensor a sphere; "row": each slice tensor[i] (output filter) a sphere;
+              None: plain SGD, for what is not scale invariant, at the learning rate lr
+    radius    of every sphere, to which the weights are scaled at once; None: the norms they have
+    momentum  β in [0, 1) of the Riemannian heavy ball (of the ordinary one where sphere=None)
     angle     lr is the angle φ in [0, π/2) by which a step turns each sphere. A group on no sphere
-              follows: its learning rate is the η̃ρ² of the spheres in that step (the median).
+              follows, at the learning rate η̃ρ² of the spheres in that step (the median)
     backend   "triton": fused kernels, at most three launches per type of weights (on a GPU; on the
-              CPU under TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run.
+              CPU under TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
 
     A tensor without a gradient stays out of that step; the others of its sphere keep their norm.
     A sphere whose weights or gradient are not finite stays, and `stats()` says nan. The kernels
-    never wait for the GPU. In a CUDA graph: take a step before the capture, give lr as a tensor,
-    and keep the gradients where they are with zero_grad(set_to_none=False).
+    never wait for the GPU. In a CUDA graph: step once before the capture, give lr as a tensor, keep
+    gradients in place with zero_grad(set_to_none=False).
     Raises ValueError for a bad option, a sphere of norm zero, a parameter with holes in memory;
     RuntimeError for a sparse gradient.
     """
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float | Tensor,
-        sphere: str | None = "group",
-        radius: float | None = None,
-        momentum: float = 0.0,
-        angle: bool = False,
-        backend: str = "auto",
-    ):
-        if backend not in ("auto", "triton", "torch"):
-            raise ValueError(f"backend is {backend!r}: it must be 'auto', 'triton' or 'torch'")
+    def __init__(self, params: Iterable, lr: float | Tensor, sphere: str | None = "group",
+                 radius: float | None = None, momentum: float = 0.0, angle: bool = False,
+                 backend: str = "auto"):  # fmt: skip
         self.backend = backend
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults)
@@ -281,7 +268,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def normalize(self) -> None:
-        """Put every sphere back on its radius: after weights were averaged, or filled with noise."""
+        """Put every sphere back on its radius, after weights were averaged or filled with noise."""
         for group in self._on_spheres():
             _normalize(group)
 
@@ -319,10 +306,10 @@ class SphereSGD(torch.optim.Optimizer):
         return dict(radius=radius, elr=elr, grad_norm=gamma, angle=tan.atan(), radial=radial)
 
     def layer_stats(self, steps: list[tuple] | None = None) -> dict[str, Tensor]:
-        """The same per tensor on a sphere, in the order of the param groups: its `norm` ρ_i before
-        the step, its individual ELR `elr` = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, and the
-        `angle` by which the step turns it (radians); nan for a tensor without a gradient. Where
-        rows are spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean of their φ."""
+        """The same per tensor on a sphere: its `norm` ρ_i before the step, its individual ELR `elr`
+        = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, and the `angle` by which the step turns it; nan
+        for a tensor without a gradient. Where rows are spheres: the tensor's norm, η̃, the norm of
+        its rows' γ, the mean of their φ."""
 
         def sums(x: Tensor, lengths: Tensor) -> Tensor:
             return torch.segment_reduce(x, "sum", lengths=lengths, axis=0, unsafe=True)
@@ -343,13 +330,13 @@ class SphereSGD(torch.optim.Optimizer):
 
     def _lay_out(self) -> None:
         """What does not change from step to step. The Gram matrix of a sphere is a sum over its
-        lines (tensors, or rows of one), that of a line over its tiles."""
+        lines (tensors, or rows of one), that of a line over its tiles: (tensor, offset, elements,
+        sphere, own number)."""
         size = BLOCK if self._use_triton else PIECE
         self._tensors, self._tiles, pieces, owner, sphere = [], [], [], [], 0
         for group in self._on_spheres():
             for p in group["params"]:
-                rows = _rows(group, p)
-                length = p.numel() // max(rows, 1)
+                rows, length = _rows(group, p)
                 for row in range(rows):
                     owner.append(sphere)
                     pieces.append(-(-length // size))
@@ -361,7 +348,7 @@ class SphereSGD(torch.optim.Optimizer):
             sphere += group["sphere"] == "group"
         self._spheres, self._rule = sphere, None
         self._device = self.param_groups[0]["params"][0].device
-        self._rows = self._table([_rows(group, p) for group, p in self._tensors])
+        self._rows = self._table([_rows(group, p)[0] for group, p in self._tensors])
         self._pieces, self._owner = self._table(pieces), self._table(owner)
         if self._use_triton:
             self._lay_out_tables()
@@ -370,7 +357,6 @@ class SphereSGD(torch.optim.Optimizer):
         return torch.tensor(numbers, dtype=torch.long).to(self._device)
 
     def _lay_out_tables(self) -> None:
-        """The tables that the kernels read and write."""
         counts = torch.bincount(self._table([t[3] for t in self._tiles]), minlength=self._spheres)
         ends = counts.cumsum(0)
         self._ranges, self._many = torch.stack([ends - counts, ends], 1), counts.gt(1).nonzero()
@@ -417,7 +403,7 @@ class SphereSGD(torch.optim.Optimizer):
             if g is not None and g.stride() != p.stride():
                 g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             tensors.append((p, g, self._momentum(group, p), group["momentum"]))
-        grams, partials, moves = [[0.0] * 6] * self._spheres, [], []
+        grams, partials, moves, rule = [[0.0] * 6] * self._spheres, [], [], []
         for tensor, at, n, sphere, _ in self._tiles:
             p, g, m, beta = tensors[tensor]
             gram = [0.0] * 6  # without a gradient: the tensor stays out of this step
@@ -428,15 +414,10 @@ class SphereSGD(torch.optim.Optimizer):
                 moves.append((sphere, theta, g, m, beta))
             grams[sphere] = [a + b for a, b in zip(grams[sphere], gram, strict=True)]
             partials.append(gram)
-        rule = []
         for group in self._on_spheres():
-            lr, how, free = (
-                float(group["lr"]),
-                (group["momentum"], group["angle"]),
-                _free(group, move),
-            )
+            how, free = (float(group["lr"]), group["momentum"], group["angle"]), _free(group, move)
             for radius in group["radii"].tolist():
-                rule.append(sphere_rule(grams[len(rule)], 0.0 if free else radius, lr, *how))
+                rule.append(sphere_rule(grams[len(rule)], 0.0 if free else radius, *how))
         new = dict(dtype=torch.float64, device=self._device)
         self._partials, self._rule = torch.tensor(partials, **new), torch.tensor(rule, **new)
         for sphere, theta, g, m, beta in reversed(moves) if move else ():
@@ -449,9 +430,8 @@ class SphereSGD(torch.optim.Optimizer):
         first = 0
         for i, group in enumerate(self._on_spheres()):
             lr, here = group["lr"], slice(first, first + len(group["radii"]))
-            first = here.stop
+            first, free = here.stop, _free(group, move)
             now = 0.0 if isinstance(lr, Tensor) else lr, group["momentum"], float(group["angle"])
-            free = _free(group, move)
             if self._written.get(i) != (now, free):
                 self._settings[here, 0] = 0.0 if free else group["radii"]
                 self._settings[here, 1:] = torch.tensor(now, dtype=torch.float64)
@@ -501,34 +481,33 @@ def _check(groups: list[dict], backend: str) -> bool:
     """Whether Triton's kernels can be used. Raises ValueError for an option of the last group."""
     group, device = groups[-1], groups[0]["params"][0].device
     lr, sphere, radius = float(group["lr"]), group["sphere"], group["radius"]
-    limit, what = (math.pi / 2, "in [0, π/2)") if group["angle"] else (math.inf, "finite and ≥ 0")
-    wrong = []
-    if sphere not in SPHERES:
-        wrong.append(f"sphere is {sphere!r}: it must be one of {SPHERES}")
-    if not 0 <= lr < limit:
-        wrong.append(f"lr is {lr}: it must be {what}")
-    if radius is not None and not (sphere and 0 < radius < math.inf):
-        wrong.append(f"radius is {radius} with {sphere=}: it must be None, or positive on a sphere")
-    if not 0 <= group["momentum"] < 1:
-        wrong.append(f"momentum is {group['momentum']}: it must be in [0, 1)")
+    limit = math.pi / 2 if group["angle"] else math.inf
+    checks = [(backend in ("auto", "triton", "torch"), f"backend is {backend!r}: no such one")]
+    known = ("group", "tensor", "row", None)
+    checks += [(sphere in known, f"sphere is {sphere!r}: it must be one of {known}")]
+    checks += [(0 <= lr < limit, f"lr is {lr}: it must be finite, not negative, an angle < π/2")]
+    good = radius is None or (sphere and 0 < radius < math.inf)
+    checks += [(good, f"radius is {radius} with {sphere=}: it must be None, or positive on one")]
+    good = 0 <= group["momentum"] < 1
+    checks += [(good, f"momentum is {group['momentum']}: it must be in [0, 1)")]
     for i, p in enumerate(group["params"]):
-        name = f"parameter {i} of shape {tuple(p.shape)}"
-        if p.device != device or not p.is_floating_point():
-            kind = f"{p.dtype} on {p.device}"
-            wrong.append(f"{name} is {kind}: all must be floating point, on one device ({device})")
-        if sphere in SPHERES and sphere and not _dense(p, by_rows=_rows(group, p) > 1):
-            wrong.append(f"{name} has holes in memory, or rows that lie scattered: clone it first")
-    if wrong:
-        raise ValueError(wrong[0])
-    params = [p for group in groups for p in group["params"]]
-    obstacle = next((f"a parameter is {p.dtype}" for p in params if p.dtype not in DTYPES), "")
+        good, name = p.device == device and p.is_floating_point(), f"parameter {i} of shape "
+        name += f"{tuple(p.shape)}"
+        checks += [(good, f"{name} is {p.dtype} on {p.device}: not real floats on {device}")]
+        what = f"{name} has holes in memory, or rows that lie scattered: clone it first"
+        checks += [(not sphere or _dense(p, by_rows=sphere == "row"), what)]
+    obstacle = [f"a parameter is {p.dtype}" for p in group["params"] if p.dtype not in DTYPES]
     if device.type != ("cpu" if INTERPRET else "cuda"):
-        obstacle = f"the parameters are on {device} (the CPU takes TRITON_INTERPRET=1)"
+        obstacle = [f"the parameters are on {device} (the CPU takes TRITON_INTERPRET=1)"]
     if triton is None:
-        obstacle = "Triton is not installed"
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend is 'triton', but {obstacle}: use 'auto' or 'torch'")
-    return backend != "torch" and not obstacle
+        obstacle = ["Triton is not installed"]
+    what = f"backend is 'triton', but {''.join(obstacle[:1])}: use 'auto' or 'torch'"
+    checks += [(backend != "triton" or not obstacle, what)]
+    for good, what in checks:
+        if not good:
+            raise ValueError(what)
+    floats = all(p.dtype in DTYPES for group in groups for p in group["params"])
+    return backend != "torch" and not obstacle and floats
 
 
 def _dense(p: Tensor, by_rows: bool) -> bool:
@@ -538,11 +517,14 @@ def _dense(p: Tensor, by_rows: bool) -> bool:
         if stride != expected and p.numel():
             return False
         expected *= n
-    return not by_rows or p.stride(0) * len(p) == p.numel() or not p.numel()
+    one_row = not by_rows or p.dim() == 0 or len(p) < 2 or not p.numel()
+    return one_row or p.stride(0) * len(p) == p.numel()
 
 
-def _rows(group: dict, p: Tensor) -> int:
-    return len(p) if group["sphere"] == "row" and p.dim() else 1
+def _rows(group: dict, p: Tensor) -> tuple[int, int]:
+    """How many lines a tensor has, and how many elements each."""
+    rows = len(p) if group["sphere"] == "row" and p.dim() else 1
+    return rows, p.numel() // max(rows, 1)
 
 
 def _free(group: dict, move: bool) -> bool:
@@ -553,15 +535,12 @@ def _free(group: dict, move: bool) -> bool:
 
 def _norms(group: dict) -> Tensor:
     """The norm of every sphere of a group, [spheres] float64. Raises ValueError where one is 0."""
-    squares = []
-    for p in group["params"]:
-        rows = _rows(group, p)
-        squares.append(p.double().square().reshape(rows, p.numel() // max(rows, 1)).sum(1))
+    squares = [p.double().square().reshape(_rows(group, p)).sum(1) for p in group["params"]]
     if group["sphere"] == "group":
         squares = [torch.cat(squares).sum(0, keepdim=True)]
+    names = {"group": "the group", "tensor": "tensor {}", "row": "a row of tensor {}"}
     for i, square in enumerate(squares):
-        what = {"group": "the group", "tensor": f"tensor {i}", "row": f"a row of tensor {i}"}
-        what = what[group["sphere"]]
+        what = names[group["sphere"]].format(i)
         if not square.isfinite().all():
             raise ValueError(f"{what} has weights that are not finite: check them first")
         if (square == 0).any() and group["params"][i].numel():
@@ -572,7 +551,7 @@ def _norms(group: dict) -> Tensor:
 def _normalize(group: dict) -> None:
     scales, first = group["radii"] / _norms(group), 0
     for p in group["params"]:
-        rows = _rows(group, p)
+        rows, _ = _rows(group, p)
         scale = scales[first : first + rows].to(torch.promote_types(p.dtype, torch.float32))
         p.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
         first += 0 if group["sphere"] == "group" else rows
