@@ -20,8 +20,8 @@ COLOURS["undecided"] = "#999999"  # all of Okabe and Ito
 SHADES = {"convergence": 0.15, "equilibrium": 0.3, "divergence": 0.45, "undecided": 0.2}  # in grey
 
 
-def subplots(layout: list, size: tuple[float, float]):
-    """A figure and its axes by name, drawn without a display."""
+def subplots(layout: list, size: tuple[float, float], apart: float = 0.3):
+    """A figure and its axes by name, drawn without a display. apart: between columns, in widths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,8 +30,8 @@ def subplots(layout: list, size: tuple[float, float]):
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "lines.linewidth": 1.3})
     fig, axes = plt.subplot_mosaic(layout, figsize=size)
     width, height = size
-    edges = dict(left=0.65 / width, right=1 - 0.65 / width, bottom=0.6 / height)
-    fig.subplots_adjust(**edges, top=1 - 0.95 / height, wspace=1.2, hspace=0.45)
+    edges = dict(left=0.65 / width, right=1 - 0.65 / width, bottom=0.55 / height)
+    fig.subplots_adjust(**edges, top=1 - 0.9 / height, wspace=apart, hspace=0.45)
     return fig, axes
 
 
@@ -91,20 +91,20 @@ def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
     groups, moving = by_elr(runs), [run for run in runs if run.verdict.moves]
     if not groups and not moving:
         return
-    fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (14.5, 7.5))
+    fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (15, 7.5), apart=1.5)
     elrs = list(groups) or [elr for run in moving for elr in run.log["elr"] if elr > 0] or [1.0]
     low, high = min(elrs), max(elrs)
     if high < 1.01 * low:
         low, high = low / 2, high * 2
     colour = plt.cm.ScalarMappable(LogNorm(max(low, 1e-300), high), plt.get_cmap("viridis"))
     lines = [(colour.to_rgba(elr), "-", group) for elr, group in groups.items()]
-    lines += [(f"C{i + 3}", "--", [run]) for i, run in enumerate(moving)]
+    lines += [(tone_of(run, moving), "--", [run]) for run in moving]
     panels = (("a", "train_loss", "(a) train loss (nats)"), ("b", "test_error", "(b) test error"))
     panels += (("c", "grad_norm", "(c) effective gradient norm γ"),)
     for key, column, label in panels:
         for tone, style, group in lines:
             epoch, middle, least, most = over_seeds(group, column)
-            label_of = group[0].name if style == "--" else None
+            label_of = group[0].name if style == "--" and not group[0].seed else None
             axes[key].plot(epoch, middle, style, color=tone, label=label_of)
             if len(group) > 1:
                 axes[key].fill_between(epoch, least, most, color=tone, alpha=0.2, lw=0)
@@ -113,7 +113,7 @@ def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
             axes[key].set_yscale("log")
     errors(axes["b"])
     if moving:
-        axes["a"].legend(fontsize=8)
+        axes["a"].legend(fontsize=8, loc="lower left")
     _phase_diagram(axes["d"], runs, lines)
     fig.colorbar(colour, ax=axes["d"], label="ELR", pad=0.02)
     _along_the_elr(axes["e"], groups, moving)
@@ -121,6 +121,12 @@ def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
     if name:
         fig.suptitle(name)
     save(fig, path)
+
+
+def tone_of(run: Run, moving: list[Run]) -> str:
+    """One colour for all seeds of a run whose ELR moved."""
+    names = list(dict.fromkeys(other.name.split(" seed")[0] for other in moving))
+    return f"C{names.index(run.name.split(' seed')[0]) % 10}"
 
 
 def over_seeds(group: list[Run], column: str) -> tuple[np.ndarray, ...]:
@@ -159,9 +165,9 @@ def _along_the_elr(ax, groups: dict[float, list[Run]], moving: list[Run]) -> Non
     for axis, column, style, tone, label in series if groups else ():
         values = [[run.final(column) for run in group] for group in groups.values()]
         handles.append(spread(axis, elrs, values, style, color=tone, label=label))
-    for i, run in enumerate(moving):
-        elr, loss, tone = run.log["elr"], run.log["train_loss"], f"C{i + 3}"
-        handles += ax.plot(elr, loss, ".--", color=tone, label=run.name)
+    for run in moving:
+        elr, loss, tone = run.log["elr"], run.log["train_loss"], tone_of(run, moving)
+        ax.plot(elr, loss, ".--", color=tone)
         ax.plot(elr[0], loss[0], "*", color=tone, ms=11)
         ax.plot(elr[-1], loss[-1], "o", color=tone, ms=6, mec="black")
     runs = [run for group in groups.values() for run in group] + moving
@@ -174,9 +180,10 @@ def _along_the_elr(ax, groups: dict[float, list[Run]], moving: list[Run]) -> Non
     if groups:
         edges = bands(ax, elrs, [majority(group)[0] for group in groups.values()])
         paths = [elr for run in moving for elr in run.log["elr"] if elr > 0]
-        ax.set_xlim(min([edges[0], *paths]), max([edges[-1], *paths]))
+        low, high = min([edges[0], *paths]), max([edges[-1], *paths])
+        ax.set_xlim(max(low, edges[0] / 30), min(high, edges[-1] * 30))
         _boundaries(ax, runs)
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0.93), fontsize=8)
+    ax.legend(handles=handles, loc="lower right", fontsize=8)
 
 
 def _boundaries(ax, runs: list[Run]) -> None:
@@ -188,9 +195,9 @@ def _boundaries(ax, runs: list[Run]) -> None:
         look = dict(facecolor="none", edgecolor="black", alpha=0.4, hatch="////", lw=0)
         ax.axvspan(boundary.low, boundary.high, **look)
         box = dict(fc="white", ec="none", pad=1.5, alpha=0.8)
-        look = dict(rotation=90, ha="left", va="bottom", fontsize=8, bbox=box)
+        look = dict(rotation=90, ha="left", va="center", fontsize=8, bbox=box)
         text = f"{boundary.low:.3g} – {boundary.high:.3g}"
-        ax.text(boundary.high, 0.03, text, transform=ax.get_xaxis_transform(), **look)
+        ax.text(boundary.high, 0.4, text, transform=ax.get_xaxis_transform(), **look)
 
 
 def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
@@ -201,9 +208,9 @@ def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
         values = [[run.final("angle") for run in group] for group in groups.values()]
         spread(ax, list(groups), values, "o-", color="black")
         bands(ax, list(groups), [majority(group)[0] for group in groups.values()])
-    for i, run in enumerate(moving):
+    for run in moving:
         if "angle" in run.log:
-            ax.plot(run.log["elr"], run.log["angle"], ".--", color=f"C{i + 3}")
+            ax.plot(run.log["elr"], run.log["angle"], ".--", color=tone_of(run, moving))
     for angle in (0.05, 1.0):
         ax.axhline(angle, color="black", ls=":", lw=0.8)
 
@@ -213,7 +220,7 @@ def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
 
 def of_toy(rows: list[dict], alphas: list[float], path: Path) -> None:
     """F and skill of the toy against ELR, measured and in theory."""
-    fig, axes = subplots([["a", "b"]], (11, 4.2))
+    fig, axes = subplots([["a", "b"]], (12, 4.2))
     elrs, total = sorted({row["elr"] for row in rows}), sum(alphas)
     of_elr = [[row for row in rows if row["elr"] == elr] for elr in elrs]
     names = []
@@ -231,7 +238,7 @@ def of_toy(rows: list[dict], alphas: list[float], path: Path) -> None:
         spread(ax, elrs, values, "o", color="black", label="measured")
         ax.axvline(1 / total, color="#D55E00", ls="--", label=f"threshold 1/Σα = {1 / total:.4g}")
         ax.set(yscale="log", xlabel="ELR")
-        ax.set_title(f"({key}) {label}, mean of the last half", pad=28)
+        ax.set_title(f"({key}) {label}, mean of the last half", pad=30)
     axes["a"].axhline(total / 2, color="black", ls=":", label="chance, Σα/2")
     axes["a"].set_ylim(1e-4 * total, 2 * total)
     axes["b"].set_ylim(1e-5, 2)

@@ -1,4 +1,4 @@
-"""What the README shows runs: the three ways of use (run, sweep, copy), the loop of one's own, every option."""
+"""What the README and the guide show runs: run, sweep, copy, a loop of one's own, a meter."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 def python(*command, cwd=ROOT):
@@ -29,27 +30,28 @@ def block(section):
 
 def test_run_the_main_command_names_the_regime(tmp_path):
     out = shown("train.py --elr 0.01", tmp_path)
-    assert out.startswith("elr 1e-02: chaotic equilibrium: ") and out.endswith(
-        "logs/digits-convnet/regimes.png\n"
-    )
+    assert out.startswith("elr 1e-02: chaotic equilibrium: ")
+    assert out.endswith("logs/digits-convnet/regimes.png\nnext: python train.py --angle 0.05\n")
 
 
 def test_sweep_several_elrs_make_a_table_which_the_logs_alone_make_again(tmp_path):
-    shown("train.py --elr 1e-4 1e-3 1e-2", tmp_path)
+    out = shown("train.py --elr 1e-4 1e-3 1e-2", tmp_path)
     table = shown("regimes.py logs/digits-convnet", tmp_path)
     assert re.findall(r"^ +(\S+)  (convergence|chaotic equilibrium|divergence)", table, re.M) == [
         ("1e-04", "convergence"),
         ("1e-03", "convergence"),
         ("1e-02", "chaotic equilibrium"),
     ]
-    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in table
+    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in table and table in out
+    assert shown("figures.py logs/digits-convnet", tmp_path).startswith("written: ")
 
 
 def test_copy_the_one_file_trains_a_network_of_ones_own_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "sphere_step.py", tmp_path)
     before = """
 import torch
-net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+layers = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()
+net = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2))
 loss = torch.nn.functional.cross_entropy(net(torch.randn(8, 1, 3, 3)), torch.arange(8) % 2)
 norm, head = net[0].weight.norm().item(), net[3].weight.clone()
 """
@@ -60,14 +62,46 @@ print(sorted(optimizer.stats()), sorted(optimizer.layer_stats()))
     out = python("-c", before + block("Copy `sphere_step.py`") + after, cwd=tmp_path)
     said = ["angle", "elr", "grad_norm", "radial", "radius"], ["angle", "elr", "grad_norm", "norm"]
     assert out == f"True True\n{said[0]} {said[1]}\n"
+    assert len(python("sphere_step.py", cwd=tmp_path).splitlines()) == 2
 
 
-def test_your_own_network_is_fewer_than_fifteen_lines_that_end_with_a_regime():
-    code = block("Your own network")
+def test_a_loop_of_ones_own_ends_with_a_regime():
+    code = block("Your own network, your own data")
     assert python("-c", code).startswith("Verdict(regime='equilibrium'")
-    assert len([line for line in code.splitlines() if line.strip()]) < 15
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
-def test_every_option_of_the_command_line_is_in_the_readme():
+def test_six_lines_are_a_meter_for_a_loop_with_another_optimizer(tmp_path):
+    lines = block("A meter for any training").rstrip().splitlines()
+    assert len(lines) == 6
+    code = """
+import torch
+from data import batches, load
+from models import convnet
+from sphere_step import SphereSGD
+torch.manual_seed(0)
+data, order, net = load("digits"), torch.Generator().manual_seed(0), convnet(1, 10, 4)
+weights = [p for p in net.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(weights, lr=1e-3)
+print("epoch,step,train_loss,grad_norm,angle")
+for epoch in range(1, 11):
+    steps = 0
+    {first}
+    for index in batches(len(data.x), 64, order):
+        loss = torch.nn.functional.cross_entropy(net(data.inputs(index)), data.y[index])
+        optimizer.zero_grad()
+        loss.backward()
+        {rest}
+        steps += 1
+    print(epoch, epoch * steps, *(sums / steps).tolist(), sep=",")
+"""
+    rest = "\n        ".join(lines[1:])
+    (tmp_path / "my.csv").write_text(python("-c", code.format(first=lines[0], rest=rest)))
+    rows = (tmp_path / "my.csv").read_text().splitlines()
+    assert all(0 < float(row.split(",")[4]) < 0.3 for row in rows[1:])
+    assert python("regimes.py", str(tmp_path / "my.csv")).startswith("my: ")
+
+
+def test_every_option_of_the_command_line_is_in_the_guide():
     options = set(re.findall(r"(?<![\w-])--[a-z-]+", python("train.py", "--help"))) - {"--help"}
-    assert len(options) > 10 and all(f"`{option}" in README for option in options), options
+    assert len(options) > 30 and all(f"`{option}" in GUIDE for option in options), options

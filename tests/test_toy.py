@@ -65,7 +65,7 @@ def test_regimes_and_levels_are_those_that_theory_says(alphas):
             assert row["loss"] == pytest.approx(
                 row["theory"], rel=0.06 if max(alphas) > 4 else 0.03
             )
-            assert row["skill"] == pytest.approx(1 / factors[i // 3], abs=0.03)
+            assert row["skill"] == pytest.approx(1 / factors[i // 3], abs=0.04)
 
 
 def test_a_random_point_has_half_the_sum_of_the_alphas_on_average():
