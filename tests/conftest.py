@@ -7,9 +7,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
+def pytest_configure():
+    import measure
+
+    measure.POINTS = 64  # random points are enough for what the tests ask of chance
+
+
 def pytest_addoption(parser):
     parser.addoption(
-        "--kills", type=int, default=3, help="test_faults.py: how often to kill a sweep"
+        "--kills", type=int, default=2, help="test_faults.py: how often to kill a sweep"
     )
 
 
@@ -23,7 +29,5 @@ def quick_figures(request, monkeypatch):
     if "draws" in request.keywords:
         return
     import figures
-    import measure
 
-    monkeypatch.setattr(measure, "POINTS", 64)
     monkeypatch.setattr(figures, "of_sweep", lambda runs, path, name="": path.write_bytes(b"PNG"))

@@ -104,7 +104,7 @@ def random_shape(rng, largest):
 
 def random_case(rng, dtype):
     """Param groups of every kind with random tensors, and what each should be after a step."""
-    groups, count, largest = [], int(rng.integers(1, 41)), 40_000 if rng.random() < 0.15 else 2_000
+    groups, count, largest = [], int(rng.integers(1, 17)), 40_000 if rng.random() < 0.1 else 2_000
     for sphere in rng.permutation(["group", "tensor", "row", None])[: min(count, 4)]:
         tensors = []
         for _ in range(max(1, count // 4)):
@@ -157,23 +157,28 @@ def test_seventy_random_cases_agree_with_float64(dtype):
             for (x, g), m in zip(pairs(group), cut(moments, sphere), strict=True):
                 if sphere is None:
                     new = beta * m + g if beta else g
-                    expected.append((x - lr * new, new, 1.0, True, beta))
+                    size = float(g.norm() + beta * m.norm())
+                    expected.append((x - lr * new, new, 1.0, True, size))
                 elif len(x) == 0:
-                    expected.append((x, m, 0.0, False, beta))
+                    expected.append((x, m, 0.0, False, 0.0))
                 else:
                     y, new = reference(x, g, m, x.norm(), lr, beta)
                     reach = lr * x.norm() * (g.norm() + beta * m.norm())  # of the terms, in radii
                     reach = reach / (1 + (lr * x.norm() * new.norm()) ** 2) ** 0.5
-                    expected.append((y, new, float(reach), False, beta))
+                    size = float(g.norm() + beta * m.norm())  # of what m is the rest of
+                    expected.append((y, new, float(reach), False, size))
         before = [x for group in groups for x in cut(group["params"], group["sphere"])]
         optimizer.step()
         after = [x for group in groups for x in cut(group["params"], group["sphere"])]
         moved = []
         for group in groups:
-            buffers = [optimizer.state[t].get("momentum_buffer", t) for t in group["params"]]
-            moved += cut(buffers, group["sphere"])
+            kind, buffers = group["sphere"], [optimizer.state[t] for t in group["params"]]
+            if group["momentum"]:
+                moved += cut([state["momentum_buffer"] for state in buffers], kind)
+            else:
+                moved += [None] * len(cut(group["params"], kind))
         cases = zip(before, after, moved, expected, strict=True)
-        for old, x, m, (y, new, reach, plain, beta) in cases:
+        for old, x, m, (y, new, reach, plain, total) in cases:
             rounding = 1e-6 * (1 + reach / 2)
             if dtype == torch.float32:
                 assert (x - y).norm() <= rounding * old.norm().clamp(min=y.norm()), seed
@@ -182,9 +187,9 @@ def test_seventy_random_cases_agree_with_float64(dtype):
                 unit = torch.finfo(dtype).eps * 2.0 ** y.abs().clamp(min=tiny).log2().floor()
                 size = old.abs() + (y - old).abs() + reach * old.norm() / max(len(old), 1) ** 0.5
                 assert ((x - y).abs() <= unit + 3e-6 * size).all(), seed
-            if beta:
-                eps = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-                assert (m - new).norm() <= 10 * eps * (new.norm() + 1), seed
+            if m is not None:
+                eps = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+                assert (m - new).norm() <= eps * (total + 1e-30), seed
 
 
 def several(dtype=torch.float32, device=DEVICE):
@@ -449,7 +454,7 @@ def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="cuda")
     if not INTERPRET:
-        with pytest.raises(ValueError, match="only under TRITON_INTERPRET=1"):
+        with pytest.raises(ValueError, match="the CPU takes TRITON_INTERPRET=1"):
             SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
     double = torch.randn(3, dtype=torch.float64, device=DEVICE).requires_grad_()
     if INTERPRET or GPU:

@@ -257,7 +257,7 @@ def test_then_starts_from_the_end_of_each_run_and_ends_far_below_an_equilibrium(
         "--epochs",
         8,
         "--seeds",
-        3,
+        2,
         "--then",
         1e-3,
         "--then-epochs",
@@ -266,7 +266,7 @@ def test_then_starts_from_the_end_of_each_run_and_ends_far_below_an_equilibrium(
         tmp_path,
     ]
     assert run(*command) == 0
-    assert capsys.readouterr().out.count("; then at 0.001: train loss 0.0") == 3
+    assert capsys.readouterr().out.count("; then at 0.001: train loss 0.0") == 2
     for row in read(tmp_path / "regimes.csv"):
         assert (
             row["regime"] == "equilibrium"

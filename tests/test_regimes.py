@@ -229,6 +229,7 @@ def run(*arguments):
     return code
 
 
+@pytest.mark.draws
 def test_a_folder_gives_table_boundaries_csv_and_figure(sweep, capsys):
     assert run(sweep) == 0
     out, err = capsys.readouterr()
@@ -424,6 +425,7 @@ def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, cap
     assert len(losses) == 3 and middle in out
 
 
+@pytest.mark.draws
 def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(tmp_path, capsys):
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
     sweep.mkdir(), whole.mkdir()
