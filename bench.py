@@ -1,4 +1,4 @@
-"""Time what users wait for, beside the usual ways of doing it and what the machine could do at best.
+"""Time what users wait for, beside the usual ways and what the machine could do at best.
 
     python bench.py step           the optimizer's step: checked against float64, then timed
     python bench.py iteration      an iteration of the default run, and what it is made of

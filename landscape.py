@@ -1,7 +1,7 @@
 """What the loss looks like around and between the ends of runs, from their checkpoints alone.
 
     python landscape.py barrier A.pt B.pt                the loss on the way from one to the other
-    python landscape.py distance A.pt B.pt C.pt          angles between them, and those of each layer
+    python landscape.py distance A.pt B.pt C.pt          angles between them, of each layer, too
     python landscape.py curvature A.pt --k 5             eigenvalues and traces of Hessian and GGN
     python landscape.py summary logs/digits-convnet      all of it for every ELR of a sweep
 
@@ -42,7 +42,7 @@ DENSE = 200  # weights up to which a matrix is written out, in float64
 
 @dataclass
 class Point:
-    """A checkpoint: the network, its data, its options, and its spheres (see measure.spheres_of)."""
+    """A checkpoint: network, data, options, and spheres as measure.spheres_of gives them."""
 
     path: Path
     net: nn.Module

@@ -93,8 +93,8 @@ def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[st
 
 @torch.no_grad()
 def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) -> dict:
-    """Mean and standard deviation of loss and error on a batch, over POINTS uniformly random points of
-    the spheres. The network is moved to them."""
+    """Mean and standard deviation of loss and error on a batch, over POINTS uniformly random points
+    of the spheres. The network is moved to them."""
     net.train()
     generator, values = torch.Generator().manual_seed(seed), []
     tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
@@ -145,7 +145,7 @@ def spheres_of(net: nn.Module, sphere: SphereSGD) -> list[dict]:
 
 
 def vectors(net: nn.Module, spheres: list[dict]) -> list[Tensor]:
-    """The points on the spheres, float64: per entry of `spheres` a matrix whose rows are spheres."""
+    """The points on the spheres, float64: per entry of `spheres` a matrix, a row per sphere."""
     found = []
     for sphere in spheres:
         tensors = [net.get_parameter(name).detach().double() for name in sphere["names"]]

@@ -227,19 +227,21 @@ def load_function(file: str, name: str):
 def scale_invariant_groups(
     model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6
 ) -> list[list[str]]:
-    """The minimal sets of trainable parameters that are jointly scale invariant, by name; all other parameters are not.
+    """The minimal sets of trainable parameters that are jointly scale invariant, by name.
 
-    A set S is jointly scale invariant if multiplying all its tensors by one c > 0 changes no output in training mode, that is if
-    and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and every direction of the output. Measured on a copy in float64 at
-    random batches and directions, these radial derivatives make a matrix with a column per tensor, whose null space holds the
-    indicator vector of every such set (and rescaling symmetries, up in one layer and down in the next, whose signs are mixed).
+    A set S is jointly scale invariant if multiplying all its tensors by one c > 0 changes no output
+    in training mode: if and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and every direction
+    of the output. Measured on a copy in float64 at random batches and directions, these radial
+    derivatives make a matrix with a column per tensor. Its null space holds the indicator vector of
+    every such set (and rescaling symmetries, whose signs are mixed).
 
-    model   any network; it is left as it is, its buffers and the random state too. Names and types of modules do not matter.
-    inputs  one batch of at least two examples, or a tuple of arguments; random batches like it are drawn.
-    tolerance  relative, for the outputs when a set that was found is multiplied by 0.5 and by 3 to verify it.
+    model      any network; it is left as it is, its buffers and the random state too
+    inputs     one batch of at least two examples, or a tuple of arguments
+    tolerance  relative, of the outputs when a set is multiplied by 0.5 and 3 to verify it
 
-    The sets returned are disjoint: where minimal sets overlap (a bias after a normalized, then a linear layer, belongs to both),
-    the smallest are taken, then those of more numbers. A tensor that has no effect at all is a set of its own.
+    The sets returned are disjoint. Where minimal sets overlap (a bias after a normalized, then a
+    linear layer, belongs to both), the smallest are taken, then those of more numbers. A tensor
+    that has no effect at all is a set of its own.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
@@ -355,7 +357,7 @@ def layer_groups(net: nn.Module, x: Tensor, classes: int, sphere: str) -> list[l
 
 
 def _random_like(x):
-    """A random batch like x: normal with its mean and deviation, or whole numbers of its range; what is no tensor stays."""
+    """A random batch like x: normal with its mean and deviation, or whole numbers of its range."""
     if not isinstance(x, Tensor) or x.dtype == torch.bool:
         return x
     if x.is_floating_point():
@@ -365,10 +367,12 @@ def _random_like(x):
 
 
 def _indicators(null: Tensor) -> set[frozenset[int]]:
-    """The vectors of zeros and ones in a space, given by its basis [dimension, n], that contain no other such vector.
+    """The vectors of zeros and ones in a space, given by its basis [dimension, n], that contain no
+    other such vector.
 
-    In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others' pivots, so that a vector of zeros
-    and ones is a sum of some of them: the search adds, to one, those that mend an entry not 0 or 1, or exchange some.
+    In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others', so
+    that a vector of zeros and ones is a sum of some of them. The search adds, to one, those that
+    mend an entry that is not 0 or 1, or exchange some.
     """
     basis, pivots = null.clone(), []
     for i in range(len(basis)):  # Gauss and Jordan with complete pivoting

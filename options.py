@@ -18,11 +18,11 @@ from runs import grid, load_checkpoint, open_folder
 
 DESCRIPTION = """Train a scale-invariant network on the sphere, at a fixed effective learning rate
 (ELR), and name the regime that it falls into."""
-MFLOP_PER_THREAD = 200  # of a step: below, a second thread of the CPU costs more than it gives
+MFLOP_PER_THREAD = 200  # of a step: below, a second thread costs more than it gives
 # What all runs of a folder have in common.
-IDENTITY = """space wd momentum schedule data modulus image_size train_size label_noise augment model
-    width affine train_head sphere head_lr loss batch_size full_batch eval_train init average dtype
-    device""".split()
+IDENTITY = """space wd momentum schedule data modulus image_size train_size label_noise augment
+    model width affine train_head sphere head_lr loss batch_size full_batch eval_train init
+    average dtype device""".split()
 DEFAULTS = dict(data="digits", data_root=Path("data"), batch_size=16, loss="ce", sphere="network")
 DEFAULTS |= dict(dtype="fp32", modulus=31, then_epochs=20, then_orders=1)
 

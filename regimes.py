@@ -10,7 +10,7 @@ The rule (`classify`) looks at the last half of the epochs.
     slope = d log loss / d log epoch  Theil and Sen's median over all pairs, with a 99 % interval
     turn  = φ √steps                  the angle that a random walk of the run's own steps covers
 
-    convergence   the slope is surely negative and not small, or the loss a negligible part of chance
+    convergence   the slope is surely negative and not small, or the loss is next to nothing
     divergence    neither error nor loss can be told from chance, and turn ≥ 1
     equilibrium   one of them can, there is no trend, and turn ≥ 1: the run has forgotten its start
     undecided     none of these for sure; it says what would decide
@@ -192,7 +192,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
 
 def _skill(name: str, log: dict, tail: np.ndarray, chance: dict) -> Skill:
     values, mean = log[name][tail], chance[name]["mean"]
-    # Around a straight line: a curve through few rows would take the slow part of the noise with it.
+    # Around a straight line: a curve through few rows would take slow noise for a trend.
     residual, inflation = _around_trend(np.log(log["epoch"][tail]), values, degree=1)
     own = residual.std(ddof=2) * math.sqrt(inflation / len(values))
     own *= 1 + 3 / len(values)  # as Student's quantiles are farther out than the normal's
@@ -248,8 +248,8 @@ def _turn(log: dict[str, np.ndarray], tail: np.ndarray) -> float:
 
 
 def autocorrelation_time(x: np.ndarray) -> float:
-    """Integrated autocorrelation time of a stationary series, in rows; 1 is white noise. 1 + 2 Σ r_k
-    up to the first k that is five times the sum so far (Sokal's window)."""
+    """Integrated autocorrelation time of a stationary series, in rows; 1 is white noise. 1 + 2 Σ
+    r_k up to the first k that is five times the sum so far (Sokal's window)."""
     x = x - x.mean()
     r = np.correlate(x, x, "full")[len(x) - 1 :] / max(x @ x, 1e-300)
     sums = 2 * np.cumsum(r) - 1
@@ -632,7 +632,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def gather(paths: list[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of these folders and logs, in order of ELR and seed, and what was wrong with some."""
+    """The runs of these folders and logs, in order of ELR and seed; what was wrong with some."""
     runs, problems, chances = [], [], {}
     for path in [
         log for given in paths for log in (find_logs(given) if given.is_dir() else [given])

@@ -273,7 +273,7 @@ class Watch:
             )
 
     def tell(self, job: int, what: str, name: str, *more) -> None:
-        """A run's message: "epoch" (epoch, epochs, row), "finished", "note", "busy", "failed" (text)."""
+        """A run's message: "epoch" (epoch, epochs, text); "finished", "note", "busy", "failed"."""
         if what == "epoch" and self.terminal:
             self._bar(job, name, *more)
         elif what == "epoch":
@@ -324,9 +324,9 @@ class Watch:
 def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callable) -> bool:
     """Do these runs, options.jobs at a time. Returns whether one failed.
 
-    do      function of ((value, seed), tell, patient) that does a run and returns (name, verdict
-            in words). It calls tell("epoch", …) (see Watch). It raises Busy where another process is
-            at the run, or waits, if `patient`.
+    do      function of ((value, seed), tell, patient) that does a run and returns its name and the
+            verdict in words. It calls tell("epoch", …), see Watch. Where another process is at the
+            run it raises Busy or, if `patient`, waits.
     renew   called whenever a run is finished
     """
     jobs = min(options.jobs, len(pairs))

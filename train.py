@@ -150,8 +150,8 @@ class Run:
             self.sphere.step()
 
     def train_epoch(self) -> tuple[dict[str, float], list[list[float]]]:
-        """One pass over the training set. Returns its row, and per tensor on a sphere the means over
-        the steps of norm, ELR, γ and φ. The host waits for the device once, at the end."""
+        """One pass over the training set. Returns its row, and per tensor on a sphere the means
+        over the steps of norm, ELR, γ and φ. The host waits for the device once, at the end."""
         options, device = self.options, self.data.x.device
         self.net.train()
         lr = self.set_lr()
@@ -178,8 +178,8 @@ class Run:
         return row, (layers / len(steps)).tolist()
 
     def summary(self, kept: list[tuple], indices: list) -> tuple[Tensor, Tensor]:
-        """Sums over these steps: of loss, error, ELR, γ, φ and |radial| (of several spheres the norm
-        of their γ, the means of the others), and per tensor of norm, ELR, γ and φ."""
+        """Sums over these steps: of loss, error, ELR, γ, φ and |radial| (of several spheres the
+        norm of their γ, the means of the others), and per tensor of norm, ELR, γ and φ."""
         losses, wrong, *last = zip(*kept, strict=True)
         steps = list(zip(*last, strict=True))
         stats, layers = self.sphere.stats(steps), self.sphere.layer_stats(steps)

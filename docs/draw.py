@@ -113,9 +113,9 @@ def angle(logs: Path) -> None:
             for row in csv.DictReader(file):
                 key = row["task"].replace("digits,", "digits,"), row["optimizer"], float(row["lr"])
                 others.setdefault(key, []).append(float(row["test_error"]))
-    print(
-        "| task | φ₀ = 0.01 | 0.02 | 0.05 | 0.1 | 0.2 | best cosine ELR | best constant ELR | AdamW | SGD |"
-    )
+    heads = ["task", "φ₀ = 0.01", "0.02", "0.05", "0.1", "0.2"]
+    heads += ["best cosine ELR", "best constant ELR", "AdamW", "SGD"]
+    print("| " + " | ".join(heads) + " |")
     for key, (task, (folder, cosine)) in zip("abcde", TASKS.items(), strict=True):
         ends = {"angle": {}, "cosine": {}, "constant": {}, "adamw": {}, "sgd": {}}
         for run in regimes.read_folder(logs / folder) if (logs / folder).exists() else ():
@@ -157,9 +157,8 @@ def angle(logs: Path) -> None:
         def best(kind: str, ends: dict = ends) -> str:
             if not ends[kind]:
                 return "–"
-            value = min(
-                ends[kind], key=lambda v: (np.median(ends[kind][v]), np.mean(ends[kind][v]))
-            )
+            ranked = [(np.median(x), np.mean(x), value) for value, x in ends[kind].items()]
+            value = min(ranked)[2]
             return f"{np.median(ends[kind][value]):.3f} ({value:g})"
 
         cells = [
@@ -178,9 +177,9 @@ def angle(logs: Path) -> None:
 
 
 def boundary_angles(logs: Path) -> None:
-    print(
-        "| task | φ just above the convergence boundary | φ at the divergence boundary, below and above |"
-    )
+    heads = ["task", "φ just above the convergence boundary"]
+    heads += ["φ at the divergence boundary, below and above"]
+    print("| " + " | ".join(heads) + " |")
     for name in ("digits3", "r8", "r4", "noise", "mlp", "mod31", "mod23", "mod43", "mod31d32"):
         if not (logs / name).exists():
             continue
