@@ -12,7 +12,6 @@ use, too. The limits, the rate of a large matrix product and of a copy in memory
 the same run. The table goes into benchmarks/ as well, as CSV.
 """
 
-import argparse
 import csv
 import math
 import multiprocessing
@@ -36,10 +35,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import measure
+import regimes
 import sphere_step
 import train
 from models import MODELS, convnet
-from options import parse
+from options import number, parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
@@ -459,12 +459,13 @@ def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
 def main() -> int:
     text = "Time what users wait for, beside the usual ways and the limits of the machine."
     example = "example: python bench.py epoch --repetitions 9"
-    parser = argparse.ArgumentParser(prog="bench.py", description=text, epilog=example)
+    parser = regimes.Parser(prog="bench.py", description=text, epilog=example)
     ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep, scale=scale)
     ways["optimizers"] = optimizers
     parser.add_argument("what", choices=tuple(ways), help="what to time")
     text = "medians are over so many; optimizers: seeds (default: %(default)s)"
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help=text)
+    how = dict(type=number(int, 0, 10**6), default=5, metavar="N")
+    parser.add_argument("--repetitions", **how, help=text)
     args = parser.parse_args()
     print(f"on {machine()}, torch {torch.__version__}; medians of {args.repetitions}")
     ways[args.what](args.repetitions)

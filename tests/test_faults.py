@@ -335,6 +335,28 @@ def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
 
 
+def test_jobs_whose_parent_is_killed_end_too_and_the_same_command_finishes_the_sweep(
+    tmp_path, one_by_one
+):
+    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    wait_for(lambda: len(holders(tmp_path)) == 2)
+    jobs = holders(tmp_path)
+    process.kill()
+    process.communicate()
+
+    def gone(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state == "Z"  # dead, and waiting for whoever adopts it
+        return True
+
+    wait_for(lambda: all(gone(pid) for pid in jobs), seconds=10)
+    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0 and err == "", err
+    equal_sweeps(one_by_one, tmp_path)
+
+
 def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
     tmp_path, one_by_one
 ):

@@ -413,3 +413,17 @@ def test_an_init_of_another_network_is_refused(tmp_path, capsys, ends):
     err = capsys.readouterr().err
     assert exit.value.code == 2 and err.count("\n") == 1 and "argument --init: " in err
     assert runs.load_checkpoint(ends / "network" / "elr=3e-03.pt", None, "cpu")["epoch"] == 2
+
+
+EXTREME = ["0", "-1", "nan", "inf", "1e308", "99999999999999999999", "", "x"]
+
+
+@pytest.mark.parametrize("option", ["--points", "--k", "--samples"])
+def test_an_extreme_number_is_one_line(tmp_path, capsys, option):
+    what = "barrier" if option == "--points" else "curvature"
+    files = ["none.pt"] * (2 if what == "barrier" else 1)
+    for number in EXTREME:
+        with pytest.raises(SystemExit) as exit:
+            landscape.main([what, *files, option, number])
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and err.count("\n") == 1, err
