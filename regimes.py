@@ -64,6 +64,12 @@ class Skill:
         """Whether it is told from chance."""
         return self.value >= max(FLOORS[self.of], Z99 * self.error)
 
+    @property
+    def may_be_told(self) -> bool:
+        """Whether the noise may hide that it can be told. Surely worse than chance, it does not."""
+        floor = FLOORS[self.of]
+        return self.error > floor and self.value + Z99 * self.error > floor
+
     def __str__(self) -> str:
         return f"{self.of[6:]} {self.value:.0%} ± {self.error:.1%} better than chance"
 
@@ -167,7 +173,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
             return undecided(f"at chance, but {_hardly(turn)}", 1 / max(turn, 1e-9) ** 2)
         if high < 0 and slope < -FLAT and max(skill.value for skill in skills) > 0:
             return undecided(f"near chance ({better}), but the loss is falling ({trend})", 4)
-        noisy = [skill for skill in skills if skill.error > FLOORS[skill.of]]
+        noisy = [skill for skill in skills if skill.may_be_told]
         if noisy:
             factor = (Z99 * noisy[0].error / FLOORS[noisy[0].of]) ** 2
             return undecided(f"too noisy to tell from chance: {noisy[0]}", factor)

@@ -165,6 +165,14 @@ def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
     assert classify({**log, "angle": np.full(n + 1, 1e-3)}, chance).regime == "undecided"
 
 
+def test_a_loss_that_is_noisy_but_surely_worse_than_a_random_points_is_divergence():
+    rng = np.random.default_rng(0)
+    log = with_error(rng, 14 * np.exp(noise(rng, 40, 0.4, 0.2)))
+    log["train_error"] = 0.9 + rng.normal(0, 0.005, 41)
+    verdict = classify(log, CHANCE)
+    assert verdict.regime == "divergence" and verdict.skills[1].error > 0.1
+
+
 def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
     rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
     for kind, expected in (
