@@ -60,6 +60,8 @@ def bands(ax, elrs: list[float], names: list[str], labels: bool = True) -> list[
         look = dict(color=COLOURS[name], alpha=SHADES[name], lw=0, zorder=0)
         ax.axvspan(edges[i], edges[i + 1], **look)
     for name in dict.fromkeys(names) if labels else ():
+        if name == "undecided":  # a narrow band, if any
+            continue
         inside = [i for i, other in enumerate(names) if other == name]
         middle = math.sqrt(edges[inside[0]] * edges[inside[-1] + 1])
         label = title(name).replace(" ", "\n")

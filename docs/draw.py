@@ -66,7 +66,7 @@ def modular(logs: Path) -> None:
         times = [
             np.median([row[name] for row in here]) for name in ("train_below_5", "test_below_5")
         ]
-        cells = [f"{elr:g}", f"{len(good)} of {len(here)}", text, f"{np.median(of_all):.3f}"]
+        cells = [f"{elr:g}", f"{len(good)} of {len(here)}", text, f"{np.nanmedian(of_all):.3f}"]
         print("| " + " | ".join(cells + [f"{x:g}".replace("inf", "–") for x in times]) + " |")
     write("modular.csv", rows)
     fig, axes = figures.subplots([["a", "b"]], (12.5, 4.4))
