@@ -24,8 +24,8 @@ def shown(command, cwd):
     return python(ROOT / script, *options, cwd=cwd)
 
 
-def block(section):
-    return re.search(r"```python\n(.*?)```", README.split(f"## {section}\n")[1], re.S)[1]
+def block(section, text=README):
+    return re.search(r"```python\n(.*?)```", text.split(f"## {section}\n")[1], re.S)[1]
 
 
 def test_run_the_main_command_names_the_regime(tmp_path):
@@ -66,7 +66,7 @@ print(sorted(optimizer.stats()), sorted(optimizer.layer_stats()))
 
 
 def test_a_loop_of_ones_own_ends_with_a_regime():
-    code = block("Your own network, your own data")
+    code = block("A loop of your own", GUIDE)
     assert python("-c", code).startswith("Verdict(regime='equilibrium'")
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
@@ -79,6 +79,8 @@ import torch
 from data import batches, load
 from models import convnet
 from sphere_step import SphereSGD
+from torch.nn.functional import normalize
+from torch.nn.utils import parameters_to_vector
 torch.manual_seed(0)
 data, order, net = load("digits"), torch.Generator().manual_seed(0), convnet(1, 10, 4)
 weights = [p for p in net.parameters() if p.requires_grad]
