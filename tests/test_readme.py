@@ -80,7 +80,6 @@ from data import batches, load
 from models import convnet
 from sphere_step import SphereSGD
 from torch.nn.functional import normalize
-from torch.nn.utils import parameters_to_vector
 torch.manual_seed(0)
 data, order, net = load("digits"), torch.Generator().manual_seed(0), convnet(1, 10, 4)
 weights = [p for p in net.parameters() if p.requires_grad]
