@@ -102,8 +102,9 @@ class Run:
         if rest:  # at the learning rate that matches the sphere of the whole network, η = η̃ρ²
             square = sum(p.detach().square().sum().item() for p in on_spheres)
             head = dict(params=rest, sphere=None, lr=options.head_lr or self.value * square)
-            if options.mode == "angle":  # which the step on the sphere implies, unless it is given
+            if options.mode == "angle":  # what the step on the sphere implies, unless it is given
                 head["angle"] = options.head_lr is None
+                head["lr"] = options.head_lr or self.value
             groups.append(head)
         if options.graph:  # which reads the learning rates from the device's memory
             for group in groups:

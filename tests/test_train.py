@@ -1129,7 +1129,7 @@ def test_a_file_of_numbers_trains_a_network_of_ones_own_to_a_named_regime(tmp_pa
     regimes = [row["regime"] for row in read(tmp_path / "out" / "regimes.csv")]
     assert regimes[1] == "equilibrium"
     assert "0.weight" in capsys.readouterr().out
-    assert run(*command, "--angle", 0.05, "--epochs", 4, "--out", tmp_path / "out2") == 0
+    assert run(*command, "--angle", 1.5, "--epochs", 4, "--out", tmp_path / "out2") == 0
 
 
 def test_modular_addition_runs_through_the_loop_on_every_kind_of_sphere(tmp_path):
