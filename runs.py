@@ -418,4 +418,6 @@ def _job(do: Callable, pairs: list, options, pipe) -> None:
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)  # which cleans up
+    time.sleep(10)
     os._exit(1)

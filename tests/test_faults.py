@@ -175,53 +175,36 @@ def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(
         shutil.rmtree(folder)
 
 
+def gone(pid):
+    """Whether a process has ended; it may still wait to be asked how."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
 def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
     kills = pytestconfig.getoption("--kills")
     epochs = 2 * kills  # so that there is work left for each of them
-    command = [
-        sys.executable,
-        "train.py",
-        "--elr",
-        "0.01",
-        "0.1",
-        "0.3",
-        "--width",
-        "2",
-        "--batch-size",
-        "32",
-    ]
-    command += ["--epochs", str(epochs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def sweep(folder):
-        return subprocess.Popen(
-            [*command, "--out", str(folder)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
-
-    assert sweep(tmp_path / "undisturbed").wait() == 0
+    command = ["--elr", 0.01, 0.1, 0.3, "--width", 2, "--batch-size", 32, "--epochs", epochs]
+    command += ["--jobs", 1, "--threads", 1, "--out"]
+    assert end_of(start(*command, tmp_path / "undisturbed"))[0] == 0
     out, finished, ends = tmp_path / "disturbed", {}, []
     for _ in range(kills):
-        process = sweep(out)
-        wait_for(lambda process=process: process.poll() is not None or process.pid in holders(out))
+        child = start(*command, out)
+        wait_for(lambda pid=child[0]: gone(pid) or pid in holders(out))
         time.sleep(random.uniform(0, 0.5))
-        process.kill()
-        ends.append(process.wait())
+        os.kill(child[0], signal.SIGKILL)
+        ends.append(end_of(child)[0])
         for path in out.glob("elr=*.csv"):  # what was a whole row before is one still
-            rows = [
-                line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
-            ]
-            kept = finished.get(path.name, [])
-            assert [x.rsplit(",", 2)[0] for x in rows[: len(kept)]] == [
-                x.rsplit(",", 2)[0] for x in kept
-            ] or len(rows) < len(kept)
-            if (
-                (out / path.name.replace(".csv", ".pt")).exists()
-                and "layers" not in path.name
-                and len(rows) == epochs + 2
-            ):
+            rows = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+            kept = [row.rsplit(",", 2)[0] for row in finished.get(path.name, [])]
+            same = [row.rsplit(",", 2)[0] for row in rows[: len(kept)]] == kept
+            assert same or len(rows) < len(kept)
+            whole = path.with_suffix(".pt").exists() and "layers" not in path.name
+            if whole and len(rows) == epochs + 2:
                 finished[path.name] = rows
     print(f"{ends.count(-signal.SIGKILL)} of {kills} kills met a sweep that was at work")
-    assert sweep(out).wait() == 0
+    assert end_of(start(*command, out))[0] == 0
     for name, rows in finished.items():
         assert (out / name).read_text() == "".join(rows)
     equal_sweeps(tmp_path / "undisturbed", out)
@@ -320,17 +303,16 @@ def command_line(*arguments, launcher=()):
 
 
 def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_path, one_by_one):
-    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    command = [*MANY, "--jobs", 2, "--out", tmp_path]
+    child = start(*command)
     holder_of_a_lock(tmp_path)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate()
-    assert process.returncode == 143 and err.startswith("interrupted; ") and err.count("\n") == 1, (
-        err
-    )
-    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    os.kill(child[0], signal.SIGTERM)
+    status, output = end_of(child)
+    assert status == 143 and output.startswith("interrupted; ") and output.count("\n") == 1, output
+    child = start(*command)
     os.kill(holder_of_a_lock(tmp_path), signal.SIGKILL)
-    out, err = process.communicate()
-    assert process.returncode == 0 and "Traceback" not in err, err
+    status, output = end_of(child)
+    assert status == 0 and "Traceback" not in output, output
     equal_sweeps(one_by_one, tmp_path)  # which were written by one process, one after the other
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
 
@@ -338,22 +320,15 @@ def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_
 def test_jobs_whose_parent_is_killed_end_too_and_the_same_command_finishes_the_sweep(
     tmp_path, one_by_one
 ):
-    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
+    command = [*MANY, "--jobs", 2, "--out", tmp_path]
+    child = start(*command)
     wait_for(lambda: len(holders(tmp_path)) == 2)
     jobs = holders(tmp_path)
-    process.kill()
-    process.communicate()
-
-    def gone(pid):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            return state == "Z"  # dead, and waiting for whoever adopts it
-        return True
-
+    os.kill(child[0], signal.SIGKILL)
+    assert end_of(child)[0] == -signal.SIGKILL
     wait_for(lambda: all(gone(pid) for pid in jobs), seconds=10)
-    process = command_line(*MANY, "--jobs", 2, "--out", tmp_path)
-    out, err = process.communicate()
-    assert process.returncode == 0 and err == "", err
+    status, output = end_of(start(*command))
+    assert status == 0 and "Traceback" not in output, output
     equal_sweeps(one_by_one, tmp_path)
 
 
