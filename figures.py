@@ -206,6 +206,8 @@ def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
     """The mean angular step of the last tenth of the epochs, against ELR."""
     ax.set(xscale="log", yscale="log", xlabel="ELR", ylabel="radians")
     ax.set_title("(f) angular step φ at the end", pad=28)
+    for angle in (0.05, 1.0):  # first: a single point would leave the axis without a height
+        ax.axhline(angle, color="black", ls=":", lw=0.8)
     if groups:
         values = [[run.final("angle") for run in group] for group in groups.values()]
         spread(ax, list(groups), values, "o-", color="black")
@@ -213,8 +215,6 @@ def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
     for run in moving:
         if "angle" in run.log:
             ax.plot(run.log["elr"], run.log["angle"], ".--", color=tone_of(run, moving))
-    for angle in (0.05, 1.0):
-        ax.axhline(angle, color="black", ls=":", lw=0.8)
 
 
 # ------------------------------------------------------------------------- the toy, the landscape

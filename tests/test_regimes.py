@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -555,3 +556,18 @@ def test_how_often_a_made_regime_is_undecided(rows, most):
             f"{kind}, {rows} rows: undecided {share:.1%}, others {set(found) - {kind, 'undecided'}}"
         )
         assert share <= most
+
+
+@pytest.mark.draws
+def test_a_single_short_run_is_drawn_without_a_warning(tmp_path):
+    log = {"epoch": [0, 1, 2], "step": [0, 9, 18], "elr": [1e-3] * 3, "train_loss": [6.0, 2, 1]}
+    log |= {
+        "grad_norm": [261.0, 42, 29],
+        "angle": [0.26, 0.04, 0.03],
+        "test_error": [0.9, 0.2, 0.1],
+    }
+    write(tmp_path / "elr=1e-03.csv", log, zip(*log.values(), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert figures.main([str(tmp_path)]) == 0
+    assert (tmp_path / "regimes.png").stat().st_size > 10_000
