@@ -563,7 +563,7 @@ def test_a_single_short_run_is_drawn_without_a_warning(tmp_path):
     log = {"epoch": [0, 1, 2], "step": [0, 9, 18], "elr": [1e-3] * 3, "train_loss": [6.0, 2, 1]}
     log |= {
         "grad_norm": [261.0, 42, 29],
-        "angle": [0.26, 0.04, 0.03],
+        "angle": [0.255400128, 0.0422811919, 0.029313165],
         "test_error": [0.9, 0.2, 0.1],
     }
     write(tmp_path / "elr=1e-03.csv", log, zip(*log.values(), strict=True))
