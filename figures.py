@@ -199,7 +199,7 @@ def _boundaries(ax, runs: list[Run]) -> None:
         box = dict(fc="white", ec="none", pad=1.5, alpha=0.8)
         look = dict(rotation=90, ha="left", va="center", fontsize=8, bbox=box)
         text = f"{boundary.low:.3g} – {boundary.high:.3g}"
-        ax.text(boundary.high, 0.4, text, transform=ax.get_xaxis_transform(), **look)
+        ax.text(boundary.high, 0.66, text, transform=ax.get_xaxis_transform(), **look)
 
 
 def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
