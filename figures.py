@@ -176,7 +176,7 @@ def _along_the_elr(ax, groups: dict[float, list[Run]], moving: list[Run]) -> Non
     if any(run.final("train_loss") > 0 for run in runs):
         ax.set_yscale("log")
     ax.set(xscale="log", xlabel="ELR", ylabel="final train loss (nats)")
-    ax.set_title("(e) regimes along the ELR, boundaries hatched", pad=28)
+    ax.set_title("(e) regimes along the ELR", pad=28)
     right.set(ylabel="final error", ylim=(-0.03, 1.03))
     handles = [handle for handle in handles if handle is not None]
     if groups:
@@ -196,10 +196,9 @@ def _boundaries(ax, runs: list[Run]) -> None:
     for boundary in found:
         look = dict(facecolor="none", edgecolor="black", alpha=0.4, hatch="////", lw=0)
         ax.axvspan(boundary.low, boundary.high, **look)
-        box = dict(fc="white", ec="none", pad=1.5, alpha=0.8)
-        look = dict(rotation=90, ha="left", va="center", fontsize=8, bbox=box)
-        text = f"{boundary.low:.3g} – {boundary.high:.3g}"
-        ax.text(boundary.high, 0.66, text, transform=ax.get_xaxis_transform(), **look)
+    if found:
+        brackets = [f"{boundary.low:.3g} – {boundary.high:.3g}" for boundary in found]
+        ax.set_title(f"(e) regimes along the ELR; hatched: {', '.join(brackets)}", pad=28)
 
 
 def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
