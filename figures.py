@@ -41,7 +41,7 @@ def save(fig, path: Path) -> None:
     picture = io.BytesIO()
     fig.savefig(picture, dpi=110, format="png")
     plt.close(fig)
-    regimes.replace(path, picture.getvalue())
+    regimes.write_whole(path, picture.getvalue())
 
 
 def errors(ax) -> None:
