@@ -4,7 +4,6 @@
     python bench.py iteration      an iteration of the default run, and what it is made of
     python bench.py epoch          an epoch over 2,560 PNG files, against a loop over a DataLoader
     python bench.py sweep          the default sweep and four short runs: default jobs, one job
-    python bench.py scale          seconds per image of small and large sets, memory of long runs
     python bench.py optimizers     test errors of AdamW and SGD on the tasks of the README
 
 All ways of a case take turns, and medians are printed, so that ratios hold on a machine that others
@@ -38,6 +37,7 @@ import measure
 import regimes
 import sphere_step
 import train
+from graph import keep_memory
 from models import MODELS, convnet
 from options import number, parse
 
@@ -87,7 +87,7 @@ def limits() -> tuple[float, float, float]:
     """What the machine does at best, of nine tries: floating-point operations per second in float32
     and bfloat16, of a large matrix product or the same as a convolution; bytes per second of a
     copy, read and written."""
-    train.keep_memory()
+    keep_memory()
     n = 8192 if DEVICE == "cuda" else 2048
 
     def rate(way: Callable, work: float) -> float:
@@ -225,7 +225,7 @@ def step_of(shapes: list, repetitions: int) -> list[tuple[str, float]]:
 def our_run(*options: str) -> train.Run:
     """A run of train.py with these options, ready to train."""
     parsed, data = parse([*options, "--elr", "1e-3", "--force"])
-    run = train.Run(parsed, data, 1e-3, 0, None)
+    run = train.Run(parsed, data, train.Job(1e-3, 0, Path(), ""))
     run.epoch, run.epochs = 0, 1
     return run
 
@@ -256,7 +256,7 @@ def iteration(repetitions: int) -> None:
         times = interleaved(ways, 400 * repetitions, warm=50)
         kept = [run.step(index) for _ in range(89)]
         began = time.perf_counter()
-        run.summary(kept, [index] * 89)
+        measure.of_steps(kept, run.sphere, None)
         times["statistics, at the end of the epoch"] = (time.perf_counter() - began) / 89
         rows += [Row(name, method, seconds) for method, seconds in times.items()]
     report("iteration", rows, "forward and backward")
@@ -352,17 +352,10 @@ def epoch_of(folder: str, net: tuple, n: int, repetitions: int, rates: dict) -> 
     return [(name, times[name], limit[name]) for name in ways]
 
 
-def run_train(*options: str) -> float:
-    """Seconds that train.py takes with these options; its largest memory in MiB."""
-    began = time.perf_counter()
-    command = [sys.executable, HERE / "train.py", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"bench.py: error: train.py {' '.join(options)} failed")
-    run_train.memory = usage.ru_maxrss / 1024
-    return time.perf_counter() - began
+def run_train(*options: str) -> None:
+    subprocess.run(
+        [sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL, check=True
+    )
 
 
 def sweep(repetitions: int) -> None:
@@ -383,24 +376,6 @@ def sweep(repetitions: int) -> None:
             times = interleaved(ways, repetitions, warm=0)
             rows += [Row(case, name, s, runs * of_run) for name, s in times.items()]
     report("sweep", rows, "one job")
-
-
-def scale(repetitions: int) -> None:
-    """Does an epoch take time in proportion to the images, and does memory stay flat?"""
-    rows, sizes = [], (1000, 2000, 4000, 8000)
-    with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), sizes[-1])
-        options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out"]
-        options += ["--batch-size", "125", "--train-size"]
-        ways = {f"{n} images": our_run(*options, str(n)).train_epoch for n in sizes}
-        times = interleaved(ways, repetitions)
-        for n, (name, seconds) in zip(sizes, times.items(), strict=True):
-            case = "an epoch, per 1,000 images of 32×32: convnet of width 8"
-            rows.append(Row(case, name, seconds * 1000 / n))
-        for epochs in ("30", "300"):
-            run_train("--elr", "0.01", "--epochs", epochs, "--out", folder, "--force")
-            print(f"largest memory of a run of {epochs} epochs: {run_train.memory:.0f} MiB")
-    report("scale", rows, "1000 images")
 
 
 # ------------------------------------------------------------------------------ other optimizers
@@ -439,7 +414,7 @@ def optimizers(seeds: int) -> None:
 def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
     with tempfile.TemporaryDirectory() as out:
         parsed, data = parse([*options, "--elr", "1", "--seed", str(seed), "--out", out])
-        run = train.Run(parsed, data, 1.0, seed, None)
+        run = train.Run(parsed, data, train.Job(1.0, seed, Path(), ""))
     params = [p for p in run.net.parameters() if p.requires_grad]
     if kind == "adamw":
         optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
@@ -453,14 +428,14 @@ def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
             F.cross_entropy(run.net(data.inputs(index)), data.y[index]).backward()
             optimizer.step()
         scheduler.step()
-    return measure.on_test_set(run.net, data, parsed)["test_error"]
+    return measure.on_test_set(run.net, data, "fp32")["test_error"]
 
 
 def main() -> int:
     text = "Time what users wait for, beside the usual ways and the limits of the machine."
     example = "example: python bench.py epoch --repetitions 9"
     parser = regimes.Parser(prog="bench.py", description=text, epilog=example)
-    ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep, scale=scale)
+    ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep)
     ways["optimizers"] = optimizers
     parser.add_argument("what", choices=tuple(ways), help="what to time")
     text = "medians are over so many; optimizers: seeds (default: %(default)s)"

@@ -26,7 +26,7 @@ class Data:
 
     x are images [N, channels, H, W] uint8, numbers [N, features] float32, or tokens [N, T] int64,
     of which there are `tokens`. mean, std: of the training images per channel, or of the numbers
-    per feature. `noisy` [N] bool says which training labels `add_label_noise` has changed.
+    per feature.
     """
 
     x: Tensor
@@ -37,7 +37,6 @@ class Data:
     mean: Tensor | None = None
     std: Tensor | None = None
     tokens: int | None = None
-    noisy: Tensor | None = None
 
     def inputs(self, index: Tensor, augment: bool = False) -> Tensor:
         """The training inputs at these indices, normalized."""
@@ -236,23 +235,14 @@ def _folder(path: Path, root: Path, size: int | None) -> list[Tensor]:
     return _cached(root / f"{path.resolve().name}-{key}.pt", decode)
 
 
-def subset(data: Data, n: int) -> None:
-    """Keep n training inputs, drawn at random, the same for every seed of a run. The normalization
-    stays that of all."""
-    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))
-    keep = order[:n].sort().values.to(data.x.device)
-    data.x, data.y = data.x[keep], data.y[keep]
-
-
 def add_label_noise(data: Data, share: float) -> None:
     """Give round(share · N) training inputs, drawn at random, another label than theirs, the same
     for every seed of a run."""
     generator, n = torch.Generator().manual_seed(1), len(data.y)
     chosen = torch.randperm(n, generator=generator)[: round(share * n)].to(data.y.device)
     shift = torch.randint(1, data.classes, (len(chosen),), generator=generator).to(data.y.device)
-    data.y, data.noisy = data.y.clone(), torch.zeros(n, dtype=torch.bool, device=data.y.device)
+    data.y = data.y.clone()
     data.y[chosen] = (data.y[chosen] + shift) % data.classes
-    data.noisy[chosen] = True
 
 
 def crop_and_flip(x: Tensor) -> Tensor:

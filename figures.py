@@ -7,6 +7,7 @@ python figures.py logs/digits-convnet logs/digits-convnet-whole --out logs/both 
 import io
 import math
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -82,6 +83,27 @@ def spread(ax, x: list[float], values: list[list[float]], style: str, **look):
 
 
 # ------------------------------------------------------------------------------------- a sweep
+
+
+class Report:
+    """regimes.csv and regimes.png of all runs in a folder, renewed after each. The picture is left
+    for later where drawing would take more than a tenth of the time."""
+
+    def __init__(self, options):
+        self.options, self.stale, self.next_drawing = options, True, 0.0
+
+    def renew(self, last: bool = False) -> list[Run]:
+        out, began = self.options.out, time.monotonic()
+        runs = regimes.read_folder(out)
+        if self.options.rank or not runs:
+            return runs
+        regimes.write_csv(out / "regimes.csv", regimes.rows(runs))
+        self.stale = self.stale or not last
+        if self.stale and (last or began > self.next_drawing):
+            of_sweep(runs, out / "regimes.png", self.options.title)
+            self.next_drawing = time.monotonic() + 10 * (time.monotonic() - began)
+            self.stale = False
+        return runs
 
 
 def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
@@ -263,7 +285,6 @@ def of_landscape(lines: list[dict], path: Path, name: str) -> None:
     panels["b"] = ("sharpness λ_max on the unit sphere", dict(sharpness="at the end"))
     panels["b"][1].update(then_sharpness="after the drop")
     panels["c"] = ("barrier (train loss)", dict(barrier_to_next="to the next ELR's run"))
-    panels["c"][1].update(barrier_of_orders="between two orders of batches")
     for key, (label, columns) in panels.items():
         for (column, what), style in zip(columns.items(), ("o-", "s--", "^:", "d-."), strict=False):
             values = [[line[column] for line in group] for group in groups]

@@ -1,7 +1,9 @@
-"""A training step in one CUDA graph."""
+"""What makes steps faster, and a reader of the loop need not know: one CUDA graph, kept memory."""
 
+import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -41,3 +43,12 @@ class Captured:
         except RuntimeError as error:
             what = str(error).splitlines()[0]
             print(f"no CUDA graph, going on without: {what}", file=sys.stderr)
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory for the next step, which would otherwise be fetched from the
+    system again, zeroed: with large activations that takes as long as the arithmetic."""
+    with suppress(AttributeError, OSError, TypeError):  # not on Linux
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import figures
 import measure
 import regimes
-from data import Data, add_label_noise, chunks, load, subset
+from data import Data, add_label_noise, chunks, load
 from models import build
 from runs import load_checkpoint
 
@@ -61,7 +61,7 @@ def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
     if state is None:
         raise ValueError(f"{path}: there is no such file")
     options = state["identity"]
-    names = ("data", "image_size", "modulus", "train_size", "label_noise")
+    names = ("data", "image_size", "modulus", "label_noise")
     data = _data(root, device, *(options[name] for name in names))
     net = build(options, data).to(device)
     try:
@@ -73,10 +73,8 @@ def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
 
 
 @cache
-def _data(root: Path, device: str, name: str, image_size, modulus, train_size, noise) -> Data:
+def _data(root: Path, device: str, name: str, image_size, modulus, noise) -> Data:
     data = load(name, root, image_size, modulus, device)
-    if train_size:
-        subset(data, train_size)
     if noise:
         add_label_noise(data, noise)
     return data
@@ -84,9 +82,8 @@ def _data(root: Path, device: str, name: str, image_size, modulus, train_size, n
 
 def evaluate(point: Point, net: nn.Module) -> tuple[float, float]:
     """Train loss and test error of a network, BatchNorm's statistics computed anew."""
-    options = Namespace(loss=point.options["loss"], dtype="fp32")
-    loss = measure.on_train_set(net, point.data, options)
-    return loss, measure.on_test_set(net, point.data, options)["test_error"]
+    loss = measure.on_train_set(net, point.data, "fp32")
+    return loss, measure.on_test_set(net, point.data, "fp32")["test_error"]
 
 
 def between(a: Point, b: Point, t: float, way: str) -> nn.Module:
@@ -177,13 +174,11 @@ def operators(point: Point, samples: int | None = None) -> dict[str, LinearOpera
         net = net.double()
     names = [name for sphere in point.spheres for name in sphere["names"]]
     parameters = [net.get_parameter(name) for name in names]
-    dtype, loss, target = parameters[0].dtype, nn.CrossEntropyLoss(), data.y
-    if point.options["loss"] == "mse":
-        loss, target = nn.MSELoss(), nn.functional.one_hot(data.y, data.classes).to(dtype)
+    dtype, loss = parameters[0].dtype, nn.CrossEntropyLoss()
     batches = []
     for index in chunks(min(samples or len(data.x), len(data.x)), CHUNK, data.x.device):
         x = data.inputs(index)
-        batches.append((x.to(dtype) if x.is_floating_point() else x, target[index]))
+        batches.append((x.to(dtype) if x.is_floating_point() else x, data.y[index]))
     found = {}
     for name, kind in (("hessian", HessianLinearOperator), ("ggn", GGNLinearOperator)):
         product = kind(net, loss, parameters, batches, check_deterministic=False)
@@ -225,14 +220,14 @@ def trace(operator: LinearOperator, probes: int) -> float:
 # --------------------------------------------------------------------------------- all of a sweep
 
 COLUMNS = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
-COLUMNS += "sharpness then_sharpness edge barrier_to_next barrier_of_orders".split()
-HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_max,to next,orders"
+COLUMNS += "sharpness then_sharpness edge barrier_to_next".split()
+HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_max,to next"
 
 
 def summarize(folder: Path, root: Path, device: str, samples: int) -> list[dict]:
-    """A row of COLUMNS per run of a sweep; nan where it was not trained (--then, --then-orders 2,
-    --average). Barriers are those between second runs where there are some: to that of the next
-    larger ELR, and to that with another order of batches."""
+    """A row of COLUMNS per run of a sweep; nan where it was not trained (--then, --average).
+    Barriers are those to the run of the next larger ELR, between second runs where there are
+    some."""
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
     if not runs:
         raise ValueError(f"{folder}: no runs here: is it the folder of a sweep?")
@@ -240,24 +235,17 @@ def summarize(folder: Path, root: Path, device: str, samples: int) -> list[dict]
     for run in tqdm(runs, unit="run", disable=None):
         row = dict.fromkeys(COLUMNS, math.nan)
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
-        row["test_error"] = run.final("test_error")
-        row["avg_test_error"] = run.log.get("avg_test_error", [math.nan])[-1]
-        point, second = read(run.path.with_suffix(".pt"), root, device), None
-        row["sharpness"] = largest(operators(point, samples)["hessian"], 1)[0]
+        for path in (run.path, *sorted(folder.glob(f"{run.path.stem}.then=*.csv"))):
+            if path.name.endswith(".layers.csv"):
+                continue
+            log, which = regimes.read_log(path)[0], "" if path == run.path else "then_"
+            end = read(path.with_suffix(".pt"), root, device)
+            row[f"{which}test_error"] = log["test_error"][-1]
+            row[f"{which}avg_test_error"] = log.get("avg_test_error", [math.nan])[-1]
+            row[f"{which}sharpness"] = largest(operators(end, samples)["hessian"], 1)[0]
         row["edge"] = 2 / row["sharpness"]
-        thens = sorted(folder.glob(f"{run.path.stem}.then=*.pt"))
-        orders = [path for path in thens if ".order=" in path.name]
-        thens = [path for path in thens if path not in orders]
-        if thens:
-            second = read(thens[0], root, device)
-        if second and orders:
-            row["barrier_of_orders"] = barrier(second, read(orders[0], root, device), points=11)[0]
-        if second and run.then:
-            row["then_test_error"] = run.final("then_test_error")
-            row["then_avg_test_error"] = run.then.get("avg_test_error", [math.nan])[-1]
-            row["then_sharpness"] = largest(operators(second, samples)["hessian"], 1)[0]
         found.append(row)
-        ends.append(second or point)
+        ends.append(end)
     for seed in {row["seed"] for row in found}:
         for i, j in pairwise([i for i, row in enumerate(found) if row["seed"] == seed]):
             found[i]["barrier_to_next"] = barrier(ends[i], ends[j], points=11)[0]
@@ -282,10 +270,7 @@ def best(rows: list[dict]) -> str:
         return "no second runs: --then 1e-3 makes them"
     elr = min(values, key=lambda elr: (np.median(values[elr]), np.mean(values[elr])))
     text = f"best test error after the drop: {np.median(values[elr]):.4f}, from ELR {elr:.3g}"
-    if len(values[elr]) > 1:
-        text += f" (median of {len(values[elr])} seeds, {min(values[elr]):.4f} to "
-        text += f"{max(values[elr]):.4f})"
-    return text
+    return f"{text} (median of {len(values[elr])})"
 
 
 # ------------------------------------------------------------------------------- the command line

@@ -5,11 +5,11 @@ held still, chance, averaged weights, and the points on the spheres with the ang
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from data import Data, batches, chunks
-from models import LOSSES
 from sphere_step import SphereSGD
 
 POINTS = 512  # at which chance is measured
@@ -24,37 +24,58 @@ def logits_of(net: nn.Module, x: Tensor, dtype: str = "fp32") -> Tensor:
     return net(x)
 
 
+OF_STEPS = "train_loss train_error elr grad_norm angle radial".split()
+OF_LAYERS = "norm elr grad_norm angle".split()
+
+
+def of_steps(kept: list[tuple], sphere: SphereSGD, plain: torch.optim.SGD | None) -> tuple:
+    """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6] (of several spheres
+    the norm of their γ, of the others the means), and per tensor on a sphere OF_LAYERS
+    [tensors, 4]. Where a `plain` optimizer moves the weights, with the ELR that this implies."""
+    losses, wrong, *last = zip(*kept, strict=True)
+    steps = list(zip(*last, strict=True))
+    stats, layers = sphere.stats(steps), sphere.layer_stats(steps)
+    if plain:
+        pace = plain.param_groups[0]["lr"] / (1 - plain.param_groups[0]["momentum"])
+        stats["elr"], layers["elr"] = pace / stats["radius"] ** 2, pace / layers["norm"] ** 2
+        for found in (stats, layers):
+            found["angle"] = (found["elr"] * found["grad_norm"]).atan()
+    if sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
+        stats["elr"] = stats["angle"].tan().mean() / stats["grad_norm"].mean() + 0 * stats["elr"]
+    columns = [torch.stack(losses).double(), torch.stack(wrong).double().mean(1)]
+    columns += [stats["elr"].mean(1), stats["grad_norm"].norm(dim=1)]
+    columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
+    of_layers = torch.stack([layers[name] for name in OF_LAYERS], -1)
+    return torch.stack(columns).sum(1), of_layers.sum(0)
+
+
 @torch.no_grad()
-def on_test_set(net: nn.Module, data: Data, options) -> dict[str, float]:
+def on_test_set(net: nn.Module, data: Data, dtype: str) -> dict[str, float]:
     """Mean loss and error on the test set, with BatchNorm's running statistics."""
     net.eval()
-    parts = [logits_of(net, data.normalized(x), options.dtype) for x in data.test_x.split(CHUNK)]
+    parts = [logits_of(net, data.normalized(x), dtype) for x in data.test_x.split(CHUNK)]
     logits = torch.cat(parts)
     wrong = logits.argmax(1) != data.test_y
-    loss = LOSSES[options.loss](logits, data.test_y)
+    loss = F.cross_entropy(logits, data.test_y)
     return {"test_loss": loss.item(), "test_error": wrong.double().mean().item()}
 
 
 @torch.no_grad()
-def on_train_set(net: nn.Module, data: Data, options) -> float:
+def on_train_set(net: nn.Module, data: Data, dtype: str) -> float:
     """Mean loss on the training set, with BatchNorm's statistics computed anew over it."""
     order = chunks(len(data.x), CHUNK, data.x.device)
-    if options.dtype == "bf16":
-        with torch.autocast(data.x.device.type, torch.bfloat16):
-            update_bn((data.inputs(index) for index in order), net)
-    else:
+    with torch.autocast(data.x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         update_bn((data.inputs(index) for index in order), net)
     net.eval()
     total = 0.0
     for index in order:
-        loss = LOSSES[options.loss](
-            logits_of(net, data.inputs(index), options.dtype), data.y[index]
-        )
+        loss = F.cross_entropy(logits_of(net, data.inputs(index), dtype), data.y[index])
         total += loss.item() * len(index) / len(data.x)
     return total
 
 
-FULL_PASS = "full_train_loss full_train_error full_grad_norm batch_grad_norm batch_grad_norm_std"
+FULL_PASS = "full_train_loss full_train_error full_grad_norm batch_grad_norm".split()
+FULL_PASS += ["batch_grad_norm_std"]
 
 
 def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[str, float]:
@@ -70,7 +91,7 @@ def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[st
         for index in chunks(len(data.x), options.batch_size, data.x.device):
             y, share = data.y[index], len(index) / len(data.x)
             logits = logits_of(net, data.inputs(index), options.dtype)
-            loss = LOSSES[options.loss](logits, y)
+            loss = F.cross_entropy(logits, y)
             net.zero_grad(set_to_none=not options.graph)
             loss.backward()
             sphere.measure()
@@ -88,7 +109,7 @@ def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[st
         buffer.copy_(before)
     spread = torch.stack(gammas)
     values = [loss_sum, wrong_sum, gamma, spread.mean(), spread.std(correction=0)]
-    return dict(zip(FULL_PASS.split(), torch.stack(values).tolist(), strict=True))
+    return dict(zip(FULL_PASS, torch.stack(values).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -105,7 +126,7 @@ def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) ->
         index = batches(len(data.x), options.batch_size, generator, data.x.device)[0]
         logits, y = logits_of(net, data.inputs(index), options.dtype), data.y[index]
         wrong = (logits.argmax(1) != y).double().mean()
-        values.append(torch.stack([LOSSES[options.loss](logits, y).double(), wrong]))
+        values.append(torch.stack([F.cross_entropy(logits, y).double(), wrong]))
     mean, std = torch.stack(values).mean(0).tolist(), torch.stack(values).std(0).tolist()
     found = {"points": len(values)}
     for i, name in enumerate(("train_loss", "train_error")):
@@ -114,15 +135,15 @@ def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) ->
 
 
 @torch.no_grad()
-def on_average(averaged: AveragedModel, spheres: list[dict], data: Data, options) -> dict:
+def on_average(averaged: AveragedModel, spheres: list[dict], data: Data, dtype: str) -> dict:
     """Of the mean of weights, put back on the spheres: loss on the training set and error on the
     test set."""
     net = deepcopy(averaged.module)
     for sphere, x in zip(spheres, vectors(net, spheres), strict=True):
         radii = sphere["radii"].to(x)[:, None]
         put(net, sphere, x / x.norm(dim=1, keepdim=True) * radii)
-    loss = on_train_set(net, data, options)
-    return {"avg_train_loss": loss, "avg_test_error": on_test_set(net, data, options)["test_error"]}
+    loss = on_train_set(net, data, dtype)
+    return {"avg_train_loss": loss, "avg_test_error": on_test_set(net, data, dtype)["test_error"]}
 
 
 # ------------------------------------------------------------------------- points on the spheres

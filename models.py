@@ -165,10 +165,6 @@ def norm(x: Tensor) -> Tensor:
 
 
 MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
-LOSSES = {
-    "ce": F.cross_entropy,
-    "mse": lambda logits, y: F.mse_loss(logits, F.one_hot(y, logits.shape[1]).to(logits.dtype)),
-}
 
 
 def build(options: dict, data) -> nn.Module:

@@ -84,7 +84,8 @@ class Trend:
         return no_trend and self.slope >= STEEP
 
     def __str__(self) -> str:
-        return f"slope {self.slope:+.2f}, 99 % interval {self.low:+.2f} to {self.high:+.2f}"
+        interval = f"99 % interval {self.low:+.2f} to {self.high:+.2f}"
+        return f"slope {self.slope:+.2f}, {interval.replace('inf', '∞')}"
 
 
 @dataclass

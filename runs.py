@@ -54,10 +54,10 @@ def open_folder(out: Path, options: dict, force: bool = False) -> dict:
     path = out / "config.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(out / "probe")
+        probe = regimes.temporary(out / "probe")
         probe.touch()
         probe.unlink()
-        _remove_leftovers(out)
+        remove_leftovers(out)
         if force:
             for held in out.glob("*.lock"):
                 with lock(held):
@@ -84,7 +84,7 @@ def open_folder(out: Path, options: dict, force: bool = False) -> dict:
 
 
 def write_config(out: Path, config: dict) -> None:
-    write_whole(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    regimes.write_whole(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
@@ -92,7 +92,7 @@ def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
     state = {**state, "identity": identity}
     file = io.BytesIO()
     torch.save({**state, "checksum": _checksum(state)}, file)
-    write_whole(path, file.getbuffer())
+    regimes.write_whole(path, file.getbuffer())
 
 
 def load_checkpoint(path: Path, identity: dict | None, device: str) -> dict | None:
@@ -128,11 +128,7 @@ def _checksum(state: dict) -> str:
     return sha.hexdigest()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-
-
-def _remove_leftovers(out: Path) -> None:
+def remove_leftovers(out: Path) -> None:
     """The temporary files of processes of this machine that have died."""
     for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
         pid = path.name.removesuffix(".tmp").rpartition("-")[2]
@@ -142,22 +138,6 @@ def _remove_leftovers(out: Path) -> None:
             path.unlink(missing_ok=True)
         except (ValueError, PermissionError):
             pass
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it, flushed to disk, then renamed."""
-    temporary = _temporary(path)
-    file = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
-    try:
-        try:
-            _write(file, content)
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write(file: int, content: bytes) -> None:
@@ -212,7 +192,7 @@ class Rows:
             checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
             what = f"remove {checkpoint}, and this run starts again"
             raise ValueError(f"{path} lacks rows or is damaged: {what}")
-        write_whole(path, "".join([",".join(columns) + "\n", *kept]).encode())
+        regimes.write_whole(path, "".join([",".join(columns) + "\n", *kept]).encode())
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows) -> None:
@@ -279,10 +259,11 @@ class Watch:
         elif what == "epoch":
             self._line(job, name, *more)
         elif what == "finished":
-            again = "(already done)" in more[0] and (self.quiet or name in self.reported)
-            if not again:
+            text, nothing_to_do = more
+            if not (nothing_to_do and (self.quiet or name in self.reported)):
                 self.reported.add(name)
-                tqdm.write(name + more[0], file=sys.stdout)
+                name += " (already done)" if nothing_to_do else ""
+                tqdm.write(f"{name}: {text}", file=sys.stdout)
                 sys.stdout.flush()
                 if "all" in self.bars:
                     self.bars["all"].update()
@@ -324,9 +305,9 @@ class Watch:
 def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callable) -> bool:
     """Do these runs, options.jobs at a time. Returns whether one failed.
 
-    do      function of ((value, seed), tell, patient) that does a run and returns its name and the
-            verdict in words. It calls tell("epoch", …), see Watch. Where another process is at the
-            run it raises Busy or, if `patient`, waits.
+    do      function of ((value, seed), tell, patient) that does a run and returns its name, the
+            verdict in words, and whether there was nothing to do. It calls tell("epoch", …), see
+            Watch. Where another process is at the run it raises Busy or, if `patient`, waits.
     renew   called whenever a run is finished
     """
     jobs = min(options.jobs, len(pairs))
@@ -334,6 +315,7 @@ def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callab
     try:
         if jobs > 1:
             _side_by_side(do, pairs, jobs, options, watch)
+            remove_leftovers(options.out)
         # Here all of them, or what a job that died has left. What another process is at comes last.
         tell = partial(watch.tell, 0)
         left = [pair for pair in pairs if not attempt(do, pair, options, tell)]
@@ -408,8 +390,8 @@ def _job(do: Callable, pairs: list, options, pipe) -> None:
     torch.set_num_threads(options.threads)
 
     def tell(*message) -> None:
-        again = message[0] == "finished" and "(already done)" in message[2]
-        if message[0] != "busy" and not again:  # what others do is theirs to tell
+        what, *_, last = message
+        if what != "busy" and not (what == "finished" and last):  # that is others' to tell
             pipe.send(message)
 
     for pair in pairs:

@@ -4,19 +4,18 @@
     optimizer = SphereSGD(weights_before_normalization_layers, lr=0.05, angle=True)  # radians
 
 A sphere is a set of tensors that share one norm. θ is their concatenation, ρ the radius (fixed),
-g the gradient, m the momentum (without momentum β = 0), η̃ the ELR. One step is
+g the gradient, m the momentum (without it β = 0), η̃ the ELR. One step is
 
     r = ⟨θ,g⟩/‖θ‖²      g_t = g − rθ                   projection on the tangent space
     q = ⟨θ,m⟩/‖θ‖²      m ← β(m − qθ) + g_t            Riemannian heavy ball
     θ ← ρ (θ − η̃ρ²m) / ‖θ − η̃ρ²m‖                     step and renormalization
     γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖            effective gradient norm, angular step
 
-With angle=True φ is given and η̃ follows. Either way every scalar in the step is a function of the
-Gram matrix of (θ, g, m). Its six entries are plain sums, so tiles and tensors add up. A step sums
-them, finds three numbers per sphere (`sphere_rule`), updates m ← βm + g + uθ and θ ← kθ + bm.
+With angle=True φ is given and η̃ follows. Every scalar in the step is a function of the Gram matrix
+of (θ, g, m), whose six entries are plain sums: tiles and tensors add up. From them follow three
+numbers per sphere (`sphere_rule`), and then m ← βm + g + uθ and θ ← kθ + bm.
 
-Source: Kodryan et al., "Training Scale-Invariant Neural Networks on the Sphere Can Happen in Three
-Regimes", NeurIPS 2022 (arXiv 2209.03695). Needs torch, and Triton for its kernels. Copy it.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch, and Triton for its kernels.
 """
 
 import math
@@ -42,11 +41,11 @@ TINY = 1e-14  # a part of a sum of squares that is smaller is rounding
 
 
 def sphere_rule(gram: list, radius: float, lr: float, beta: float, angle: bool) -> list[float]:
-    """From the Gram matrix of a sphere to the coefficients and the statistics of its step.
+    """The coefficients and the statistics of a step from the sphere's Gram matrix.
 
     gram is ⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩, ⟨θ,m⟩, ⟨g,m⟩, ⟨m,m⟩; radius ρ, 0 for the norm that θ has; lr η̃,
-    or with `angle` φ in radians. Returns k, b, u, γ, tan φ, ⟨θ,g⟩/(‖θ‖‖g‖), η̃, ρ, β. A step of
-    length 0 gives k = 1, b = 0; a Gram matrix that is not finite, or of no weights at all, nan.
+    or with `angle` φ. Returns k, b, u, γ, tan φ, ⟨θ,g⟩/(‖θ‖‖g‖), η̃, ρ, β. A step of length 0 gives
+    k = 1, b = 0; a Gram matrix that is not finite, or of no weights at all, nan.
     """
     tt, tg, gg, tm, gm, mm = gram
     if not (tt > 0 and math.isfinite(sum(gram))):
@@ -218,20 +217,19 @@ class SphereSGD(torch.optim.Optimizer):
     lr        the ELR η̃ ≥ 0, a float or a 0-d tensor; every torch.optim.lr_scheduler works on it
     sphere    "group": all tensors of the param group on one joint sphere, as in the paper;
               "tensor": each tensor a sphere; "row": each slice tensor[i] (output filter) a sphere;
-              None: plain SGD, for what is not scale invariant, at the learning rate lr
+              None: plain SGD at the learning rate lr, for what is not scale invariant
     radius    of every sphere, to which the weights are scaled at once; None: the norms they have
     momentum  β in [0, 1) of the Riemannian heavy ball (of the ordinary one where sphere=None)
     angle     lr is the angle φ in [0, π/2) by which a step turns each sphere. A group on no sphere
-              follows, at the learning rate η̃ρ² of the spheres in that step (the median)
+              follows at the learning rate η̃ρ² of the spheres in that step (the median)
     backend   "triton": fused kernels, at most three launches per type of weights (on a GPU; on the
               CPU under TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
 
-    A tensor without a gradient stays out of that step; the others of its sphere keep their norm.
-    A sphere whose weights or gradient are not finite stays, and `stats()` says nan. The kernels
-    never wait for the GPU. In a CUDA graph: step once before the capture, give lr as a tensor, keep
-    gradients in place with zero_grad(set_to_none=False).
-    Raises ValueError for a bad option, a sphere of norm zero, a parameter with holes in memory;
-    RuntimeError for a sparse gradient.
+    A tensor without a gradient stays out of that step; the others of its sphere keep their norm. A
+    sphere whose weights or gradient are not finite stays, and `stats()` says nan. In a CUDA graph:
+    step once before the capture, lr as a tensor, zero_grad(set_to_none=False). Raises ValueError
+    for a bad option, a sphere of norm zero, a parameter with holes in memory; RuntimeError for a
+    sparse gradient.
     """
 
     def __init__(self, params: Iterable, lr: float | Tensor, sphere: str | None = "group",
@@ -481,44 +479,40 @@ def _check(groups: list[dict], backend: str) -> bool:
     """Whether Triton's kernels can be used. Raises ValueError for an option of the last group."""
     group, device = groups[-1], groups[0]["params"][0].device
     lr, sphere, radius = float(group["lr"]), group["sphere"], group["radius"]
-    limit = math.pi / 2 if group["angle"] else math.inf
-    checks = [(backend in ("auto", "triton", "torch"), f"backend is {backend!r}: no such one")]
-    known = ("group", "tensor", "row", None)
-    checks += [(sphere in known, f"sphere is {sphere!r}: it must be one of {known}")]
-    checks += [(0 <= lr < limit, f"lr is {lr}: it must be finite, not negative, an angle < π/2")]
-    good = radius is None or (sphere and 0 < radius < math.inf)
-    checks += [(good, f"radius is {radius} with {sphere=}: it must be None, or positive on one")]
-    good = 0 <= group["momentum"] < 1
-    checks += [(good, f"momentum is {group['momentum']}: it must be in [0, 1)")]
+    limit, kinds = math.pi / 2 if group["angle"] else math.inf, ("group", "tensor", "row", None)
+    checks = [
+        (backend in ("auto", "triton", "torch"), f"backend is {backend!r}: no such one"),
+        (sphere in kinds, f"sphere is {sphere!r}: it must be one of {kinds}"),
+        (0 <= lr < limit, f"lr is {lr}: it must be finite, not negative, an angle < π/2"),
+        (
+            radius is None or (sphere and 0 < radius < math.inf),
+            f"radius is {radius} with {sphere=}: it must be None, or positive on one",
+        ),
+        (0 <= group["momentum"] < 1, f"momentum is {group['momentum']}: it must be in [0, 1)"),
+    ]
     for i, p in enumerate(group["params"]):
-        good, name = p.device == device and p.is_floating_point(), f"parameter {i} of shape "
-        name += f"{tuple(p.shape)}"
-        checks += [(good, f"{name} is {p.dtype} on {p.device}: not real floats on {device}")]
+        name, good = f"parameter {i} of shape {tuple(p.shape)}", p.device == device
+        what = f"{name} is {p.dtype} on {p.device}: not real floats on {device}"
+        checks.append((good and p.is_floating_point(), what))
+        # The dimensions in the order in which they lie in memory; rows have to lie one by one.
+        order = sorted(range(p.dim()), key=p.stride, reverse=True)
+        if sphere == "row" and order:
+            order.sort(key=bool)
         what = f"{name} has holes in memory, or rows that lie scattered: clone it first"
-        checks += [(not sphere or _dense(p, by_rows=sphere == "row"), what)]
-    obstacle = [f"a parameter is {p.dtype}" for p in group["params"] if p.dtype not in DTYPES]
+        checks.append((not sphere or p.permute(order).is_contiguous(), what))
+    obstacle = ""
+    if any(p.dtype not in DTYPES for each in groups for p in each["params"]):
+        obstacle = "a parameter is not of " + ", ".join(DTYPES.values())
     if device.type != ("cpu" if INTERPRET else "cuda"):
-        obstacle = [f"the parameters are on {device} (the CPU takes TRITON_INTERPRET=1)"]
+        obstacle = f"the parameters are on {device} (the CPU takes TRITON_INTERPRET=1)"
     if triton is None:
-        obstacle = ["Triton is not installed"]
-    what = f"backend is 'triton', but {''.join(obstacle[:1])}: use 'auto' or 'torch'"
-    checks += [(backend != "triton" or not obstacle, what)]
+        obstacle = "Triton is not installed"
+    what = f"backend is 'triton', but {obstacle}: use 'auto' or 'torch'"
+    checks.append((backend != "triton" or not obstacle, what))
     for good, what in checks:
         if not good:
             raise ValueError(what)
-    floats = all(p.dtype in DTYPES for group in groups for p in group["params"])
-    return backend != "torch" and not obstacle and floats
-
-
-def _dense(p: Tensor, by_rows: bool) -> bool:
-    """Whether the elements fill a stretch of memory, in any order; `by_rows`: row after row."""
-    expected = 1
-    for stride, n in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n != 1):
-        if stride != expected and p.numel():
-            return False
-        expected *= n
-    one_row = not by_rows or p.dim() == 0 or len(p) < 2 or not p.numel()
-    return one_row or p.stride(0) * len(p) == p.numel()
+    return backend != "torch" and not obstacle
 
 
 def _rows(group: dict, p: Tensor) -> tuple[int, int]:
@@ -538,13 +532,11 @@ def _norms(group: dict) -> Tensor:
     squares = [p.double().square().reshape(_rows(group, p)).sum(1) for p in group["params"]]
     if group["sphere"] == "group":
         squares = [torch.cat(squares).sum(0, keepdim=True)]
-    names = {"group": "the group", "tensor": "tensor {}", "row": "a row of tensor {}"}
     for i, square in enumerate(squares):
-        what = names[group["sphere"]].format(i)
-        if not square.isfinite().all():
-            raise ValueError(f"{what} has weights that are not finite: check them first")
-        if (square == 0).any() and group["params"][i].numel():
-            raise ValueError(f"{what} has norm zero, so no direction: initialize it")
+        empty = group["params"][i].numel() == 0
+        if not (square.isfinite() & ((square > 0) | empty)).all():
+            what = "has norm zero, so no direction, or is not finite: initialize it"
+            raise ValueError(f"sphere={group['sphere']!r}: that of tensor {i} {what}")
     return torch.cat(squares).sqrt()
 
 

@@ -1,9 +1,7 @@
 """Train a scale-invariant network on the sphere and name the regime that it falls into.
 
     python train.py --elr 0.01                one run at this effective learning rate (ELR)
-    python train.py --elr 1e-4 1e-3 1e-2      these runs
     python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (`--sweep` alone does the same)
-    python train.py --sweep --seeds 3 --refine 3      three seeds each, both boundaries bisected
     python train.py --angle 0.05              an angle per step, falling along a cosine: no ELR
     python train.py --lr 0.05 --wd 5e-3       ordinary training, and the ELR that it implies
 
@@ -12,7 +10,6 @@ per epoch and tensor; .pt, the checkpoint; config.json, regimes.csv, regimes.png
 goes on where it stopped. Regimes: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695).
 """
 
-import ctypes
 import math
 import os
 import platform
@@ -22,19 +19,21 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import figures
 import measure
 import regimes
-from data import Data, batches, chunks
-from graph import Captured
-from models import LOSSES, build
+from data import Data, batches
+from graph import Captured, keep_memory
+from models import build
 from options import again, parse
 from runs import (
     Busy,
@@ -49,180 +48,128 @@ from runs import (
 )
 from sphere_step import SphereSGD
 
-COLUMNS = (
-    "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error".split()
-)
-COLUMNS += ["seconds", "distance"]
-NOISE_COLUMNS = ["clean_error", "noisy_error"]
+COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error"
+COLUMNS = [*COLUMNS.split(), "seconds", "distance"]
 AVERAGE_COLUMNS = ["avg_train_loss", "avg_test_error"]
-LAYER_COLUMNS = ["epoch", "layer", "norm", "elr", "grad_norm", "angle"]
+LAYER_COLUMNS = ["epoch", "layer", *measure.OF_LAYERS]
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
 
 
+@dataclass
+class Job:
+    """Which run: its ELR, angle or learning rate, its seed, its log, its name for people, and the
+    checkpoint that it starts from, if any."""
+
+    value: float
+    seed: int
+    path: Path
+    name: str
+    init: dict | None = None
+
+
 class Run:
-    """One run: the network, its optimizer, the order of its batches; it saves and loads itself.
+    """One run: the network, its optimizer, the order of its batches; it saves and loads itself. The
+    same seed gives every value the same start and the same order of batches."""
 
-    `value` is its ELR, angle or learning rate. The same seed gives every value the same start,
-    unless there is a checkpoint `init`, and the same order of batches.
-    """
-
-    def __init__(self, options: Namespace, data: Data, value: float, seed: int, init: dict | None):
-        self.options, self.data, self.value = options, data, value
-        torch.manual_seed(seed)
+    def __init__(self, options: Namespace, data: Data, job: Job):
+        self.options, self.data, self.job = options, data, job
+        torch.manual_seed(job.seed)
         self.net = build(vars(options), data).to(options.device)
-        if init:
-            self.net.load_state_dict(init["net"])
+        if job.init:
+            self.net.load_state_dict(job.init["net"])
         self.make_optimizer()
         self.spheres = measure.spheres_of(self.net, self.sphere)
         self.start = measure.vectors(self.net, self.spheres)
-        self.order = torch.Generator().manual_seed(seed)
+        self.order = torch.Generator().manual_seed(job.seed)
         self.averaged = AveragedModel(self.net) if options.average else None
         self.one_step = Captured(self.step) if options.graph else self.step
-        self.epoch, self.seconds, self.ended = -1, 0.0, False
+        self.epoch, self.epochs, self.seconds, self.ended = -1, options.epochs, 0.0, False
 
     def make_optimizer(self) -> None:
         """What is scale invariant on spheres, the rest by plain SGD. In the whole space all is by
         torch's SGD, and the spheres only measure."""
-        options, net = self.options, self.net
+        options, net, lr = self.options, self.net, self.job.value
         groups = [[net.get_parameter(name) for name in names] for names in options.layer_groups]
         on_spheres = [p for group in groups for p in group]
         trained = [p for p in net.parameters() if p.requires_grad]
-        momentum = options.momentum or 0.0
+        momentum, angle = options.momentum or 0.0, options.mode == "angle"
         self.plain = None
         if options.mode == "lr":
             more = dict(momentum=momentum, weight_decay=options.wd or 0.0)
-            self.plain = torch.optim.SGD(trained, lr=self.value, **more)
+            self.plain = torch.optim.SGD(trained, lr=lr, **more)
             self.sphere = SphereSGD(on_spheres, lr=0.0)
             return
         if options.sphere != "layer":
             groups = [on_spheres]
         kind = "row" if options.sphere == "row" else "group"
-        groups = [dict(params=group, sphere=kind, lr=self.value) for group in groups]
+        groups = [dict(params=group, sphere=kind, lr=lr) for group in groups]
         rest = [p for p in trained if all(p is not q for q in on_spheres)]
         if rest:  # at the learning rate that matches the sphere of the whole network, η = η̃ρ²
             square = sum(p.detach().square().sum().item() for p in on_spheres)
-            head = dict(params=rest, sphere=None, lr=options.head_lr or self.value * square)
-            if options.mode == "angle":  # what the step on the sphere implies, unless it is given
-                head["angle"] = options.head_lr is None
-                head["lr"] = options.head_lr or self.value
-            groups.append(head)
+            groups.append(dict(params=rest, sphere=None, lr=lr if angle else lr * square))
         if options.graph:  # which reads the learning rates from the device's memory
             for group in groups:
                 group["lr"] = torch.tensor(group["lr"], device=options.device)
-        angle = options.mode == "angle"
-        self.sphere = SphereSGD(groups, lr=self.value, momentum=momentum, angle=angle)
+        self.sphere = SphereSGD(groups, lr=lr, momentum=momentum, angle=angle)
 
     def step(self, index: Tensor) -> tuple[Tensor, ...]:
-        """One step of training on one batch. To change what a step does, change this."""
-        x, y = self.data.inputs(index, self.options.augment), self.data.y[index]
-        logits = measure.logits_of(self.net, x, self.options.dtype)
-        loss = LOSSES[self.options.loss](logits, y)
-        self.zero_grad()
-        loss.backward()
-        self.move()
-        wrong = logits.detach().argmax(1) != y
-        return loss.detach(), wrong, *self.sphere.last
-
-    def full_step(self, indices: list[Tensor]) -> tuple[Tensor, ...]:
-        """One step along the gradient of the whole training set, summed batch by batch."""
-        losses, wrong, n = [], [], len(self.data.x)
-        self.zero_grad()
-        for index in indices:
-            x, y = self.data.inputs(index, self.options.augment), self.data.y[index]
+        """One step of training. To change what a step does, change this."""
+        optimizer, losses, wrong = self.plain or self.sphere, [], []
+        optimizer.zero_grad(set_to_none=not self.options.graph)  # a graph knows them by address
+        parts = -(-len(index) // self.options.batch_size)  # one, but for --full-batch
+        for part in index.tensor_split(parts):
+            x, y = self.data.inputs(part, self.options.augment), self.data.y[part]
             logits = measure.logits_of(self.net, x, self.options.dtype)
-            loss = LOSSES[self.options.loss](logits, y) * (len(index) / n)
+            loss = F.cross_entropy(logits, y) * (len(part) / len(index))
             loss.backward()
             losses.append(loss.detach())
             wrong.append(logits.detach().argmax(1) != y)
-        self.move()
-        return torch.stack(losses).sum(), torch.cat(wrong), *self.sphere.last
-
-    def zero_grad(self) -> None:
-        optimizer = self.plain or self.sphere
-        optimizer.zero_grad(set_to_none=not self.options.graph)  # a graph knows them by address
-
-    def move(self) -> None:
-        if self.epoch < 0:  # epoch 0 stands still: the row before training
+        if self.epoch < 0 or self.plain:  # epoch 0 stands still: the row before training
             self.sphere.measure()
-        elif self.plain:
-            self.sphere.measure()
-            self.plain.step()
-        else:
-            self.sphere.step()
+        if self.epoch >= 0:
+            optimizer.step()
+        return sum(losses), torch.cat(wrong), *self.sphere.last
 
     def train_epoch(self) -> tuple[dict[str, float], list[list[float]]]:
         """One pass over the training set. Returns its row, and per tensor on a sphere the means
         over the steps of norm, ELR, γ and φ. The host waits for the device once, at the end."""
-        options, device = self.options, self.data.x.device
+        options, n, device = self.options, len(self.data.x), self.data.x.device
         self.net.train()
         lr = self.set_lr()
-        step, n = self.step if self.epoch < 0 else self.one_step, len(self.data.x)
-        steps = batches(n, options.batch_size, self.order, device)
+        step, steps = self.one_step, batches(n, options.batch_size, self.order, device)
         if options.full_batch:
-            step, steps = self.full_step, [chunks(n, options.batch_size, device)]
+            steps = [torch.arange(n, device=device)]
+        if self.epoch < 0:
+            step = self.step
         sums, layers = 0, 0
         for first in range(0, len(steps), KEPT):
-            some = steps[first : first + KEPT]
-            more, of_layers = self.summary([step(index) for index in some], some)
+            kept = [step(index) for index in steps[first : first + KEPT]]
+            more, of_layers = measure.of_steps(kept, self.sphere, self.plain)
             sums, layers = sums + more, layers + of_layers
-        names = ["train_loss", "train_error", "elr", "grad_norm", "angle", "radial", "noisy"]
-        means = (sums / len(steps)).tolist()
-        row = dict(zip(names + NOISE_COLUMNS, means, strict=False))
+        row = dict(zip(measure.OF_STEPS, (sums / len(steps)).tolist(), strict=True))
         if options.mode == "elr":
             row["elr"] = lr
-        if options.label_noise:  # an epoch leaves out the last batch, and may have seen one kind
-            noisy = row["noisy"]
-            row["clean_error"] = row["clean_error"] / (1 - noisy) if noisy < 1 else math.nan
-            row["noisy_error"] = row["noisy_error"] / noisy if noisy else math.nan
         self.epoch += 1
         row |= {"epoch": self.epoch, "step": self.epoch * len(steps)}
         return row, (layers / len(steps)).tolist()
 
-    def summary(self, kept: list[tuple], indices: list) -> tuple[Tensor, Tensor]:
-        """Sums over these steps: of loss, error, ELR, γ, φ and |radial| (of several spheres the
-        norm of their γ, the means of the others), and per tensor of norm, ELR, γ and φ."""
-        losses, wrong, *last = zip(*kept, strict=True)
-        steps = list(zip(*last, strict=True))
-        stats, layers = self.sphere.stats(steps), self.sphere.layer_stats(steps)
-        if self.plain:  # the ELR that ordinary training implies
-            group = self.plain.param_groups[0]
-            pace = group["lr"] / (1 - group["momentum"])
-            stats["elr"], layers["elr"] = pace / stats["radius"] ** 2, pace / layers["norm"] ** 2
-            for found in (stats, layers):
-                found["angle"] = (found["elr"] * found["grad_norm"]).atan()
-        wrong = torch.stack(wrong).double()
-        columns = [torch.stack(losses).double(), wrong.mean(1)]
-        gamma, elr = stats["grad_norm"].norm(dim=1), stats["elr"].mean(1)
-        if self.options.mode == "angle":  # tan φ/γ of the means: in some steps γ is next to 0
-            elr = 0 * gamma + stats["angle"].tan().mean() / stats["grad_norm"].mean()
-        columns += [elr, gamma]
-        columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
-        if self.options.label_noise:
-            index = torch.stack([i if isinstance(i, Tensor) else torch.cat(i) for i in indices])
-            noisy = self.data.noisy[index].double()
-            columns += [noisy.mean(1), (wrong * (1 - noisy)).mean(1), (wrong * noisy).mean(1)]
-        layers = torch.stack([layers[name] for name in LAYER_COLUMNS[2:]], -1)
-        return torch.stack(columns).sum(1), layers.sum(0)
-
     def set_lr(self) -> float:
         """The learning rates of the coming epoch. Returns that of the spheres."""
-        t, factor, starts = max(self.epoch, 0), 1.0, self.options.starts
+        factor = 1.0
         if self.options.schedule == "cosine":
-            factor = (1 + math.cos(math.pi * t / self.epochs)) / 2
-        elif starts:
-            factor = [value for epoch, value in starts if epoch <= t][-1] / starts[0][1]
+            factor = (1 + math.cos(math.pi * max(self.epoch, 0) / self.epochs)) / 2
         for group in (self.plain or self.sphere).param_groups:
             first = group.setdefault("first_lr", float(group["lr"]))
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(first * factor)
             else:
                 group["lr"] = first * factor
-        return self.value * factor
+        return self.job.value * factor
 
     def measure(self, row: dict) -> None:
         """The columns of a row that are measured after the epoch."""
         options, net, data = self.options, self.net, self.data
-        row |= measure.on_test_set(net, data, options)
+        row |= measure.on_test_set(net, data, options.dtype)
         if options.eval_train:
             row |= measure.full_pass(net, data, self.sphere, options)
         now = measure.vectors(net, self.spheres)
@@ -232,175 +179,151 @@ class Run:
             if self.epoch > self.epochs - options.average:
                 self.averaged.update_parameters(net)
                 spheres = self.spheres if options.mode != "lr" else []
-                row |= measure.on_average(self.averaged, spheres, data, options)
+                row |= measure.on_average(self.averaged, spheres, data, options.dtype)
 
-    def train(self, epochs: int, path: Path, name: str, tell: Callable) -> None:
-        """Epochs up to this one, each with its rows in the logs and a checkpoint."""
-        options, self.epochs = self.options, epochs
+    def train(self, tell: Callable) -> None:
+        """The epochs that are left, each with its rows in the logs and a checkpoint."""
+        options, path = self.options, self.job.path
         columns = list(COLUMNS)
-        if options.label_noise:
-            columns += NOISE_COLUMNS
         if options.eval_train:
-            columns += measure.FULL_PASS.split()
+            columns += measure.FULL_PASS
         if options.average:
             columns += AVERAGE_COLUMNS
-        layers = [layer for group in options.layer_groups for layer in group]
-        layers = [
-            f"'{x}" if x[0] in "=+-@\t\r" else x for x in layers
-        ]  # no formulas in spreadsheets
+        layers = [name for group in options.layer_groups for name in group]
         rows = Rows(path, columns, self.epoch)
         layer_rows = Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, self.epoch)
         began = time.perf_counter() - self.seconds
         try:
-            while self.epoch < epochs and not self.ended:
+            while self.epoch < self.epochs and not self.ended:
                 row, of_layers = self.train_epoch()
                 self.measure(row)
                 self.seconds = row["seconds"] = time.perf_counter() - began
                 rows.add([row[column] for column in columns])
                 named = zip(layers, of_layers, strict=True)
                 layer_rows.add(*([self.epoch, layer, *values] for layer, values in named))
-                self.ended = not (
-                    math.isfinite(row["train_loss"]) and math.isfinite(row["grad_norm"])
-                )
-                self.save(path)
-                shown = f"loss {row['train_loss']:.3g}, error {row['train_error']:.3g}"
-                tell("epoch", name, self.epoch, epochs, f"{shown}, γ {row['grad_norm']:.3g}")
+                loss, error, gamma = row["train_loss"], row["train_error"], row["grad_norm"]
+                self.ended = not math.isfinite(loss + gamma)
+                self.save()
+                shown = f"loss {loss:.3g}, error {error:.3g}, γ {gamma:.3g}"
+                tell("epoch", self.job.name, self.epoch, self.epochs, shown)
         finally:
             rows.close()
             layer_rows.close()
+        if self.ended:
+            what = f"stopped: loss or gradient is not finite in epoch {self.epoch}"
+            tell("note", f"{self.job.name} stopped", f"{self.job.name}: {what}")
 
-    def save(self, path: Path) -> None:
-        state = {"epoch": self.epoch, "seconds": self.seconds, "ended": self.ended}
-        state |= {"net": self.net.state_dict(), "sphere": self.sphere.state_dict()}
-        state |= {"plain": self.plain.state_dict() if self.plain else None}
+    def parts(self) -> dict:
+        parts = dict(net=self.net, sphere=self.sphere, plain=self.plain, averaged=self.averaged)
+        return {name: part for name, part in parts.items() if part}
+
+    def save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state |= {name: getattr(self, name) for name in ("epoch", "seconds", "ended", "start")}
         state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
-        state |= {"averaged": self.averaged.state_dict() if self.averaged else None}
-        state |= {"start": self.start, "spheres": self.spheres, "origin": self.origin}
+        state |= {"spheres": self.spheres, "origin": self.job.init and self.job.init["checksum"]}
         if "cuda" in self.options.device:
             state["cuda"] = torch.cuda.get_rng_state(self.options.device)
-        save_checkpoint(path.with_suffix(".pt"), self.identity, state)
+        save_checkpoint(self.job.path.with_suffix(".pt"), self.identity(), state)
 
-    def load(self, state: dict) -> None:
-        self.epoch, self.seconds, self.ended = state["epoch"], state["seconds"], state["ended"]
-        self.net.load_state_dict(state["net"])
-        self.sphere.load_state_dict(state["sphere"])
-        if self.plain:
-            self.plain.load_state_dict(state["plain"])
-        if self.averaged:
-            self.averaged.load_state_dict(state["averaged"])
-        self.start = state["start"]
+    def identity(self) -> dict:
+        """What a checkpoint must share with this run, to go on from there."""
+        identity = {**self.options.config["options"], "mode": self.options.mode}
+        identity |= {"value": self.job.value, "seed": self.job.seed}
+        if self.options.schedule == "cosine":
+            identity["epochs"] = self.epochs
+        return identity
+
+    def load(self) -> None:
+        """Go on from the checkpoint, if there is one from the same start."""
+        path = self.job.path.with_suffix(".pt")
+        state = load_checkpoint(path, self.identity(), self.options.device)
+        if state is None or state["origin"] != (self.job.init and self.job.init["checksum"]):
+            return
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        for name in ("epoch", "seconds", "ended", "start"):
+            setattr(self, name, state[name])
         self.order.set_state(state["order"].cpu())
         torch.set_rng_state(state["random"].cpu())
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.options.device)
 
 
-def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: bool) -> tuple:
-    """One run (value, seed) to its verdict, and then the runs that start from its end. What is
-    finished is not done again. Returns its name and the verdict in words. Raises Busy where another
-    process is at it, unless `patient`."""
-    (value, seed), (path, name) = pair, name_of(options, pair)
-    job = Namespace(value=value, seed=seed, order=seed, init=options.init_state)
-    job.path, job.name = path, name
-    with lock(path.with_suffix(".lock"), patient):
-        done, epochs = True, options.epochs
-        while True:
-            done = not train_one(options, data, job, epochs, tell) and done
-            run = regimes.read_run(path, options.chance)
-            verdict = run.verdict
-            more = min(verdict.more_epochs or 0, options.max_epochs or 0)
-            if verdict.regime != "undecided" or more <= epochs:
-                break
-            epochs = more
-        after = second_runs(options, data, job, tell)
-    again = " (already done)" if done else ""
-    text = f"{again}: {regimes.title(verdict.regime)}: {verdict.why}"
-    if verdict.moves:
-        text = f"{again}: {regimes.way(run, regimes.read_folder(options.out))}"
-    return name, f"{text}; test error {run.log['test_error'][-1]:.3f}{after}"
-
-
-def second_runs(options: Namespace, data: Data, first: Namespace, tell: Callable) -> str:
-    """The runs that --then asks for, from the end of this one; what they gave, in words."""
-    text = ""
-    for i in range(options.then_orders if options.then else 0):
-        init = load_checkpoint(first.path.with_suffix(".pt"), None, options.device)
-        if init is None:
-            what = f"{first.path.with_suffix('.pt')} is gone, from which to go on"
-            raise ValueError(f"{what}: remove {first.path.name}, and it is made again")
-        then = f".then={regimes.elr_name(options.then)}" + (f".order={i}" if i else "") + ".csv"
-        job = Namespace(**vars(first))
-        job.value, job.path, job.init = options.then, first.path.with_suffix(then), init
-        job.name, job.order = f"{first.name}, then {options.then:g}", first.seed + 1000 * i
-        train_one(options, data, job, options.then_epochs, tell)
-        log = regimes.read_log(job.path)[0]
-        text += f"; then at {options.then:g}: train loss {log['train_loss'][-1]:.3g}"
-        text += f", test error {log['test_error'][-1]:.3f}"
-    return text
-
-
-def train_one(options: Namespace, data: Data, job: Namespace, epochs: int, tell: Callable) -> bool:
-    """A single run, from where its checkpoint left off. Returns whether there was work to do."""
-    identity = {**options.config["options"], "value": job.value, "mode": options.mode}
-    identity |= {"seed": job.seed, "order_seed": job.order}
-    if options.schedule == "cosine":
-        identity["epochs"] = epochs
-    origin = job.init and job.init["checksum"]
-    last = load_checkpoint(job.path.with_suffix(".pt"), identity, options.device)
-    if last and last["origin"] != origin:  # what it started from has gone on since
-        last = None
-    if last and (last["epoch"] >= epochs or last["ended"]):
-        return False
-    if last is None and job.init is None:  # a log without a checkpoint may hold the whole run
-        with suppress(ValueError):
+def train_one(options: Namespace, data: Data, job: Job, epochs: int, tell: Callable) -> bool:
+    """A run up to this epoch, from where it left off. Returns whether there was work to do."""
+    if job.init is None and not job.path.with_suffix(".pt").exists():
+        with suppress(ValueError):  # a log without a checkpoint may hold the whole run
             log, problem = regimes.read_log(job.path)
             if not problem and log["epoch"][-1] >= epochs:
                 return False
-    run = Run(options, data, job.value, job.seed, job.init)
-    run.identity, run.origin = identity, origin
-    run.order.manual_seed(job.order)
-    if last:
-        run.load(last)
-    run.train(epochs, job.path, job.name, tell)
-    if run.ended:
-        what = f"stopped: loss or gradient is not finite in epoch {run.epoch}"
-        tell("note", f"{job.name} stopped", f"{job.name}: {what}")
+    run = Run(options, data, job)
+    run.epochs = epochs
+    run.load()
+    if run.epoch >= epochs or run.ended:
+        return False
+    run.train(tell)
     return True
+
+
+def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: bool) -> tuple:
+    """One run (value, seed) to its verdict, and with --then a second one from its end. What is
+    finished is not done again. Returns its name, the verdict in words, and whether there was
+    nothing to do. Raises Busy where another process is at it, unless `patient`."""
+    job = Job(*pair, *name_of(options, pair))
+    with lock(job.path.with_suffix(".lock"), patient):
+        worked, epochs = train_one(options, data, job, options.epochs, tell), options.epochs
+        run = regimes.read_run(job.path, options.chance)
+        while run.verdict.regime == "undecided":
+            more = min(run.verdict.more_epochs or 0, options.max_epochs or 0)
+            if more <= epochs:
+                break
+            epochs = more
+            worked = train_one(options, data, job, epochs, tell) or worked
+            run = regimes.read_run(job.path, options.chance)
+        text = f"{regimes.title(run.verdict.regime)}: {run.verdict.why}"
+        if run.verdict.moves:
+            text = regimes.way(run, regimes.read_folder(options.out))
+        text += f"; test error {run.log['test_error'][-1]:.3f}"
+        if options.then:
+            init = load_checkpoint(job.path.with_suffix(".pt"), None, options.device)
+            if init is None:
+                what = f"{job.path.stem}.pt is gone, from which to go on"
+                raise ValueError(f"{what}: remove {job.path.name}, and it is made again")
+            path = second(job.path, options.then)
+            job = replace(job, value=options.then, path=path, init=init)
+            job.name += f", then {options.then:g}"
+            worked = train_one(options, data, job, options.epochs, tell) or worked
+            log = regimes.read_log(path)[0]
+            text += f"; then at {options.then:g}: train loss {log['train_loss'][-1]:.3g}"
+            text += f", test error {log['test_error'][-1]:.3f}"
+    return name_of(options, pair)[1], text, not worked
+
+
+def second(path: Path, value: float) -> Path:
+    return path.with_suffix(f".then={regimes.elr_name(value)}.csv")
 
 
 def measure_chance(options: Namespace, data: Data, seed: int) -> dict:
     """Loss and error at random points of this seed's spheres."""
     options = Namespace(**{**vars(options), "mode": "elr", "graph": None, "average": None})
-    run = Run(options, data, 1.0, seed, options.init_state)
+    run = Run(options, data, Job(1.0, seed, Path(), ""))
     return measure.chance(run.net, run.sphere, data, options, seed)
-
-
-def report(options: Namespace, last: bool = False) -> list[regimes.Run]:
-    """regimes.csv and regimes.png of all runs in the folder. The picture is left for later where
-    drawing would take more than a tenth of the time."""
-    runs, began = regimes.read_folder(options.out), time.monotonic()
-    if runs and not options.rank:
-        regimes.write_csv(options.out / "regimes.csv", regimes.rows(runs))
-        options.stale = options.stale or not last
-        if options.stale and (last or began > options.next_drawing):
-            figures.of_sweep(runs, options.out / "regimes.png", options.title)
-            ended = time.monotonic()
-            options.stale, options.next_drawing = False, ended + 10 * (ended - began)
-    return runs
 
 
 def what_next(options: Namespace, runs: list[regimes.Run]) -> list[str]:
     """The paper's advice made concrete: start just above the boundary of convergence and go on well
     inside it, at a tenth. And the angle, which needs no sweep."""
-    lines = []
-    try:
+    lines, boundary = [], None
+    with suppress(ValueError):
         boundary = regimes.boundaries(runs)[0]
-    except ValueError:
-        boundary = None
     if boundary and boundary.seen:
-        elr, then = boundary.high, float(f"{boundary.low / 10:.2g}")
-        lines.append("next: " + again(options, "--elr", f"{elr:g}", "--then", f"{then:g}"))
-        given = [run.final("then_test_error") for run in runs if run.elr == elr and run.then]
+        then = float(f"{boundary.low / 10:.2g}")
+        lines.append(
+            "next: " + again(options, "--elr", f"{boundary.high:g}", "--then", f"{then:g}")
+        )
+        seconds = [second(run.path, then) for run in runs if run.elr == boundary.high]
+        given = [regimes.read_log(p)[0]["test_error"][-1] for p in seconds if p.exists()]
         if given:
             lines[-1] += f"  (gave test error {sorted(given)[len(given) // 2]:.3f} here)"
     if options.mode != "angle":
@@ -408,63 +331,49 @@ def what_next(options: Namespace, runs: list[regimes.Run]) -> list[str]:
     return lines
 
 
+def stop(number: int, _) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: list[str] | None = None) -> int:
     options, data = parse(sys.argv[1:] if argv is None else argv)
-    options.signals = []
-
-    def stop(number: int, _) -> None:
-        options.signals.append(number)
-        raise KeyboardInterrupt
-
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
-    do, renew = partial(train, options, data), partial(report, options)
-    options.stale, options.next_drawing = True, 0.0
-    seeds = range(options.seed, options.seed + options.seeds)
+    values, seeds = options.values, range(options.seed, options.seed + options.seeds)
+    do, report = partial(train, options, data), figures.Report(options)
     try:
         for seed in seeds:
             if str(seed) not in options.chance:
                 options.chance[str(seed)] = measure_chance(options, data, seed)
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
         given = {k: str(x) if isinstance(x, Path) else x for k, x in options.given.items()}
-        more = {"chance": options.chance, "versions": versions, "command": given}
-        more |= {"threads": options.threads, "jobs": options.jobs}
-        write_config(options.out, options.config | more)
-        values = options.values
+        config = options.config | {"chance": options.chance, "command": given}
+        config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        config |= {"threads": options.threads, "jobs": options.jobs}
+        write_config(options.out, config)
         pairs = [(value, seed) for seed in seeds for value in values]
-        failed = run_all(do, pairs, options, renew)
+        failed = run_all(do, pairs, options, report.renew)
         for _ in range(options.refine):
             new = bisect(options.out, values)
             values = values + new
             pairs = [(value, seed) for seed in seeds for value in new]
-            failed = run_all(do, pairs, options, renew) or failed
-        runs = report(options, last=True)
-    except KeyboardInterrupt:
+            failed = run_all(do, pairs, options, report.renew) or failed
+        runs = report.renew(last=True)
+    except KeyboardInterrupt as signalled:
         what = f"the finished rows are in {options.out}, and the same command goes on from there"
         print(f"interrupted; {what}", file=sys.stderr)
-        return 128 + options.signals[-1]
+        return 128 + signalled.args[0]
+    except BrokenPipeError:
+        raise
     except (OSError, Busy) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    if options.rank == 0 and runs:
+    if runs and not options.rank:
         if len(values) * len(seeds) > 1:
             print(regimes.table(runs))
         print(f"written: {options.out / 'regimes.csv'}, {options.out / 'regimes.png'}")
         print("\n".join(what_next(options, runs)))
     return 1 if failed else 0
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed memory for the next step, which would otherwise be fetched from the
-    system again, page by page and zeroed: with large activations that takes as long as the
-    arithmetic. Elsewhere than on Linux nothing changes."""
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 if __name__ == "__main__":

@@ -123,6 +123,10 @@ class DyingOs:
         return counted
 
 
+def die_at(n):
+    runs.os = regimes.os = DyingOs(n)
+
+
 def equal_sweeps(a, b):
     for name in {path.name for folder in (a, b) for path in folder.glob("elr=*.pt")}:
         equal_runs(a, b, name.removesuffix(".pt"))
@@ -155,19 +159,17 @@ def test_killed_between_any_two_system_calls_a_sweep_goes_on_to_the_same_files(
     counter, calls = tmp_path / "calls", 10**9
 
     def count():
-        runs.os = DyingOs(calls)
+        runs.os = regimes.os = DyingOs(calls)
         figures.of_sweep = lambda *_: counter.write_text(
             str(calls - runs.os.left)
         )  # the last that is written
 
     assert end_of(start(*MADE, "--out", tmp_path / "counted", before=count))[0] == 0
     total = int(counter.read_text())
-    assert total > 50
+    assert total > 40
     for n in range(1, total + 1):
         folder = tmp_path / str(n)
-        status, output = end_of(
-            start(*MADE, "--out", folder, before=lambda n=n: setattr(runs, "os", DyingOs(n)))
-        )
+        status, output = end_of(start(*MADE, "--out", folder, before=lambda n=n: die_at(n)))
         assert status == -signal.SIGKILL, output
         status, output = end_of(start(*MADE, "--out", folder))
         assert status == 0 and "Traceback" not in output, (n, output)
@@ -214,7 +216,7 @@ def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
 def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(
     tmp_path, number, status
 ):
-    command = ["--elr", 0.01, "--width", 2, "--epochs", 3, "--batch-size", 2, "--train-size", 600]
+    command = ["--elr", 0.01, "--width", 2, "--epochs", 3, "--batch-size", 4]
     command += ["--momentum", 0.9, "--augment"]
     assert end_of(start(*command, "--out", tmp_path / "whole"))[0] == 0
     child = start(*command, "--out", tmp_path / "parts")
@@ -315,6 +317,44 @@ def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_
     assert status == 0 and "Traceback" not in output, output
     equal_sweeps(one_by_one, tmp_path)  # which were written by one process, one after the other
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
+
+
+def test_where_all_jobs_are_killed_their_parent_finishes_the_sweep(tmp_path, one_by_one):
+    child = start(*MANY, "--jobs", 2, "--out", tmp_path)
+    wait_for(lambda: len(holders(tmp_path)) == 2)
+    for job in holders(tmp_path):
+        os.kill(job, signal.SIGKILL)
+    status, output = end_of(child)
+    assert status == 0 and "Traceback" not in output, output
+    equal_sweeps(one_by_one, tmp_path)
+
+
+def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+    watch = runs.Watch(1, 1, renew=lambda: None)
+    for epoch in range(9):
+        watch.tell(0, "epoch", "elr 1e-02", epoch, 9, "loss 2, error 0.5, γ 3")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2 and len(lines) < 9
+    assert all(line.startswith("elr 1e-02: epoch ") for line in lines)
+    assert all(line.endswith(" of 9, loss 2, error 0.5, γ 3") for line in lines)
+
+
+def test_on_a_terminal_there_is_a_bar_per_job_and_one_for_the_sweep(tmp_path):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "train.py", *MANY, "--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # the terminal is gone when the last process has ended
+        while piece := os.read(ours, 65536):
+            shown += piece
+    verdicts = process.communicate()[0]
+    shown = shown.decode(errors="replace")
+    assert process.returncode == 0 and verdicts.count("; test error ") == 4
+    assert "runs: " in shown and "/4 [" in shown  # with the time that is left
+    assert "elr 1e-02: " in shown and "/6 [" in shown and "γ" in shown
 
 
 def test_jobs_whose_parent_is_killed_end_too_and_the_same_command_finishes_the_sweep(
@@ -473,35 +513,6 @@ def test_nothing_in_a_checkpoint_runs_code(tmp_path):
     with pytest.raises(ValueError, match="evil.pt is damaged"):
         runs.load_checkpoint(tmp_path / "evil.pt", {}, "cpu")
     assert not (tmp_path / "ran").exists()
-
-
-def test_no_cell_is_a_formula_for_a_spreadsheet(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from torch import nn\n"
-        "class Net(nn.Module):\n"
-        "    def __init__(self, channels, classes):\n"
-        "        super().__init__()\n"
-        "        self.add_module('=cmd()', nn.Conv2d(channels, 4, 3, bias=False))\n"
-        "        layers = nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)\n"
-        "        self.rest = nn.Sequential(*layers)\n"
-        "    def forward(self, x):\n"
-        "        return self.rest(getattr(self, '=cmd()')(x))\n"
-    )
-    command = [
-        "--model",
-        f"{tmp_path}/mine.py:Net",
-        "--elr",
-        0.01,
-        "--epochs",
-        1,
-        "--batch-size",
-        256,
-        "--out",
-        tmp_path / "out",
-    ]
-    assert end_of(start(*command))[0] == 0
-    layers = {row["layer"] for row in read(tmp_path / "out" / "elr=1e-02.layers.csv")}
-    assert "'=cmd().weight" in layers and not any(layer[0] in "=+-@" for layer in layers)
 
 
 def one_line(error):

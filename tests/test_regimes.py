@@ -305,10 +305,7 @@ def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
         write(sweep / f"elr=5e-03.seed={seed}.csv", log, zip(*log.values(), strict=True))
     assert run(sweep) == 0
     out = capsys.readouterr().out
-    assert (
-        "convergence | chaotic equilibrium: 0.005 to 0.01 (×2)"
-        in out
-    )
+    assert "convergence | chaotic equilibrium: 0.005 to 0.01 (×2)" in out
 
 
 def test_regimes_out_of_order_have_no_boundaries(sweep, capsys):
@@ -396,11 +393,7 @@ def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, cap
     )
     assert regimes.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert (
-        "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)"
-        in out
-        and " 2/3 " in out
-    )
+    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in out and " 2/3 " in out
     with open(tmp_path / "regimes.csv") as file:
         found = list(csv.DictReader(file))
     losses = [float(row["train_loss"]) for row in found if row["elr"] == "0.01"]

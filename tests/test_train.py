@@ -176,29 +176,32 @@ def test_a_finished_run_is_not_done_again_and_force_starts_afresh(tmp_path, caps
     assert not (tmp_path / "elr=1e-02.csv").exists() and (tmp_path / "notes.txt").exists()
 
 
-ONE_OF = "one of --elr ELR, --sweep, --angle PHI, --lr LR or a --schedule of values must say which"
+ONE_OF = "one of --elr ELR, --sweep, --angle PHI or --lr LR must say which runs"
 BAD = [
     (["--elr", "0"], "--elr: '0' is not"),
     (["--elr", "-1"], "--elr: '-1' is not"),
     (["--elr", "nan"], "--elr: 'nan' is not"),
-    (["--elr", "inf"], "--elr: 'inf' is a number that float32 cannot hold"),
-    (["--elr", "1e308"], "--elr: '1e308' is a number that float32 cannot hold"),
-    (["--elr", "5e-324"], "--elr: '5e-324' is a number that float32 cannot hold"),
-    (["--elr", "1e-320", "1e300"], "--elr: '1e-320' is a number that float32 cannot hold"),
+    (["--elr", "inf"], "--elr: 'inf' is not a number that float32 can hold"),
+    (["--elr", "1e308"], "--elr: '1e308' is not a number that float32 can hold"),
+    (["--elr", "5e-324"], "--elr: '5e-324' is not a number that float32 can hold"),
+    (["--elr", "1e-320", "1e300"], "--elr: '1e-320' is not a number that float32 can hold"),
     (["--elr", "abc"], "--elr: 'abc' is not"),
     ([], ONE_OF),
     (["--elr", "0.1", "--sweep"], "which runs, and only one"),
     (["--elr", "0.1", "--angle", "0.1"], "which runs, and only one"),
     (["--elr", "0.1", "--lr", "0.1"], "which runs, and only one"),
     (["--angle", "0"], "--angle: '0' is not"),
-    (["--angle", "1.6"], "--angle: '1.6' is not a finite number above 0 and below 1.571"),
+    (
+        ["--angle", "1.6"],
+        "--angle: '1.6' is not a number that float32 can hold, above 0 and below 1.571",
+    ),
     (["--elr", "0.1", "--epochs", "0"], "--epochs: '0' is not"),
     (["--elr", "0.1", "--epochs", "2.5"], "--epochs: '2.5' is not a whole"),
     (["--sweep", "1", "1e-5", "9"], "--sweep: 1 1e-5 9 is not LO HI N"),
     (["--sweep", "1e-3", "1"], "--sweep: 1e-3 1 is not LO HI N"),
-    (["--sweep", "1e-3", "1", "1"], "--sweep: '1' is not a whole number above 1"),
+    (["--sweep", "1e-3", "1", "1"], "--sweep: 1e-3 1 1 is not LO HI N"),
     (["--sweep", "1e-3", "1", "99999999"], "is not LO HI N with LO < HI and 2 ≤ N ≤ 10000"),
-    (["--sweep", "1e-3", "x", "5"], "--sweep: 'x' is not"),
+    (["--sweep", "1e-3", "x", "5"], "--sweep: 1e-3 x 5 is not LO HI N"),
     (["--elr", "0.1", "--batch-size", "0"], "--batch-size: '0' is not"),
     (["--elr", "0.1", "--batch-size", "5000"], "--batch-size: 5000 is more than the 1437"),
     (["--elr", "0.1", "--data", "nowhere"], "--data: no data set 'nowhere'"),
@@ -216,43 +219,33 @@ BAD = [
     (["--elr", "0.1", "--seed", "-1"], "--seed: -1 is not"),
     (["--elr", "0.1", "--device", "abacus"], "--device: 'abacus' cannot be used"),
     (["--elr", "0.1", "--wd", "0.1"], "--wd: this is for --lr"),
-    (["--lr", "0.1", "--sphere", "layer"], "--sphere: in the whole space there is --lr"),
-    (["--lr", "0.1", "--head-lr", "1"], "--head-lr: in the whole space"),
+    (
+        ["--lr", "0.1", "--sphere", "layer"],
+        "--sphere: in the whole space, --lr, there is no sphere",
+    ),
     (["--lr", "0.1", "--then", "0.01"], "--then: it takes a constant ELR"),
     (
         ["--elr", "0.1", "--momentum", "1"],
-        "--momentum: '1' is not a finite number above 0 and below 1",
+        "--momentum: '1' is not a number that float32 can hold, above 0 and below 1",
     ),
-    (
-        ["--elr", "0.1", "--schedule", "linear"],
-        "--schedule: 'linear' is neither constant nor cosine",
-    ),
-    (["--schedule", "3:0.1"], "--schedule: '3:0.1' is neither"),
-    (["--schedule", "0:0.1,0:0.2"], "--schedule: '0:0.1,0:0.2' is neither"),
-    (["--schedule", "0:-1"], "--schedule: '0:-1' is neither"),
-    (["--schedule", "0:0.1,5:0.2", "--elr", "0.1"], "which runs, and only one"),
+    (["--elr", "0.1", "--schedule", "linear"], "--schedule: invalid choice: 'linear'"),
     (["--elr", "0.1", "--label-noise", "1"], "--label-noise: '1' is not"),
-    (["--elr", "0.1", "--train-size", "1438"], "--train-size: 1438 is more than the 1437"),
-    (["--elr", "0.1", "--train-size", "8"], "--batch-size: 16 is more than the 8"),
     (["--elr", "0.1", "--label-noise", "1e-4"], "--label-noise: 0.0001 of 1437 training inputs is"),
-    (["--elr", "0.1", "--then-epochs", "5"], "--then-epochs: this is for --then"),
-    (["--elr", "0.1", "--then-orders", "2"], "--then-orders: this is for --then"),
     (["--elr", "0.1", "--then", "0.01", "--schedule", "cosine"], "--then: it takes a constant ELR"),
     (["--angle", "0.1", "--then", "3"], "--then: 3.0 is no angle"),
     (["--elr", "0.1", "--average", "21"], "--average: 21 is more than the 20 epochs"),
-    (["--elr", "0.1", "--loss", "hinge"], "--loss: invalid choice"),
     (["--elr", "0.1", "--image-size", "16"], "--image-size: this is for --data FOLDER"),
     (["--elr", "0.1", "--data-root", "x"], "--data-root: there is nothing to download"),
-    (["--elr", "0.1", "--refine", "2"], "--refine: it takes --sweep, or several ELRs"),
+    (["--elr", "0.1", "--refine", "2"], "--refine: it takes --sweep, or several constant ELRs"),
     (
         ["--sweep", "--refine", "2", "--schedule", "cosine"],
-        "--refine: a regime belongs to a constant",
+        "--refine: it takes --sweep, or several constant ELRs",
     ),
-    (["--angle", "0.1", "--max-epochs", "50"], "--max-epochs: a regime belongs to a constant ELR"),
+    (["--angle", "0.1", "--max-epochs", "50"], "--max-epochs: it takes constant ELRs"),
     (["--sweep", "--refine", "1", "--max-epochs", "5"], "--max-epochs: 5 is less than --epochs 20"),
     (
         ["--elr", "0.1", "--average", "2", "--max-epochs", "50"],
-        "--max-epochs: --average has to know",
+        "--max-epochs: it takes constant ELRs, and no --average",
     ),
     (["--elr", "0.1", "--seeds", "0"], "--seeds: '0' is not"),
     (["--elr", "0.1", "--seeds", "99999999"], "--seeds: 1 × 99999999 runs are too many"),
@@ -451,12 +444,7 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
     assert layers == found
     assert set(out.split("by plain SGD: ")[1].splitlines()[0].split(", ")).isdisjoint(found)
     before = read(tmp_path / "out" / "elr=1e-03.csv")
-    assert run(*command, "--out", tmp_path / "other", "--head-lr", 1e-6) == 0
-    after = read(tmp_path / "other" / "elr=1e-03.csv")
-    assert (
-        before[0]["train_loss"] == after[0]["train_loss"]
-        and before[2]["train_loss"] != after[2]["train_loss"]
-    )
+    assert float(before[2]["train_loss"]) < float(before[0]["train_loss"])
 
 
 @pytest.mark.parametrize(
@@ -469,9 +457,8 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
         ("{}/mine.py:narrow", [], "the network's output is (32, 3)"),
         ("{}/mine.py:broken", [], "cannot be run on the data"),
         ("{}/bad.py:net", [], "cannot be imported (SyntaxError"),
-        ("{}/mine.py:net", ["--width", "8"], "--width: this is for our own networks"),
-        ("{}/mine.py:net", ["--affine"], "--affine: this is for our own networks"),
-        ("convnet", ["--head-lr", "0.1"], "--head-lr: all that convnet trains is on the spheres"),
+        ("{}/mine.py:net", ["--width", "8"], "--width: a network of your own has its own"),
+        ("{}/mine.py:net", ["--affine"], "--affine: a network of your own has its own"),
     ],
 )
 def test_a_network_that_cannot_be_trained_is_one_line(
@@ -550,25 +537,6 @@ def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_
     )
 
 
-def test_head_lr_is_the_learning_rate_off_the_sphere(tmp_path):
-    torch.manual_seed(0)
-    net = MODELS["convnet"](1, 10, 2)
-    matching = 0.01 * sum(
-        net.get_parameter(name).square().sum().item() for (name,) in net.layer_groups
-    )
-    for name, more in (
-        ("default", []),
-        ("same", ["--head-lr", matching]),
-        ("other", ["--head-lr", 1e-3]),
-    ):
-        assert run("--elr", 0.01, *QUICK, "--train-head", *more, "--out", tmp_path / name) == 0
-    default, equal, other = (log(tmp_path / name) for name in ("default", "same", "other"))
-    assert default[2]["train_loss"] == pytest.approx(equal[2]["train_loss"], rel=1e-4)
-    assert (
-        same(default[:1], other[:1], LEARNED) and default[2]["train_loss"] != other[2]["train_loss"]
-    )
-
-
 def test_momentum_is_the_heavy_ball_of_the_optimizer(tmp_path, plain):
     assert run("--elr", 0.001, *QUICK, "--momentum", 0.9, "--out", tmp_path) == 0
     rows = log(tmp_path, "elr=1e-03")
@@ -591,14 +559,9 @@ def test_schedules_set_the_elr_of_each_epoch(tmp_path, plain):
         same(rows[:2], log(plain)[:2], LEARNED)
         and rows[2]["train_loss"] != log(plain)[2]["train_loss"]
     )
-    assert run(*QUICK, "--schedule", "0:1e-2,1:1e-4", "--out", tmp_path / "steps") == 0
-    rows = log(tmp_path / "steps")
-    assert [row["elr"] for row in rows] == pytest.approx([0.01, 0.01, 0.0001]) and same(
-        rows[:2], log(plain)[:2], LEARNED
-    )
-    layers = read(tmp_path / "steps" / "elr=1e-02.layers.csv")
+    layers = read(tmp_path / "cosine" / "elr=1e-02.layers.csv")
     assert sum(1 / float(row["elr"]) for row in layers if row["epoch"] == "2") == pytest.approx(
-        1e4, rel=1e-2
+        1 / 0.005, rel=1e-2
     )
 
 
@@ -636,14 +599,10 @@ def test_full_batch_is_gradient_descent_on_the_mean_over_the_chunks(tmp_path):
     assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()
 
 
-def test_label_noise_is_learned_and_reported_on_both_parts(tmp_path, plain):
+def test_label_noise_is_learned_and_leaves_the_test_set(tmp_path, plain):
     assert run("--elr", 0.001, *QUICK, "--label-noise", 0.25, "--out", tmp_path) == 0
     rows = log(tmp_path, "elr=1e-03")
-    for row in rows:
-        assert row["train_error"] == pytest.approx(
-            0.75 * row["clean_error"] + 0.25 * row["noisy_error"], abs=0.01
-        )
-    assert rows[2]["noisy_error"] > rows[2]["clean_error"] + 0.3
+    assert rows[2]["train_error"] > rows[2]["test_error"] + 0.1  # a quarter of its labels is wrong
     assert same(rows[:1], log(plain)[:1], ["test_loss", "test_error"])
     assert rows[0]["train_loss"] != log(plain)[0]["train_loss"]
 
@@ -658,29 +617,6 @@ def test_augment_changes_the_training_images_alone(tmp_path, plain):
         json.loads((folder / "config.json").read_text())["chance"] for folder in (tmp_path, plain)
     ]
     assert chance[0] == chance[1]
-
-
-def test_loss_mse_changes_the_loss_and_leaves_the_errors_of_the_start(tmp_path, plain):
-    assert run("--elr", 0.01, *QUICK, "--loss", "mse", "--out", tmp_path) == 0
-    rows, before = log(tmp_path), log(plain)
-    assert (
-        same(rows[:1], before[:1], ["train_error", "test_error"])
-        and rows[0]["test_loss"] != before[0]["test_loss"]
-    )
-    net, digits = MODELS["convnet"](1, 10, 2), load("digits")
-    net.load_state_dict(net_of(tmp_path))
-    logits = net.eval()(digits.normalized(digits.test_x)).detach()
-    assert rows[2]["test_loss"] == pytest.approx(
-        (logits - torch.eye(10)[digits.test_y]).square().mean().item(), rel=1e-5
-    )
-
-
-def test_train_size_leaves_the_test_set(tmp_path):
-    assert run("--elr", 0.01, *QUICK, "--train-size", 200, "--eval-train", "--out", tmp_path) == 0
-    rows = log(tmp_path)
-    assert [row["step"] for row in rows] == [0, 3, 6]
-    assert {round(row["test_error"] * 360, 6) % 1 for row in rows} == {0}
-    assert {round(row["full_train_error"] * 200, 6) % 1 for row in rows} == {0}
 
 
 def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
@@ -944,7 +880,7 @@ def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_pat
 def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeypatch):
     """As a CUDA graph needs it; here, without one."""
     monkeypatch.setattr(train, "Captured", lambda step: step)
-    more = ["--schedule", "0:1e-2,1:1e-3", "--affine", "--head-lr", "0.1", "--eval-train", "--out"]
+    more = ["--elr", "0.01", "--schedule", "cosine", "--affine", "--eval-train", "--out"]
     for name in ("number", "tensor"):
         parsed, data = parse([*QUICK, *more, str(tmp_path / name)])
         parsed.graph, parsed.chance = name == "tensor", {"0": None}
@@ -953,7 +889,7 @@ def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeyp
         lrs = [group["lr"] for group in checkpoint["sphere"]["param_groups"]]
         assert len(lrs) == 2 and all(isinstance(lr, torch.Tensor) == parsed.graph for lr in lrs)
     number, tensor = (read(tmp_path / name / "elr=1e-02.csv") for name in ("number", "tensor"))
-    assert [row["elr"] for row in tensor] == ["0.01", "0.01", "0.001"]
+    assert [row["elr"] for row in tensor] == ["0.01", "0.01", "0.005"]
     for one, other in zip(number, tensor, strict=True):  # apart by the rounding to float32
         for column in one.keys() - {"seconds", "radial"}:
             assert float(other[column]) == pytest.approx(float(one[column]), rel=2e-3, abs=1e-9)
@@ -1056,7 +992,7 @@ def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path, c
     table = [row["elr"] for row in read(tmp_path / "regimes.csv")]
     assert table == ["0.001", "0.3"]  # a run whose ELR moved has no row
     flags = ["--schedule", "constant", "--sphere", "layer", "--affine", "--out", tmp_path / "more"]
-    assert run("--angle", 0.1, *QUICK, *flags, "--then", 0.01, "--then-epochs", 2) == 0
+    assert run("--angle", 0.1, *QUICK, *flags, "--then", 0.01) == 0
     assert {round(row["angle"], 9) for row in log(tmp_path / "more", "angle=1e-01")} == {0.1}
     then = log(tmp_path / "more", "angle=1e-01.then=1e-02")
     assert {round(row["angle"], 9) for row in then} == {0.01}
@@ -1167,17 +1103,15 @@ EXTREME = [
 ]
 EXTREME += ["", "x", "0x10", "1_0", "9" * 5000]
 OPTIONS = """--elr --sweep --angle --lr --wd --refine --max-epochs --seed --seeds --epochs --then
-    --then-epochs --then-orders --average --momentum --schedule --head-lr --width --modulus --image-size
-    --batch-size --train-size --label-noise --jobs --threads""".split()
+    --average --momentum --width --modulus --image-size --batch-size --label-noise --jobs
+    --threads""".split()
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_extreme_number_is_one_line_or_taken(tmp_path, capsys, monkeypatch, option):
     """All scripts check before they do anything, so that the check alone is asked here."""
     monkeypatch.chdir(tmp_path)
-    first = (
-        [] if option in ("--elr", "--sweep", "--angle", "--lr", "--schedule") else ["--elr", "0.1"]
-    )
+    first = [] if option in ("--elr", "--sweep", "--angle", "--lr") else ["--elr", "0.1"]
     for number in EXTREME:
         try:
             parsed, _ = parse([*first, option, *[number] * (3 if option == "--sweep" else 1)])
