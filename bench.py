@@ -39,7 +39,7 @@ import sphere_step
 import train
 from graph import keep_memory
 from models import MODELS, convnet
-from options import number, parse
+from options import parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
@@ -439,7 +439,7 @@ def main() -> int:
     ways["optimizers"] = optimizers
     parser.add_argument("what", choices=tuple(ways), help="what to time")
     text = "medians are over so many; optimizers: seeds (default: %(default)s)"
-    how = dict(type=number(int, 0, 10**6), default=5, metavar="N")
+    how = dict(type=regimes.number(int, 0, 10**6), default=5, metavar="N")
     parser.add_argument("--repetitions", **how, help=text)
     args = parser.parse_args()
     print(f"on {machine()}, torch {torch.__version__}; medians of {args.repetitions}")

@@ -5,7 +5,6 @@ import math
 import os
 import shlex
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import regimes
 from data import NAMES, Data, add_label_noise, load
 from models import MODELS, build, layer_groups
+from regimes import number
 from runs import grid, open_folder
 
 MFLOP_PER_THREAD = 200  # of a step: below, a second thread costs more than it gives
@@ -29,24 +29,6 @@ DEFAULTS |= dict(dtype="fp32", modulus=31)
 
 class Refused(Exception):
     """An option, by name, and why it cannot be."""
-
-
-def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        held = kind is int or 1.18e-38 < value < 3.4e38
-        if not (low < value < high and held):
-            name = "whole number" if kind is int else "number that float32 can hold,"
-            below = f" and below {high:.4g}" if high < math.inf else ""
-            raise ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
-        return value
-
-    return parse
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -533,6 +534,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        held = kind is int or 1.18e-38 < value < 3.4e38
+        if not (low < value < high and held):
+            name = "whole number" if kind is int else "number that float32 can hold,"
+            below = f" and below {high:.4g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
+        return value
+
+    return parse
 
 
 def main(argv: list[str] | None = None) -> int:

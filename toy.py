@@ -10,9 +10,9 @@ below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* there is an o
     if 2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
     F_i = (α_i/2)(1 − η̃*/η̃),    F = (Σα − 1/η̃)/2,    skill = 1 − F/(Σα/2) = η̃*/η̃.
 
-Runs stay around it: up to 1.5 η̃* their means over time are these to six digits. Farther up the path
-is chaotic, and F stays within 1.3 % up to 1,000 η̃* for α = 1, 2, 4, 5 % for α = 5, 1, 1, 1, 1.
-Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695); the orbit is ours.
+Means over a run are these to six digits up to 1.5 η̃*; above, where the path is chaotic, F stays
+within 1.3 % up to 1,000 η̃* for α = 1, 2, 4. Source: Kodryan et al., NeurIPS 2022 (arXiv
+2209.03695); the orbit is ours.
 """
 
 import math
@@ -87,27 +87,24 @@ def main(argv: list[str] | None = None) -> int:
     text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
     example = "example: python toy.py --alphas 1 2 4 --seeds 3 --refine 4"
     parser = regimes.Parser(prog="toy.py", description=text, epilog=example, allow_abbrev=False)
-    add = parser.add_argument
-    add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="α_i (default: 1 2 4)")
-    add("--elr", nargs="+", type=float, help="these ELRs")
+    add, positive = parser.add_argument, regimes.number(float)
+    add("--alphas", nargs="+", type=positive, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--elr", nargs="+", type=positive, help="these ELRs")
     text = "N ELRs, log-spaced (default: 1e-2 1e2 13)"
-    add("--sweep", nargs=3, type=float, metavar=("LO", "HI", "N"), help=text)
-    add("--seeds", type=int, default=1, metavar="K", help="random starts per ELR (default: 1)")
-    add("--refine", type=int, default=0, metavar="N", help="bisect both boundaries N times")
-    add("--steps", type=int, default=20_000, metavar="N", help="of each run (default: 20000)")
+    default = [1e-2, 1e2, 13]
+    which("--sweep", nargs=3, type=positive, default=default, metavar=("LO", "HI", "N"), help=text)
+    whole = regimes.number(int)
+    add("--seeds", type=whole, default=1, metavar="K", help="random starts (default: 1)")
+    refine = dict(type=regimes.number(int, -1), default=0, metavar="N")
+    add("--refine", **refine, help="bisect both boundaries N times")
+    steps = dict(type=regimes.number(int, 9), default=20_000, metavar="N")
+    add("--steps", **steps, help="of each run (default: 20000)")
     add("--out", type=Path, default=Path("logs/toy"), metavar="DIR", help="(default: logs/toy)")
     args = parser.parse_args(argv)
-    low, high, n = args.sweep or (1e-2, 1e2, 13)
-    wrong = [("alphas", min(args.alphas) <= 0 or not sum(args.alphas) < 1e9, "positive numbers")]
-    wrong += [("elr", not all(1e-30 < x < 1e30 for x in args.elr or [1]), "from 1e-30 to 1e30")]
-    wrong += [("elr", args.elr and args.sweep, "left out where there is --sweep")]
-    good = 1e-30 < low < high < 1e30 and 2 <= n <= 10_000 and n == int(n)
-    wrong += [("sweep", not good, "LO HI N with LO < HI and N ≥ 2")]
-    for name, least in (("seeds", 1), ("refine", 0), ("steps", 10)):
-        wrong += [(name, not least <= getattr(args, name) <= 10**7, f"{least} at least")]
-    for name, is_wrong, what in wrong:
-        if is_wrong:
-            parser.error(f"argument --{name}: {getattr(args, name)} must be {what}")
+    low, high, n = args.sweep
+    if low >= high or n not in range(2, 10_001):
+        parser.error("argument --sweep: it takes LO HI N with LO < HI and 2 ≤ N ≤ 10000")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,15 +4,18 @@
 """
 
 import errno
+import fcntl
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import traceback
 from contextlib import suppress
@@ -344,6 +347,7 @@ def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
 def test_on_a_terminal_there_is_a_bar_per_job_and_one_for_the_sweep(tmp_path):
     ours, theirs = os.openpty()
     command = [sys.executable, "train.py", *MANY, "--jobs", "2", "--out", str(tmp_path)]
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True)
     os.close(theirs)
     shown = b""
