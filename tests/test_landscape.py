@@ -18,7 +18,7 @@ from measure import vectors
 from models import fixed_head
 from options import parse
 
-SMALL = ["--width", "1", "--batch-size", "64", "--epochs", "2"]
+SMALL = ["--width", "1", "--batch-size", "256", "--epochs", "2"]
 
 
 def run(*arguments):

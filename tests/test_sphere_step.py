@@ -398,7 +398,7 @@ def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
     for sphere in ("group", "tensor"):
         with pytest.raises(ValueError, match="norm zero"):
             SphereSGD([torch.zeros(3, requires_grad=True)], lr=0.1, sphere=sphere)
-    with pytest.raises(ValueError, match="a row of tensor 0"):
+    with pytest.raises(ValueError, match="sphere='row': that of tensor 0 has norm zero"):
         SphereSGD(
             [torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)], lr=0.1, sphere="row"
         )
