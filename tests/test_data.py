@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 from data import DIGITS, add_label_noise, batches, crop_and_flip, load
+from options import parse
 
 
 def test_digits_are_the_files_own_split_normalized_by_the_training_set():
@@ -399,3 +400,31 @@ def test_odd_folders_are_refused_in_one_line_or_read(tmp_path):
     with pytest.raises(ValueError) as error:
         load(str(empty), tmp_path / "r")
     assert "\n" not in str(error.value) and "fox" in str(error.value)
+
+
+def test_folders_of_one_image_of_one_pixel_and_of_unequal_sizes(tmp_path, capsys):
+    def folder(name, size):
+        path = make_folder(tmp_path / name, size, formats=("png",))
+        for file in path.glob("*/*/[1-9].png"):  # leaves one image per class
+            file.unlink()
+        return path
+
+    one = load(str(folder("one", 9)), tmp_path / "r")
+    assert len(one.x) == len(one.test_x) == 2 and one.classes == 2
+    pixels = folder("pixels", 1)
+    assert load(str(pixels), tmp_path / "r").x.shape == (2, 3, 1, 1)
+    root = ["--data-root", str(tmp_path / "r")]
+    commands = {"--batch-size: 16 is more than the 2 training inputs": ["one"]}
+    commands["--model: convnet takes images of at least 8 × 8, not 3 × 1 × 1"] = [
+        *["pixels", "--batch-size", "2"]
+    ]
+    for message, (name, *more) in commands.items():
+        with pytest.raises(SystemExit) as exit:
+            parse(["--elr", "0.1", "--data", str(tmp_path / name), *more, *root])
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
+    wide = Image.fromarray(images(1, 12)[0])
+    wide.save(tmp_path / "one" / "train" / "dog" / "wide.png")
+    with pytest.raises(ValueError, match="bring all to one size with --image-size"):
+        load(str(tmp_path / "one"), tmp_path / "r")
+    assert load(str(tmp_path / "one"), tmp_path / "r", 10).x.shape == (3, 3, 10, 10)
