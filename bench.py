@@ -4,7 +4,6 @@
     python bench.py iteration      an iteration of the default run, and what it is made of
     python bench.py epoch          an epoch over 2,560 PNG files, against a loop over a DataLoader
     python bench.py sweep          the default sweep and four short runs: default jobs, one job
-    python bench.py optimizers     test errors of AdamW and SGD on the tasks of the README
 
 All ways of a case take turns, and medians are printed, so that ratios hold on a machine that others
 use, too. The limits, the rate of a large matrix product and of a copy in memory, are measured in
@@ -378,67 +377,13 @@ def sweep(repetitions: int) -> None:
     report("sweep", rows, "one job")
 
 
-# ------------------------------------------------------------------------------ other optimizers
-
-TASKS = {
-    "digits": ["--data", "digits"],
-    "digits, resnet18": ["--data", "digits", "--model", "resnet18"],
-    "digits, half wrong": ["--data", "digits", "--label-noise", "0.5"],
-    "digits, MLP": ["--data", "digits", "--model", f"{HERE}/bench.py:mlp"],
-    "modular 31": ["--data", "modular"],
-}
-RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
-
-
-def mlp(example: Tensor, classes: int) -> nn.Module:
-    """A network of one's own, with LayerNorm."""
-    n = example.numel()
-    layers = [nn.Flatten(), nn.Linear(n, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 128)]
-    return nn.Sequential(*layers, nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, classes))
-
-
-def optimizers(seeds: int) -> None:
-    """Test error after the task's epochs of AdamW and of SGD with momentum 0.9, weight decay and a
-    cosine, over learning rates; the same networks, data, batches and epochs as train.py."""
-    found = []
-    for task, options in TASKS.items():
-        for kind, rates in RATES.items():
-            for lr in rates:
-                values = [train_with(options, kind, lr, seed) for seed in range(seeds)]
-                found += [[task, kind, lr, seed, x] for seed, x in enumerate(values)]
-                error = statistics.median(values)
-                print(f"{task:20}{kind:8}{lr:8g}  {error:.4f}", flush=True)
-    write("optimizers", ["task", "optimizer", "lr", "seed", "test_error"], found)
-
-
-def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
-    with tempfile.TemporaryDirectory() as out:
-        parsed, data = parse([*options, "--elr", "1", "--seed", str(seed), "--out", out])
-        run = train.Run(parsed, data, train.Job(1.0, seed, Path(), ""))
-    params = [p for p in run.net.parameters() if p.requires_grad]
-    if kind == "adamw":
-        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
-    else:
-        optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, parsed.epochs)
-    run.net.train()
-    for _ in range(parsed.epochs):
-        for index in train.batches(len(data.x), parsed.batch_size, run.order):
-            optimizer.zero_grad()
-            F.cross_entropy(run.net(data.inputs(index)), data.y[index]).backward()
-            optimizer.step()
-        scheduler.step()
-    return measure.on_test_set(run.net, data, "fp32")["test_error"]
-
-
 def main() -> int:
     text = "Time what users wait for, beside the usual ways and the limits of the machine."
     example = "example: python bench.py epoch --repetitions 9"
     parser = regimes.Parser(prog="bench.py", description=text, epilog=example)
     ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep)
-    ways["optimizers"] = optimizers
     parser.add_argument("what", choices=tuple(ways), help="what to time")
-    text = "medians are over so many; optimizers: seeds (default: %(default)s)"
+    text = "medians are over so many (default: %(default)s)"
     how = dict(type=regimes.number(int, 0, 10**6), default=5, metavar="N")
     parser.add_argument("--repetitions", **how, help=text)
     args = parser.parse_args()

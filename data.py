@@ -1,8 +1,4 @@
-"""Data sets as tensors that live on the device; a batch is an indexing there.
-
-data = load("cifar10", root="data", device="cuda")
-x, y = data.inputs(index), data.y[index]
-"""
+"""Data sets as tensors that live on the device; a batch is an indexing there."""
 
 import hashlib
 import os
@@ -79,9 +75,8 @@ def load(
     elif Path(name).is_dir():
         parts = _folder(Path(name), Path(root), image_size)
     else:
-        raise ValueError(
-            f"no data set {name!r}: choose {', '.join(NAMES)}, a folder or a file .npz"
-        )
+        known = ", ".join(NAMES)
+        raise ValueError(f"no data set {name!r}: choose {known}, a folder or a file .npz")
     x, y, test_x, test_y = parts
     classes = int(max(y.max(), test_y.max())) + 1
     if classes < 2:
@@ -146,9 +141,7 @@ def _npz(path: Path) -> list[Tensor]:
             wrong = "is not of the kind and shape of x"
         elif y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 10**6:
             what = f"{path}: the array {name.replace('x', 'y')} of type {y.dtype}"
-            wrong = (
-                f"and shape {list(y.shape)} must be labels, whole numbers from 0 on, one per input"
-            )
+            wrong = f"and shape {list(y.shape)} must be labels, whole numbers from 0 on, one each"
         if wrong:
             raise ValueError(f"{what} {wrong}")
         x = x[:, None] if image and x.ndim == 3 else x

@@ -205,9 +205,7 @@ def build(options: dict, data) -> nn.Module:
 
 def load_function(file: str, name: str):
     if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(
-            f"no file {file}: it must be a Python file, as in path/to/file.py:function"
-        )
+        raise ValueError(f"no file {file}: it takes a Python file, path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -247,9 +245,8 @@ def scale_invariant_groups(
         for module in copy.modules():  # eps blurs the invariance
             if isinstance(getattr(module, "eps", None), float):
                 module.eps = min(module.eps, 1e-12)
-        names, params = zip(
-            *((n, p) for n, p in copy.named_parameters() if p.requires_grad), strict=True
-        )
+        trained = [(name, p) for name, p in copy.named_parameters() if p.requires_grad]
+        names, params = zip(*trained, strict=True)
         with torch.no_grad():
             for p in params:  # to a generic point: a bias of 0 would hide what depends on it
                 p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
@@ -257,29 +254,21 @@ def scale_invariant_groups(
         def outputs(batch, seed):
             torch.manual_seed(seed)  # dropout, if any, drops the same
             leaves = tree_leaves(copy(*batch))
-            return torch.cat(
-                [x.flatten() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-            )
+            leaves = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+            return torch.cat([x.flatten() for x in leaves])
 
         rows, norms = [], torch.stack([p.detach().norm() for p in params])
         while len(rows) < 2 * len(params) + 4:
             batch = tuple(_random_like(x) for x in inputs)
             out = outputs(batch, len(rows))
             for last in (False, False, False, True):
-                direction = torch.randn_like(out)
-                gradients = torch.autograd.grad(
-                    out, params, direction, retain_graph=not last, allow_unused=True
-                )
+                more = dict(retain_graph=not last, materialize_grads=True)
+                gradients = torch.autograd.grad(out, params, torch.randn_like(out), **more)
                 with torch.no_grad():
-                    pairs = [
-                        (torch.zeros_like(p) if g is None else g, p)
-                        for g, p in zip(gradients, params, strict=True)
-                    ]
-                    row = torch.stack([torch.dot(g.reshape(-1), p.reshape(-1)) for g, p in pairs])
-                    size = (
-                        torch.stack([g.norm() for g, _ in pairs]) @ norms
-                    )  # what the row could amount to
-                    rows.append((row / size.clamp(min=1e-300)).cpu())
+                    pairs = zip(gradients, params, strict=True)
+                    row = torch.stack([(g * p).sum() for g, p in pairs])
+                    largest = torch.stack([g.norm() for g in gradients]) @ norms
+                    rows.append((row / largest.clamp(min=1e-300)).cpu())
         _, singular, right = torch.linalg.svd(torch.stack(rows))
         null = right[singular < 1e-7 * len(rows) ** 0.5]
 
@@ -298,11 +287,11 @@ def scale_invariant_groups(
                     return False
             return True
 
+        def small_first(indices):
+            return len(indices), -sum(params[i].numel() for i in indices), sorted(indices)
+
         found, taken = [], set()
-        sizes = [p.numel() for p in params]
-        for indices in sorted(
-            _indicators(null), key=lambda s: (len(s), -sum(sizes[i] for i in s), sorted(s))
-        ):
+        for indices in sorted(_indicators(null), key=small_first):
             if not taken & indices and unchanged([params[i] for i in indices]):
                 found.append([names[i] for i in sorted(indices)])
                 taken |= indices
@@ -326,9 +315,8 @@ def layer_groups(net: nn.Module, x: Tensor, classes: int, sphere: str) -> list[l
         what = str(error).splitlines()[0]
         raise ValueError(f"the network cannot be run on the data ({what})") from error
     if logits.shape != (len(x), classes):
-        expected = (len(x), classes)
-        shape = tuple(logits.shape)
-        raise ValueError(f"the network's output is {shape}, not (batch, classes) = {expected}")
+        what = f"is {tuple(logits.shape)}, not (batch, classes) = {(len(x), classes)}"
+        raise ValueError(f"the network's output {what}")
     tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
     norms = {name: p.norm().item() for name, p in tensors.items()}
     usable = []
@@ -336,9 +324,8 @@ def layer_groups(net: nn.Module, x: Tensor, classes: int, sphere: str) -> list[l
         has_direction = any(norms[name] > 0 for name in group)
         if sphere == "row":  # a row of one number has none, which is all that a vector's rows are
             rows = [tensors[name].flatten(1) for name in group if tensors[name].dim() > 1]
-            has_direction = len(rows) == len(group) and all(
-                row.norm(dim=1).min() > 0 for row in rows
-            )
+            whole = all(row.norm(dim=1).min() > 0 for row in rows)
+            has_direction = len(rows) == len(group) and whole
         if has_direction:
             usable.append(group)
     if not usable:
@@ -382,9 +369,7 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
     basis = torch.where((basis - basis.round()).abs() < 1e-4, basis.round(), basis)
 
     found, seen = set(), set()
-    queue = deque(
-        frozenset([start]) for start in range(len(basis))
-    )  # breadth first: sums of few before sums of many
+    queue = deque(frozenset([start]) for start in range(len(basis)))  # sums of few come first
     while queue and len(seen) < 50_000:
         chosen = queue.popleft()
         if chosen in seen:
@@ -394,9 +379,7 @@ def _indicators(null: Tensor) -> set[frozenset[int]]:
         wrong = ((total != 0) & (total != 1)).nonzero()[:, 0]
         if not len(wrong):
             found.add(frozenset(total.nonzero()[:, 0].tolist()))
-            more = (basis[:, total == 1] < 0).any(
-                1
-            )  # those that exchange some of the set for others
+            more = (basis[:, total == 1] < 0).any(1)  # which exchange some of the set for others
         else:
             more = basis[:, wrong[0]] != 0
         if len(chosen) < 12:

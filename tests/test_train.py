@@ -1015,10 +1015,10 @@ def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long
 
 
 def test_a_finished_sweep_says_what_to_do_next_and_what_that_gave(tmp_path, capsys):
-    command = ["--elr", 0.001, 0.3, "--epochs", 16, "--width", 2, "--out", tmp_path]
+    command = ["--elr", 0.001, 0.3, "--epochs", 16, "--width", 4, "--out", tmp_path]
     assert run(*command) == 0
     *_, one, two = capsys.readouterr().out.splitlines()
-    more = f"--epochs 16 --width 2 --out {tmp_path}"
+    more = f"--epochs 16 --width 4 --out {tmp_path}"
     assert one == f"next: python train.py --elr 0.3 --then 0.0001 {more}"
     assert two == f"next: python train.py --angle 0.05 {more}"
     assert run(*one.split()[3:]) == 0
@@ -1108,7 +1108,7 @@ def test_an_extreme_number_is_one_line_or_taken(tmp_path_factory, option, number
     first = [] if option in ("--elr", "--sweep", "--angle", "--lr") else ["--elr", "0.1"]
     first += ["--out", str(tmp_path_factory.getbasetemp() / "extremes"), "--force"]
     numbers = numbers if option in ("--elr", "--sweep", "--angle", "--lr") else numbers[:1]
-    assume(not (option == "--width" and numbers[0].isdigit() and 64 < int(numbers[0]) < 2**14))
+    assume(option != "--width" or len(numbers[0]) not in (3, 4, 5))  # which take much memory
     err = io.StringIO()
     try:
         with redirect_stderr(err):
