@@ -248,7 +248,11 @@ def find_spheres(options: Namespace, data: Data) -> None:
     except (ValueError, MemoryError, RuntimeError) as error:
         raise Refused("model", str(error).splitlines()[0]) from None
     alone = options.jobs == 1
-    if options.threads is None and alone and options.device == "cpu":
+    # At most: every weight at every position. Counting costs a second, for what torch imports.
+    positions = x[0].numel() / len(x[0]) if x[0].dim() > 1 else len(x[0])
+    flops = 6 * positions * sum(p.numel() for p in net.parameters()) * options.batch_size
+    many = flops / 1e6 > 1.5 * MFLOP_PER_THREAD
+    if many and options.threads is None and alone and options.device == "cpu":
         with FlopCounterMode(display=False) as counter:
             net.train()(x).sum().backward()
         flops = counter.get_total_flops() / len(x) * options.batch_size

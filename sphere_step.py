@@ -241,7 +241,9 @@ class SphereSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
+        base = torch.optim.Optimizer.add_param_group
+        base = getattr(base, "__wrapped__", base)  # its decorator imports torch._dynamo: a second
+        base(self, param_group)
         group = self.param_groups[-1]
         try:
             self._use_triton = _check(self.param_groups, self.backend)

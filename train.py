@@ -115,7 +115,7 @@ class Run:
     def step(self, index: Tensor) -> tuple[Tensor, ...]:
         """One step of training. To change what a step does, change this."""
         optimizer, losses, wrong = self.plain or self.sphere, [], []
-        optimizer.zero_grad(set_to_none=not self.options.graph)  # a graph knows them by address
+        self.net.zero_grad(set_to_none=not self.options.graph)  # a graph knows them by address
         parts = -(-len(index) // self.options.batch_size)  # one, but for --full-batch
         for part in index.tensor_split(parts):
             x, y = self.data.inputs(part, self.options.augment), self.data.y[part]
