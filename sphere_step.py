@@ -335,6 +335,7 @@ class SphereSGD(torch.optim.Optimizer):
         size = BLOCK if self._use_triton else PIECE
         self._tensors, self._tiles, pieces, owner, sphere = [], [], [], [], 0
         for group in self._on_spheres():
+            joint = group["sphere"] == "group"
             for p in group["params"]:
                 rows, length = _rows(group, p)
                 for row in range(rows):
@@ -343,9 +344,9 @@ class SphereSGD(torch.optim.Optimizer):
                     for at in range(0, length, size):
                         tile = len(self._tensors), row * length + at, min(size, length - at), sphere
                         self._tiles.append((*tile, len(self._tiles)))
-                    sphere += group["sphere"] != "group"
+                    sphere += 0 if joint else 1
                 self._tensors.append((group, p))
-            sphere += group["sphere"] == "group"
+            sphere += 1 if joint else 0
         self._spheres, self._rule = sphere, None
         self._device = self.param_groups[0]["params"][0].device
         self._rows = self._table([_rows(group, p)[0] for group, p in self._tensors])
@@ -479,41 +480,38 @@ class SphereSGD(torch.optim.Optimizer):
 
 def _check(groups: list[dict], backend: str) -> bool:
     """Whether Triton's kernels can be used. Raises ValueError for an option of the last group."""
-    group, device = groups[-1], groups[0]["params"][0].device
+    group, device, wrong, obstacle = groups[-1], groups[0]["params"][0].device, [], ""
     lr, sphere, radius = float(group["lr"]), group["sphere"], group["radius"]
-    limit, kinds = math.pi / 2 if group["angle"] else math.inf, ("group", "tensor", "row", None)
-    checks = [
-        (backend in ("auto", "triton", "torch"), f"backend is {backend!r}: no such one"),
-        (sphere in kinds, f"sphere is {sphere!r}: it must be one of {kinds}"),
-        (0 <= lr < limit, f"lr is {lr}: it must be finite, not negative, an angle < π/2"),
-        (
-            radius is None or (sphere and 0 < radius < math.inf),
-            f"radius is {radius} with {sphere=}: it must be None, or positive on one",
-        ),
-        (0 <= group["momentum"] < 1, f"momentum is {group['momentum']}: it must be in [0, 1)"),
-    ]
+    if backend not in ("auto", "triton", "torch"):
+        wrong.append(f"backend is {backend!r}: no such one")
+    if sphere not in ("group", "tensor", "row", None):
+        wrong.append(f"sphere is {sphere!r}: it must be group, tensor, row or None")
+    if not 0 <= lr < (math.pi / 2 if group["angle"] else math.inf):
+        wrong.append(f"lr is {lr}: it must be finite, not negative, an angle < π/2")
+    if radius is not None and not (sphere and 0 < radius < math.inf):
+        wrong.append(f"radius is {radius} with {sphere=}: it must be None, or positive on one")
+    if not 0 <= group["momentum"] < 1:
+        wrong.append(f"momentum is {group['momentum']}: it must be in [0, 1)")
     for i, p in enumerate(group["params"]):
-        name, good = f"parameter {i} of shape {tuple(p.shape)}", p.device == device
-        what = f"{name} is {p.dtype} on {p.device}: not real floats on {device}"
-        checks.append((good and p.is_floating_point(), what))
+        name = f"parameter {i} of shape {tuple(p.shape)}"
+        if p.device != device or not p.is_floating_point():
+            wrong.append(f"{name} is {p.dtype} on {p.device}: not real floats on {device}")
         # The dimensions in the order in which they lie in memory; rows have to lie one by one.
         order = sorted(range(p.dim()), key=p.stride, reverse=True)
-        if sphere == "row" and order:
+        if sphere == "row":
             order.sort(key=bool)
-        what = f"{name} has holes in memory, or rows that lie scattered: clone it first"
-        checks.append((not sphere or p.permute(order).is_contiguous(), what))
-    obstacle = ""
+        if sphere and not p.permute(order).is_contiguous():
+            wrong.append(f"{name} has holes in memory, or rows that lie scattered: clone it first")
     if any(p.dtype not in DTYPES for each in groups for p in each["params"]):
         obstacle = "a parameter is not of " + ", ".join(DTYPES.values())
     if device.type != ("cpu" if INTERPRET else "cuda"):
         obstacle = f"the parameters are on {device} (the CPU takes TRITON_INTERPRET=1)"
     if triton is None:
         obstacle = "Triton is not installed"
-    what = f"backend is 'triton', but {obstacle}: use 'auto' or 'torch'"
-    checks.append((backend != "triton" or not obstacle, what))
-    for good, what in checks:
-        if not good:
-            raise ValueError(what)
+    if backend == "triton" and obstacle:
+        wrong.append(f"backend is 'triton', but {obstacle}: use 'auto' or 'torch'")
+    if wrong:
+        raise ValueError(wrong[0])
     return backend != "torch" and not obstacle
 
 
