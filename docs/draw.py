@@ -176,6 +176,22 @@ def angle(logs: Path) -> None:
     write("angle.csv", rows)
 
 
+def sizes(logs: Path) -> None:
+    """Modular addition at other sizes: per ELR how many converge, and the test error of those."""
+    print("| task | ELR: converged, median test error of those; or regime |\n| --- | --- |")
+    names = {"mod23": "modulus 23", "mod43": "modulus 43", "mod31d32": "modulus 31, width 32"}
+    for folder, name in names.items():
+        cells = []
+        for elr, group in regimes.by_elr(regimes.read_folder(logs / folder)).items():
+            good = [run for run in group if run.verdict.regime == "convergence"]
+            if good:
+                error = np.median([run.final("test_error") for run in good])
+                cells.append(f"{elr:g}: {len(good)} of {len(group)}, {error:.3f}")
+            else:
+                cells.append(f"{elr:g}: {regimes.title(regimes.majority(group)[0])}")
+        print(f"| {name} | {'; '.join(cells)} |")
+
+
 def boundary_angles(logs: Path) -> None:
     heads = ["task", "φ just above the convergence boundary"]
     heads += ["φ at the divergence boundary, below and above"]
@@ -212,4 +228,5 @@ def write(name: str, rows: list[dict]) -> None:
 if __name__ == "__main__":
     modular(Path(sys.argv[1]))
     angle(Path(sys.argv[1]))
+    sizes(Path(sys.argv[1]))
     boundary_angles(Path(sys.argv[1]))
