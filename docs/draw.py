@@ -86,7 +86,7 @@ def modular(logs: Path) -> None:
         figures.spread(axes["a"], known, values, style, color=tone, label=f"after {column} epochs")
     axes["a"].set_title("(a) test error: medians, least, greatest", pad=30)
     axes["a"].set_ylim(-0.02, 1.02)
-    axes["a"].legend(loc="upper left")
+    axes["a"].legend(loc="lower right")
     for column, style, tone, label in (
         ("train_below_5", "o-", "#0072B2", "train error below 5 %"),
         ("test_below_5", "s-", "#D55E00", "test error below 5 %"),
@@ -98,7 +98,7 @@ def modular(logs: Path) -> None:
         figures.spread(axes["b"], list(known), list(known.values()), style, color=tone, label=label)
     axes["b"].set(yscale="log", ylabel="epoch")
     axes["b"].set_title("(b) first epoch (of the seeds that get there)", pad=30)
-    axes["b"].legend(loc="upper right")
+    axes["b"].legend(loc="lower right")
     fig.suptitle("addition modulo 31, transformer of width 64")
     figures.save(fig, ROOT / "docs" / "modular.png")
 
@@ -170,8 +170,9 @@ def angle(logs: Path) -> None:
             + " | ".join([task, *cells, *(best(k) for k in ("cosine", "constant", "adamw", "sgd"))])
             + " |"
         )
-    axes["a"].legend(fontsize=7)
-    fig.suptitle("test error at the end, medians of three seeds")
+    handles, labels = axes["a"].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncol=5, bbox_to_anchor=(0.5, 0.93))
+    fig.suptitle("test error at the end, medians of three seeds, least and greatest")
     figures.save(fig, ROOT / "docs" / "angle.png")
     write("angle.csv", rows)
 

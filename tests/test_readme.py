@@ -46,6 +46,15 @@ def test_sweep_several_elrs_make_a_table_which_the_logs_alone_make_again(tmp_pat
     assert shown("figures.py logs/digits-convnet", tmp_path).startswith("written: ")
 
 
+def test_a_network_and_data_of_ones_own_are_trained_to_named_regimes(tmp_path):
+    code = README.split("    # mine.py\n")[1].split("\n\n")[0]
+    (tmp_path / "mine.py").write_text(code.replace("\n    ", "\n").removeprefix("    ") + "\n")
+    python("mine.py", cwd=tmp_path)
+    out = shown("train.py --model mine.py:mlp --data mine.npz --elr 1e-3 1e-2", tmp_path)
+    assert "elr 1e-03: convergence: " in out and "elr 1e-02: chaotic equilibrium: " in out
+    assert "0.weight + 0.bias" in out  # the sphere that was found
+
+
 def test_copy_the_one_file_trains_a_network_of_ones_own_in_an_empty_folder(tmp_path):
     shutil.copy(ROOT / "sphere_step.py", tmp_path)
     before = """
