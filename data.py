@@ -54,10 +54,10 @@ def load(
     """The data set `name`, on `device`: one of NAMES, a folder of images, or a file .npz.
 
     digits: 1,797 images of handwritten digits, 8×8 with values 0 to 16, by Alpaydin and Kaynak
-    (UCI, 1998), as scikit-learn ships them: the first 1,437 to train on. modular: see `modular`.
-    A folder has `train/` and `test/`, each with a folder of images per class, which are brought to
-    image_size × image_size. What torchvision downloads or decodes is kept in `root`.
-    Raises ValueError where there is no such data set, or it cannot be read or downloaded.
+    (UCI, 1998), as scikit-learn ships them: the first 1,437 to train on. A folder has `train/` and
+    `test/`, each with a folder of images per class, which are brought to image_size × image_size.
+    What torchvision downloads or decodes is kept in `root`. Raises ValueError where there is no
+    such data set, or it cannot be read or downloaded.
     """
     if name == "digits":
         with np.load(DIGITS) as file:
@@ -100,8 +100,8 @@ def load(
 
 
 def modular(p: int) -> list[Tensor]:
-    """Addition modulo p: all pairs as the tokens a, b and "=", the number p; the label is
-    (a + b) mod p. A random 70 % to train on, the same for every seed of a run."""
+    """Addition modulo p: all pairs as tokens a, b and "=", the number p; label (a + b) mod p. A
+    random 70 % to train on, the same for every seed."""
     a, b = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
     x, y = torch.stack([a, b, torch.full_like(a, p)], 1), (a + b) % p
     order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
@@ -131,8 +131,8 @@ def _npz(path: Path) -> list[Tensor]:
         number, token = x.dtype.kind == "f" and x.ndim == 2, x.dtype.kind in "iu" and x.ndim == 2
         wrong, what = "", f"{path}: the array {name} of type {x.dtype} and shape {list(x.shape)}"
         if not (image or number or token) or not x.size:
-            wrong = "must be images uint8 [N, C, H, W] or [N, H, W], numbers [N, features], tokens"
-            wrong += " int [N, T]"
+            wrong = "must be images uint8 [N, C, H, W] or [N, H, W], numbers [N, features],"
+            wrong += " tokens int [N, T]"
         elif number and not (np.abs(x) < 3.4e38).all():
             wrong = "has numbers that float32 cannot hold"
         elif token and (x.min() < 0 or x.max() > 10**6):
@@ -151,7 +151,7 @@ def _npz(path: Path) -> list[Tensor]:
 
 
 def _cached(path: Path, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """[x, y, test_x, test_y] from the file, which is made first if it is not there."""
+    """What is in the file, [x, y, test_x, test_y], which is made first if it is not there."""
     if not path.exists():
         parts = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,8 +229,7 @@ def _folder(path: Path, root: Path, size: int | None) -> list[Tensor]:
 
 
 def add_label_noise(data: Data, share: float) -> None:
-    """Give round(share · N) training inputs, drawn at random, another label than theirs, the same
-    for every seed of a run."""
+    """Give round(share · N) random training inputs another label, the same for every seed."""
     generator, n = torch.Generator().manual_seed(1), len(data.y)
     chosen = torch.randperm(n, generator=generator)[: round(share * n)].to(data.y.device)
     shift = torch.randint(1, data.classes, (len(chosen),), generator=generator).to(data.y.device)
@@ -239,8 +238,8 @@ def add_label_noise(data: Data, share: float) -> None:
 
 
 def crop_and_flip(x: Tensor) -> Tensor:
-    """Of images [N, channels, H, W], each its own random crop of the image padded with zeros by H/8
-    (4 pixels at 32), and half of them flipped left to right; one gather, on their device."""
+    """Of images [N, channels, H, W], each its own random crop after padding with zeros by H/8, and
+    half of them flipped left to right; one gather, on their device."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
     shift = torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
@@ -254,8 +253,7 @@ def crop_and_flip(x: Tensor) -> Tensor:
 
 
 def batches(n: int, size: int, generator: torch.Generator, device="cpu") -> tuple[Tensor, ...]:
-    """An epoch's batches as index tensors [size]: a fresh permutation of n, without the last,
-    incomplete batch."""
+    """An epoch's batches as index tensors [size], without the last, incomplete one."""
     order = torch.randperm(n, generator=generator).to(device)
     return order[: n - n % size].split(size)
 

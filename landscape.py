@@ -55,8 +55,7 @@ class Point:
 
 
 def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
-    """Raises ValueError where it is missing, damaged or not a checkpoint of train.py, or where its
-    data or its network are gone."""
+    """Raises ValueError where it is missing, damaged or no checkpoint of train.py."""
     state = load_checkpoint(path, None, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")
@@ -144,8 +143,8 @@ def distances(points: list[Point]) -> dict[str, np.ndarray]:
 
 
 def curvature(point: Point, k: int = 1, samples: int | None = None, probes: int = 20) -> dict:
-    """`hessian` and `ggn`, the k largest eigenvalues of `operators`; `hessian_trace`, `ggn_trace`;
-    and `edge`, 2/λ_max: gradient descent on a quadratic is stable below it."""
+    """`hessian` and `ggn`, the k largest eigenvalues of `operators`; their traces; `edge`, 2/λ_max,
+    below which gradient descent on a quadratic is stable."""
     found = {}
     for name, operator in operators(point, samples).items():
         found[name] = largest(operator, k)

@@ -54,8 +54,7 @@ def convnet(
 
 
 def fixed_head(head: nn.Linear, norm: float = 10.0) -> nn.Linear:
-    """The last layer at its random initialization, its weight scaled to this Frobenius norm, not
-    trained."""
+    """The last layer, not trained, its weight scaled to this Frobenius norm."""
     with torch.no_grad():
         head.weight.mul_(norm / head.weight.norm())
     return head.requires_grad_(False)
@@ -233,9 +232,8 @@ def scale_invariant_groups(
     inputs     one batch of at least two examples, or a tuple of arguments
     tolerance  relative, of the outputs when a set is multiplied by 0.5 and 3 to verify it
 
-    The sets returned are disjoint. Where minimal sets overlap (a bias after a normalized, then a
-    linear layer, belongs to both), the smallest are taken, then those of more numbers. A tensor
-    that has no effect at all is a set of its own.
+    The sets returned are disjoint: where minimal sets overlap, the smallest are taken, then those
+    of more numbers. A tensor that has no effect at all is a set of its own.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]

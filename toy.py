@@ -10,9 +10,8 @@ below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* there is an o
     if 2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
     F_i = (α_i/2)(1 − η̃*/η̃),    F = (Σα − 1/η̃)/2,    skill = 1 − F/(Σα/2) = η̃*/η̃.
 
-Means over a run are these to six digits up to 1.5 η̃*; above, where the path is chaotic, F stays
-within 1.3 % up to 1,000 η̃* for α = 1, 2, 4. Source: Kodryan et al., NeurIPS 2022 (arXiv
-2209.03695); the orbit is ours.
+Means over a run are these to six digits up to 1.5 η̃*; above, the path is chaotic. Source: Kodryan
+et al., NeurIPS 2022 (arXiv 2209.03695); the orbit is ours.
 """
 
 import math
@@ -28,10 +27,8 @@ ROWS = 200  # of a run's log
 
 
 def step(theta: np.ndarray, alphas: np.ndarray, elr: np.ndarray) -> tuple[np.ndarray, ...]:
-    """One step of all runs. theta [..., groups, 2] of norm 1, elr [..., 1, 1].
-
-    Returns the new theta, F_i [..., groups] before the step, and the angle φ of the step [...].
-    """
+    """One step of all runs: theta [..., groups, 2] of norm 1, elr [..., 1, 1]. Returns the new
+    theta, F_i [..., groups] before the step, and its angle φ [...]."""
     x, y = theta[..., 0], theta[..., 1]
     square = x * x + y * y
     slope = 2 * alphas * x * y / (square * square)
@@ -43,8 +40,7 @@ def step(theta: np.ndarray, alphas: np.ndarray, elr: np.ndarray) -> tuple[np.nda
 
 
 def simulate(alphas: list[float], elrs: list[float], seeds: int, steps: int) -> list[regimes.Run]:
-    """A run of so many steps for each ELR and seed, from a random point, with its log and verdict.
-    The same seed starts every ELR from the same point."""
+    """A run of so many steps for each ELR and seed, which is its start, with log and verdict."""
     alpha, total = np.array(alphas), sum(alphas)
     starts = [
         np.random.default_rng(seed).standard_normal((len(alphas), 2)) for seed in range(seeds)
@@ -85,8 +81,7 @@ def row_of(run: regimes.Run, total: float) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
-    example = "example: python toy.py --alphas 1 2 4 --seeds 3 --refine 4"
-    parser = regimes.Parser(prog="toy.py", description=text, epilog=example, allow_abbrev=False)
+    parser = regimes.Parser(prog="toy.py", description=text, allow_abbrev=False)
     add, positive = parser.add_argument, regimes.number(float)
     add("--alphas", nargs="+", type=positive, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument
