@@ -87,7 +87,7 @@ def spread(ax, x: list[float], values: list[list[float]], style: str, **look):
 
 class Report:
     """regimes.csv and regimes.png of all runs in a folder, renewed after each. The picture is left
-    for later where drawing would take more than a tenth of the time."""
+    for later where drawing would take more than half of the time."""
 
     def __init__(self, options):
         self.options, self.stale, self.next_drawing = options, True, 0.0
@@ -101,7 +101,7 @@ class Report:
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):
             of_sweep(runs, out / "regimes.png", self.options.title)
-            self.next_drawing = time.monotonic() + 10 * (time.monotonic() - began)
+            self.next_drawing = 2 * time.monotonic() - began
             self.stale = False
         return runs
 

@@ -69,24 +69,26 @@ def modular(logs: Path) -> None:
         cells = [f"{elr:g}", f"{len(good)} of {len(here)}", text, f"{np.nanmedian(of_all):.3f}"]
         print("| " + " | ".join(cells + [f"{x:g}".replace("inf", "–") for x in times]) + " |")
     write("modular.csv", rows)
-    fig, axes = figures.subplots([["a", "b"]], (12.5, 4.4))
+    fig, axes = figures.subplots([["a", "b"]], (12.5, 5))
+    fig.subplots_adjust(bottom=0.23)
     elrs = list(groups)
     names = [regimes.majority(group)[0] for group in groups.values()]
     for key in ("a", "b"):
         figures.bands(axes[key], elrs, names)
         axes[key].set(xlabel="ELR")
-    for column, style, tone in (
-        (100, "o:", "#56B4E9"),
-        (400, "s-", "#000000"),
-        (1600, "^--", "#D55E00"),
-    ):
+    for column, style, tone in ((100, "o:", "#56B4E9"), (1600, "^--", "#D55E00")):
         name = f"test_error_{column}"
         known = [e for e in elrs if any(r[name] == r[name] for r in rows if r["elr"] == e)]
         values = [[r[name] for r in rows if r["elr"] == e and r[name] == r[name]] for e in known]
-        figures.spread(axes["a"], known, values, style, color=tone, label=f"after {column} epochs")
-    axes["a"].set_title("(a) test error: medians, least, greatest", pad=30)
+        middle = [np.median(v) for v in values]
+        axes["a"].plot(known, middle, style, color=tone, label=f"after {column:,} epochs, median")
+    for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
+        some = [(r["elr"], r["test_error_400"]) for r in rows if r["converged_400"] == wanted]
+        look = dict(ls="", marker="s", ms=5, mfc=face, mec="black", zorder=3)
+        axes["a"].plot(*zip(*some, strict=True), **look, label=f"after 400 epochs, {label}")
+    axes["a"].set_title("(a) test error, a square per seed", pad=30)
     axes["a"].set_ylim(-0.02, 1.02)
-    axes["a"].legend(loc="lower right")
+    axes["a"].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     for column, style, tone, label in (
         ("train_below_5", "o-", "#0072B2", "train error below 5 %"),
         ("test_below_5", "s-", "#D55E00", "test error below 5 %"),
@@ -98,7 +100,7 @@ def modular(logs: Path) -> None:
         figures.spread(axes["b"], list(known), list(known.values()), style, color=tone, label=label)
     axes["b"].set(yscale="log", ylabel="epoch")
     axes["b"].set_title("(b) first epoch (of the seeds that get there)", pad=30)
-    axes["b"].legend(loc="lower right")
+    axes["b"].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     fig.suptitle("addition modulo 31, transformer of width 64")
     figures.save(fig, ROOT / "docs" / "modular.png")
 
