@@ -18,12 +18,9 @@ NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 
 @dataclass
 class Data:
-    """Inputs x and labels y [N] int64, to train on and to test on.
-
-    x are images [N, channels, H, W] uint8, numbers [N, features] float32, or tokens [N, T] int64,
-    of which there are `tokens`. mean, std: of the training images per channel, or of the numbers
-    per feature.
-    """
+    """Inputs x and labels y [N] int64, to train on and to test on. x are images [N, channels, H, W]
+    uint8, numbers [N, features] float32, or tokens [N, T] int64, of which there are `tokens`. mean,
+    std: of the training images per channel, or of the numbers per feature."""
 
     x: Tensor
     y: Tensor
@@ -56,8 +53,8 @@ def load(
     digits: 1,797 images of handwritten digits, 8×8 with values 0 to 16, by Alpaydin and Kaynak
     (UCI, 1998), as scikit-learn ships them: the first 1,437 to train on. A folder has `train/` and
     `test/`, each with a folder of images per class, which are brought to image_size × image_size.
-    What torchvision downloads or decodes is kept in `root`. Raises ValueError where there is no
-    such data set, or it cannot be read or downloaded.
+    What is downloaded or decoded is kept in `root`. Raises ValueError where there is no such data
+    set, or it cannot be read.
     """
     if name == "digits":
         with np.load(DIGITS) as file:
@@ -85,7 +82,7 @@ def load(
     if x.dtype == torch.int64:
         data.tokens = int(max(x.max(), test_x.max())) + 1
         return data
-    if x.dtype == torch.uint8:  # exact, in little memory: of each channel the values are counted
+    if x.dtype == torch.uint8:  # exact, in little memory: the values are counted
         channels = [torch.bincount(c.reshape(-1), minlength=256) for c in x.unbind(1)]
         counts, values = torch.stack(channels).double(), torch.arange(256, dtype=torch.float64)
         n = counts.sum(1)
@@ -123,7 +120,7 @@ def _npz(path: Path) -> list[Tensor]:
         raise ValueError(f"{path} has no array {name}: it takes x, y, test_x, test_y") from None
     except Exception as error:  # a damaged archive can fail anywhere in the reading of it
         what = f"the array {name} cannot be read" if arrays else "it is no .npz file"
-        raise ValueError(f"{path}: {what} ({str(error).splitlines()[0][:100]})") from None
+        raise ValueError(f"{path}: {what} ({str(error)[:100]})".replace("\n", " ")) from None
     parts = []
     for name, like in (("x", "x"), ("test_x", "x")):
         x, y = arrays[name], arrays[name.replace("x", "y")]
@@ -131,8 +128,7 @@ def _npz(path: Path) -> list[Tensor]:
         number, token = x.dtype.kind == "f" and x.ndim == 2, x.dtype.kind in "iu" and x.ndim == 2
         wrong, what = "", f"{path}: the array {name} of type {x.dtype} and shape {list(x.shape)}"
         if not (image or number or token) or not x.size:
-            wrong = "must be images uint8 [N, C, H, W] or [N, H, W], numbers [N, features],"
-            wrong += " tokens int [N, T]"
+            wrong = "must be images uint8 [N, C, H, W] or [N, H, W], numbers [N, M], tokens [N, T]"
         elif number and not (np.abs(x) < 3.4e38).all():
             wrong = "has numbers that float32 cannot hold"
         elif token and (x.min() < 0 or x.max() > 10**6):
@@ -163,7 +159,7 @@ def _cached(path: Path, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         if [t.dtype for t in parts] != [torch.uint8, torch.int64] * 2:
             raise ValueError
     except Exception:
-        raise ValueError(f"{path} is damaged: remove it, and it will be made again") from None
+        raise ValueError(f"{path} is damaged: remove it, and it is made again") from None
     return parts
 
 
@@ -187,7 +183,7 @@ def _download(name: str, root: Path) -> list[Tensor]:
     except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
         where = " and ".join(f"{url} as {root / file}" for url, file in files)
         what = f"{name} cannot be downloaded ({error})"
-        raise ValueError(f"{what}: get {where} by hand, then run this again") from None
+        raise ValueError(f"{what}: get {where} by hand") from None
     return parts
 
 
@@ -197,7 +193,7 @@ def _folder(path: Path, root: Path, size: int | None) -> list[Tensor]:
     try:
         sets = [ImageFolder(path / part) for part in ("train", "test")]
     except FileNotFoundError as error:
-        what = "it takes train/ and test/, each with a folder of images per class"
+        what = "it takes train/ and test/, each with a folder per class"
         raise ValueError(f"{path}: {' '.join(str(error).split())}: {what}") from None
     if sets[0].classes != sets[1].classes:
         what = f"train/ has the classes {sets[0].classes}, test/ {sets[1].classes}"
@@ -238,8 +234,8 @@ def add_label_noise(data: Data, share: float) -> None:
 
 
 def crop_and_flip(x: Tensor) -> Tensor:
-    """Of images [N, channels, H, W], each its own random crop after padding with zeros by H/8, and
-    half of them flipped left to right; one gather, on their device."""
+    """Of images [N, channels, H, W], each its own random crop after padding with zeros by H/8, half
+    of them flipped; one gather, on their device."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
     shift = torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
@@ -259,5 +255,5 @@ def batches(n: int, size: int, generator: torch.Generator, device="cpu") -> tupl
 
 
 def chunks(n: int, size: int, device="cpu") -> tuple[Tensor, ...]:
-    """The whole set in its own order, as index tensors of equal length, at most `size`."""
+    """The whole set in order, as index tensors of equal length, at most `size`."""
     return torch.arange(n, device=device).tensor_split(-(-n // size))

@@ -208,7 +208,7 @@ def largest(operator: LinearOperator, k: int) -> np.ndarray:
 
 
 def trace(operator: LinearOperator, probes: int) -> float:
-    """Exact up to DENSE rows, else Hutchinson's estimator with so many vectors of random signs."""
+    """Exact up to DENSE rows, else Hutchinson's estimator with so many probes."""
     n = operator.shape[0]
     if n <= DENSE:
         return float(np.trace(operator @ np.eye(n)))
@@ -260,7 +260,7 @@ def table(rows: list[dict]) -> str:
 
 
 def best(rows: list[dict]) -> str:
-    """From which ELR the test error after the drop is least, in the median over the seeds."""
+    """From which ELR the median test error after the drop is least."""
     values = {}
     for row in rows:
         if math.isfinite(row["then_test_error"]):

@@ -40,7 +40,7 @@ def step(theta: np.ndarray, alphas: np.ndarray, elr: np.ndarray) -> tuple[np.nda
 
 
 def simulate(alphas: list[float], elrs: list[float], seeds: int, steps: int) -> list[regimes.Run]:
-    """A run of so many steps for each ELR and seed, which is its start, with log and verdict."""
+    """A run for each ELR and seed, which is its start, with log and verdict."""
     alpha, total = np.array(alphas), sum(alphas)
     starts = [
         np.random.default_rng(seed).standard_normal((len(alphas), 2)) for seed in range(seeds)
@@ -59,7 +59,7 @@ def simulate(alphas: list[float], elrs: list[float], seeds: int, steps: int) -> 
         losses.append(loss / (end - begin))
         angles.append(angle / (end - begin))
     losses, angles = np.stack(losses, -1), np.stack(angles, -1)
-    # Of a random point each group's share x²/(x² + y²) is the squared cosine of a uniform angle.
+    # Of a random point x²/(x² + y²) is the squared cosine of a uniform angle.
     chance = {"mean": total / 2, "std": math.sqrt(sum(a * a for a in alphas) / 8)}
     chance = {"points": 10**9, "train_loss": chance}
     runs = []
@@ -86,15 +86,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--alphas", nargs="+", type=positive, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--elr", nargs="+", type=positive, help="these ELRs")
-    text = "N ELRs, log-spaced (default: 1e-2 1e2 13)"
+    text = "log-spaced (default: 1e-2 1e2 13)"
     default = [1e-2, 1e2, 13]
     which("--sweep", nargs=3, type=positive, default=default, metavar=("LO", "HI", "N"), help=text)
     whole = regimes.number(int)
-    add("--seeds", type=whole, default=1, metavar="K", help="random starts (default: 1)")
+    add("--seeds", type=whole, default=1, metavar="K", help="starts (default: 1)")
     refine = dict(type=regimes.number(int, -1), default=0, metavar="N")
-    add("--refine", **refine, help="bisect both boundaries N times")
+    add("--refine", **refine, help="bisect both boundaries")
     steps = dict(type=regimes.number(int, 9), default=20_000, metavar="N")
-    add("--steps", **steps, help="of each run (default: 20000)")
+    add("--steps", **steps, help="(default: 20000)")
     add("--out", type=Path, default=Path("logs/toy"), metavar="DIR", help="(default: logs/toy)")
     args = parser.parse_args(argv)
     low, high, n = args.sweep
