@@ -241,9 +241,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict) -> None:
-        base = torch.optim.Optimizer.add_param_group
-        base = getattr(base, "__wrapped__", base)  # its decorator imports torch._dynamo: a second
-        base(self, param_group)
+        _plain(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
             self._use_triton = _check(self.param_groups, self.backend)
@@ -256,6 +254,9 @@ class SphereSGD(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._tensors = None  # laid out at the next step
+
+    def state_dict(self) -> dict:
+        return _plain(torch.optim.Optimizer.state_dict)(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -476,6 +477,11 @@ class SphereSGD(torch.optim.Optimizer):
         grads, buffers = [p.grad for p in params], [self._momentum(group, p) for p in params]
         sgd(params, grads, buffers, fused=on_gpu, lr=lr, momentum=group["momentum"],
             weight_decay=0, dampening=0, nesterov=False, maximize=False)  # fmt: skip
+
+
+def _plain(function: Callable) -> Callable:
+    """Without its decorator, which imports torch._dynamo: a second, for what is never compiled."""
+    return getattr(function, "__wrapped__", function)
 
 
 def _check(groups: list[dict], backend: str) -> bool:

@@ -1,6 +1,7 @@
 """Barriers, distances and curvature against closed forms, dense Hessians and invariants."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from test_train import log, read
 from torch import nn
 
+import bench
 import landscape
 import measure
 import train
@@ -354,5 +356,14 @@ def test_an_extreme_number_is_one_line(tmp_path, capsys, option):
     for number in EXTREME:
         with pytest.raises(SystemExit) as exit:
             landscape.main([what, *files, option, number])
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and err.count("\n") == 1, err
+
+
+def test_an_extreme_number_of_repetitions_is_one_line(capsys, monkeypatch):
+    for number in EXTREME:
+        monkeypatch.setattr(sys, "argv", ["bench.py", "step", "--repetitions", number])
+        with pytest.raises(SystemExit) as exit:
+            bench.main()
         err = capsys.readouterr().err
         assert exit.value.code == 2 and err.count("\n") == 1, err
