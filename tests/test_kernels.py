@@ -36,7 +36,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; the
 def test_the_kernels_pass_in_the_interpreter():
     """This file and every test of the step again, in another process, with the kernels in the place of PyTorch."""
     files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
-    which = ["-k", "not ten_thousand and not ahead_of_time"]
+    which = ["-k", "not ten_thousand and not ahead_of_time and not benchmark"]
     command = [
         sys.executable,
         "-m",

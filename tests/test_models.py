@@ -283,6 +283,7 @@ def test_torchvisions_resnet18_in_full(width):
     check_by_scaling(net, x, found)
 
 
+@slow
 def test_torchvisions_mobilenet_v3_small_by_scaling_every_set_and_every_parameter_left():
     net, x = (
         torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25),
