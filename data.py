@@ -50,11 +50,10 @@ def load(
 ) -> Data:
     """The data set `name`, on `device`: one of NAMES, a folder of images, or a file .npz.
 
-    digits: 1,797 images of handwritten digits, 8×8 with values 0 to 16, by Alpaydin and Kaynak
-    (UCI, 1998), as scikit-learn ships them: the first 1,437 to train on. A folder has `train/` and
-    `test/`, each with a folder of images per class, which are brought to image_size × image_size.
-    What is downloaded or decoded is kept in `root`. Raises ValueError where there is no such data
-    set, or it cannot be read.
+    digits: 1,797 handwritten digits of Alpaydin and Kaynak (UCI, 1998), as scikit-learn ships them,
+    8×8: the first 1,437 to train on. A folder has `train/` and `test/`, each with a folder per
+    class, whose images are brought to image_size × image_size. What is downloaded or decoded is
+    kept in `root`. Raises ValueError where there is no such data set, or it cannot be read.
     """
     if name == "digits":
         with np.load(DIGITS) as file:
@@ -234,8 +233,7 @@ def add_label_noise(data: Data, share: float) -> None:
 
 
 def crop_and_flip(x: Tensor) -> Tensor:
-    """Of images [N, channels, H, W], each its own random crop after padding with zeros by H/8, half
-    of them flipped; one gather, on their device."""
+    """Of images [N, channels, H, W], each its own random crop after padding by H/8, half flipped."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
     shift = torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
