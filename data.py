@@ -233,7 +233,7 @@ def add_label_noise(data: Data, share: float) -> None:
 
 
 def crop_and_flip(x: Tensor) -> Tensor:
-    """Of images [N, channels, H, W], each its own random crop after padding by H/8, half flipped."""
+    """Images [N, channels, H, W], each its own random crop after padding by H/8, half flipped."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
     shift = torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
@@ -253,5 +253,5 @@ def batches(n: int, size: int, generator: torch.Generator, device="cpu") -> tupl
 
 
 def chunks(n: int, size: int, device="cpu") -> tuple[Tensor, ...]:
-    """The whole set in order, as index tensors of equal length, at most `size`."""
+    """The whole set in order, as index tensors of one length, at most `size`."""
     return torch.arange(n, device=device).tensor_split(-(-n // size))
