@@ -54,7 +54,7 @@ def errors(ax) -> None:
     ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
 
 
-def bands(ax, elrs: list[float], names: list[str], labels: bool = True) -> list[float]:
+def bands(ax, elrs: list[float], names: list[str]) -> list[float]:
     """The regimes along a logarithmic axis of ELRs, as bands. Returns the ends of the axis."""
     edges = [math.sqrt(a * b) for a, b in pairwise(elrs)]
     margin = edges[0] / elrs[0] if edges else 2.0
@@ -62,7 +62,7 @@ def bands(ax, elrs: list[float], names: list[str], labels: bool = True) -> list[
     for i, name in enumerate(names):
         look = dict(color=COLOURS[name], alpha=SHADES[name], lw=0, zorder=0)
         ax.axvspan(edges[i], edges[i + 1], **look)
-    for name in dict.fromkeys(names) if labels else ():
+    for name in dict.fromkeys(names):
         if name == "undecided":  # a narrow band, if any
             continue
         inside = [i for i, other in enumerate(names) if other == name]

@@ -241,7 +241,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict) -> None:
-        _plain(torch.optim.Optimizer.add_param_group)(self, param_group)
+        _undecorated(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
             self._use_triton = _check(self.param_groups, self.backend)
@@ -256,7 +256,7 @@ class SphereSGD(torch.optim.Optimizer):
         self._tensors = None  # laid out at the next step
 
     def state_dict(self) -> dict:
-        return _plain(torch.optim.Optimizer.state_dict)(self)
+        return _undecorated(torch.optim.Optimizer.state_dict)(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -479,7 +479,7 @@ class SphereSGD(torch.optim.Optimizer):
             weight_decay=0, dampening=0, nesterov=False, maximize=False)  # fmt: skip
 
 
-def _plain(function: Callable) -> Callable:
+def _undecorated(function: Callable) -> Callable:
     """Without its decorator, which imports torch._dynamo: a second, for what is never compiled."""
     return getattr(function, "__wrapped__", function)
 

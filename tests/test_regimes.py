@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import figures
@@ -508,11 +508,18 @@ def test_multiplying_loss_and_chance_loss_by_one_number_changes_nothing(log, fac
 
 @many
 @given(KINDS.filter(ORDER.__contains__), st.integers(10, 400), st.integers(0, 10**6))
+@example("divergence", 10, 1224)  # these an earlier rule got wrong
+@example("divergence", 12, 1950)
+@example("divergence", 14, 2877)
+@example("divergence", 20, 3054)
+@example("divergence", 26, 1315)
+@example("equilibrium", 36, 333)
+@example("equilibrium", 36, 1180)
 def test_a_made_regime_is_never_called_one_of_the_other_two(kind, n, seed):
     assert classify(made(kind, n, seed), CHANCE).regime in (kind, "undecided")
 
 
-@pytest.mark.parametrize(("rows", "most"), [(20, 0.5), (50, 0.2), (200, 0.1)])
+@pytest.mark.parametrize(("rows", "most"), [(20, 0.2), (50, 0.03), (200, 0.02)])
 def test_how_often_a_made_regime_is_undecided(rows, most):
     """Printed by `-s`; the bounds are some twice what was seen."""
     for kind in ORDER:
