@@ -270,7 +270,8 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
     """One run (value, seed) to its verdict, and with --then a second one from its end. What is
     finished is not done again. Returns its name, the verdict in words, and whether there was
     nothing to do. Raises Busy where another process is at it, unless `patient`."""
-    job = Job(*pair, *name_of(options, pair))
+    path, name = name_of(options, pair)
+    job = Job(*pair, path, name)
     with lock(job.path.with_suffix(".lock"), patient):
         worked, epochs = train_one(options, data, job, options.epochs, tell), options.epochs
         run = regimes.read_run(job.path, options.chance)
@@ -290,14 +291,14 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
             if init is None:
                 what = f"{job.path.stem}.pt is gone, from which to go on"
                 raise ValueError(f"{what}: remove {job.path.name}, and it is made again")
-            path = second(job.path, options.then)
-            job = replace(job, value=options.then, path=path, init=init)
-            job.name += f", then {options.then:g}"
+            path = second(path, options.then)
+            more = dict(value=options.then, path=path, name=f"{name}, then {options.then:g}")
+            job = replace(job, **more, init=init)
             worked = train_one(options, data, job, options.epochs, tell) or worked
             log = regimes.read_log(path)[0]
             text += f"; then at {options.then:g}: train loss {log['train_loss'][-1]:.3g}"
             text += f", test error {log['test_error'][-1]:.3f}"
-    return name_of(options, pair)[1], text, not worked
+    return name, text, not worked
 
 
 def second(path: Path, value: float) -> Path:
