@@ -265,7 +265,7 @@ class Operations(TorchDispatchMode):
 @contextmanager
 def counted_launches():
     """The names of the kernels that are launched, in order."""
-    launches, kernels = [], ("_gram_pass", "_rule_pass", "_move_pass")
+    launches, kernels = [], ("_tile_pass", "_rule_pass")
 
     class Counted:
         def __init__(self, name):
@@ -295,7 +295,7 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
         optimizer.step()
         with counted_launches() as launches, Operations() as operations:
             optimizer.step()
-        assert launches == ["_gram_pass", "_rule_pass", "_move_pass"]
+        assert launches == ["_tile_pass", "_rule_pass", "_tile_pass"]
         assert [name for name in operations.names if not name.startswith("profiler.")] == []
 
 
@@ -309,7 +309,7 @@ def test_launches_are_at_most_three_per_type_of_weights():
     optimizer = SphereSGD(tensors, lr=1e-5, backend="triton")
     with counted_launches() as launches:
         optimizer.step()
-    assert launches == ["_gram_pass"] * 3 + ["_rule_pass"] + ["_move_pass"] * 3
+    assert launches == ["_tile_pass"] * 3 + ["_rule_pass"] + ["_tile_pass"] * 3
     x, g = torch.cat(before), torch.cat([t.grad.double().cpu() for t in tensors])
     expected, _ = reference(x, g, 0 * x, x.norm(), 1e-5, 0.0)
     new = torch.cat([t.detach().double().cpu() for t in tensors])
@@ -323,7 +323,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
     others = copy_of(groups)
     moving, still = (SphereSGD(g, lr=1e-4, momentum=0.9) for g in (groups, others))
     moving.step(), still.step()
-    tables = [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._ranges)]
+    tables = [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._spheres)]
     kept = []  # so that no address is used again
     for _ in range(3):
         for group, other in zip(groups, others, strict=True):
@@ -333,7 +333,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
                 u.grad.copy_(t.grad)
         moving.step(), still.step()
     assert all(torch.equal(a, b) for a, b in zip(weights(groups), weights(others), strict=True))
-    assert tables == [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._ranges)]
+    assert tables == [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._spheres)]
 
 
 @runs
@@ -359,13 +359,18 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
         radius = rng.choice([0.0, math.sqrt(gram[0]) if gram[0] > 0 else 1.0])
         settings.append([radius, lr, rng.choice([0.0, 0.9]), angle])
     n, new = len(grams), dict(dtype=torch.float64, device=DEVICE)
-    partials, table = torch.tensor(np.array(grams), **new), torch.tensor(settings, **new)
-    many = torch.arange(n, device=DEVICE)
-    ranges, found = torch.stack([many, many + 1], 1), torch.zeros(n, 9, **new)
+    partials, settings = torch.tensor(np.array(grams), **new), torch.tensor(settings, **new)
+    radii, groups = settings[:, 0].clone(), settings[:, 1:].clone()  # a group of its own for each
+    groups = torch.cat(
+        [groups, (torch.arange(n, **new) % 4 > 0)[:, None]], 1
+    )  # else at their norms
+    settings[groups[:, 3] == 0, 0] = 0
+    many, found = torch.arange(n, device=DEVICE), torch.zeros(n, 6, **new)
+    tables = torch.stack([many, 0 * many + 1, many], 1), radii, groups.contiguous(), partials, found
     with np.errstate(all="ignore"):
-        sphere_step._rule_pass[(n,)](many, ranges, table, partials, found, BLOCK=16, num_warps=1)
+        sphere_step._rule_pass[(n,)](many, *tables, BLOCK=16, num_warps=1)
     expected = []
-    for gram, (radius, lr, beta, angle) in zip(grams, settings, strict=True):
+    for gram, (radius, lr, beta, angle) in zip(grams, settings.tolist(), strict=True):
         expected.append(sphere_step.sphere_rule(gram.tolist(), radius, lr, beta, angle > 0))
     expected = torch.tensor(expected, dtype=torch.float64)
     assert torch.allclose(found.cpu(), expected, rtol=1e-9, atol=0, equal_nan=True)
@@ -455,7 +460,7 @@ def test_weights_that_are_not_aligned_and_gradients_in_another_layout_take_the_s
 
 
 def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
-    with pytest.raises(ValueError, match="backend is 'cuda'"):
+    with pytest.raises(ValueError, match="backend='cuda'"):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="cuda")
     if not INTERPRET:
         with pytest.raises(ValueError, match="the CPU takes TRITON_INTERPRET=1"):
@@ -471,24 +476,22 @@ def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
 
 
-ARGUMENTS = {
-    "_gram_pass": "tiles *i64, addresses *i64, ranges *i64, settings *fp64, partials *fp64, rule *fp64",
-    "_rule_pass": "many *i64, ranges *i64, settings *fp64, partials *fp64, rule *fp64",
-    "_move_pass": "tiles *i64, addresses *i64, rule *fp64",
-}
+PASSES = ("first", "rule", "third")
 
 
-def compile_ahead(kernel, target, momentum, half):
-    """The kernel compiled as the optimizer launches it, with no GPU present."""
+def compile_ahead(which, target, momentum, half):
+    """A pass compiled as the optimizer launches it, with no GPU present."""
     import triton
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    function = getattr(sphere_step, kernel)
-    constants = {"MOMENTUM": momentum, "BLOCK": 1024 if kernel == "_rule_pass" else BLOCK}
-    constants |= {"MOVE": True, "DTYPE": tl.bfloat16 if half else tl.float32}
+    function = sphere_step._rule_pass if which == "rule" else sphere_step._tile_pass
+    constants = {"MOMENTUM": momentum, "BLOCK": 1024 if which == "rule" else BLOCK}
+    constants |= {"FIRST": which == "first", "MOVE": True}
+    constants["DTYPE"] = tl.bfloat16 if half else tl.float32
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    signature = dict(argument.split() for argument in ARGUMENTS[kernel].split(", "))
+    signature = dict.fromkeys(("tiles", "many", "addresses", "spheres"), "*i64")
+    signature |= dict.fromkeys(("radii", "groups", "partials", "rule"), "*fp64")
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
@@ -500,17 +503,17 @@ def compile_ahead(kernel, target, momentum, half):
     reason="compiles, so neither in the interpreter nor without Triton",
 )
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-@pytest.mark.parametrize("kernel", ARGUMENTS)
+@pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
-    capability, kernel, momentum, record_property
+    capability, which, momentum, record_property
 ):
     import triton
     from triton.backends.compiler import GPUTarget
 
     for half in (False, True):
-        ptx = compile_ahead(kernel, GPUTarget("cuda", capability, 32), momentum, half).asm["ptx"]
-        if kernel != "_rule_pass":  # elements over 256 threads, by fours (halves by eights)
+        ptx = compile_ahead(which, GPUTarget("cuda", capability, 32), momentum, half).asm["ptx"]
+        if which != "rule":  # elements over 256 threads, by fours (halves by eights)
             tensors, per_thread = (3 if momentum else 2), BLOCK // (32 * sphere_step.WARPS)
             vectors = per_thread // (8 if half else 4)
             loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx))
@@ -532,7 +535,7 @@ def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
         registers = int(re.search(r"Used (\d+) registers", report)[1])
         record_property("registers per thread", registers)
         print(
-            f"{kernel} {architecture} momentum={momentum} half={half}: {registers} registers per thread"
+            f"{which} pass, {architecture} momentum={momentum} half={half}: {registers} registers per thread"
         )
         assert registers * 32 * sphere_step.WARPS <= 65536
 
@@ -541,15 +544,15 @@ def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
     INTERPRET or sphere_step.triton is None,
     reason="compiles, so neither in the interpreter nor without Triton",
 )
-@pytest.mark.parametrize("kernel", ARGUMENTS)
-def test_compiled_ahead_of_time_for_mi300(kernel):
+@pytest.mark.parametrize("which", PASSES)
+def test_compiled_ahead_of_time_for_mi300(which):
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
 
     if "amd" not in backends:
         pytest.skip("this Triton has no AMD compiler")
     for momentum in (False, True):
-        assert compile_ahead(kernel, GPUTarget("hip", "gfx942", 64), momentum, True).asm["hsaco"]
+        assert compile_ahead(which, GPUTarget("hip", "gfx942", 64), momentum, True).asm["hsaco"]
 
 
 @gpu

@@ -380,13 +380,13 @@ def test_empty_and_scalar_tensors_are_no_trouble():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -0.1}, "lr is -0.1"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"lr": math.inf}, "lr is inf"),
-        ({"lr": 0.1, "sphere": "ball"}, "sphere is 'ball'"),
-        ({"lr": 0.1, "radius": -1.0}, "radius is -1.0"),
-        ({"lr": 0.1, "radius": 1.0, "sphere": None}, "radius is 1.0"),
-        ({"lr": 0.1, "momentum": 1.0}, "momentum is 1.0"),
+        ({"lr": -0.1}, "lr=-0.1"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"lr": math.inf}, "lr=inf"),
+        ({"lr": 0.1, "sphere": "ball"}, "sphere='ball'"),
+        ({"lr": 0.1, "radius": -1.0}, "radius=-1.0"),
+        ({"lr": 0.1, "radius": 1.0, "sphere": None}, "radius=1.0"),
+        ({"lr": 0.1, "momentum": 1.0}, "momentum=1.0"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, message):
@@ -512,7 +512,7 @@ def test_what_is_on_no_sphere_follows_the_angle_at_the_learning_rate_that_it_imp
     stats = optimizer.stats()
     lr = (stats["elr"] * stats["radius"] ** 2).item()
     assert close(rest, before - lr * rest.grad, 1e-6)
-    with pytest.raises(ValueError, match="lr is 1.6"):
+    with pytest.raises(ValueError, match="lr=1.6"):
         SphereSGD([theta], lr=1.6, angle=True)
 
 
