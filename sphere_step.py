@@ -354,53 +354,54 @@ class SphereSGD(torch.optim.Optimizer):
     def _apply(self, move: bool) -> None:
         if self._tensors is None:
             self._lay_out()
+        on_spheres, plain = [], []
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
                 raise ValueError(f"lr is {group['lr']}: it must be finite and not negative")
-            for p in group["params"]:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise RuntimeError("a gradient is sparse: make the embedding with sparse=False")
-                if p.grad is not None and group["momentum"] and not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        tensors = []
-        for group, p in self._tensors:
-            g = p.grad
-            if g is not None and (g.dtype != p.dtype or g.stride() != p.stride()):
-                g = self._copies.setdefault(p, torch.empty_like(p)).copy_(g)
-            tensors.append((p, g, self._momentum(group, p)))
-        if tensors and self._use_triton:
-            self._triton_step(tensors, move)
-        elif tensors:
-            self._torch_step(tensors, move)
-        for group in self.param_groups if move else ():
-            if group["sphere"] is None:
-                self._plain_step(group)
+            parts = [self._parts(group, p) for p in group["params"]]
+            if group["sphere"]:
+                on_spheres += parts
+            else:
+                plain.append((group, parts))
+        if on_spheres and self._use_triton:
+            self._triton_step(on_spheres, move)
+        elif on_spheres:
+            self._torch_step(on_spheres, move)
+        for group, parts in plain if move else ():
+            self._plain_step(group, *zip(*filter(None, parts), strict=True))
 
-    def _momentum(self, group: dict, p: Tensor) -> Tensor | None:
-        return self.state[p].get("momentum_buffer") if group["momentum"] else None
+    def _parts(self, group: dict, p: Tensor) -> tuple[Tensor, ...]:
+        """θ, g and, with momentum, m of a tensor; nothing where it has no gradient."""
+        g = p.grad
+        if g is None:
+            return ()
+        if g.layout != torch.strided:
+            raise RuntimeError("a gradient is sparse: make the embedding with sparse=False")
+        if g.dtype != p.dtype or g.stride() != p.stride():
+            g = self._copies.setdefault(p, torch.empty_like(p)).copy_(g)
+        if not group["momentum"]:
+            return p, g
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return p, g, self.state[p]["momentum_buffer"]
 
     def _torch_step(self, tensors: list[tuple], move: bool) -> None:
         """The three passes in PyTorch, sums and rule in Python: for the CPU, and for float64."""
-        grams, partials, moves, rule = [[0.0] * 6] * len(self._radii), [], [], []
-        for tensor, at, n, sphere, _ in self._tiles:
-            theta, g, m = tensors[tensor]
-            gram = [0.0] * 6  # without a gradient: the tensor stays out of this step
-            if g is not None:
-                theta, g = _stretch(theta, at, n), _stretch(g, at, n)
-                m = None if m is None else _stretch(m, at, n)
-                gram = _gram(theta, g, m)
-                moves.append((sphere, theta, g, m))
-            grams[sphere] = [a + b for a, b in zip(grams[sphere], gram, strict=True)]
-            partials.append(gram)
+        grams, partials, tiles, rule = [[0.0] * 6] * len(self._radii), [], [], []
+        for tensor, at, n, sphere, _ in self._tiles:  # as they lie in memory
+            parts = [x.as_strided((n,), (1,), x.storage_offset() + at) for x in tensors[tensor]]
+            partials.append(_gram(*parts))
+            tiles.append((sphere, parts))
+            grams[sphere] = [a + b for a, b in zip(grams[sphere], partials[-1], strict=True)]
         for group in self._on_spheres():
             how, free = (float(group["lr"]), group["momentum"], group["angle"]), _free(group, move)
             for radius in group["radii"].tolist():
                 rule.append(sphere_rule(grams[len(rule)], 0.0 if free else radius, *how))
         new = dict(dtype=torch.float64, device=self._rows.device)
         self._partials, self._rule = torch.tensor(partials, **new), torch.tensor(rule, **new)
-        for sphere, *parts in reversed(moves) if move else ():
-            if not math.isnan(rule[sphere][0]):
-                _move(*parts, rule[sphere])
+        for sphere, parts in reversed(tiles) if move else ():
+            if parts and not math.isnan(rule[sphere][0]):
+                _move(rule[sphere], *parts)
 
     def _triton_step(self, tensors: list[tuple], move: bool) -> None:
         """The three passes in the kernels. What has changed costs one small upload."""
@@ -408,8 +409,8 @@ class SphereSGD(torch.optim.Optimizer):
         for group in self._on_spheres():
             lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
             groups.append([lr, group["momentum"], group["angle"], not _free(group, move)])
-        for p, g, m in tensors:
-            addresses += [0 if x is None or g is None else x.data_ptr() for x in (p, g, m)]
+        for parts in tensors:
+            addresses += [x.data_ptr() for x in parts] + [0] * (3 - len(parts))
         if groups != self._written[0]:
             _upload(groups, self._groups)
         if addresses != self._written[1]:
@@ -432,16 +433,15 @@ class SphereSGD(torch.optim.Optimizer):
             if first and len(self._many):
                 _rule_pass[(len(self._many),)](self._many, *tables, BLOCK=1024, num_warps=WARPS)
 
-    def _plain_step(self, group: dict) -> None:
+    def _plain_step(self, group: dict, params=(), grads=(), buffers=()) -> None:
         """Plain SGD by torch's own function, in one launch on a GPU."""
-        params = [p for p in group["params"] if p.grad is not None]
         lr, on_gpu = group["lr"], self._rows.is_cuda
         if group["angle"]:
             lr = (self._rule[:, 3] * self._rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
         if not on_gpu:
             lr = float(lr)
-        grads, buffers = [p.grad for p in params], [self._momentum(group, p) for p in params]
-        sgd(params, grads, buffers, fused=on_gpu, lr=lr, momentum=group["momentum"],
+        buffers = list(buffers) or [None] * len(params)
+        sgd(list(params), list(grads), buffers, fused=on_gpu, lr=lr, momentum=group["momentum"],
             weight_decay=0, dampening=0, nesterov=False, maximize=False)  # fmt: skip
 
 
@@ -517,35 +517,31 @@ def _upload(numbers: list, table: Tensor) -> None:
     table.copy_(new, non_blocking=True)
 
 
-def _stretch(x: Tensor, at: int, n: int) -> Tensor:
-    """n elements of a tensor from element `at` on, as they lie in memory."""
-    return x.as_strided((n,), (1,), x.storage_offset() + at)
+def _gram(*vectors: Tensor) -> list[float]:
+    """The entries of the Gram matrix of (θ, g, m), in the order of `sphere_rule`; 0 of what is not
+    there: a tensor without a gradient stays out of the step."""
+    if vectors and len(vectors[0]) <= SMALL:
+        vectors = [x.double() for x in vectors]
+    elif vectors and vectors[0].element_size() < 4:
+        vectors = [x.float() for x in vectors]
+    gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
+    return gram + [0.0] * (6 - len(gram))
 
 
-def _gram(theta: Tensor, g: Tensor, m: Tensor | None) -> list[float]:
-    """The entries of the Gram matrix of (θ, g, m)."""
-    wide = torch.float64 if len(theta) <= SMALL else torch.promote_types(theta.dtype, torch.float32)
-    theta, g = theta.to(wide), g.to(wide)
-    gram = [torch.dot(theta, theta).item(), torch.dot(theta, g).item(), torch.dot(g, g).item()]
-    if m is None:
-        return gram + [0.0, 0.0, 0.0]
-    m = m.to(wide)
-    return gram + [torch.dot(theta, m).item(), torch.dot(g, m).item(), torch.dot(m, m).item()]
-
-
-def _move(theta: Tensor, g: Tensor, m: Tensor | None, rule: list[float]) -> None:
-    """m ← βm + g + uθ, θ ← kθ + bm, in place; of half precision in float32, rounded once."""
+def _move(rule: list[float], theta: Tensor, g: Tensor, m: Tensor | None = None) -> None:
+    """m ← βm + g + uθ, θ ← kθ + bm, in place."""
     k, b, u, _, _, beta = rule
-    wide = torch.promote_types(theta.dtype, torch.float32)
-    new = theta.to(wide)  # else this is the tensor itself
-    if m is None:
-        new.mul_(k + b * u).add_(g, alpha=b)
+    if theta.element_size() < 4:  # the step is in float32, rounded once
+        new, step = theta.float(), None if m is None else m.float()
+        _move(rule, new, g.float(), step)
+        theta.copy_(new)
+        if m is not None:
+            m.copy_(step)
+    elif m is None:
+        theta.mul_(k + b * u).add_(g, alpha=b)
     else:
-        step = m.to(wide)
-        step.mul_(beta).add_(g).add_(new, alpha=u)
-        new.mul_(k).add_(step, alpha=b)
-        m.copy_(step)
-    theta.copy_(new)
+        m.mul_(beta).add_(g).add_(theta, alpha=u)
+        theta.mul_(k).add_(m, alpha=b)
 
 
 if __name__ == "__main__":
