@@ -1,8 +1,6 @@
 """Data sets as tensors that live on the device; a batch is an indexing there."""
 
-import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 DIGITS = Path(__file__).parent / "data" / "digits.npz"
 NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
@@ -41,38 +38,25 @@ class Data:
         return x if self.tokens is not None else (x - self.mean) / self.std
 
 
-def load(
-    name: str,
-    root: Path | str = "data",
-    image_size: int | None = None,
-    modulus: int = 31,
-    device: torch.device | str = "cpu",
-) -> Data:
-    """The data set `name`, on `device`: one of NAMES, a folder of images, or a file .npz.
+def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") -> Data:
+    """The data set `name`, on `device`: one of NAMES, or a file .npz.
 
     digits: 1,797 handwritten digits of Alpaydin and Kaynak (UCI, 1998), as scikit-learn ships them,
-    8×8: the first 1,437 to train on. A folder has `train/` and `test/`, each with a folder per
-    class, whose images are brought to image_size × image_size. What is downloaded or decoded is
-    kept in `root`. Raises ValueError where there is no such data set, or it cannot be read.
+    8×8: the first 1,437 to train on. What is downloaded is kept in `root`. Raises ValueError where
+    there is no such data set, or it cannot be read.
     """
     if name == "digits":
         with np.load(DIGITS) as file:
-            x, y = (
-                torch.from_numpy(file["images"])[:, None],
-                torch.from_numpy(file["labels"]).long(),
-            )
-        parts = [x[:1437], y[:1437], x[1437:], y[1437:]]
+            x, y = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+        parts = [x[:1437, None], y[:1437], x[1437:, None], y[1437:]]
     elif name == "modular":
         parts = modular(modulus)
     elif name in NAMES:
-        parts = _cached(Path(root) / f"{name}.pt", lambda: _download(name, Path(root)))
+        parts = _downloaded(name, Path(root))
     elif name.endswith(".npz"):
         parts = _npz(Path(name))
-    elif Path(name).is_dir():
-        parts = _folder(Path(name), Path(root), image_size)
     else:
-        known = ", ".join(NAMES)
-        raise ValueError(f"no data set {name!r}: choose {known}, a folder or a file .npz")
+        raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)} or a file .npz")
     x, y, test_x, test_y = parts
     classes = int(max(y.max(), test_y.max())) + 1
     if classes < 2:
@@ -145,11 +129,11 @@ def _npz(path: Path) -> list[Tensor]:
     return parts
 
 
-def _cached(path: Path, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What is in the file, [x, y, test_x, test_y], which is made first if it is not there."""
+def _downloaded(name: str, root: Path) -> list[Tensor]:
+    """[x, y, test_x, test_y] of a data set of torchvision, from root/name.pt once it is there."""
+    path = root / f"{name}.pt"
     if not path.exists():
-        parts = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = _download(name, root)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         torch.save(parts, temporary)
         os.replace(temporary, path)
@@ -157,7 +141,7 @@ def _cached(path: Path, make: Callable[[], list[Tensor]]) -> list[Tensor]:
         parts = torch.load(path, weights_only=True)
         if [t.dtype for t in parts] != [torch.uint8, torch.int64] * 2:
             raise ValueError
-    except Exception:
+    except Exception:  # a damaged file can fail anywhere in the reading of it
         raise ValueError(f"{path} is damaged: remove it, and it is made again") from None
     return parts
 
@@ -184,43 +168,6 @@ def _download(name: str, root: Path) -> list[Tensor]:
         what = f"{name} cannot be downloaded ({error})"
         raise ValueError(f"{what}: get {where} by hand") from None
     return parts
-
-
-def _folder(path: Path, root: Path, size: int | None) -> list[Tensor]:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        sets = [ImageFolder(path / part) for part in ("train", "test")]
-    except FileNotFoundError as error:
-        what = "it takes train/ and test/, each with a folder per class"
-        raise ValueError(f"{path}: {' '.join(str(error).split())}: {what}") from None
-    if sets[0].classes != sets[1].classes:
-        what = f"train/ has the classes {sets[0].classes}, test/ {sets[1].classes}"
-        raise ValueError(f"{path}: {what}: they must be the same")
-
-    def decode() -> list[Tensor]:
-        parts, shape = [], (size, size) if size else None
-        for part in sets:
-            images = []
-            for file, _ in tqdm(part.samples, desc=f"reading {part.root}", disable=None):
-                try:
-                    image = part.loader(file)
-                except (OSError, ValueError, SyntaxError) as error:  # as Pillow has them
-                    raise ValueError(f"{file} cannot be read as an image ({error})") from None
-                shape = shape or image.size  # (width, height)
-                if image.size != shape and not size:
-                    what = f"{file} is {image.size}, others {shape}"
-                    raise ValueError(f"{what}: bring all to one size with --image-size")
-                images.append(np.asarray(image.resize(shape)).transpose(2, 0, 1))
-            parts += [torch.from_numpy(np.stack(images)), torch.tensor(part.targets)]
-        return parts
-
-    key = [size]  # of other files or another size, another cache
-    for part in sets:
-        for file, _ in part.samples:
-            key.append((file, os.stat(file).st_size, os.stat(file).st_mtime_ns))
-    key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    return _cached(root / f"{path.resolve().name}-{key}.pt", decode)
 
 
 def add_label_noise(data: Data, share: float) -> None:

@@ -54,14 +54,13 @@ class Point:
         return measure.vectors(self.net, self.spheres)
 
 
-def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
+def read(path: Path, device: str = "cpu") -> Point:
     """Raises ValueError where it is missing, damaged or no checkpoint of train.py."""
     state = load_checkpoint(path, None, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")
     options = state["identity"]
-    names = ("data", "image_size", "modulus", "label_noise")
-    data = _data(root, device, *(options[name] for name in names))
+    data = _data(options["data"], options["modulus"], options["label_noise"], device)
     net = build(options, data).to(device)
     try:
         net.load_state_dict(state["net"])
@@ -72,8 +71,8 @@ def read(path: Path, root: Path = Path("data"), device: str = "cpu") -> Point:
 
 
 @cache
-def _data(root: Path, device: str, name: str, image_size, modulus, noise) -> Data:
-    data = load(name, root, image_size, modulus, device)
+def _data(name: str, modulus: int, noise: float | None, device: str) -> Data:
+    data = load(name, modulus, device)
     if noise:
         add_label_noise(data, noise)
     return data
@@ -223,7 +222,7 @@ COLUMNS += "sharpness then_sharpness edge barrier_to_next".split()
 HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_max,to next"
 
 
-def summarize(folder: Path, root: Path, device: str, samples: int) -> list[dict]:
+def summarize(folder: Path, device: str, samples: int) -> list[dict]:
     """A row of COLUMNS per run of a sweep; nan where it was not trained (--then, --average).
     Barriers are those to the run of the next larger ELR, between second runs where there are
     some."""
@@ -238,7 +237,7 @@ def summarize(folder: Path, root: Path, device: str, samples: int) -> list[dict]
             if path.name.endswith(".layers.csv"):
                 continue
             log, which = regimes.read_log(path)[0], "" if path == run.path else "then_"
-            end = read(path.with_suffix(".pt"), root, device)
+            end = read(path.with_suffix(".pt"), device)
             row[f"{which}test_error"] = log["test_error"][-1]
             row[f"{which}avg_test_error"] = log.get("avg_test_error", [math.nan])[-1]
             row[f"{which}sharpness"] = largest(operators(end, samples)["hessian"], 1)[0]
@@ -279,8 +278,6 @@ def parser() -> regimes.Parser:
     text = "What the loss looks like around and between the ends of runs, from their checkpoints."
     example = "example: python landscape.py summary logs/digits-convnet (each has its own --help)"
     parser = regimes.Parser(prog="landscape.py", description=text, epilog=example)
-    root = dict(type=Path, default=Path("data"), metavar="DIR")
-    parser.add_argument("--data-root", **root, help="as for train.py (default: data)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)
 
@@ -321,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.what == "summary":
             show_summary(args)
             return 0
-        points = [read(path, args.data_root, args.device) for path in args.checkpoints]
+        points = [read(path, args.device) for path in args.checkpoints]
         show = dict(barrier=show_barrier, distance=show_distances, curvature=show_curvature)
         show[args.what](args, points)
     except (ValueError, OSError) as error:
@@ -330,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show_summary(args: Namespace) -> None:
-    rows = summarize(args.folder, args.data_root, args.device, args.samples)
+    rows = summarize(args.folder, args.device, args.samples)
     regimes.write_csv(args.folder / "landscape.csv", rows)
     figures.of_landscape(rows, args.folder / "landscape.png", str(args.folder))
     print(table(rows))

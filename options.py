@@ -18,13 +18,12 @@ from runs import grid, open_folder
 
 MFLOP_PER_THREAD = 200  # of a step: below, a second thread costs more than it gives
 # What all runs of a folder have in common.
-IDENTITY = """space wd momentum schedule data modulus image_size label_noise augment model width
-    affine train_head sphere batch_size full_batch eval_train average dtype""".split()
+IDENTITY = """space wd momentum schedule data modulus label_noise augment model width affine
+    train_head sphere batch_size eval_train average dtype""".split()
 # Which runs, and how they are done, not what they are: `next:` leaves them out.
 WHICH = """elr sweep angle lr wd refine max_epochs seeds then average schedule jobs threads
     force""".split()
-DEFAULTS = dict(data="digits", data_root=Path("data"), batch_size=16, sphere="network")
-DEFAULTS |= dict(dtype="fp32", modulus=31)
+DEFAULTS = dict(data="digits", modulus=31, batch_size=16, sphere="network", dtype="fp32")
 
 
 class Refused(Exception):
@@ -65,7 +64,6 @@ def parser() -> argparse.ArgumentParser:
     add("--momentum", type=share, help="β of the heavy ball (default: none)")
     text = "of the ELR (default: constant; with --angle cosine)"
     add("--schedule", choices=("constant", "cosine"), help=text)
-    add("--full-batch", **flag, help="a step per epoch, along the gradient of the whole set")
 
     add = parser.add_argument_group("the network").add_argument
     text = f"{', '.join(MODELS)}, FILE.py:FUNCTION (default: convnet; modular: transformer)"
@@ -75,13 +73,10 @@ def parser() -> argparse.ArgumentParser:
     add("--train-head", **flag, help="train the last layer, too")
 
     add = parser.add_argument_group("the data").add_argument
-    text = f"{', '.join(NAMES)}, a folder with train/ and test/, FILE.npz (default: digits)"
+    text = f"{', '.join(NAMES)}, FILE.npz (default: digits)"
     add("--data", help=text)
-    add("--data-root", type=Path, metavar="DIR", help="of downloads (default: data)")
     text = "addition modulo P, for --data modular (default: 31)"
     add("--modulus", type=number(int, 2, 1025), metavar="P", help=text)
-    text = "bring a folder's images to S × S"
-    add("--image-size", type=number(int, 7, 4097), metavar="S", help=text)
     add("--batch-size", type=whole, help="default: 16")
     text = "give this share of the training inputs a wrong label"
     add("--label-noise", type=share, metavar="P", help=text)
@@ -147,11 +142,9 @@ def check(options: Namespace, given: dict) -> None:
         ("refine", several and fixed, "it takes --sweep, or several constant ELRs"),
         ("max_epochs", fixed and not options.average, "it takes constant ELRs, and no --average"),
         ("then", fixed or options.mode == "angle", "it takes a constant ELR"),
-        ("graph", not whole and not options.full_batch, "this is for steps of one batch"),
+        ("graph", not whole, "in the whole space, --lr, nothing is captured"),
         ("modulus", tokens, "this is for --data modular"),
         ("augment", not tokens, "tokens are no images"),
-        ("image_size", options.data not in NAMES, "this is for --data FOLDER"),
-        ("data_root", options.data not in ("digits", "modular"), "there is nothing to download"),
     ]
     for name in ("width", "affine", "train_head"):
         rules.append((name, not own_file, "a network of your own has its own"))
@@ -221,9 +214,8 @@ def choose_machine(options: Namespace) -> None:
 
 
 def read_data(options: Namespace) -> Data:
-    more = options.image_size, options.modulus, options.device
     try:
-        data = load(options.data, options.data_root, *more)
+        data = load(options.data, options.modulus, options.device)
     except ValueError as error:
         raise Refused("data", str(error)) from None
     if options.augment and data.x.dtype != torch.uint8:

@@ -34,15 +34,14 @@ from pathlib import Path
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
-TABLES = ("regimes.csv", "landscape.csv", "toy.csv")
+OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no logs
 
-# The constants of the rule.
 MIN_TAIL = 4  # rows of the tail: with fewer the interval of no slope is finite
 NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried that went on went on falling
 STEEP = -0.5  # slope of a falling loss: 1/epoch has −1, a level 0, and this lies between
 FLAT = 0.1  # slopes this small change a loss by 7 % while the epochs double: no trend
-FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill below is none: a random walk's mean
-# strays so far from chance, the loss, whose tail is long, farther than the error
+FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill below is none: so far a random walk's
+# mean strays from chance, the loss, whose tail is long, farther than the error
 TURN = 1.0  # radians: a walk that has turned less still remembers its start
 Z99 = 2.576  # standard normal quantile of a two-sided 99 % interval
 
@@ -123,15 +122,17 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     if len(loss) and not good[-1]:
         verdict.why = f"stopped in epoch {epoch[-1]:g}: the loss is not finite"
         return verdict
-    elrs = log["elr"][np.isfinite(log["elr"])] if "elr" in log else np.ones(1)
+    elrs = log.get("elr", np.ones(1))
+    elrs = elrs[np.isfinite(elrs)]
     if len(elrs) and np.ptp(elrs) > 1e-6 * elrs.max():
-        verdict.moves, what = True, f"from {elrs[0]:.3g} to {elrs[-1]:.3g}"
-        verdict.why = f"the ELR moved {what}, and a regime needs a fixed one"
+        what = f"the ELR moved from {elrs[0]:.3g} to {elrs[-1]:.3g}"
+        verdict.moves, verdict.why = True, f"{what}, and a regime needs a fixed one"
         return verdict
     if not good.all():
         notes.append(f"{(~good).sum()} rows without a finite loss left out")
     last = epoch[-1] if len(epoch) else 0
-    tail, longer = (good & (epoch > 0) & (epoch > part * last) for part in (1 / 2, 1 / 4))
+    tail = good & (epoch > 0) & (epoch > last / 2)
+    longer = good & (epoch > 0) & (epoch > last / 4)
     verdict.more_epochs = max(2 * MIN_TAIL, 2 * math.ceil(last))
     if tail.sum() < MIN_TAIL:
         what = f"it takes {verdict.more_epochs} epochs at least"
@@ -154,8 +155,8 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     # A loss of 0 has no logarithm: it counts as next to nothing.
     loss = np.maximum(loss, 1e-38 * loss[good].max() or 1.0)
     verdict.trend = Trend(*theil_sen(np.log(epoch[tail]), np.log(loss[tail])))
-    level = chance["train_loss"]["mean"] if chance else math.nan
     longer = Trend(*theil_sen(np.log(epoch[longer]), np.log(loss[longer])))
+    level = chance["train_loss"]["mean"] if chance else math.nan
     verdict.regime, verdict.why = _decide(verdict, longer, loss[tail], level)
     if verdict.regime == "undecided":
         verdict.why += f"; {verdict.more_epochs} epochs may decide"
@@ -167,10 +168,8 @@ def _decide(verdict: Verdict, longer: Trend, loss: np.ndarray, chance: float) ->
     the trend of the last three quarters, is asked, too."""
     trend, skills, turn = verdict.trend, verdict.skills, verdict.turn
     if np.median(loss) < NEGLIGIBLE * chance:
-        return (
-            "convergence",
-            f"the loss has fallen to {loss.mean() / chance:.2%} of chance ({trend})",
-        )
+        share = loss.mean() / chance
+        return "convergence", f"the loss has fallen to {share:.2%} of chance ({trend})"
     falls = trend.high < 0 and trend.slope < STEEP and longer.slope < STEEP
     if falls and (not skills or any(skill.value >= Z99 * skill.error for skill in skills)):
         return "convergence", f"the loss keeps falling ({trend}), now at {loss[-1]:.3g}"
@@ -286,21 +285,20 @@ def read_log(path: Path) -> tuple[dict[str, np.ndarray], str]:
     if rows and (not text.endswith("\n") or len(rows[-1]) < len(header)):
         problem = f"{path}: the last row (line {len(rows) + 1}) is cut off and left out"
         rows.pop()
-    if not rows:
-        raise ValueError(f"{path}: a header, but no whole row")
-    table = np.full((len(rows), len(header)), math.nan)
+    log = {name: np.full(len(rows), math.nan) for name in header}
     for i, row in enumerate(rows):
         if len(row) != len(header):
             raise ValueError(f"{path}: line {i + 2} has {len(row)} cells, the header {len(header)}")
-        for j, cell in enumerate(row):
+        for name, cell in zip(header, row, strict=True):
             try:
-                table[i, j] = float(cell.replace("_", "?") or "nan")  # Python reads 1_0 as 10
+                log[name][i] = float(cell.replace("_", "?") or "nan")  # Python reads 1_0 as 10
             except ValueError:
-                if header[j] in ("epoch", "train_loss"):
-                    what = f"line {i + 2}: {header[j]} is {cell[:40]!r}, not a number"
+                if name in ("epoch", "train_loss"):
+                    what = f"line {i + 2}: {name} is {cell[:40]!r}, not a number"
                     raise ValueError(f"{path}: {what}") from None
-    log = {name: table[:, j] for j, name in enumerate(header)}
     epoch = log["epoch"]
+    if not rows:
+        raise ValueError(f"{path}: a header, but no whole row")
     if not (np.isfinite(epoch).all() and (np.diff(epoch) > 0).all() and epoch[0] >= 0):
         raise ValueError(f"{path}: the epochs do not increase from row to row")
     return log, problem
@@ -329,42 +327,39 @@ def read_run(path: Path, chance: dict[str, dict]) -> Run:
     """Read and classify one log. ELR from its column `elr`, else from `elr=…` in its name; seed
     from `seed=…` in its name."""
     log, problem = read_log(path)
-    elr = re.search(r"elr=([0-9.]+(?:e[+-]?[0-9]+)?)", path.name)
-    seed = re.search(r"seed=([0-9]{1,18})", path.name)
-    elr = float(elr[1].rstrip(".")) if elr else math.nan
-    seed = int(seed[1]) if seed else 0
+    named = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
+    elr = float(named[1]) if named else math.nan
     if "elr" in log:
         elr = float(log["elr"][0])
+    seed = re.search(r"seed=([0-9]{1,18})", path.name)
+    seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed)))
     if not 0 < elr < math.inf or verdict.moves:
         elr = math.nan
     return Run(path, elr, seed, log, verdict, problem)
 
 
-def find_logs(folder: Path) -> list[Path]:
-    """The runs' logs in a folder: all CSV files but the layers', second runs' and our tables."""
-    ours = ("*.layers.csv", "*.then=*", *TABLES)
-    return [x for x in sorted(folder.glob("*.csv")) if not any(x.match(name) for name in ours)]
-
-
 def gather(paths: list[Path]) -> tuple[list[Run], list[str]]:
-    """The runs of these folders and logs, in order of ELR and seed; what was wrong with some."""
+    """The runs of these folders and logs, in order of ELR and seed; what was wrong with some. Of a
+    folder all CSV files but the layers', second runs' and our tables."""
     runs, problems, chances, logs = [], [], {}, []
     for path in paths:
-        logs += find_logs(path) if path.is_dir() else [path]
-    for folder in dict.fromkeys(path.parent for path in logs):
-        try:
-            chances[folder] = read_chance(folder)
-        except ValueError as error:
-            problems.append(str(error))
+        ours = {x for pattern in OURS for x in path.glob(pattern)}
+        logs += sorted(set(path.glob("*.csv")) - ours) if path.is_dir() else [path]
+    if not logs:
+        problems.append(f"{paths[0]}: no logs here; a log has the columns epoch and train_loss")
     for path in logs:
         try:
-            runs.append(read_run(path, chances.get(path.parent, {})))
+            if path.parent not in chances:
+                chances[path.parent] = {}
+                chances[path.parent] = read_chance(path.parent)
+        except ValueError as error:
+            problems.append(str(error))
+        try:
+            runs.append(read_run(path, chances[path.parent]))
             problems.append(runs[-1].problem)
         except ValueError as error:
             problems.append(str(error))
-    if not logs:
-        problems.append(f"{paths[0]}: no logs here; a log has the columns epoch and train_loss")
     runs.sort(key=lambda run: (math.isnan(run.elr), run.elr, run.seed))
     return runs, [problem for problem in problems if problem]
 

@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten
 from tqdm import tqdm
 
 import regimes
@@ -84,48 +83,38 @@ def open_folder(out: Path, options: dict, force: bool = False) -> dict:
 
 
 def write_config(out: Path, config: dict) -> None:
-    regimes.write_whole(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    regimes.write_whole(
+        out / "config.json", (json.dumps(config, indent=2, default=str) + "\n").encode()
+    )
 
 
 def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
-    """The state (tensors, numbers, texts, lists and dicts of them), whose it is, a checksum."""
-    state = {**state, "identity": identity}
+    """The state (tensors, numbers, texts, lists and dicts of them), whose it is; a checksum."""
     file = io.BytesIO()
-    torch.save({**state, "checksum": _checksum(state)}, file)
-    regimes.write_whole(path, file.getbuffer())
+    torch.save({**state, "identity": identity}, file)
+    content = file.getvalue()
+    regimes.write_whole(path, content + hashlib.sha256(content).digest())
 
 
 def load_checkpoint(path: Path, identity: dict | None, device: str) -> dict | None:
-    """The last checkpoint of a run, None if there is none. Raises ValueError where it is damaged or
-    of another run; without `identity` whose it is does not matter."""
+    """The last checkpoint of a run, with its `checksum`; None if there is none. Raises ValueError
+    where it is damaged or of another run; without `identity` whose it is does not matter."""
     if not path.exists():
         return None
-    content = io.BytesIO(path.read_bytes())
-    again = "remove it, and this run starts again"
+    content, again = path.read_bytes(), "remove it, and this run starts again"
+    content, checksum = content[:-32], content[-32:]
     try:
-        state = torch.load(content, map_location=device, weights_only=True)
-        checksum, there = state["checksum"], dict(state["identity"])
-        if checksum != _checksum({key: x for key, x in state.items() if key != "checksum"}):
+        if hashlib.sha256(content).digest() != checksum:
             raise ValueError
-    except Exception:  # a damaged file can fail anywhere in the reading of it
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        there = dict(state["identity"])
+    except Exception:  # what is no checkpoint can fail anywhere in the reading of it
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
     for key in {**identity, **there} if identity is not None else ():
         if identity.get(key) != there.get(key):
             what = f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here"
             raise ValueError(f"{path} is the checkpoint of another run ({what}): {again}")
-    return state
-
-
-def _checksum(state: dict) -> str:
-    leaves, structure = tree_flatten(state)
-    sha = hashlib.sha256(repr(structure).encode())
-    for x in leaves:
-        if isinstance(x, torch.Tensor):
-            sha.update(repr((x.dtype, tuple(x.shape))).encode())
-            sha.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        else:
-            sha.update(repr(x).encode())
-    return sha.hexdigest()
+    return state | {"checksum": checksum.hex()}
 
 
 def remove_leftovers(out: Path) -> None:

@@ -19,7 +19,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,27 +31,18 @@ from torch.optim.swa_utils import AveragedModel
 import figures
 import measure
 import regimes
+import runs
 from data import Data, batches
 from graph import Captured, keep_memory
 from models import build
 from options import again, parse
-from runs import (
-    Busy,
-    Rows,
-    bisect,
-    load_checkpoint,
-    lock,
-    name_of,
-    run_all,
-    save_checkpoint,
-    write_config,
-)
 from sphere_step import SphereSGD
 
-COLUMNS = "epoch step elr train_loss train_error grad_norm angle radial test_loss test_error"
-COLUMNS = [*COLUMNS.split(), "seconds", "distance"]
+COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
+    seconds distance""".split()
 AVERAGE_COLUMNS = ["avg_train_loss", "avg_test_error"]
 LAYER_COLUMNS = ["epoch", "layer", *measure.OF_LAYERS]
+STATE = ("epoch", "seconds", "ended", "start")  # of a run, beside its parts, in a checkpoint
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
 
 
@@ -114,40 +105,33 @@ class Run:
 
     def step(self, index: Tensor) -> tuple[Tensor, ...]:
         """One step of training. To change what a step does, change this."""
-        optimizer, losses, wrong = self.plain or self.sphere, [], []
+        x, y = self.data.inputs(index, self.options.augment), self.data.y[index]
+        logits = measure.logits_of(self.net, x, self.options.dtype)
+        loss = F.cross_entropy(logits, y)
         self.net.zero_grad(set_to_none=not self.options.graph)  # a graph knows them by address
-        parts = -(-len(index) // self.options.batch_size)  # one, but for --full-batch
-        for part in index.tensor_split(parts):
-            x, y = self.data.inputs(part, self.options.augment), self.data.y[part]
-            logits = measure.logits_of(self.net, x, self.options.dtype)
-            loss = F.cross_entropy(logits, y) * (len(part) / len(index))
-            loss.backward()
-            losses.append(loss.detach())
-            wrong.append(logits.detach().argmax(1) != y)
+        loss.backward()
         if self.epoch < 0 or self.plain:  # epoch 0 stands still: the row before training
             self.sphere.measure()
         if self.epoch >= 0:
+            optimizer = self.plain or self.sphere
             optimizer.step()
-        return sum(losses), torch.cat(wrong), *self.sphere.last
+        return loss.detach(), logits.detach().argmax(1) != y, *self.sphere.last
 
     def train_epoch(self) -> tuple[dict[str, float], list[list[float]]]:
         """One pass over the training set. Returns its row, and per tensor on a sphere the means
         over the steps of norm, ELR, γ and φ. The host waits for the device once, at the end."""
-        options, n, device = self.options, len(self.data.x), self.data.x.device
         self.net.train()
         lr = self.set_lr()
-        step, steps = self.one_step, batches(n, options.batch_size, self.order, device)
-        if options.full_batch:
-            steps = [torch.arange(n, device=device)]
-        if self.epoch < 0:
-            step = self.step
+        step = self.step if self.epoch < 0 else self.one_step
+        x, size = self.data.x, self.options.batch_size
+        steps = batches(len(x), size, self.order, x.device)
         sums, layers = 0, 0
         for first in range(0, len(steps), KEPT):
             kept = [step(index) for index in steps[first : first + KEPT]]
             more, of_layers = measure.of_steps(kept, self.sphere, self.plain)
             sums, layers = sums + more, layers + of_layers
         row = dict(zip(measure.OF_STEPS, (sums / len(steps)).tolist(), strict=True))
-        if options.mode == "elr":
+        if self.options.mode == "elr":
             row["elr"] = lr
         self.epoch += 1
         row |= {"epoch": self.epoch, "step": self.epoch * len(steps)}
@@ -190,8 +174,8 @@ class Run:
         if options.average:
             columns += AVERAGE_COLUMNS
         layers = [name for group in options.layer_groups for name in group]
-        rows = Rows(path, columns, self.epoch)
-        layer_rows = Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, self.epoch)
+        rows = runs.Rows(path, columns, self.epoch)
+        layer_rows = runs.Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, self.epoch)
         began = time.perf_counter() - self.seconds
         try:
             while self.epoch < self.epochs and not self.ended:
@@ -217,15 +201,6 @@ class Run:
         parts = dict(net=self.net, sphere=self.sphere, plain=self.plain, averaged=self.averaged)
         return {name: part for name, part in parts.items() if part}
 
-    def save(self) -> None:
-        state = {name: part.state_dict() for name, part in self.parts().items()}
-        state |= {name: getattr(self, name) for name in ("epoch", "seconds", "ended", "start")}
-        state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
-        state |= {"spheres": self.spheres, "origin": self.job.init and self.job.init["checksum"]}
-        if "cuda" in self.options.device:
-            state["cuda"] = torch.cuda.get_rng_state(self.options.device)
-        save_checkpoint(self.job.path.with_suffix(".pt"), self.identity(), state)
-
     def identity(self) -> dict:
         """What a checkpoint must share with this run, to go on from there."""
         identity = {**self.options.config["options"], "mode": self.options.mode}
@@ -234,15 +209,24 @@ class Run:
             identity["epochs"] = self.epochs
         return identity
 
+    def save(self) -> None:
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state |= {name: getattr(self, name) for name in STATE}
+        state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
+        state |= {"spheres": self.spheres, "origin": self.job.init and self.job.init["checksum"]}
+        if "cuda" in self.options.device:
+            state["cuda"] = torch.cuda.get_rng_state(self.options.device)
+        runs.save_checkpoint(self.job.path.with_suffix(".pt"), self.identity(), state)
+
     def load(self) -> None:
         """Go on from the checkpoint, if there is one from the same start."""
         path = self.job.path.with_suffix(".pt")
-        state = load_checkpoint(path, self.identity(), self.options.device)
+        state = runs.load_checkpoint(path, self.identity(), self.options.device)
         if state is None or state["origin"] != (self.job.init and self.job.init["checksum"]):
             return
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        for name in ("epoch", "seconds", "ended", "start"):
+        for name in STATE:
             setattr(self, name, state[name])
         self.order.set_state(state["order"].cpu())
         torch.set_rng_state(state["random"].cpu())
@@ -270,35 +254,32 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
     """One run (value, seed) to its verdict, and with --then a second one from its end. What is
     finished is not done again. Returns its name, the verdict in words, and whether there was
     nothing to do. Raises Busy where another process is at it, unless `patient`."""
-    path, name = name_of(options, pair)
-    job = Job(*pair, path, name)
-    with lock(job.path.with_suffix(".lock"), patient):
-        worked, epochs = train_one(options, data, job, options.epochs, tell), options.epochs
-        run = regimes.read_run(job.path, options.chance)
-        while run.verdict.regime == "undecided":
-            more = min(run.verdict.more_epochs or 0, options.max_epochs or 0)
-            if more <= epochs:
-                break
+    path, name = runs.name_of(options, pair)
+    job, pt = Job(*pair, path, name), path.with_suffix(".pt")
+    with runs.lock(path.with_suffix(".lock"), patient):
+        epochs, more, worked = 0, options.epochs, False
+        while more > epochs:
             epochs = more
             worked = train_one(options, data, job, epochs, tell) or worked
-            run = regimes.read_run(job.path, options.chance)
+            run = regimes.read_run(path, options.chance)
+            if run.verdict.regime == "undecided":
+                more = min(run.verdict.more_epochs or 0, options.max_epochs or 0)
         text = f"{regimes.title(run.verdict.regime)}: {run.verdict.why}"
         if run.verdict.moves:
             text = regimes.way(run, regimes.read_folder(options.out))
         text += f"; test error {run.log['test_error'][-1]:.3f}"
         if options.then:
-            init = load_checkpoint(job.path.with_suffix(".pt"), None, options.device)
+            init = runs.load_checkpoint(pt, None, options.device)
             if init is None:
-                what = f"{job.path.stem}.pt is gone, from which to go on"
-                raise ValueError(f"{what}: remove {job.path.name}, and it is made again")
-            path = second(path, options.then)
-            more = dict(value=options.then, path=path, name=f"{name}, then {options.then:g}")
-            job = replace(job, **more, init=init)
+                what = f"{pt.name} is gone, from which to go on: remove {path.name}"
+                raise ValueError(f"{what}, and it is made again")
+            path, name = second(path, options.then), f"{name}, then {options.then:g}"
+            job = Job(options.then, job.seed, path, name, init)
             worked = train_one(options, data, job, options.epochs, tell) or worked
             log = regimes.read_log(path)[0]
             text += f"; then at {options.then:g}: train loss {log['train_loss'][-1]:.3g}"
             text += f", test error {log['test_error'][-1]:.3f}"
-    return name, text, not worked
+    return runs.name_of(options, pair)[1], text, not worked
 
 
 def second(path: Path, value: float) -> Path:
@@ -312,23 +293,22 @@ def measure_chance(options: Namespace, data: Data, seed: int) -> dict:
     return measure.chance(run.net, run.sphere, data, options, seed)
 
 
-def what_next(options: Namespace, runs: list[regimes.Run]) -> list[str]:
+def what_next(options: Namespace, found: list[regimes.Run]) -> list[str]:
     """The paper's advice made concrete: start just above the boundary of convergence and go on well
     inside it, at a tenth. And the angle, which needs no sweep."""
     lines, boundary = [], None
     with suppress(ValueError):
-        boundary = regimes.boundaries(runs)[0]
+        boundary = regimes.boundaries(found)[0]
     if boundary and boundary.seen:
         then = float(f"{boundary.low / 10:.2g}")
-        lines.append(
-            "next: " + again(options, "--elr", f"{boundary.high:g}", "--then", f"{then:g}")
-        )
-        seconds = [second(run.path, then) for run in runs if run.elr == boundary.high]
-        given = [regimes.read_log(p)[0]["test_error"][-1] for p in seconds if p.exists()]
-        if given:
-            lines[-1] += f"  (gave test error {sorted(given)[len(given) // 2]:.3f} here)"
+        line = again(options, "--elr", f"{boundary.high:g}", "--then", f"{then:g}")
+        logs = [second(run.path, then) for run in found if run.elr == boundary.high]
+        errors = [regimes.read_log(log)[0]["test_error"][-1] for log in logs if log.exists()]
+        if errors:
+            line += f"  (gave test error {sorted(errors)[len(errors) // 2]:.3f} here)"
+        lines.append(f"next: {line}")
     if options.mode != "angle":
-        lines.append("next: " + again(options, "--angle", "0.05"))
+        lines.append(f"next: {again(options, '--angle', '0.05')}")
     return lines
 
 
@@ -347,33 +327,32 @@ def main(argv: list[str] | None = None) -> int:
         for seed in seeds:
             if str(seed) not in options.chance:
                 options.chance[str(seed)] = measure_chance(options, data, seed)
-        given = {k: str(x) if isinstance(x, Path) else x for k, x in options.given.items()}
-        config = options.config | {"chance": options.chance, "command": given}
+        config = options.config | {"chance": options.chance, "command": options.given}
         config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         config |= {"threads": options.threads, "jobs": options.jobs}
-        write_config(options.out, config)
-        pairs = [(value, seed) for seed in seeds for value in values]
-        failed = run_all(do, pairs, options, report.renew)
-        for _ in range(options.refine):
-            new = bisect(options.out, values)
-            values = values + new
+        runs.write_config(options.out, config)
+        new, failed = values, False
+        for round in range(options.refine + 1):
+            if round > 0:
+                new = runs.bisect(options.out, values)
+                values = values + new
             pairs = [(value, seed) for seed in seeds for value in new]
-            failed = run_all(do, pairs, options, report.renew) or failed
-        runs = report.renew(last=True)
+            failed = runs.run_all(do, pairs, options, report.renew) or failed
+        found = report.renew(last=True)
     except KeyboardInterrupt as signalled:
         what = f"the finished rows are in {options.out}, and the same command goes on from there"
         print(f"interrupted; {what}", file=sys.stderr)
         return 128 + signalled.args[0]
     except BrokenPipeError:
         raise
-    except (OSError, Busy) as error:
+    except (OSError, runs.Busy) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    if runs and not options.rank:
+    if found and not options.rank:
         if len(values) * len(seeds) > 1:
-            print(regimes.table(runs))
+            print(regimes.table(found))
         print(f"written: {options.out / 'regimes.csv'}, {options.out / 'regimes.png'}")
-        print("\n".join(what_next(options, runs)))
+        print("\n".join(what_next(options, found)))
     return 1 if failed else 0
 
 
