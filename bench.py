@@ -2,7 +2,7 @@
 
     python bench.py step           the optimizer's step: checked against float64, then timed
     python bench.py iteration      an iteration of the default run, and what it is made of
-    python bench.py epoch          an epoch over 2,560 PNG files, against a loop over a DataLoader
+    python bench.py epoch          an epoch over 2,560 images, against a loop over a DataLoader
     python bench.py sweep          the default sweep and four short runs: default jobs, one job
 
 All ways of a case take turns, and medians are printed, so that ratios hold on a machine that others
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +37,14 @@ import measure
 import regimes
 import sphere_step
 import train
+from data import load
 from graph import keep_memory
 from models import MODELS, convnet
 from options import parse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
+IMAGES, BATCH = 2560, 128  # of an epoch
 
 
 @dataclass
@@ -261,29 +264,14 @@ def iteration(repetitions: int) -> None:
     report("iteration", rows, "forward and backward")
 
 
-def make_images(folder: Path, n: int, size: int = 32, classes: int = 10) -> None:
-    """n random PNG images to train on and n / 10 to test on, in class folders."""
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for part, count in (("train", n), ("test", n // 10)):
-        for i in range(count):
-            path = folder / part / f"class{i % classes}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
-
-
-def usual_loop(pipe, folder: str, model: str, width: int, batch: int, threads: int) -> None:
+def usual_loop(pipe, file: str, net: tuple[str, int], threads: int) -> None:
     """In a process of its own, which manages memory as PyTorch does: an epoch whenever asked."""
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-
     torch.set_num_threads(threads)
-    steps = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.29] * 3)]
-    images = ImageFolder(f"{folder}/train", transforms.Compose(steps))
+    data, (model, width) = load(file), net
+    images = torch.utils.data.TensorDataset(data.normalized(data.x), data.y)
     more = dict(shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
-    loader = torch.utils.data.DataLoader(images, batch, **more)
-    net = MODELS[model](3, len(images.classes), width)
+    loader = torch.utils.data.DataLoader(images, BATCH, **more)
+    net = MODELS[model](3, data.classes, width)
     net = net.to(DEVICE, memory_format=torch.contiguous_format)
     optimizer = sphere_step.SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     while pipe.recv():
@@ -297,44 +285,39 @@ def usual_loop(pipe, folder: str, model: str, width: int, batch: int, threads: i
         pipe.send(None)
 
 
-def epoch(repetitions: int, n: int = 2560, batch: int = 128) -> None:
+def epoch(repetitions: int) -> None:
     """An epoch of train.py, and of the usual loop: a DataLoader with two workers, the network and
     its memory as PyTorch has them, .item() at each step. Same network and optimizer."""
     rates = dict(zip(("fp32", "bf16"), limits(), strict=False))
-    rows = []
+    rows, generator = [], np.random.default_rng(0)
+    x = generator.integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8)
+    y = generator.integers(0, 10, IMAGES)
     with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), n)
-        for model, width in (("convnet", 8), ("convnet", 32), ("resnet18", 8)):
-            case = f"{model} of width {width}, {n} images, batch {batch}"
-            rows += [
-                Row(case, *row) for row in epoch_of(folder, (model, width), n, repetitions, rates)
-            ]
+        np.savez(f"{folder}/images.npz", x=x, y=y, test_x=x[:256], test_y=y[:256])
+        for net in (("convnet", 8), ("convnet", 32), ("resnet18", 8)):
+            case = f"{net[0]} of width {net[1]}, {IMAGES} images, batch {BATCH}"
+            rows += [Row(case, *row) for row in epoch_of(folder, net, repetitions, rates)]
     report("epoch", rows, "the usual loop")
 
 
-def epoch_of(folder: str, net: tuple, n: int, repetitions: int, rates: dict) -> list[tuple]:
-    options = ["--data", folder, "--data-root", f"{folder}/cache", "--out", f"{folder}/out"]
-    options += ["--batch-size", "128", "--model", net[0], "--width", str(net[1])]
-    ways, limit = {}, {}
-    for dtype, rate in rates.items():
-        for graph in ([], ["--graph"]) if DEVICE == "cuda" else ([],):
-            run = our_run(*options, "--dtype", dtype, *graph)
-            index = torch.arange(128, device=DEVICE)
-            x, y = run.data.inputs(index), run.data.y[index]
+def epoch_of(folder: str, net: tuple[str, int], repetitions: int, rates: dict) -> list[tuple]:
+    options = ["--data", f"{folder}/images.npz", "--out", f"{folder}/out"]
+    options += ["--batch-size", str(BATCH), "--model", net[0], "--width", str(net[1])]
+    ways, limit, index = {}, {}, torch.arange(BATCH, device=DEVICE)
+    for dtype, graph in product(rates, ([], ["--graph"]) if DEVICE == "cuda" else ([],)):
+        run = our_run(*options, "--dtype", dtype, *graph)
+        x, y = run.data.inputs(index), run.data.y[index]
 
-            def passes(run: train.Run = run, x: Tensor = x, y: Tensor = y) -> None:
-                for _ in range(n // 128):
-                    F.cross_entropy(measure.logits_of(run.net, x, run.options.dtype), y).backward()
+        def passes(run: train.Run = run, x: Tensor = x, y: Tensor = y) -> None:
+            for _ in range(IMAGES // BATCH):
+                F.cross_entropy(measure.logits_of(run.net, x, run.options.dtype), y).backward()
 
-            name = f"train.py, {dtype}" + (", CUDA graph" if graph else "")
-            ways[name], ways[f"  of which forward and backward, {name[10:]}"] = (
-                run.train_epoch,
-                passes,
-            )
-            for way in list(ways)[-2:]:
-                limit[way] = flops(run.net, x) * (n // 128) / rate
+        name = f"{dtype}, CUDA graph" if graph else dtype
+        least = flops(run.net, x) * (IMAGES // BATCH) / rates[dtype]
+        for way, what in ((run.train_epoch, "train.py"), (passes, "  of which both passes")):
+            ways[f"{what}, {name}"], limit[f"{what}, {name}"] = way, least
     pipe, other_end = multiprocessing.Pipe()
-    arguments = (other_end, folder, *net, 128, run.options.threads)
+    arguments = (other_end, f"{folder}/images.npz", net, run.options.threads)
     child = multiprocessing.get_context("spawn").Process(target=usual_loop, args=arguments)
     child.start()
     other_end.close()  # should the child die, recv ends in an error and does not wait
@@ -343,12 +326,11 @@ def epoch_of(folder: str, net: tuple, n: int, repetitions: int, rates: dict) -> 
         pipe.send(True)
         pipe.recv()
 
-    name = "the usual loop: DataLoader, 2 workers, fp32"
-    ways[name], limit[name] = usual, limit["train.py, fp32"]
+    ways["the usual loop: DataLoader, 2 workers, fp32"] = usual
     times = interleaved(ways, repetitions)
     pipe.send(False)
     child.join()
-    return [(name, times[name], limit[name]) for name in ways]
+    return [(name, times[name], limit.get(name, limit["train.py, fp32"])) for name in ways]
 
 
 def run_train(*options: str) -> None:

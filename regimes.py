@@ -27,6 +27,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -101,6 +102,9 @@ class Verdict:
     more_epochs: int | None = None
     notes: list[str] = field(default_factory=list)
     moves: bool = False
+
+    def __str__(self) -> str:
+        return f"{title(self.regime)}: {self.why}"
 
     @property
     def skill(self) -> float:
@@ -308,16 +312,16 @@ def read_chance(folder: Path) -> dict[str, dict]:
     """The chance references in a folder's config.json, by seed; none if there is no such file.
     Raises ValueError if it is damaged."""
     path = folder / "config.json"
+    if not path.exists():
+        return {}
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
             numbers = [reference["points"] - 1, reference["train_loss"]["mean"]]
             for name in FLOORS:
-                numbers += reference.get(name, {"mean": 0, "std": 0}).values()
+                numbers += reference.get(name, {}).values()
             if not all(math.isfinite(x) and x >= 0 for x in numbers):
                 raise ValueError
-    except FileNotFoundError:
-        return {}
     except Exception:  # damaged JSON can fail anywhere in the reading of it
         raise ValueError(f"{path}: damaged: no chance reference can be read from it") from None
     return chance
@@ -404,14 +408,12 @@ class Boundary:
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def __str__(self) -> str:
-        text = "not seen"
+        text = f"{title(self.left)} | {title(self.right)}"
         if self.seen:
-            text = f"{self.low:.4g} to {self.high:.4g} (×{self.high / self.low:.3g})"
-        elif math.isfinite(self.high):
-            text = f"below {self.high:.3g}"
-        elif math.isfinite(self.low):
-            text = f"above {self.low:.3g}"
-        return f"{title(self.left)} | {title(self.right)}: {text}"
+            return f"{text}: {self.low:.4g} to {self.high:.4g} (×{self.high / self.low:.3g})"
+        if math.isfinite(self.high):
+            return f"{text}: below {self.high:.3g}"
+        return f"{text}: " + (f"above {self.low:.3g}" if self.low > 0 else "not seen")
 
 
 def boundaries(runs: list[Run]) -> list[Boundary]:
@@ -439,36 +441,29 @@ def rows(runs: list[Run]) -> list[dict]:
     """A row of COLUMNS and `epochs` per run with an ELR, in order of ELR and seed; losses, errors,
     γ and φ are means of the last tenth of the epochs."""
     found = []
-    for group in by_elr(runs).values():
-        for run in group:
-            values = [run.elr, run.seed, run.verdict.regime]
-            values += [run.verdict.skill, run.verdict.trend.slope]
-            values += [run.final(name) for name in COLUMNS[5:]]
-            row = dict(zip(COLUMNS, values, strict=True))
-            found.append(row | {"epochs": int(run.log["epoch"][-1])})
+    for run in sum(by_elr(runs).values(), []):
+        values = [run.elr, run.seed, run.verdict.regime]
+        values += [run.verdict.skill, run.verdict.trend.slope]
+        values += [run.final(name) for name in COLUMNS[5:]]
+        row = dict(zip(COLUMNS, values, strict=True))
+        found.append(row | {"epochs": int(run.log["epoch"][-1])})
     return found
 
 
 def table(runs: list[Run]) -> str:
-    """The sweep as text: a line per ELR with medians over its seeds, of the test error the least
-    and the greatest, too; the boundaries, and the way of each run whose ELR moved."""
+    """The sweep as text: a line per ELR with its regime, how many seeds are in it, and medians over
+    the seeds; the boundaries, and the way of each run whose ELR moved."""
     lines, groups = [], by_elr(runs)
     if groups:
-        lines = ["       ELR  regime               seeds  skill        slope  train loss   error"
-                 "         γ    angle  test error"]  # fmt: skip
+        heads = [name.replace("_", " ") for name in COLUMNS[3:]]
+        lines = [f"{'ELR':>10}  {'regime':<20}seeds" + "".join(f"{head:>12}" for head in heads)]
     for elr, group in groups.items():
         (regime, share), of_elr = majority(group), rows(group)
-        middle = {name: np.median([row[name] for row in of_elr]) for name in COLUMNS[3:]}
-        told = [skill.of[6:] for run in group for skill in run.verdict.skills if skill.told]
-        cells = f"{elr_name(elr):>10}  {title(regime):<19}"
-        cells += f"{round(share * len(group)):>5}/{len(group):<2}{middle['skill']:6.3f}"
-        cells += f" {min(told, default=''):<5}  {middle['slope']:+6.2f}"
-        cells += f"{middle['train_loss']:12.4g}{middle['train_error']:8.3f}"
-        cells += f"{middle['grad_norm']:10.3g}{middle['angle']:9.3g}{middle['test_error']:12.3f}"
-        if len(group) > 1:
-            errors = [row["test_error"] for row in of_elr]
-            cells += f" ({min(errors):.3f} to {max(errors):.3f})"
-        lines.append(cells.replace("+nan", "   –").replace("nan", "  –"))
+        seeds = f"{round(share * len(group))}/{len(group)}"
+        medians = [np.median([row[name] for row in of_elr]) for name in COLUMNS[3:]]
+        cells = [f"{x:.4g}".replace("nan", "–") for x in medians]
+        line = f"{elr_name(elr):>10}  {title(regime):<20}{seeds:>5}"
+        lines.append(line + "".join(f"{cell:>12}" for cell in cells))
     try:
         lines += [str(boundary) for boundary in boundaries(runs)] if groups else []
     except ValueError as error:
@@ -501,9 +496,8 @@ def write_csv(path: Path, found: list[dict]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(found[0] if found else COLUMNS)
     for row in found:
-        writer.writerow(
-            [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row.values()]
-        )
+        cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row.values()]
+        writer.writerow(cells)
     write_whole(path, text.getvalue().encode())
 
 
@@ -531,20 +525,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str], float]:
+def number(kind: type, low: float = 0, high: float = 3.4e38) -> Callable[[str], float]:
     """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
 
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        held = kind is int or 1.18e-38 < value < 3.4e38
-        if not (low < value < high and held):
-            name = "whole number" if kind is int else "number that float32 can hold,"
-            below = f" and below {high:.4g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
-        return value
+    def parse(text: str) -> float:
+        least = max(low, 1.18e-38) if kind is float else low
+        with suppress(ValueError):
+            if least < kind(text) < high:
+                return kind(text)
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:.4g} to {high:.4g}")
 
     return parse
 
@@ -555,19 +545,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="regimes.py", description=text, epilog=example)
     text = "folder of logs, or a CSV with the columns epoch and train_loss"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
-    text = "also print the reasons of each verdict"
-    parser.add_argument("--explain", action="store_true", help=text)
+    parser.add_argument("--explain", action="store_true", help="also the reasons of each verdict")
     args = parser.parse_args(argv)
     runs, problems = gather(args.paths)
     in_table = [run for run in runs if not math.isnan(run.elr) or run.verdict.moves]
     if in_table:
         print(table(runs))
-    if in_table and len(args.paths) == 1 and args.paths[0].is_dir():
-        write_csv(args.paths[0] / "regimes.csv", rows(runs))
+        if len(args.paths) == 1 and args.paths[0].is_dir():
+            write_csv(args.paths[0] / "regimes.csv", rows(runs))
     for run in runs:
         if args.explain or run not in in_table:
-            notes = f" [{'; '.join(run.verdict.notes)}]" if run.verdict.notes else ""
-            print(f"{run.name}: {title(run.verdict.regime)}: {run.verdict.why}{notes}")
+            print(f"{run.name}: {'; '.join([str(run.verdict), *run.verdict.notes])}")
     for problem in problems:
         print(f"regimes.py: error: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -264,7 +264,7 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
             run = regimes.read_run(path, options.chance)
             if run.verdict.regime == "undecided":
                 more = min(run.verdict.more_epochs or 0, options.max_epochs or 0)
-        text = f"{regimes.title(run.verdict.regime)}: {run.verdict.why}"
+        text = str(run.verdict)
         if run.verdict.moves:
             text = regimes.way(run, regimes.read_folder(options.out))
         text += f"; test error {run.log['test_error'][-1]:.3f}"
