@@ -1,8 +1,5 @@
 """Train scale-invariant weights on a sphere at a fixed effective learning rate (ELR).
 
-    optimizer = SphereSGD(weights_before_normalization_layers, lr=0.01)              # the ELR
-    optimizer = SphereSGD(weights_before_normalization_layers, lr=0.05, angle=True)  # radians
-
 A sphere is a set of tensors that share one norm. θ is their concatenation, ρ the radius (fixed),
 g the gradient, m the momentum (without it β = 0), η̃ the ELR. One step is
 
@@ -11,18 +8,17 @@ g the gradient, m the momentum (without it β = 0), η̃ the ELR. One step is
     θ ← ρ (θ − η̃ρ²m) / ‖θ − η̃ρ²m‖                     step and renormalization
     γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖            effective gradient norm, angular step
 
-With angle=True φ is given and η̃ follows. Every scalar in the step is a function of the Gram matrix
-of (θ, g, m), whose six entries are plain sums: tiles and tensors add up. From them follow three
-numbers per sphere (`sphere_rule`), and then m ← βm + g + uθ and θ ← kθ + bm.
+or φ is given, and η̃ follows. Every scalar in it is a function of the Gram matrix of (θ, g, m),
+whose six entries are plain sums: tiles and tensors add up. From them follow three numbers per
+sphere (`sphere_rule`), and then m ← βm + g + uθ and θ ← kθ + bm.
 
-Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch, and Triton for its kernels.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch; Triton for the kernels.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import unwrap
 
@@ -143,13 +139,13 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
     theta_at, g_at, m_at = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     n = tl.where(g_at == 0, 0, tl.load(line + 2))  # no gradient: the tensor stays out of this step
     n_m = tl.where(m_at == 0, 0, n)  # no momentum
-    sphere = tl.load(line + 3)
     theta = _load(theta_at + offset, n, DTYPE, BLOCK)
     g = _load(g_at + offset, n, DTYPE, BLOCK)
     m = g
     if MOMENTUM:
         m = _load(m_at + offset, n_m, DTYPE, BLOCK)
-    out = rule + 6 * sphere
+    sphere = tl.load(line + 3)
+    own, out = spheres + 3 * sphere, rule + 6 * sphere
     if FIRST:
         x, y = theta.to(tl.float64), g.to(tl.float64)  # so that the products are exact
         tt, tg, gg = tl.sum(x * x), tl.sum(x * y), tl.sum(y * y)
@@ -159,7 +155,6 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
             tm, gm, mm = tl.sum(x * z), tl.sum(y * z), tl.sum(z * z)
         _put(partials + 6 * tl.load(line + 4), tt, tg, gg, tm, gm, mm)
         k, b, u, beta = tt * float("nan"), tt, tt, tt
-        own = spheres + 3 * sphere
         if tl.load(own + 1) == 1:
             group = groups + 4 * tl.load(own + 2)
             k, b, u, beta = _rule(tt, tg, gg, tm, gm, mm, radii + sphere, group, out)
@@ -220,9 +215,8 @@ class SphereSGD(torch.optim.Optimizer):
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
     _add = unwrap(torch.optim.Optimizer.add_param_group)
 
-    def __init__(self, params: Iterable, lr: float | Tensor, sphere: str | None = "group",
-                 radius: float | None = None, momentum: float = 0.0, angle: bool = False,
-                 backend: str = "auto"):  # fmt: skip
+    def __init__(self, params, lr, sphere="group", radius=None, momentum=0.0, angle=False,
+                 backend="auto"):  # fmt: skip
         self.backend = backend
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults)
@@ -243,23 +237,20 @@ class SphereSGD(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._tensors = None
 
-    def _on_spheres(self) -> list[dict]:
-        return [group for group in self.param_groups if group["sphere"]]
-
     @torch.no_grad()
     def normalize(self) -> None:
         """Put every sphere back on its radius, after weights were averaged or filled with noise."""
         for group in self._on_spheres():
             scales, first = group["radii"] / _norms(group), 0
             for p in group["params"]:
-                rows, _ = _rows(group, p)
+                rows = _rows(group, p)[0]
                 wide = torch.promote_types(p.dtype, torch.float32)
                 scale = scales[first : first + rows].to(p.device, wide)
                 p.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
                 first += 0 if group["sphere"] == "group" else rows
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Tensor | None:
+    def step(self, closure=None) -> Tensor | None:
         """One step along the gradients in `.grad`. Returns the loss of the closure, if any."""
         with torch.enable_grad():
             loss = closure() if closure else None
@@ -291,16 +282,15 @@ class SphereSGD(torch.optim.Optimizer):
 
     def layer_stats(self, steps: list[tuple] | None = None) -> dict[str, Tensor]:
         """The same per tensor on a sphere: its `norm` ρ_i before the step, its individual ELR `elr`
-        = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, and the `angle` by which the step turns it; nan
-        for a tensor without a gradient. Where rows are spheres: the tensor's norm, η̃, the norm of
-        its rows' γ, the mean of their φ."""
+        = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, and the `angle` by which the step turns it.
+        Where rows are spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ."""
         tt, g2, angle, _, elr, radius = self._of_parts(steps, *self._lines)
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle], -1)
         tt, elr, gamma2, angle = _sums(lines, self._rows).unbind(-1)
         elr, angle = elr / self._rows, angle / self._rows
         return dict(norm=tt.sqrt(), elr=elr, grad_norm=gamma2.sqrt(), angle=angle)
 
-    def _of_parts(self, steps: list[tuple] | None, tiles: Tensor, sphere: Tensor) -> tuple:
+    def _of_parts(self, steps, tiles, sphere):
         """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ of spheres or parts of them, each of so many `tiles`."""
         partials, rule = self.last
         if steps is not None:
@@ -314,7 +304,10 @@ class SphereSGD(torch.optim.Optimizer):
         angle = torch.atan2(b.abs() * s2.clamp(min=0).sqrt(), tt.sqrt() * (k + b * along))
         return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
 
-    def _lay_out(self) -> None:
+    def _on_spheres(self):
+        return [group for group in self.param_groups if group["sphere"]]
+
+    def _lay_out(self):
         """What does not change from step to step. The Gram matrix of a sphere is a sum over its
         lines (tensors, or rows of one), that of a line over its tiles: (tensor, offset, elements,
         sphere, own number)."""
@@ -322,36 +315,38 @@ class SphereSGD(torch.optim.Optimizer):
         device = self.param_groups[0]["params"][0].device
         table = partial(torch.tensor, dtype=torch.long, device=device)
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self._tensors, tiles, lines, spheres = [], [], [], []
+        self._tensors, self._tiles, rows_of, lines, spheres = [], [], [], [], []
         for i, group in enumerate(self._on_spheres()):
             for p in group["params"]:
                 rows, length = _rows(group, p)
                 for row in range(rows):
+                    start = row * length
                     if group["sphere"] != "group" or p is group["params"][0]:
                         spheres.append(i)
                     lines.append((-(-length // size), len(spheres) - 1))
-                    for at in range(row * length, (row + 1) * length, size):
-                        n = min(size, (row + 1) * length - at)
-                        tiles.append((len(self._tensors), at, n, len(spheres) - 1, len(tiles)))
-                self._tensors.append((group, p))
-        self._tiles, tiles = tiles, table(tiles).view(-1, 5)
-        self._rows = table([_rows(*pair)[0] for pair in self._tensors])
+                    for at in range(start, start + length, size):
+                        place = len(self._tensors), at, min(size, start + length - at)
+                        self._tiles.append((*place, len(spheres) - 1, len(self._tiles)))
+                self._tensors.append(p)
+                rows_of.append(rows)
+        tiles, self._rows = table(self._tiles).view(-1, 5), table(rows_of)
         self._lines = table(lines).view(-1, 2).unbind(1)
         counts = torch.bincount(tiles[:, 3], minlength=len(spheres))
         self._whole = counts, torch.arange(len(spheres), device=device)
         self._spheres = torch.stack([counts.cumsum(0) - counts, counts, table(spheres)], 1)
         self._many, self._launches = counts.gt(1).nonzero(), []
         for dtype, name in DTYPES.items():  # all tiles of this type, those of spheres of several
-            own = [tile for tile in self._tiles if self._tensors[tile[0]][1].dtype == dtype]
+            own = [tile for tile in self._tiles if self._tensors[tile[0]].dtype == dtype]
             own = table(own).view(-1, 5)
             self._launches.append((name, own, own[counts[own[:, 3]] > 1]))
-        self._radii = torch.cat([group["radii"] for group in self._on_spheres()] or [zeros(0)])
-        self._radii, self._groups = self._radii.to(device), zeros(len(self._on_spheres()), 4)
+        self._radii, self._groups = zeros(len(spheres)), zeros(len(self._on_spheres()), 4)
+        if spheres:
+            self._radii.copy_(torch.cat([group["radii"] for group in self._on_spheres()]))
         self._partials, self._rule = zeros(len(tiles), 6), zeros(len(spheres), 6)
         self._addresses = table([0, 0, 0] * len(self._tensors))
         self._written, self._copies = (None, None), {}
 
-    def _apply(self, move: bool) -> None:
+    def _apply(self, move):
         if self._tensors is None:
             self._lay_out()
         on_spheres, plain = [], []
@@ -370,7 +365,7 @@ class SphereSGD(torch.optim.Optimizer):
         for group, parts in plain if move else ():
             self._plain_step(group, *zip(*filter(None, parts), strict=True))
 
-    def _parts(self, group: dict, p: Tensor) -> tuple[Tensor, ...]:
+    def _parts(self, group, p):
         """θ, g and, with momentum, m of a tensor; nothing where it has no gradient."""
         g = p.grad
         if g is None:
@@ -385,7 +380,7 @@ class SphereSGD(torch.optim.Optimizer):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return p, g, self.state[p]["momentum_buffer"]
 
-    def _torch_step(self, tensors: list[tuple], move: bool) -> None:
+    def _torch_step(self, tensors, move):
         """The three passes in PyTorch, sums and rule in Python: for the CPU, and for float64."""
         grams, partials, tiles, rule = [[0.0] * 6] * len(self._radii), [], [], []
         for tensor, at, n, sphere, _ in self._tiles:  # as they lie in memory
@@ -397,16 +392,16 @@ class SphereSGD(torch.optim.Optimizer):
             how, free = (float(group["lr"]), group["momentum"], group["angle"]), _free(group, move)
             for radius in group["radii"].tolist():
                 rule.append(sphere_rule(grams[len(rule)], 0.0 if free else radius, *how))
-        new = dict(dtype=torch.float64, device=self._rows.device)
+        new = dict(dtype=torch.float64, device=self._radii.device)
         self._partials, self._rule = torch.tensor(partials, **new), torch.tensor(rule, **new)
         for sphere, parts in reversed(tiles) if move else ():
             if parts and not math.isnan(rule[sphere][0]):
                 _move(rule[sphere], *parts)
 
-    def _triton_step(self, tensors: list[tuple], move: bool) -> None:
+    def _triton_step(self, tensors, move):
         """The three passes in the kernels. What has changed costs one small upload."""
-        groups, addresses = [], []
-        for group in self._on_spheres():
+        groups, addresses, on_spheres = [], [], self._on_spheres()
+        for group in on_spheres:
             lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
             groups.append([lr, group["momentum"], group["angle"], not _free(group, move)])
         for parts in tensors:
@@ -414,28 +409,29 @@ class SphereSGD(torch.optim.Optimizer):
         if groups != self._written[0]:
             _upload(groups, self._groups)
         if addresses != self._written[1]:
-            if self._rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            if self._radii.is_cuda and torch.cuda.is_current_stream_capturing():
                 what = "a tensor moved while a CUDA graph was captured"
                 raise RuntimeError(f"{what}: step once before, and zero_grad(set_to_none=False)")
             _upload(addresses, self._addresses)
         self._written = groups, addresses
-        for i, group in enumerate(self._on_spheres()):
+        for i, group in enumerate(on_spheres):
             if isinstance(group["lr"], Tensor):
                 self._groups[i, 0] = group["lr"]
         tables = self._spheres, self._radii, self._groups, self._partials, self._rule
-        momentum = any(group["momentum"] for group in self._on_spheres())
+        momentum = any(group["momentum"] for group in on_spheres)
         how = dict(MOVE=move, MOMENTUM=momentum, BLOCK=BLOCK, num_warps=WARPS)
-        for first in (True, False):
+        for first in (True, False) if move else (True,):
             for dtype, *tiles in self._launches:
-                tiles, more = tiles[0 if first else 1], dict(FIRST=first, DTYPE=getattr(tl, dtype))
-                if len(tiles) and (first or move):
-                    _tile_pass[(len(tiles),)](tiles, self._addresses, *tables, **more, **how)
+                tiles = tiles[0 if first else 1]
+                if len(tiles):
+                    more = dict(FIRST=first, DTYPE=getattr(tl, dtype), **how)
+                    _tile_pass[(len(tiles),)](tiles, self._addresses, *tables, **more)
             if first and len(self._many):
                 _rule_pass[(len(self._many),)](self._many, *tables, BLOCK=1024, num_warps=WARPS)
 
-    def _plain_step(self, group: dict, params=(), grads=(), buffers=()) -> None:
+    def _plain_step(self, group, params=(), grads=(), buffers=()):
         """Plain SGD by torch's own function, in one launch on a GPU."""
-        lr, on_gpu = group["lr"], self._rows.is_cuda
+        lr, on_gpu = group["lr"], self._radii.is_cuda
         if group["angle"]:
             lr = (self._rule[:, 3] * self._rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
         if not on_gpu:
@@ -445,7 +441,7 @@ class SphereSGD(torch.optim.Optimizer):
             weight_decay=0, dampening=0, nesterov=False, maximize=False)  # fmt: skip
 
 
-def _check(groups: list[dict], backend: str) -> bool:
+def _check(groups, backend):
     """Whether Triton's kernels can be used. Raises ValueError for an option of the last group."""
     group, device, wrong = groups[-1], groups[0]["params"][0].device, []
     lr, sphere, radius, momentum = (group[x] for x in ("lr", "sphere", "radius", "momentum"))
@@ -481,45 +477,43 @@ def _check(groups: list[dict], backend: str) -> bool:
     return backend != "torch" and not obstacle
 
 
-def _rows(group: dict, p: Tensor) -> tuple[int, int]:
+def _rows(group, p):
     """How many lines a tensor has, and how many elements each."""
     rows = len(p) if group["sphere"] == "row" and p.dim() else 1
     return rows, p.numel() // max(rows, 1)
 
 
-def _free(group: dict, move: bool) -> bool:
+def _free(group, move):
     """Whether the sphere has no fixed radius, but the norm that its weights have."""
     joint = group["sphere"] == "group"
     return not move or (joint and any(p.grad is None for p in group["params"]))
 
 
-def _norms(group: dict) -> Tensor:
+def _norms(group):
     """The norm of every sphere of a group, [spheres] float64, on the CPU."""
-    params = group["params"]
-    squares = [p.double().square().reshape(_rows(group, p)).sum(1).cpu() for p in params]
+    squares = [p.double().square().reshape(_rows(group, p)).sum(1).cpu() for p in group["params"]]
     if group["sphere"] == "group":
         squares = [torch.cat(squares).sum(0, keepdim=True)]
     for i, square in enumerate(squares):
-        if params[i].numel() and not (square.isfinite() & (square > 0)).all():
+        if group["params"][i].numel() and not (square.isfinite() & (square > 0)).all():
             what = "has norm zero, so no direction, or is not finite: initialize it"
             raise ValueError(f"sphere={group['sphere']!r}: that of tensor {i} {what}")
     return torch.cat(squares).sqrt()
 
 
-def _sums(x: Tensor, lengths: Tensor) -> Tensor:
+def _sums(x, lengths):
     """[…, n, k] → […, len(lengths), k]: sums over stretches of these lengths."""
     x = x.movedim(-2, 0).contiguous()
     return torch.segment_reduce(x, "sum", lengths=lengths, axis=0, unsafe=True).movedim(0, -2)
 
 
-def _upload(numbers: list, table: Tensor) -> None:
+def _upload(numbers, table):
     new = torch.tensor(numbers, dtype=table.dtype, pin_memory=table.is_cuda)
     table.copy_(new, non_blocking=True)
 
 
-def _gram(*vectors: Tensor) -> list[float]:
-    """The entries of the Gram matrix of (θ, g, m), in the order of `sphere_rule`; 0 of what is not
-    there: a tensor without a gradient stays out of the step."""
+def _gram(*vectors):
+    """The Gram matrix of (θ, g, m) as in `sphere_rule`; 0 where they are not: no gradient."""
     if vectors and len(vectors[0]) <= SMALL:
         vectors = [x.double() for x in vectors]
     elif vectors and vectors[0].element_size() < 4:
@@ -528,7 +522,7 @@ def _gram(*vectors: Tensor) -> list[float]:
     return gram + [0.0] * (6 - len(gram))
 
 
-def _move(rule: list[float], theta: Tensor, g: Tensor, m: Tensor | None = None) -> None:
+def _move(rule, theta, g, m=None):
     """m ← βm + g + uθ, θ ← kθ + bm, in place."""
     k, b, u, _, _, beta = rule
     if theta.element_size() < 4:  # the step is in float32, rounded once
