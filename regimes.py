@@ -27,7 +27,6 @@ import re
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -525,16 +524,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind: type, low: float = 0, high: float = 3.4e38) -> Callable[[str], float]:
+def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
 
-    def parse(text: str) -> float:
-        least = max(low, 1.18e-38) if kind is float else low
-        with suppress(ValueError):
-            if least < kind(text) < high:
-                return kind(text)
-        name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least:.4g} to {high:.4g}")
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        held = kind is int or 1.18e-38 < value < 3.4e38
+        if not (low < value < high and held):
+            name = "whole number" if kind is int else "number that float32 can hold,"
+            below = f" and below {high:.4g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
+        return value
 
     return parse
 

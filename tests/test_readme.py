@@ -76,7 +76,7 @@ print(sorted(optimizer.stats()), sorted(optimizer.layer_stats()))
 
 def test_a_loop_of_ones_own_ends_with_a_regime():
     code = block("A loop of your own", GUIDE)
-    assert python("-c", code).startswith("Verdict(regime='equilibrium'")
+    assert python("-c", code).startswith("chaotic equilibrium: ")
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
