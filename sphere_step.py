@@ -225,9 +225,13 @@ class SphereSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         self._add(param_group)
         group = self.param_groups[-1]
-        self._use_triton = _check(self.param_groups, self.backend)
-        if group["sphere"]:
-            group["radii"] = _norms(group)
+        try:
+            self._use_triton = _check(self.param_groups, self.backend)
+            if group["sphere"]:
+                group["radii"] = _norms(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if group["radius"]:
             group["radii"].fill_(group["radius"])
             self.normalize()
