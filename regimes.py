@@ -311,8 +311,6 @@ def read_chance(folder: Path) -> dict[str, dict]:
     """The chance references in a folder's config.json, by seed; none if there is no such file.
     Raises ValueError if it is damaged."""
     path = folder / "config.json"
-    if not path.exists():
-        return {}
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
@@ -321,6 +319,8 @@ def read_chance(folder: Path) -> dict[str, dict]:
                 numbers += reference.get(name, {}).values()
             if not all(math.isfinite(x) and x >= 0 for x in numbers):
                 raise ValueError
+    except FileNotFoundError:
+        return {}
     except Exception:  # damaged JSON can fail anywhere in the reading of it
         raise ValueError(f"{path}: damaged: no chance reference can be read from it") from None
     return chance
@@ -347,19 +347,21 @@ def gather(paths: list[Path]) -> tuple[list[Run], list[str]]:
     folder all CSV files but the layers', second runs' and our tables."""
     runs, problems, chances, logs = [], [], {}, []
     for path in paths:
-        ours = {x for pattern in OURS for x in path.glob(pattern)}
-        logs += sorted(set(path.glob("*.csv")) - ours) if path.is_dir() else [path]
+        if path.is_dir():
+            found = sorted(path.glob("*.csv"))
+            logs += [x for x in found if not any(x.match(pattern) for pattern in OURS)]
+        else:
+            logs.append(path)
     if not logs:
         problems.append(f"{paths[0]}: no logs here; a log has the columns epoch and train_loss")
-    for path in logs:
+    for folder in dict.fromkeys(path.parent for path in logs):
         try:
-            if path.parent not in chances:
-                chances[path.parent] = {}
-                chances[path.parent] = read_chance(path.parent)
+            chances[folder] = read_chance(folder)
         except ValueError as error:
             problems.append(str(error))
+    for path in logs:
         try:
-            runs.append(read_run(path, chances[path.parent]))
+            runs.append(read_run(path, chances.get(path.parent, {})))
             problems.append(runs[-1].problem)
         except ValueError as error:
             problems.append(str(error))

@@ -239,6 +239,8 @@ class SphereSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
+        for group in self._on_spheres():  # a checkpoint may come from another device
+            group["radii"] = group["radii"].cpu()
         self._tensors = None
 
     @torch.no_grad()
@@ -295,9 +297,11 @@ class SphereSGD(torch.optim.Optimizer):
         return dict(norm=tt.sqrt(), elr=elr, grad_norm=gamma2.sqrt(), angle=angle)
 
     def _of_parts(self, steps, tiles, sphere):
-        """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ of spheres or parts of them, each of so many `tiles`."""
-        partials, rule = self.last
-        if steps is not None:
+        """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ of spheres or of parts of them: of so many `tiles` each, on
+        which `sphere`."""
+        if steps is None:
+            partials, rule = self.last
+        else:
             partials, rule = (torch.stack(x) for x in zip(*steps, strict=True))
         gram, (k, b, u, elr, radius, beta) = _sums(partials, tiles), rule[..., sphere, :].unbind(-1)
         tt, tg, gg, tm, gm, mm = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)

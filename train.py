@@ -273,13 +273,13 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
             if init is None:
                 what = f"{pt.name} is gone, from which to go on: remove {path.name}"
                 raise ValueError(f"{what}, and it is made again")
-            path, name = second(path, options.then), f"{name}, then {options.then:g}"
-            job = Job(options.then, job.seed, path, name, init)
+            path = second(path, options.then)
+            job = Job(options.then, job.seed, path, f"{name}, then {options.then:g}", init)
             worked = train_one(options, data, job, options.epochs, tell) or worked
             log = regimes.read_log(path)[0]
             text += f"; then at {options.then:g}: train loss {log['train_loss'][-1]:.3g}"
             text += f", test error {log['test_error'][-1]:.3f}"
-    return runs.name_of(options, pair)[1], text, not worked
+    return name, text, not worked
 
 
 def second(path: Path, value: float) -> Path:
@@ -331,11 +331,11 @@ def main(argv: list[str] | None = None) -> int:
         config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         config |= {"threads": options.threads, "jobs": options.jobs}
         runs.write_config(options.out, config)
-        new, failed = values, False
-        for round in range(options.refine + 1):
-            if round > 0:
-                new = runs.bisect(options.out, values)
-                values = values + new
+        pairs = [(value, seed) for seed in seeds for value in values]
+        failed = runs.run_all(do, pairs, options, report.renew)
+        for _ in range(options.refine):
+            new = runs.bisect(options.out, values)
+            values = values + new
             pairs = [(value, seed) for seed in seeds for value in new]
             failed = runs.run_all(do, pairs, options, report.renew) or failed
         found = report.renew(last=True)

@@ -557,6 +557,21 @@ def test_compiled_ahead_of_time_for_mi300(which):
 
 @gpu
 @needs_gpu
+def test_a_checkpoint_read_onto_the_gpu_gives_the_radii_back():
+    theta = [torch.randn(5, 4, device="cuda").requires_grad_()]
+    optimizer, norm = SphereSGD(theta, lr=0.1), theta[0].norm().item()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["radii"] = group["radii"].cuda()
+    optimizer.load_state_dict(state)
+    with torch.no_grad():
+        theta[0].mul_(3)
+    optimizer.normalize()
+    assert math.isclose(theta[0].norm().item(), norm, rel_tol=1e-6)
+
+
+@gpu
+@needs_gpu
 def test_a_captured_step_replays_with_a_new_elr():
     groups = several()
     elr = torch.tensor(1e-3, device="cuda")

@@ -4,7 +4,13 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +78,20 @@ print(sorted(optimizer.stats()), sorted(optimizer.layer_stats()))
     said = ["angle", "elr", "grad_norm", "radial", "radius"], ["angle", "elr", "grad_norm", "norm"]
     assert out == f"True True\n{said[0]} {said[1]}\n"
     assert len(python("sphere_step.py", cwd=tmp_path).splitlines()) == 2
+
+
+def test_a_folder_of_images_becomes_a_file_of_arrays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for part, kind in product(("train", "test"), ("cat", "dog")):
+        folder = tmp_path / "pets" / part / kind
+        folder.mkdir(parents=True)
+        for i, size in enumerate(((20, 24), (40, 32))):
+            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(image).save(folder / f"{i}.png")
+    exec(block("Files", GUIDE), {})
+    data = load("pets.npz")
+    assert data.x.shape == data.test_x.shape == (4, 3, 32, 32) and data.y.tolist() == [0, 0, 1, 1]
 
 
 def test_a_loop_of_ones_own_ends_with_a_regime():

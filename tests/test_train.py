@@ -708,6 +708,7 @@ def test_in_the_whole_space_ten_times_the_weights_and_a_hundred_times_the_rate_a
 def test_a_data_set_that_cannot_be_downloaded_is_one_line(tmp_path, capsys, monkeypatch):
     from torchvision.datasets import CIFAR10
 
+    monkeypatch.chdir(tmp_path)  # where nothing is downloaded yet
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(SystemExit) as exit:
         run(
