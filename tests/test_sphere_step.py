@@ -394,6 +394,17 @@ def test_bad_options_are_refused_by_name(options, message):
         SphereSGD(two_tensors(), **options)
 
 
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was():
+    theta = torch.randn(5, requires_grad=True)
+    optimizer = SphereSGD([theta], lr=0.1)
+    for bad in ({"momentum": 2.0}, {"params": [torch.zeros(3, requires_grad=True)]}):
+        with pytest.raises(ValueError):
+            optimizer.add_param_group({"params": [torch.randn(3, requires_grad=True)]} | bad)
+    theta.grad = torch.randn(5)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1 and len(optimizer.stats()["elr"]) == 1
+
+
 def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
     for sphere in ("group", "tensor"):
         with pytest.raises(ValueError, match="norm zero"):

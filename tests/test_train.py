@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import measure
 import options
+import runs
 import train
 from data import batches, load
 from graph import Captured
@@ -564,6 +565,26 @@ def test_schedules_set_the_elr_of_each_epoch(tmp_path, plain):
     assert sum(1 / float(row["elr"]) for row in layers if row["epoch"] == "2") == pytest.approx(
         1 / 0.005, rel=1e-2
     )
+
+
+def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(tmp_path, monkeypatch):
+    """On made logs, whose boundary is at ELR 0.02."""
+
+    def made(options, data, pair, tell, patient):
+        path, name = runs.name_of(options, pair)
+        rows = ["epoch,train_loss,train_error"]
+        for epoch in range(41):
+            loss = 3 / (1 + epoch) ** 2 if pair[0] < 0.02 else 1 + 0.05 * (-1) ** epoch
+            rows.append(f"{epoch},{loss},{loss / 4}")
+        path.write_text("\n".join(rows) + "\n")
+        return name, "made", False
+
+    monkeypatch.setattr(train, "train", made)
+    command = ["--elr", 1e-3, 1e-1, "--jobs", 1, *QUICK, "--out", tmp_path]
+    for rounds, expected in ((1, ["0.001", "0.01", "0.1"]), (3, ["0.0178", "0.0316"])):
+        assert run(*command, "--refine", rounds, "--max-epochs", 50, "--force") == 0
+        found = [row["elr"] for row in read(tmp_path / "regimes.csv")]
+        assert set(expected) <= set(found) and len(found) == 2 + rounds
 
 
 def test_label_noise_is_learned_and_leaves_the_test_set(tmp_path, plain):
