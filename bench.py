@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import measure
@@ -57,7 +55,7 @@ class Row:
     limit: float | None = None
 
 
-def machine() -> str:
+def machine():
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     with suppress(OSError, StopIteration):
@@ -66,12 +64,12 @@ def machine() -> str:
     return platform.processor() or platform.machine()
 
 
-def wait() -> None:
+def wait():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def interleaved(ways: dict[str, Callable], repetitions: int, warm: int = 1) -> dict[str, float]:
+def interleaved(ways, repetitions, warm=1):
     """Median seconds of each way, all taking turns, after `warm` turns that do not count."""
     times = {name: [] for name in ways}
     for repetition in range(warm + repetitions):
@@ -85,14 +83,14 @@ def interleaved(ways: dict[str, Callable], repetitions: int, warm: int = 1) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def limits() -> tuple[float, float, float]:
+def limits():
     """What the machine does at best, of nine tries: floating-point operations per second in float32
     and bfloat16, of a large matrix product or the same as a convolution; bytes per second of a
     copy, read and written."""
     keep_memory()
     n = 8192 if DEVICE == "cuda" else 2048
 
-    def rate(way: Callable, work: float) -> float:
+    def rate(way, work):
         return work / min(interleaved({"": way}, 1)[""] for _ in range(9))
 
     best = []
@@ -109,7 +107,7 @@ def limits() -> tuple[float, float, float]:
     return tuple(best)
 
 
-def report(what: str, rows: list[Row], baseline: str) -> None:
+def report(what, rows, baseline):
     """Print the table, each method's speed as a multiple of the baseline's; write it, too."""
     print(f"\n{'':48}{'ms':>11}{'speed':>9}{'of the limit':>14}")
     for case in dict.fromkeys(row.case for row in rows):
@@ -126,7 +124,7 @@ def report(what: str, rows: list[Row], baseline: str) -> None:
     write(what, ["case", "method", "seconds", "limit"], found)
 
 
-def write(what: str, head: list[str], rows: list[list]) -> None:
+def write(what, head, rows):
     about = {"machine": machine(), "cores": os.cpu_count() if DEVICE == "cpu" else ""}
     about |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     name = "".join(c if c.isalnum() else "-" for c in f"{what} {machine()}")
@@ -142,7 +140,7 @@ def write(what: str, head: list[str], rows: list[list]) -> None:
 # --------------------------------------------------------------------------------------- the step
 
 
-def check(cases: int = 30) -> float:
+def check(cases=30):
     """The largest relative error of a float32 step against the formula in float64, over random
     shapes, spheres and ELRs."""
     worst = 0.0
@@ -163,7 +161,7 @@ def check(cases: int = 30) -> float:
     return worst
 
 
-def spheres_of(tensors: list[tuple], sphere: str) -> list[tuple]:
+def spheres_of(tensors, sphere):
     if sphere == "group":
         return [tuple(torch.cat([x.flatten() for x in xs]) for xs in zip(*tensors, strict=True))]
     if sphere == "row":
@@ -171,7 +169,7 @@ def spheres_of(tensors: list[tuple], sphere: str) -> list[tuple]:
     return tensors
 
 
-def step(repetitions: int) -> None:
+def step(repetitions):
     """A step over the convolutions of our networks. The limit: reading θ and g and writing θ once,
     at the speed of a copy."""
     worst = check()
@@ -190,14 +188,14 @@ def step(repetitions: int) -> None:
     report("step", rows, "SGD, then norms")
 
 
-def step_of(shapes: list, repetitions: int) -> list[tuple[str, float]]:
+def step_of(shapes, repetitions):
     elr = 1e-9  # so small that the weights stay what they are, however often
     params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
     plain, norms = torch.optim.SGD(params, lr=elr), [p.detach().norm().item() for p in params]
 
-    def usual() -> None:
+    def usual():
         plain.step()
         with torch.no_grad():
             for p, norm in zip(params, norms, strict=True):
@@ -224,7 +222,7 @@ def step_of(shapes: list, repetitions: int) -> list[tuple[str, float]]:
 # ------------------------------------------------------------------------- iteration, epoch, sweep
 
 
-def our_run(*options: str) -> train.Run:
+def our_run(*options):
     """A run of train.py with these options, ready to train."""
     parsed, data = parse([*options, "--elr", "1e-3", "--force"])
     run = train.Run(parsed, data, train.Job(1e-3, 0, Path(), ""))
@@ -232,14 +230,14 @@ def our_run(*options: str) -> train.Run:
     return run
 
 
-def flops(net: nn.Module, x: Tensor) -> int:
+def flops(net, x):
     """Floating-point operations of a batch's forward and backward pass."""
     with FlopCounterMode(display=False) as counter:
         net(x).sum().backward()
     return counter.get_total_flops()
 
 
-def iteration(repetitions: int) -> None:
+def iteration(repetitions):
     """An iteration of the default run, its forward and backward pass, and its step."""
     rows = []
     for name, options in (("digits, convnet of width 8", []), ("modular", ["--data", "modular"])):
@@ -248,7 +246,7 @@ def iteration(repetitions: int) -> None:
         index = torch.arange(run.options.batch_size)
         x, y = run.data.inputs(index), run.data.y[index]
 
-        def passes(run: train.Run = run, x: Tensor = x, y: Tensor = y) -> None:
+        def passes(run=run, x=x, y=y):
             for p in run.net.parameters():
                 p.grad = None
             F.cross_entropy(run.net(x), y).backward()
@@ -264,7 +262,7 @@ def iteration(repetitions: int) -> None:
     report("iteration", rows, "forward and backward")
 
 
-def usual_loop(pipe, file: str, net: tuple[str, int], threads: int) -> None:
+def usual_loop(pipe, file, net, threads):
     """In a process of its own, which manages memory as PyTorch does: an epoch whenever asked."""
     torch.set_num_threads(threads)
     data, (model, width) = load(file), net
@@ -285,7 +283,7 @@ def usual_loop(pipe, file: str, net: tuple[str, int], threads: int) -> None:
         pipe.send(None)
 
 
-def epoch(repetitions: int) -> None:
+def epoch(repetitions):
     """An epoch of train.py, and of the usual loop: a DataLoader with two workers, the network and
     its memory as PyTorch has them, .item() at each step. Same network and optimizer."""
     rates = dict(zip(("fp32", "bf16"), limits(), strict=False))
@@ -300,7 +298,7 @@ def epoch(repetitions: int) -> None:
     report("epoch", rows, "the usual loop")
 
 
-def epoch_of(folder: str, net: tuple[str, int], repetitions: int, rates: dict) -> list[tuple]:
+def epoch_of(folder, net, repetitions, rates):
     options = ["--data", f"{folder}/images.npz", "--out", f"{folder}/out"]
     options += ["--batch-size", str(BATCH), "--model", net[0], "--width", str(net[1])]
     ways, limit, index = {}, {}, torch.arange(BATCH, device=DEVICE)
@@ -308,7 +306,7 @@ def epoch_of(folder: str, net: tuple[str, int], repetitions: int, rates: dict) -
         run = our_run(*options, "--dtype", dtype, *graph)
         x, y = run.data.inputs(index), run.data.y[index]
 
-        def passes(run: train.Run = run, x: Tensor = x, y: Tensor = y) -> None:
+        def passes(run=run, x=x, y=y):
             for _ in range(IMAGES // BATCH):
                 F.cross_entropy(measure.logits_of(run.net, x, run.options.dtype), y).backward()
 
@@ -322,7 +320,7 @@ def epoch_of(folder: str, net: tuple[str, int], repetitions: int, rates: dict) -
     child.start()
     other_end.close()  # should the child die, recv ends in an error and does not wait
 
-    def usual() -> None:
+    def usual():
         pipe.send(True)
         pipe.recv()
 
@@ -333,13 +331,13 @@ def epoch_of(folder: str, net: tuple[str, int], repetitions: int, rates: dict) -
     return [(name, times[name], limit.get(name, limit["train.py, fp32"])) for name in ways]
 
 
-def run_train(*options: str) -> None:
+def run_train(*options):
     subprocess.run(
         [sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL, check=True
     )
 
 
-def sweep(repetitions: int) -> None:
+def sweep(repetitions):
     """The default sweep as a user types it, with one job, and four runs of 8 epochs. The limit:
     their multiplications at the rate of a large matrix product."""
     single, *_ = limits()
@@ -359,7 +357,7 @@ def sweep(repetitions: int) -> None:
     report("sweep", rows, "one job")
 
 
-def main() -> int:
+def main():
     text = "Time what users wait for, beside the usual ways and the limits of the machine."
     example = "example: python bench.py epoch --repetitions 9"
     parser = regimes.Parser(prog="bench.py", description=text, epilog=example)

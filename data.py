@@ -28,12 +28,12 @@ class Data:
     std: Tensor | None = None
     tokens: int | None = None
 
-    def inputs(self, index: Tensor, augment: bool = False) -> Tensor:
+    def inputs(self, index, augment=False):
         """The training inputs at these indices, normalized."""
         x = self.x[index]
         return self.normalized(crop_and_flip(x) if augment else x)
 
-    def normalized(self, x: Tensor) -> Tensor:
+    def normalized(self, x):
         """Images and numbers as float32 of mean 0 and deviation 1; tokens as they are."""
         return x if self.tokens is not None else (x - self.mean) / self.std
 
@@ -79,7 +79,7 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     return data
 
 
-def modular(p: int) -> list[Tensor]:
+def modular(p):
     """Addition modulo p: all pairs as tokens a, b and "=", the number p; label (a + b) mod p. A
     random 70 % to train on, the same for every seed."""
     a, b = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
@@ -89,7 +89,7 @@ def modular(p: int) -> list[Tensor]:
     return [x[train], y[train], x[test], y[test]]
 
 
-def _npz(path: Path) -> list[Tensor]:
+def _npz(path):
     """[x, y, test_x, test_y] from a file of arrays with these names."""
     arrays = {}
     try:
@@ -129,7 +129,7 @@ def _npz(path: Path) -> list[Tensor]:
     return parts
 
 
-def _downloaded(name: str, root: Path) -> list[Tensor]:
+def _downloaded(name, root):
     """[x, y, test_x, test_y] of a data set of torchvision, from root/name.pt once it is there."""
     path = root / f"{name}.pt"
     if not path.exists():
@@ -146,7 +146,7 @@ def _downloaded(name: str, root: Path) -> list[Tensor]:
     return parts
 
 
-def _download(name: str, root: Path) -> list[Tensor]:
+def _download(name, root):
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name]
@@ -170,7 +170,7 @@ def _download(name: str, root: Path) -> list[Tensor]:
     return parts
 
 
-def add_label_noise(data: Data, share: float) -> None:
+def add_label_noise(data, share):
     """Give round(share · N) random training inputs another label, the same for every seed."""
     generator, n = torch.Generator().manual_seed(1), len(data.y)
     chosen = torch.randperm(n, generator=generator)[: round(share * n)].to(data.y.device)
@@ -179,7 +179,7 @@ def add_label_noise(data: Data, share: float) -> None:
     data.y[chosen] = (data.y[chosen] + shift) % data.classes
 
 
-def crop_and_flip(x: Tensor) -> Tensor:
+def crop_and_flip(x):
     """Images [N, channels, H, W], each its own random crop after padding by H/8, half flipped."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
@@ -193,12 +193,12 @@ def crop_and_flip(x: Tensor) -> Tensor:
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def batches(n: int, size: int, generator: torch.Generator, device="cpu") -> tuple[Tensor, ...]:
+def batches(n, size, generator, device="cpu"):
     """An epoch's batches as index tensors [size], without the last, incomplete one."""
     order = torch.randperm(n, generator=generator).to(device)
     return order[: n - n % size].split(size)
 
 
-def chunks(n: int, size: int, device="cpu") -> tuple[Tensor, ...]:
+def chunks(n, size, device="cpu"):
     """The whole set in order, as index tensors of one length, at most `size`."""
     return torch.arange(n, device=device).tensor_split(-(-n // size))

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 import regimes
-from regimes import Run, by_elr, majority, title
+from regimes import by_elr, majority, title
 
 COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#CC79A7"}
 COLOURS["undecided"] = "#999999"  # all of Okabe and Ito
 SHADES = {"convergence": 0.15, "equilibrium": 0.3, "divergence": 0.45, "undecided": 0.2}  # in grey
 
 
-def subplots(layout: list, size: tuple[float, float], apart: float = 0.3):
+def subplots(layout, size, apart=0.3):
     """A figure and its axes by name, drawn without a display. apart: between columns, in widths."""
     import matplotlib
 
@@ -36,7 +36,7 @@ def subplots(layout: list, size: tuple[float, float], apart: float = 0.3):
     return fig, axes
 
 
-def save(fig, path: Path) -> None:
+def save(fig, path):
     import matplotlib.pyplot as plt
 
     for ax in fig.axes:
@@ -47,14 +47,14 @@ def save(fig, path: Path) -> None:
     regimes.write_whole(path, picture.getvalue())
 
 
-def errors(ax) -> None:
+def errors(ax):
     """A vertical axis for errors, which shows small ones and 0."""
     ax.set_yscale("symlog", linthresh=0.01)
     ax.set_ylim(0, 1.05)
     ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
 
 
-def bands(ax, elrs: list[float], names: list[str]) -> list[float]:
+def bands(ax, elrs, names):
     """The regimes along a logarithmic axis of ELRs, as bands. Returns the ends of the axis."""
     edges = [math.sqrt(a * b) for a, b in pairwise(elrs)]
     margin = edges[0] / elrs[0] if edges else 2.0
@@ -74,7 +74,7 @@ def bands(ax, elrs: list[float], names: list[str]) -> list[float]:
     return edges
 
 
-def spread(ax, x: list[float], values: list[list[float]], style: str, **look):
+def spread(ax, x, values, style, **look):
     """Medians with the least and the greatest as error bars; None where there is nothing."""
     middle = np.array([np.median(v) for v in values])
     if not np.isfinite(middle).any():
@@ -94,7 +94,7 @@ class Report:
     def __init__(self, options):
         self.options, self.stale, self.next_drawing = options, True, 0.0
 
-    def renew(self, last: bool = False) -> list[Run]:
+    def renew(self, last=False):
         out, began = self.options.out, time.monotonic()
         runs = regimes.read_folder(out)
         if self.options.rank or not runs:
@@ -108,7 +108,7 @@ class Report:
         return runs
 
 
-def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
+def of_sweep(runs, path, name=""):
     """Loss, error and γ per epoch, the phase diagram, and along the ELR the regimes and the angle;
     written to `path` (PNG). Runs whose ELR moved are dashed."""
     import matplotlib.pyplot as plt
@@ -149,13 +149,13 @@ def of_sweep(runs: list[Run], path: Path, name: str = "") -> None:
     save(fig, path)
 
 
-def tone_of(run: Run, moving: list[Run]) -> str:
+def tone_of(run, moving):
     """One colour for all seeds of a run whose ELR moved."""
     names = list(dict.fromkeys(other.name.split(" seed")[0] for other in moving))
     return f"C{names.index(run.name.split(' seed')[0]) % 10}"
 
 
-def over_seeds(group: list[Run], column: str) -> tuple[np.ndarray, ...]:
+def over_seeds(group, column):
     """Epochs that all seeds have; median, least and greatest over the seeds."""
     epochs = sorted(set.intersection(*(set(run.log["epoch"]) for run in group)))
     values = []
@@ -165,7 +165,7 @@ def over_seeds(group: list[Run], column: str) -> tuple[np.ndarray, ...]:
     return np.array(epochs), np.median(values, 0), np.min(values, 0), np.max(values, 0)
 
 
-def _phase_diagram(ax, runs: list[Run], lines: list) -> None:
+def _phase_diagram(ax, runs, lines):
     for tone, style, group in lines:
         gamma, loss = over_seeds(group, "grad_norm")[1], over_seeds(group, "train_loss")[1]
         ax.plot(gamma, loss, "." + style, color=tone, lw=0.8, ms=3)
@@ -181,7 +181,7 @@ def _phase_diagram(ax, runs: list[Run], lines: list) -> None:
         ax.set(xscale="log", yscale="log")
 
 
-def _along_the_elr(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
+def _along_the_elr(ax, groups, moving):
     """Final loss (left) and errors (right) against ELR, over the regimes; of the runs whose ELR
     moved the path."""
     right, elrs, handles = ax.twinx(), list(groups), []
@@ -212,7 +212,7 @@ def _along_the_elr(ax, groups: dict[float, list[Run]], moving: list[Run]) -> Non
     ax.legend(handles=handles, loc="lower right", fontsize=8)
 
 
-def _boundaries(ax, runs: list[Run]) -> None:
+def _boundaries(ax, runs):
     try:
         found = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
     except ValueError:
@@ -225,7 +225,7 @@ def _boundaries(ax, runs: list[Run]) -> None:
         ax.set_title(f"(e) regimes along the ELR; hatched: {', '.join(brackets)}", pad=28)
 
 
-def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
+def _angles(ax, groups, moving):
     """The mean angular step of the last tenth of the epochs, against ELR."""
     ax.set(xscale="log", yscale="log", xlabel="ELR", ylabel="radians")
     ax.set_title("(f) angular step φ at the end", pad=28)
@@ -243,7 +243,7 @@ def _angles(ax, groups: dict[float, list[Run]], moving: list[Run]) -> None:
 # ------------------------------------------------------------------------- the toy, the landscape
 
 
-def of_toy(rows: list[dict], alphas: list[float], path: Path) -> None:
+def of_toy(rows, alphas, path):
     """F and skill of the toy against ELR, measured and in theory."""
     fig, axes = subplots([["a", "b"]], (12, 4.2))
     elrs, total = sorted({row["elr"] for row in rows}), sum(alphas)
@@ -273,7 +273,7 @@ def of_toy(rows: list[dict], alphas: list[float], path: Path) -> None:
     save(fig, path)
 
 
-def of_landscape(lines: list[dict], path: Path, name: str) -> None:
+def of_landscape(lines, path, name):
     """Test error, sharpness and barriers against the ELR of the first run, medians over seeds."""
     fig, axes = subplots([["a", "b", "c"]], (14, 4.4))
     elrs = sorted({line["elr"] for line in lines})
@@ -305,7 +305,7 @@ def of_landscape(lines: list[dict], path: Path, name: str) -> None:
     save(fig, path)
 
 
-def of_barrier(ways: dict[str, list], path: Path, name: str) -> None:
+def of_barrier(ways, path, name):
     """Train loss and test error along ways between two networks."""
     fig, axes = subplots([["a", "b"]], (9.5, 4))
     for way, values in ways.items():
@@ -319,7 +319,7 @@ def of_barrier(ways: dict[str, list], path: Path, name: str) -> None:
     save(fig, path)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     text = "Draw regimes.png of a folder of logs again, or of several together."
     example = "example: python figures.py logs/digits-convnet"
     parser = regimes.Parser(prog="figures.py", description=text, epilog=example)

@@ -2,11 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 
 import torch
-from torch import Tensor
 
 
 class Captured:
@@ -14,11 +12,11 @@ class Captured:
     later ones are replays, a single launch each. Where it cannot be captured (a network that asks
     the device for a number), all run as usual. Returns copies: a replay overwrites its output."""
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]):
+    def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
         self.stream = torch.cuda.Stream()
 
-    def __call__(self, index: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, index):
         self.calls += 1
         if self.calls <= 3:  # on the stream of the capture, which has to know all memory it meets
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -34,7 +32,7 @@ class Captured:
         self.graph.replay()
         return tuple(x.clone() for x in self.out)
 
-    def _capture(self, index: Tensor) -> None:
+    def _capture(self, index):
         self.index, graph = index.clone(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
@@ -45,7 +43,7 @@ class Captured:
             print(f"no CUDA graph, going on without: {what}", file=sys.stderr)
 
 
-def keep_memory() -> None:
+def keep_memory():
     """Let glibc keep freed memory for the next step, which would otherwise be fetched from the
     system again, zeroed: with large activations that takes as long as the arithmetic."""
     with suppress(AttributeError, OSError, TypeError):  # not on Linux

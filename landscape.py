@@ -13,8 +13,6 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 import math
 import sys
 import warnings
-from argparse import Namespace
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearoperator, eigsh
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import figures
@@ -50,11 +48,11 @@ class Point:
     options: dict
     spheres: list[dict]
 
-    def vectors(self) -> list[Tensor]:
+    def vectors(self):
         return measure.vectors(self.net, self.spheres)
 
 
-def read(path: Path, device: str = "cpu") -> Point:
+def read(path, device="cpu"):
     """Raises ValueError where it is missing, damaged or no checkpoint of train.py."""
     state = load_checkpoint(path, None, device)
     if state is None:
@@ -71,20 +69,20 @@ def read(path: Path, device: str = "cpu") -> Point:
 
 
 @cache
-def _data(name: str, modulus: int, noise: float | None, device: str) -> Data:
+def _data(name, modulus, noise, device):
     data = load(name, modulus, device)
     if noise:
         add_label_noise(data, noise)
     return data
 
 
-def evaluate(point: Point, net: nn.Module) -> tuple[float, float]:
+def evaluate(point, net):
     """Train loss and test error of a network, BatchNorm's statistics computed anew."""
     loss = measure.on_train_set(net, point.data, "fp32")
     return loss, measure.on_test_set(net, point.data, "fp32")["test_error"]
 
 
-def between(a: Point, b: Point, t: float, way: str) -> nn.Module:
+def between(a, b, t, way):
     """The network at t in [0, 1] on the way from a to b. "line": straight between the weights;
     "circle": along the great circle of each sphere, whose radius goes from a's to b's. What is on
     no sphere goes straight. At 0 and 1 exactly a and b."""
@@ -106,7 +104,7 @@ def between(a: Point, b: Point, t: float, way: str) -> nn.Module:
     return net
 
 
-def barrier(a: Point, b: Point, way: str = "circle", points: int = 21) -> tuple[float, list]:
+def barrier(a, b, way="circle", points=21):
     """The most by which the train loss exceeds the straight line between the ends' losses, and
     (t, train loss, test error) along the way. Raises ValueError for two different networks."""
     check_same(a, b)
@@ -115,8 +113,8 @@ def barrier(a: Point, b: Point, way: str = "circle", points: int = 21) -> tuple[
     return max(loss - ((1 - t) * first + t * last) for t, loss, _ in path), path
 
 
-def check_same(*points: Point) -> None:
-    def kind(point: Point) -> tuple:
+def check_same(*points):
+    def kind(point):
         shapes = [(name, p.shape) for name, p in point.net.named_parameters()]
         return shapes, [(sphere["names"], sphere["rows"]) for sphere in point.spheres]
 
@@ -126,7 +124,7 @@ def check_same(*points: Point) -> None:
             raise ValueError(f"{other.path} {what} {points[0].path}")
 
 
-def distances(points: list[Point]) -> dict[str, np.ndarray]:
+def distances(points):
     """Matrices of angles in radians: of the network (the mean over its spheres), of each tensor."""
     check_same(*points)
     names = [name for sphere in points[0].spheres for name in sphere["names"]]
@@ -141,7 +139,7 @@ def distances(points: list[Point]) -> dict[str, np.ndarray]:
     return found
 
 
-def curvature(point: Point, k: int = 1, samples: int | None = None, probes: int = 20) -> dict:
+def curvature(point, k=1, samples=None, probes=20):
     """`hessian` and `ggn`, the k largest eigenvalues of `operators`; their traces; `edge`, 2/λ_max,
     below which gradient descent on a quadratic is stable."""
     found = {}
@@ -151,7 +149,7 @@ def curvature(point: Point, k: int = 1, samples: int | None = None, probes: int 
     return found | {"edge": 2 / found["hessian"][0]}
 
 
-def operators(point: Point, samples: int | None = None) -> dict[str, LinearOperator]:
+def operators(point, samples=None):
     """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
     `ggn`, which for the cross-entropy is the Fisher matrix; over all training inputs or so many.
 
@@ -182,7 +180,7 @@ def operators(point: Point, samples: int | None = None) -> dict[str, LinearOpera
         product = kind(net, loss, parameters, batches, check_deterministic=False)
         product = product.to_scipy(dtype=np.float64)
 
-        def times(v: np.ndarray, product=product) -> np.ndarray:
+        def times(v, product=product):
             return radius * (product @ (radius * v.ravel()))
 
         found[name] = LinearOperator(product.shape, times, dtype=np.float64)
@@ -192,7 +190,7 @@ def operators(point: Point, samples: int | None = None) -> dict[str, LinearOpera
     return found
 
 
-def largest(operator: LinearOperator, k: int) -> np.ndarray:
+def largest(operator, k):
     """The k largest eigenvalues: exact up to DENSE rows, else by ARPACK to 0.1 %, nan where it
     cannot."""
     n = operator.shape[0]
@@ -206,7 +204,7 @@ def largest(operator: LinearOperator, k: int) -> np.ndarray:
     return np.sort(values)[::-1]
 
 
-def trace(operator: LinearOperator, probes: int) -> float:
+def trace(operator, probes):
     """Exact up to DENSE rows, else Hutchinson's estimator with so many probes."""
     n = operator.shape[0]
     if n <= DENSE:
@@ -222,7 +220,7 @@ COLUMNS += "sharpness then_sharpness edge barrier_to_next".split()
 HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_max,to next"
 
 
-def summarize(folder: Path, device: str, samples: int) -> list[dict]:
+def summarize(folder, device, samples):
     """A row of COLUMNS per run of a sweep; nan where it was not trained (--then, --average).
     Barriers are those to the run of the next larger ELR, between second runs where there are
     some."""
@@ -250,7 +248,7 @@ def summarize(folder: Path, device: str, samples: int) -> list[dict]:
     return found
 
 
-def table(rows: list[dict]) -> str:
+def table(rows):
     lines = ["".join(f"{head:>12}" for head in HEADS.split(","))]
     for row in rows:
         cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
@@ -258,7 +256,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def best(rows: list[dict]) -> str:
+def best(rows):
     """From which ELR the median test error after the drop is least."""
     values = {}
     for row in rows:
@@ -274,14 +272,14 @@ def best(rows: list[dict]) -> str:
 # ------------------------------------------------------------------------------- the command line
 
 
-def parser() -> regimes.Parser:
+def parser():
     text = "What the loss looks like around and between the ends of runs, from their checkpoints."
     example = "example: python landscape.py summary logs/digits-convnet (each has its own --help)"
     parser = regimes.Parser(prog="landscape.py", description=text, epilog=example)
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)
 
-    def command(name: str, text: str, example: str) -> Callable:
+    def command(name, text, example):
         example = f"example: python landscape.py {name} {example}"
         return what.add_parser(name, help=text, description=text, epilog=example).add_argument
 
@@ -308,7 +306,7 @@ def parser() -> regimes.Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     args = parser().parse_args(argv)
     for name, least in (("points", 2), ("k", 1), ("samples", 2)):
         value = getattr(args, name, None)
@@ -326,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show_summary(args: Namespace) -> None:
+def show_summary(args):
     rows = summarize(args.folder, args.device, args.samples)
     regimes.write_csv(args.folder / "landscape.csv", rows)
     figures.of_landscape(rows, args.folder / "landscape.png", str(args.folder))
@@ -335,7 +333,7 @@ def show_summary(args: Namespace) -> None:
     print(f"written: {args.folder / 'landscape.csv'}, {args.folder / 'landscape.png'}")
 
 
-def show_barrier(args: Namespace, points: list[Point]) -> None:
+def show_barrier(args, points):
     ways = {}
     for way, name in (("line", "straight line"), ("circle", "great circle")):
         height, ways[name] = barrier(*points, way, args.points)
@@ -346,14 +344,14 @@ def show_barrier(args: Namespace, points: list[Point]) -> None:
     print(f"written: {args.out}")
 
 
-def show_distances(args: Namespace, points: list[Point]) -> None:
+def show_distances(args, points):
     for name, angles in distances(points).items():
         print(f"angles in radians, {name}")
         for point, row in zip(points, angles, strict=True):
             print("  ".join(f"{angle:7.4f}" for angle in row) + f"  {point.path}")
 
 
-def show_curvature(args: Namespace, points: list[Point]) -> None:
+def show_curvature(args, points):
     for point in points:
         found = curvature(point, args.k, args.samples)
         print(f"{point.path}, on the unit sphere")

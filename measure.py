@@ -6,17 +6,15 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 
-from data import Data, batches, chunks
-from sphere_step import SphereSGD
+from data import batches, chunks
 
 POINTS = 512  # at which chance is measured
 CHUNK = 512  # inputs at once where nothing is trained
 
 
-def logits_of(net: nn.Module, x: Tensor, dtype: str = "fp32") -> Tensor:
+def logits_of(net, x, dtype="fp32"):
     """The output for a batch, computed in --dtype, in float32."""
     if dtype == "bf16":
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -28,7 +26,7 @@ OF_STEPS = "train_loss train_error elr grad_norm angle radial".split()
 OF_LAYERS = "norm elr grad_norm angle".split()
 
 
-def of_steps(kept: list[tuple], sphere: SphereSGD, plain: torch.optim.SGD | None) -> tuple:
+def of_steps(kept, sphere, plain):
     """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6] (of several spheres
     the norm of their γ, of the others the means), and per tensor on a sphere OF_LAYERS
     [tensors, 4]. Where a `plain` optimizer moves the weights, with the ELR that this implies."""
@@ -50,7 +48,7 @@ def of_steps(kept: list[tuple], sphere: SphereSGD, plain: torch.optim.SGD | None
 
 
 @torch.no_grad()
-def on_test_set(net: nn.Module, data: Data, dtype: str) -> dict[str, float]:
+def on_test_set(net, data, dtype):
     """Mean loss and error on the test set, with BatchNorm's running statistics."""
     net.eval()
     parts = [logits_of(net, data.normalized(x), dtype) for x in data.test_x.split(CHUNK)]
@@ -61,7 +59,7 @@ def on_test_set(net: nn.Module, data: Data, dtype: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def on_train_set(net: nn.Module, data: Data, dtype: str) -> float:
+def on_train_set(net, data, dtype):
     """Mean loss on the training set, with BatchNorm's statistics computed anew over it."""
     order = chunks(len(data.x), CHUNK, data.x.device)
     with torch.autocast(data.x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
@@ -78,7 +76,7 @@ FULL_PASS = "full_train_loss full_train_error full_grad_norm batch_grad_norm".sp
 FULL_PASS += ["batch_grad_norm_std"]
 
 
-def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[str, float]:
+def full_pass(net, data, sphere, options):
     """Over the whole training set, with the weights held still, the statistics of each batch and no
     augmentation: loss, error, γ of the mean gradient, mean and standard deviation over the batches
     of each one's γ. Leaves no trace in the network."""
@@ -113,7 +111,7 @@ def full_pass(net: nn.Module, data: Data, sphere: SphereSGD, options) -> dict[st
 
 
 @torch.no_grad()
-def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) -> dict:
+def chance(net, sphere, data, options, seed):
     """Mean and standard deviation of loss and error on a batch, over POINTS uniformly random points
     of the spheres. The network is moved to them."""
     net.train()
@@ -135,7 +133,7 @@ def chance(net: nn.Module, sphere: SphereSGD, data: Data, options, seed: int) ->
 
 
 @torch.no_grad()
-def on_average(averaged: AveragedModel, spheres: list[dict], data: Data, dtype: str) -> dict:
+def on_average(averaged, spheres, data, dtype):
     """Of the mean of weights, put back on the spheres: loss on the training set and error on the
     test set."""
     net = deepcopy(averaged.module)
@@ -149,7 +147,7 @@ def on_average(averaged: AveragedModel, spheres: list[dict], data: Data, dtype: 
 # ------------------------------------------------------------------------- points on the spheres
 
 
-def spheres_of(net: nn.Module, sphere: SphereSGD) -> list[dict]:
+def spheres_of(net, sphere):
     """The spheres by the names of their tensors, for a checkpoint: `names`, `rows` (each row of the
     one tensor is a sphere), `radii`."""
     names = {p: name for name, p in net.named_parameters()}
@@ -165,7 +163,7 @@ def spheres_of(net: nn.Module, sphere: SphereSGD) -> list[dict]:
     return found
 
 
-def vectors(net: nn.Module, spheres: list[dict]) -> list[Tensor]:
+def vectors(net, spheres):
     """The points on the spheres, float64: per entry of `spheres` a matrix, a row per sphere."""
     found = []
     for sphere in spheres:
@@ -178,7 +176,7 @@ def vectors(net: nn.Module, spheres: list[dict]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def put(net: nn.Module, sphere: dict, points: Tensor) -> None:
+def put(net, sphere, points):
     """The inverse of `vectors`, for one entry: write the points into the network's weights."""
     tensors = [net.get_parameter(name) for name in sphere["names"]]
     parts = points.reshape(-1).split([x.numel() for x in tensors])
@@ -186,7 +184,7 @@ def put(net: nn.Module, sphere: dict, points: Tensor) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def angles(some: list[Tensor], others: list[Tensor]) -> Tensor:
+def angles(some, others):
     """The angle between each sphere's two points, [spheres] in radians, of what `vectors` gives;
     exact where it is small or near π, too."""
     found = []

@@ -53,7 +53,7 @@ def convnet(
     return net.to(memory_format=torch.channels_last)  # NHWC throughout: convolutions like it best
 
 
-def fixed_head(head: nn.Linear, norm: float = 10.0) -> nn.Linear:
+def fixed_head(head, norm=10.0):
     """The last layer, not trained, its weight scaled to this Frobenius norm."""
     with torch.no_grad():
         head.weight.mul_(norm / head.weight.norm())
@@ -64,7 +64,7 @@ class PreActivationBlock(nn.Module):
     """norm → ReLU → 3×3 convolution, twice, added to the input. Where the shape changes, the
     shortcut takes the block's first activation, through BatchNorm and a 1×1 convolution."""
 
-    def __init__(self, before: int, after: int, stride: int, affine: bool):
+    def __init__(self, before, after, stride, affine):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(before, affine=affine, eps=EPS)
         self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
@@ -75,7 +75,7 @@ class PreActivationBlock(nn.Module):
             norm = nn.BatchNorm2d(before, affine=affine, eps=EPS)
             self.shortcut = nn.Sequential(norm, nn.Conv2d(before, after, 1, stride, bias=False))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = F.relu(self.norm1(x))
         if self.shortcut is not None:
             x = self.shortcut(h)
@@ -126,12 +126,12 @@ class transformer(nn.Module):
     keys go through n, too; x + n(W_down·relu(W_up·n(x))); logits = 10·⟨n(x)/√d, √classes·W/‖W‖⟩.
     """
 
-    def __init__(self, tokens: int, length: int, classes: int, width: int = 64, heads: int = 4):
+    def __init__(self, tokens, length, classes, width=64, heads=4):
         super().__init__()
         if width % heads:
             raise ValueError(f"the width of a transformer is a multiple of {heads}, not {width}")
 
-        def weight(rows: int, columns: int) -> nn.Parameter:
+        def weight(rows, columns):
             return nn.Parameter(torch.randn(rows, columns) / math.sqrt(columns))
 
         self.heads = heads
@@ -142,7 +142,7 @@ class transformer(nn.Module):
         self.head = weight(classes, width)
         self.layer_groups = [[name] for name, _ in self.named_parameters()]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         x = norm(self.embedding)[tokens] + norm(self.position)
         h = norm(x)
         split = (len(x), -1, self.heads, x.shape[-1] // self.heads)
@@ -158,7 +158,7 @@ class transformer(nn.Module):
         return scale * F.linear(norm(x), self.head / self.head.norm())
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x):
     """Scaled to root mean square 1 over the last dimension."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
@@ -166,7 +166,7 @@ def norm(x: Tensor) -> Tensor:
 MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
 
 
-def build(options: dict, data) -> nn.Module:
+def build(options, data):
     """The network that `options` name, for these data, which have `x`, `classes` and `tokens`.
 
     Their `model` is one of MODELS, with `width`, `affine` and `train_head`, or FILE.py:FUNCTION.
@@ -202,7 +202,7 @@ def build(options: dict, data) -> nn.Module:
     return MODELS[model](len(example), data.classes, *more)
 
 
-def load_function(file: str, name: str):
+def load_function(file, name):
     if not file.endswith(".py") or not Path(file).is_file():
         raise ValueError(f"no file {file}: it takes a Python file, path/to/file.py:function")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -296,7 +296,7 @@ def scale_invariant_groups(
     return sorted(found, key=lambda group: names.index(group[0]))
 
 
-def layer_groups(net: nn.Module, x: Tensor, classes: int, sphere: str) -> list[list[str]]:
+def layer_groups(net, x, classes, sphere):
     """Which parameters are on which sphere: what our networks say of themselves, what is found in
     others, and then printed.
 
@@ -347,7 +347,7 @@ def _random_like(x):
     return torch.randint_like(x, int(x.min()), int(x.max()) + 1)
 
 
-def _indicators(null: Tensor) -> set[frozenset[int]]:
+def _indicators(null):
     """The vectors of zeros and ones in a space, given by its basis [dimension, n], that contain no
     other such vector.
 

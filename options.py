@@ -1,17 +1,16 @@
 """The command line of train.py: what can be asked, what is refused, and why."""
 
-import argparse
 import math
 import os
 import shlex
-from argparse import ArgumentTypeError, Namespace
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import regimes
-from data import NAMES, Data, add_label_noise, load
+from data import NAMES, add_label_noise, load
 from models import MODELS, build, layer_groups
 from regimes import number
 from runs import grid, open_folder
@@ -30,7 +29,7 @@ class Refused(Exception):
     """An option, by name, and why it cannot be."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser():
     text = "Train on the sphere at a fixed effective learning rate (ELR), and name the regime."
     example = "example: python train.py --sweep 1e-4 1 13 --epochs 40"
     more = dict(description=text, epilog=example)
@@ -99,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[Namespace, Data]:
+def parse(argv):
     """The options, checked, and the data. Adds what follows from them: mode, values, layer_groups,
     title, config and chance. Refuses in one line, with exit status 2, before anything is
     written."""
@@ -126,7 +125,7 @@ def parse(argv: list[str]) -> tuple[Namespace, Data]:
     return options, data
 
 
-def check(options: Namespace, given: dict) -> None:
+def check(options, given):
     """Which options go together; what needs no data."""
     options.mode = "lr" if given["lr"] else "angle" if given["angle"] else "elr"
     whole, own_file = options.mode == "lr", ":" in options.model
@@ -164,7 +163,7 @@ def check(options: Namespace, given: dict) -> None:
         raise Refused("then", f"{options.then} is no angle below π/2")
 
 
-def choose_values(options: Namespace, given: dict) -> None:
+def choose_values(options, given):
     """Which ELRs, angles or learning rates to run."""
     said = [name for name in ("elr", "sweep", "angle", "lr") if given[name] is not None]
     if len(said) != 1:
@@ -189,7 +188,7 @@ def choose_values(options: Namespace, given: dict) -> None:
         raise Refused("seeds", f"{len(options.values)} × {options.seeds} runs are too many")
 
 
-def choose_machine(options: Namespace) -> None:
+def choose_machine(options):
     """Device and jobs, and which of torchrun's ranks this is."""
     options.rank = int(os.environ.get("RANK", "0"))
     options.ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -213,7 +212,7 @@ def choose_machine(options: Namespace) -> None:
     options.jobs = min(options.jobs, len(options.values) * options.seeds)
 
 
-def read_data(options: Namespace) -> Data:
+def read_data(options):
     try:
         data = load(options.data, options.modulus, options.device)
     except ValueError as error:
@@ -230,7 +229,7 @@ def read_data(options: Namespace) -> Data:
     return data
 
 
-def find_spheres(options: Namespace, data: Data) -> None:
+def find_spheres(options, data):
     """What is on which sphere, and the threads of a single run."""
     x = data.inputs(torch.arange(min(32, len(data.x)), device=options.device))
     try:
@@ -254,7 +253,7 @@ def find_spheres(options: Namespace, data: Data) -> None:
         torch.set_num_threads(options.threads)
 
 
-def open_out(options: Namespace) -> None:
+def open_out(options):
     """The folder to write into, whose runs must have the same options, and the figure's title."""
     name = f"{Path(options.data).stem}-{options.model.rpartition(':')[2]}"
     space = f"sphere: {options.sphere}"
@@ -274,7 +273,7 @@ def open_out(options: Namespace) -> None:
         raise Refused("out", str(error)) from None
 
 
-def again(options: Namespace, *instead: str) -> str:
+def again(options, *instead):
     """The command with these options in the place of those that said which runs."""
     words = ["python", "train.py", *instead]
     for name, value in options.given.items():

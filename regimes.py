@@ -26,7 +26,6 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -55,18 +54,18 @@ class Skill:
     error: float
 
     @property
-    def told(self) -> bool:
+    def told(self):
         """Whether it is told from chance."""
         return self.value - Z99 * self.error >= FLOORS[self.of]
 
     @property
-    def hidden(self) -> bool:
+    def hidden(self):
         """Whether noise may hide that it is. Surely worse than chance, it does not."""
         floor = FLOORS[self.of]
         noisy = self.error > floor and self.value + Z99 * self.error > floor
         return not self.told and (noisy or self.value >= floor)
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{self.of[6:]} {self.value:.0%} ± {self.error:.1%} better than chance"
 
 
@@ -79,11 +78,11 @@ class Trend:
     high: float = math.nan
 
     @property
-    def level(self) -> bool:
+    def level(self):
         no_trend = self.low <= 0 <= self.high or abs(self.slope) <= FLAT
         return no_trend and self.slope >= STEEP
 
-    def __str__(self) -> str:
+    def __str__(self):
         interval = f"99 % interval {self.low:+.2f} to {self.high:+.2f}"
         return f"slope {self.slope:+.2f}, {interval.replace('inf', '∞')}"
 
@@ -102,11 +101,11 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
     moves: bool = False
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{title(self.regime)}: {self.why}"
 
     @property
-    def skill(self) -> float:
+    def skill(self):
         """The one that decided: the first that is told from chance, else the first."""
         told = [skill for skill in self.skills if skill.told] + self.skills
         return told[0].value if told else math.nan
@@ -166,7 +165,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     return verdict
 
 
-def _decide(verdict: Verdict, longer: Trend, loss: np.ndarray, chance: float) -> tuple[str, str]:
+def _decide(verdict, longer, loss, chance):
     """Regime and why. Slow noise may look like a trend in the last half, or hide one: so `longer`,
     the trend of the last three quarters, is asked, too."""
     trend, skills, turn = verdict.trend, verdict.skills, verdict.turn
@@ -194,7 +193,7 @@ def _decide(verdict: Verdict, longer: Trend, loss: np.ndarray, chance: float) ->
     return "divergence", f"no better than chance: {better}"
 
 
-def _skill(name: str, log: dict, tail: np.ndarray, longer: np.ndarray, chance: dict) -> Skill:
+def _skill(name, log, tail, longer, chance):
     epoch, values, n = log["epoch"], log[name], tail.sum()
     # Around a straight line: a curve through few rows would take slow noise for a trend.
     residual, inflation = _around_trend(np.log(epoch[longer]), values[longer], degree=1)
@@ -205,7 +204,7 @@ def _skill(name: str, log: dict, tail: np.ndarray, longer: np.ndarray, chance: d
     return Skill(name, 1 - values[tail].mean() / mean, error / mean)
 
 
-def theil_sen(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+def theil_sen(x, y):
     """Median of the slopes of all pairs, and its 99 % interval (Sen, JASA 63, 1968: the ranks of
     Kendall's statistic). The rank's variance is inflated for the autocorrelation around the trend,
     which a training log always has."""
@@ -220,7 +219,7 @@ def theil_sen(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(slopes)), low, high
 
 
-def _around_trend(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[np.ndarray, float]:
+def _around_trend(x, y, degree):
     """What is left of y around a polynomial of at most this degree, and by how much its lag-1
     autocorrelation r, corrected for bias, inflates the variance of a mean: (1 + r)/(1 − r)."""
     n = len(y)
@@ -233,7 +232,7 @@ def _around_trend(x: np.ndarray, y: np.ndarray, degree: int) -> tuple[np.ndarray
     return residual, (1 + r) / (1 - r)
 
 
-def title(regime: str) -> str:
+def title(regime):
     return "chaotic equilibrium" if regime == "equilibrium" else regime
 
 
@@ -252,23 +251,23 @@ class Run:
     problem: str = ""
 
     @property
-    def name(self) -> str:
+    def name(self):
         if self.verdict.moves or math.isnan(self.elr):
             return self.path.stem.replace("=", " ").replace(".seed", " seed")
         return f"elr {elr_name(self.elr)}" + (f" seed {self.seed}" if self.seed else "")
 
-    def final(self, column: str) -> float:
+    def final(self, column):
         """Mean of a column over the last tenth of the rows, nan if there is none."""
         values = self.log.get(column, np.array([math.nan]))
         return float(values[-max(1, len(values) // 10) :].mean())
 
 
-def elr_name(elr: float) -> str:
+def elr_name(elr):
     """The shortest scientific notation that reads back as the same number: 1e-02."""
     return np.format_float_scientific(elr, trim="-", exp_digits=2)
 
 
-def read_log(path: Path) -> tuple[dict[str, np.ndarray], str]:
+def read_log(path):
     """A CSV log as columns, and a complaint about a last row that was cut off (left out), else "".
 
     Raises ValueError, in one line that names the file, where it is no log: unreadable, empty,
@@ -307,7 +306,7 @@ def read_log(path: Path) -> tuple[dict[str, np.ndarray], str]:
     return log, problem
 
 
-def read_chance(folder: Path) -> dict[str, dict]:
+def read_chance(folder):
     """The chance references in a folder's config.json, by seed; none if there is no such file.
     Raises ValueError if it is damaged."""
     path = folder / "config.json"
@@ -326,7 +325,7 @@ def read_chance(folder: Path) -> dict[str, dict]:
     return chance
 
 
-def read_run(path: Path, chance: dict[str, dict]) -> Run:
+def read_run(path, chance):
     """Read and classify one log. ELR from its column `elr`, else from `elr=…` in its name; seed
     from `seed=…` in its name."""
     log, problem = read_log(path)
@@ -342,7 +341,7 @@ def read_run(path: Path, chance: dict[str, dict]) -> Run:
     return Run(path, elr, seed, log, verdict, problem)
 
 
-def gather(paths: list[Path]) -> tuple[list[Run], list[str]]:
+def gather(paths):
     """The runs of these folders and logs, in order of ELR and seed; what was wrong with some. Of a
     folder all CSV files but the layers', second runs' and our tables."""
     runs, problems, chances, logs = [], [], {}, []
@@ -369,7 +368,7 @@ def gather(paths: list[Path]) -> tuple[list[Run], list[str]]:
     return runs, [problem for problem in problems if problem]
 
 
-def read_folder(folder: Path) -> list[Run]:
+def read_folder(folder):
     """The runs in a folder that can be read; one that failed may have left no row."""
     return gather([folder])[0]
 
@@ -377,7 +376,7 @@ def read_folder(folder: Path) -> list[Run]:
 # ------------------------------------------------------------------------------------- sweeps
 
 
-def by_elr(runs: list[Run]) -> dict[float, list[Run]]:
+def by_elr(runs):
     """The runs (seeds) of each ELR, by increasing ELR."""
     groups = {}
     for run in sorted(runs, key=lambda run: (run.elr, run.seed)):
@@ -386,7 +385,7 @@ def by_elr(runs: list[Run]) -> dict[float, list[Run]]:
     return groups
 
 
-def majority(runs: list[Run]) -> tuple[str, float]:
+def majority(runs):
     """The regime that most of the runs are in, and their share; undecided if none has over half."""
     names = [run.verdict.regime for run in runs]
     regime = max(dict.fromkeys(names), key=names.count)
@@ -405,10 +404,10 @@ class Boundary:
     high: float = math.nan
 
     @property
-    def seen(self) -> bool:
+    def seen(self):
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    def __str__(self) -> str:
+    def __str__(self):
         text = f"{title(self.left)} | {title(self.right)}"
         if self.seen:
             return f"{text}: {self.low:.4g} to {self.high:.4g} (×{self.high / self.low:.3g})"
@@ -417,7 +416,7 @@ class Boundary:
         return f"{text}: " + (f"above {self.low:.3g}" if self.low > 0 else "not seen")
 
 
-def boundaries(runs: list[Run]) -> list[Boundary]:
+def boundaries(runs):
     """The two boundaries of a sweep as brackets of neighbouring decided ELRs, by the majority of
     seeds. Raises ValueError where the regimes are out of order along the ELR."""
     found = [Boundary(left, right) for left, right in pairwise(ORDER)]
@@ -438,7 +437,7 @@ def boundaries(runs: list[Run]) -> list[Boundary]:
 COLUMNS = "elr seed regime skill slope train_loss train_error test_error grad_norm angle".split()
 
 
-def rows(runs: list[Run]) -> list[dict]:
+def rows(runs):
     """A row of COLUMNS and `epochs` per run with an ELR, in order of ELR and seed; losses, errors,
     γ and φ are means of the last tenth of the epochs."""
     found = []
@@ -451,7 +450,7 @@ def rows(runs: list[Run]) -> list[dict]:
     return found
 
 
-def table(runs: list[Run]) -> str:
+def table(runs):
     """The sweep as text: a line per ELR with its regime, how many seeds are in it, and medians over
     the seeds; the boundaries, and the way of each run whose ELR moved."""
     lines, groups = [], by_elr(runs)
@@ -472,7 +471,7 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines + [f"{run.name}: {way(run, runs)}" for run in runs if run.verdict.moves])
 
 
-def way(run: Run, runs: list[Run]) -> str:
+def way(run, runs):
     """Through which regimes a run went whose ELR moved: by epoch the regime of the sweep's ELR that
     is nearest in the logarithm, as far as the sweep reaches."""
     elrs = np.maximum(run.log["elr"], 1e-300)
@@ -491,7 +490,7 @@ def way(run: Run, runs: list[Run]) -> str:
     return text
 
 
-def write_csv(path: Path, found: list[dict]) -> None:
+def write_csv(path, found):
     """A CSV of these rows, numbers to 9 digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -502,11 +501,11 @@ def write_csv(path: Path, found: list[dict]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
-def temporary(path: Path) -> Path:
+def temporary(path):
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path, content):
     """Write a file whole or not at all: beside it, flushed to disk, then renamed."""
     try:
         with open(temporary(path), "wb") as file:
@@ -522,14 +521,14 @@ def write_whole(path: Path, content: bytes) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line and exit status 2."""
 
-    def error(self, message: str) -> None:
+    def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str], float]:
+def number(kind, low=0, high=math.inf):
     """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
 
-    def parse(text: str):
+    def parse(text):
         try:
             value = kind(text)
         except ValueError:
@@ -544,7 +543,7 @@ def number(kind: type, low: float = 0, high: float = math.inf) -> Callable[[str]
     return parse
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     text = "Name the training regime of each run from its CSV log; of a folder write regimes.csv."
     example = "example: python regimes.py --explain logs/digits-convnet"
     parser = Parser(prog="regimes.py", description=text, epilog=example)

@@ -19,12 +19,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +42,7 @@ class Busy(Exception):
 # ------------------------------------------------------------------------------ one run on disk
 
 
-def open_folder(out: Path, options: dict, force: bool = False) -> dict:
+def open_folder(out, options, force=False):
     """Make the folder, or find that its runs have these very options; returns its config.
 
     With `force` what was there of ours is removed. Raises ValueError, having changed nothing, where
@@ -82,13 +80,13 @@ def open_folder(out: Path, options: dict, force: bool = False) -> dict:
     return config
 
 
-def write_config(out: Path, config: dict) -> None:
+def write_config(out, config):
     regimes.write_whole(
         out / "config.json", (json.dumps(config, indent=2, default=str) + "\n").encode()
     )
 
 
-def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
+def save_checkpoint(path, identity, state):
     """The state (tensors, numbers, texts, lists and dicts of them), whose it is; a checksum."""
     file = io.BytesIO()
     torch.save({**state, "identity": identity}, file)
@@ -96,7 +94,7 @@ def save_checkpoint(path: Path, identity: dict, state: dict) -> None:
     regimes.write_whole(path, content + hashlib.sha256(content).digest())
 
 
-def load_checkpoint(path: Path, identity: dict | None, device: str) -> dict | None:
+def load_checkpoint(path, identity, device):
     """The last checkpoint of a run, with its `checksum`; None if there is none. Raises ValueError
     where it is damaged or of another run; without `identity` whose it is does not matter."""
     if not path.exists():
@@ -117,7 +115,7 @@ def load_checkpoint(path: Path, identity: dict | None, device: str) -> dict | No
     return state | {"checksum": checksum.hex()}
 
 
-def remove_leftovers(out: Path) -> None:
+def remove_leftovers(out):
     """The temporary files of processes of this machine that have died."""
     for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
         pid = path.name.removesuffix(".tmp").rpartition("-")[2]
@@ -129,13 +127,13 @@ def remove_leftovers(out: Path) -> None:
             pass
 
 
-def _write(file: int, content: bytes) -> None:
+def _write(file, content):
     if os.write(file, content) < len(content):  # a disk that fills up midway does not say so
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager
-def lock(path: Path, patient: bool = False) -> Iterator[None]:
+def lock(path, patient=False):
     """Hold the lock of a run. Where another process does, wait for it if `patient`, else raise
     Busy, which says who."""
     while True:
@@ -169,7 +167,7 @@ class Rows:
     Raises ValueError where rows up to there are missing.
     """
 
-    def __init__(self, path: Path, columns: list[str], upto: int = -1):
+    def __init__(self, path, columns, upto=-1):
         kept = []
         try:
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]:
@@ -184,7 +182,7 @@ class Rows:
         regimes.write_whole(path, "".join([",".join(columns) + "\n", *kept]).encode())
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
-    def add(self, *rows) -> None:
+    def add(self, *rows):
         text = io.StringIO()
         for row in rows:
             cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row]
@@ -196,19 +194,19 @@ class Rows:
             os.ftruncate(self.file, size)
             raise
 
-    def close(self) -> None:
+    def close(self):
         os.close(self.file)
 
 
 # ------------------------------------------------------------------------------------ many runs
 
 
-def grid(low: float, high: float, n: int) -> list[float]:
+def grid(low, high, n):
     """n ELRs from low to high, log-spaced, rounded to 3 digits so that their names stay short."""
     return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, n)]
 
 
-def bisect(out: Path, values: list[float]) -> list[float]:
+def bisect(out, values):
     """For each boundary of the regimes that was seen among these ELRs, one between its sides: the
     middle, in the logarithm, of the widest gap, in as few digits as tell it from both ends."""
     runs = [run for run in regimes.read_folder(out) if run.elr in values]
@@ -232,7 +230,7 @@ class Watch:
     """What one sees of runs while they go on. On a terminal a bar per job and one for all of them;
     else a line per finished run and, of a run of more than a minute, a line a minute."""
 
-    def __init__(self, jobs: int, total: int, renew: Callable[[], None], quiet: bool = False):
+    def __init__(self, jobs, total, renew, quiet=False):
         self.renew, self.quiet, self.reported, self.failed = renew, quiet, set(), False
         self.bars, self.last = {}, {}
         self.terminal = sys.stderr.isatty()
@@ -241,7 +239,7 @@ class Watch:
                 total=total, desc="runs", unit="run", position=jobs, leave=False
             )
 
-    def tell(self, job: int, what: str, name: str, *more) -> None:
+    def tell(self, job, what, name, *more):
         """A run's message: "epoch" (epoch, epochs, text); "finished", "note", "busy", "failed"."""
         if what == "epoch" and self.terminal:
             self._bar(job, name, *more)
@@ -264,7 +262,7 @@ class Watch:
             self.reported.add(name)
             tqdm.write(more[0], file=sys.stderr)
 
-    def _bar(self, job: int, name: str, epoch: int, epochs: int, shown: str) -> None:
+    def _bar(self, job, name, epoch, epochs, shown):
         if job not in self.bars:
             self.bars[job] = tqdm(unit="epoch", position=job, leave=False)
         bar = self.bars[job]
@@ -277,7 +275,7 @@ class Watch:
         bar.update(epoch - bar.n)
         bar.set_postfix_str(shown)
 
-    def _line(self, job: int, name: str, epoch: int, epochs: int, shown: str) -> None:
+    def _line(self, job, name, epoch, epochs, shown):
         before, since = self.last.get(job, ("", 0))
         if before != name:
             since = time.monotonic()
@@ -286,12 +284,12 @@ class Watch:
             since = time.monotonic()
         self.last[job] = (name, since)
 
-    def close(self) -> None:
+    def close(self):
         for bar in self.bars.values():
             bar.close()
 
 
-def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callable) -> bool:
+def run_all(do, pairs, options, renew):
     """Do these runs, options.jobs at a time. Returns whether one failed.
 
     do      function of ((value, seed), tell, patient) that does a run and returns its name, the
@@ -317,14 +315,14 @@ def run_all(do: Callable, pairs: list[tuple[float, int]], options, renew: Callab
     return watch.failed
 
 
-def name_of(options, pair: tuple[float, int]) -> tuple[Path, str]:
+def name_of(options, pair):
     """The log of a run, elr=1e-02.seed=1.csv, and its name for people, elr 1e-02 seed 1."""
     value, seed = pair
     stem = f"{options.mode}={regimes.elr_name(value)}" + (f".seed={seed}" if seed else "")
     return options.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
 
 
-def attempt(do: Callable, pair: tuple, options, tell: Callable, patient: bool = False) -> bool:
+def attempt(do, pair, options, tell, patient=False):
     """Do a run; one that fails leaves the others their turn. Returns False if it is busy."""
     try:
         tell("finished", *do(pair, tell, patient))
@@ -341,7 +339,7 @@ def attempt(do: Callable, pair: tuple, options, tell: Callable, patient: bool = 
     return True
 
 
-def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -> None:
+def _side_by_side(do, pairs, jobs, options, watch):
     """The runs in processes of their own, each of which takes what none has taken yet. On Linux
     they fork, with what this process has imported, read and measured, from its single thread."""
     fork = sys.platform == "linux" and options.device == "cpu"
@@ -371,14 +369,14 @@ def _side_by_side(do: Callable, pairs: list, jobs: int, options, watch: Watch) -
             process.join()
 
 
-def _job(do: Callable, pairs: list, options, pipe) -> None:
+def _job(do, pairs, options, pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the parent sees it, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(options.threads)
 
-    def tell(*message) -> None:
+    def tell(*message):
         what, *_, last = message
         if what != "busy" and not (what == "finished" and last):  # that is others' to tell
             pipe.send(message)
@@ -387,7 +385,7 @@ def _job(do: Callable, pairs: list, options, pipe) -> None:
         attempt(do, pair, options, tell)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent():
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)  # which cleans up
     time.sleep(10)

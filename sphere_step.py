@@ -222,7 +222,7 @@ class SphereSGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group):
         self._add(param_group)
         group = self.param_groups[-1]
         try:
@@ -237,14 +237,14 @@ class SphereSGD(torch.optim.Optimizer):
             self.normalize()
         self._tensors = None  # laid out at the next step
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for group in self._on_spheres():  # a checkpoint may come from another device
             group["radii"] = group["radii"].cpu()
         self._tensors = None
 
     @torch.no_grad()
-    def normalize(self) -> None:
+    def normalize(self):
         """Put every sphere back on its radius, after weights were averaged or filled with noise."""
         for group in self._on_spheres():
             scales, first = group["radii"] / _norms(group), 0
@@ -264,12 +264,12 @@ class SphereSGD(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self):
         """Find what a step would report, at the norms that the weights have, and move nothing."""
         self._apply(move=False)
 
     @property
-    def last(self) -> tuple[Tensor, Tensor]:
+    def last(self):
         """What the last step left, for `stats` and `layer_stats`: the Gram matrices of its tiles,
         and per sphere what `sphere_rule` returns."""
         if not self._tensors:

@@ -26,7 +26,7 @@ import regimes
 ROWS = 200  # of a run's log
 
 
-def step(theta: np.ndarray, alphas: np.ndarray, elr: np.ndarray) -> tuple[np.ndarray, ...]:
+def step(theta, alphas, elr):
     """One step of all runs: theta [..., groups, 2] of norm 1, elr [..., 1, 1]. Returns the new
     theta, F_i [..., groups] before the step, and its angle φ [...]."""
     x, y = theta[..., 0], theta[..., 1]
@@ -39,7 +39,7 @@ def step(theta: np.ndarray, alphas: np.ndarray, elr: np.ndarray) -> tuple[np.nda
     return new / length, alphas * x * x / square, np.arctan(turn)
 
 
-def simulate(alphas: list[float], elrs: list[float], seeds: int, steps: int) -> list[regimes.Run]:
+def simulate(alphas, elrs, seeds, steps):
     """A run for each ELR and seed, which is its start, with log and verdict."""
     alpha, total = np.array(alphas), sum(alphas)
     starts = [
@@ -72,14 +72,14 @@ def simulate(alphas: list[float], elrs: list[float], seeds: int, steps: int) -> 
     return runs
 
 
-def row_of(run: regimes.Run, total: float) -> dict:
+def row_of(run, total):
     loss = float(run.log["train_loss"][len(run.log["epoch"]) // 2 + 1 :].mean())
     row = {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime, "loss": loss}
     row["theory"] = max(0.0, (total - 1 / run.elr) / 2)
     return row | {"skill": 1 - loss / (total / 2)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
     parser = regimes.Parser(prog="toy.py", description=text, allow_abbrev=False)
     add, positive = parser.add_argument, regimes.number(float)

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ import figures
 import measure
 import regimes
 import runs
-from data import Data, batches
+from data import batches
 from graph import Captured, keep_memory
 from models import build
 from options import again, parse
@@ -62,7 +61,7 @@ class Run:
     """One run: the network, its optimizer, the order of its batches; it saves and loads itself. The
     same seed gives every value the same start and the same order of batches."""
 
-    def __init__(self, options: Namespace, data: Data, job: Job):
+    def __init__(self, options, data, job):
         self.options, self.data, self.job = options, data, job
         torch.manual_seed(job.seed)
         self.net = build(vars(options), data).to(options.device)
@@ -76,7 +75,7 @@ class Run:
         self.one_step = Captured(self.step) if options.graph else self.step
         self.epoch, self.epochs, self.seconds, self.ended = -1, options.epochs, 0.0, False
 
-    def make_optimizer(self) -> None:
+    def make_optimizer(self):
         """What is scale invariant on spheres, the rest by plain SGD. In the whole space all is by
         torch's SGD, and the spheres only measure."""
         options, net, lr = self.options, self.net, self.job.value
@@ -103,7 +102,7 @@ class Run:
                 group["lr"] = torch.tensor(group["lr"], device=options.device)
         self.sphere = SphereSGD(groups, lr=lr, momentum=momentum, angle=angle)
 
-    def step(self, index: Tensor) -> tuple[Tensor, ...]:
+    def step(self, index):
         """One step of training. To change what a step does, change this."""
         x, y = self.data.inputs(index, self.options.augment), self.data.y[index]
         logits = measure.logits_of(self.net, x, self.options.dtype)
@@ -117,7 +116,7 @@ class Run:
             optimizer.step()
         return loss.detach(), logits.detach().argmax(1) != y, *self.sphere.last
 
-    def train_epoch(self) -> tuple[dict[str, float], list[list[float]]]:
+    def train_epoch(self):
         """One pass over the training set. Returns its row, and per tensor on a sphere the means
         over the steps of norm, ELR, γ and φ. The host waits for the device once, at the end."""
         self.net.train()
@@ -137,7 +136,7 @@ class Run:
         row |= {"epoch": self.epoch, "step": self.epoch * len(steps)}
         return row, (layers / len(steps)).tolist()
 
-    def set_lr(self) -> float:
+    def set_lr(self):
         """The learning rates of the coming epoch. Returns that of the spheres."""
         factor = 1.0
         if self.options.schedule == "cosine":
@@ -150,7 +149,7 @@ class Run:
                 group["lr"] = first * factor
         return self.job.value * factor
 
-    def measure(self, row: dict) -> None:
+    def measure(self, row):
         """The columns of a row that are measured after the epoch."""
         options, net, data = self.options, self.net, self.data
         row |= measure.on_test_set(net, data, options.dtype)
@@ -165,7 +164,7 @@ class Run:
                 spheres = self.spheres if options.mode != "lr" else []
                 row |= measure.on_average(self.averaged, spheres, data, options.dtype)
 
-    def train(self, tell: Callable) -> None:
+    def train(self, tell):
         """The epochs that are left, each with its rows in the logs and a checkpoint."""
         options, path = self.options, self.job.path
         columns = list(COLUMNS)
@@ -197,11 +196,11 @@ class Run:
             what = f"stopped: loss or gradient is not finite in epoch {self.epoch}"
             tell("note", f"{self.job.name} stopped", f"{self.job.name}: {what}")
 
-    def parts(self) -> dict:
+    def parts(self):
         parts = dict(net=self.net, sphere=self.sphere, plain=self.plain, averaged=self.averaged)
         return {name: part for name, part in parts.items() if part}
 
-    def identity(self) -> dict:
+    def identity(self):
         """What a checkpoint must share with this run, to go on from there."""
         identity = {**self.options.config["options"], "mode": self.options.mode}
         identity |= {"value": self.job.value, "seed": self.job.seed}
@@ -209,7 +208,7 @@ class Run:
             identity["epochs"] = self.epochs
         return identity
 
-    def save(self) -> None:
+    def save(self):
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {name: getattr(self, name) for name in STATE}
         state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
@@ -218,7 +217,7 @@ class Run:
             state["cuda"] = torch.cuda.get_rng_state(self.options.device)
         runs.save_checkpoint(self.job.path.with_suffix(".pt"), self.identity(), state)
 
-    def load(self) -> None:
+    def load(self):
         """Go on from the checkpoint, if there is one from the same start."""
         path = self.job.path.with_suffix(".pt")
         state = runs.load_checkpoint(path, self.identity(), self.options.device)
@@ -234,7 +233,7 @@ class Run:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.options.device)
 
 
-def train_one(options: Namespace, data: Data, job: Job, epochs: int, tell: Callable) -> bool:
+def train_one(options, data, job, epochs, tell):
     """A run up to this epoch, from where it left off. Returns whether there was work to do."""
     if job.init is None and not job.path.with_suffix(".pt").exists():
         with suppress(ValueError):  # a log without a checkpoint may hold the whole run
@@ -250,7 +249,7 @@ def train_one(options: Namespace, data: Data, job: Job, epochs: int, tell: Calla
     return True
 
 
-def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: bool) -> tuple:
+def train(options, data, pair, tell, patient):
     """One run (value, seed) to its verdict, and with --then a second one from its end. What is
     finished is not done again. Returns its name, the verdict in words, and whether there was
     nothing to do. Raises Busy where another process is at it, unless `patient`."""
@@ -282,18 +281,18 @@ def train(options: Namespace, data: Data, pair: tuple, tell: Callable, patient: 
     return name, text, not worked
 
 
-def second(path: Path, value: float) -> Path:
+def second(path, value):
     return path.with_suffix(f".then={regimes.elr_name(value)}.csv")
 
 
-def measure_chance(options: Namespace, data: Data, seed: int) -> dict:
+def measure_chance(options, data, seed):
     """Loss and error at random points of this seed's spheres."""
     options = Namespace(**{**vars(options), "mode": "elr", "graph": None, "average": None})
     run = Run(options, data, Job(1.0, seed, Path(), ""))
     return measure.chance(run.net, run.sphere, data, options, seed)
 
 
-def what_next(options: Namespace, found: list[regimes.Run]) -> list[str]:
+def what_next(options, found):
     """The paper's advice made concrete: start just above the boundary of convergence and go on well
     inside it, at a tenth. And the angle, which needs no sweep."""
     lines, boundary = [], None
@@ -312,11 +311,11 @@ def what_next(options: Namespace, found: list[regimes.Run]) -> list[str]:
     return lines
 
 
-def stop(number: int, _) -> None:
+def stop(number, _):
     raise KeyboardInterrupt(number)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     options, data = parse(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
