@@ -31,8 +31,8 @@ def of_steps(kept, sphere, plain):
     the norm of their γ, of the others the means), and per tensor on a sphere OF_LAYERS
     [tensors, 4]. Where a `plain` optimizer moves the weights, with the ELR that this implies."""
     losses, wrong, *last = zip(*kept, strict=True)
-    steps = list(zip(*last, strict=True))
-    stats, layers = sphere.stats(steps), sphere.layer_stats(steps)
+    last = [torch.stack(x) for x in last]
+    stats, layers = sphere.stats(last), sphere.layer_stats(last)
     if plain:
         pace = plain.param_groups[0]["lr"] / (1 - plain.param_groups[0]["momentum"])
         stats["elr"], layers["elr"] = pace / stats["radius"] ** 2, pace / layers["norm"] ** 2
@@ -133,34 +133,28 @@ def chance(net, sphere, data, options, seed):
 
 
 @torch.no_grad()
-def on_average(averaged, spheres, data, dtype):
-    """Of the mean of weights, put back on the spheres: loss on the training set and error on the
-    test set."""
-    net = deepcopy(averaged.module)
-    for sphere, x in zip(spheres, vectors(net, spheres), strict=True):
-        radii = sphere["radii"].to(x)[:, None]
-        put(net, sphere, x / x.norm(dim=1, keepdim=True) * radii)
-    loss = on_train_set(net, data, dtype)
-    return {"avg_train_loss": loss, "avg_test_error": on_test_set(net, data, dtype)["test_error"]}
+def on_average(averaged, net, spheres, data, dtype):
+    """Of the mean of weights, put back on the spheres of `net`: loss on the training set and error
+    on the test set."""
+    mean = deepcopy(averaged.module)
+    for sphere, x, y in zip(spheres, vectors(mean, spheres), vectors(net, spheres), strict=True):
+        put(mean, sphere, x * y.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True))
+    loss = on_train_set(mean, data, dtype)
+    return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
 
 
 # ------------------------------------------------------------------------- points on the spheres
 
 
-def spheres_of(net, sphere):
-    """The spheres by the names of their tensors, for a checkpoint: `names`, `rows` (each row of the
-    one tensor is a sphere), `radii`."""
-    names = {p: name for name, p in net.named_parameters()}
-    found = []
-    for group in sphere.param_groups:
-        if group["sphere"] == "row":
-            rows = [len(p) for p in group["params"]]
-            for p, radii in zip(group["params"], group["radii"].split(rows), strict=True):
-                found.append({"names": [names[p]], "rows": True, "radii": radii.clone()})
-        elif group["sphere"]:
-            tensors = [names[p] for p in group["params"]]
-            found.append({"names": tensors, "rows": False, "radii": group["radii"].clone()})
-    return found
+def spheres_of(layer_groups, sphere):
+    """What is on which sphere: for each the `names` of its tensors; with `rows` each row of its one
+    tensor is a sphere."""
+    names = [name for group in layer_groups for name in group]
+    if sphere == "row":
+        return [{"names": [name], "rows": True} for name in names]
+    if sphere == "network":
+        layer_groups = [names]
+    return [{"names": names, "rows": False} for names in layer_groups]
 
 
 def vectors(net, spheres):

@@ -32,7 +32,7 @@ import measure
 import regimes
 import runs
 from data import batches
-from graph import Captured, keep_memory
+from graph import Captured, keep_memory, start_quickly
 from models import build
 from options import again, parse
 from sphere_step import SphereSGD
@@ -67,8 +67,8 @@ class Run:
         self.net = build(vars(options), data).to(options.device)
         if job.init:
             self.net.load_state_dict(job.init["net"])
+        self.spheres = measure.spheres_of(options.layer_groups, options.sphere)
         self.make_optimizer()
-        self.spheres = measure.spheres_of(self.net, self.sphere)
         self.start = measure.vectors(self.net, self.spheres)
         self.order = torch.Generator().manual_seed(job.seed)
         self.averaged = AveragedModel(self.net) if options.average else None
@@ -79,8 +79,11 @@ class Run:
         """What is scale invariant on spheres, the rest by plain SGD. In the whole space all is by
         torch's SGD, and the spheres only measure."""
         options, net, lr = self.options, self.net, self.job.value
-        groups = [[net.get_parameter(name) for name in names] for names in options.layer_groups]
-        on_spheres = [p for group in groups for p in group]
+        groups = []
+        for sphere in self.spheres:
+            params = [net.get_parameter(name) for name in sphere["names"]]
+            groups.append(dict(params=params, sphere="row" if sphere["rows"] else "group", lr=lr))
+        on_spheres = [p for group in groups for p in group["params"]]
         trained = [p for p in net.parameters() if p.requires_grad]
         momentum, angle = options.momentum or 0.0, options.mode == "angle"
         self.plain = None
@@ -89,10 +92,6 @@ class Run:
             self.plain = torch.optim.SGD(trained, lr=lr, **more)
             self.sphere = SphereSGD(on_spheres, lr=0.0)
             return
-        if options.sphere != "layer":
-            groups = [on_spheres]
-        kind = "row" if options.sphere == "row" else "group"
-        groups = [dict(params=group, sphere=kind, lr=lr) for group in groups]
         rest = [p for p in trained if all(p is not q for q in on_spheres)]
         if rest:  # at the learning rate that matches the sphere of the whole network, η = η̃ρ²
             square = sum(p.detach().square().sum().item() for p in on_spheres)
@@ -162,7 +161,7 @@ class Run:
             if self.epoch > self.epochs - options.average:
                 self.averaged.update_parameters(net)
                 spheres = self.spheres if options.mode != "lr" else []
-                row |= measure.on_average(self.averaged, spheres, data, options.dtype)
+                row |= measure.on_average(self.averaged, net, spheres, data, options.dtype)
 
     def train(self, tell):
         """The epochs that are left, each with its rows in the logs and a checkpoint."""
@@ -320,6 +319,7 @@ def main(argv=None):
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
+    start_quickly()
     values, seeds = options.values, range(options.seed, options.seed + options.seeds)
     do, report = partial(train, options, data), figures.Report(options)
     try:

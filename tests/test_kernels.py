@@ -459,20 +459,20 @@ def test_weights_that_are_not_aligned_and_gradients_in_another_layout_take_the_s
             assert (t - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_asking_for_triton_where_it_cannot_run_says_why(monkeypatch):
+def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch):
+    where = "'triton': it must be 'auto', 'torch' or, on a GPU, not in float64, 'triton'"
     with pytest.raises(ValueError, match="backend='cuda'"):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="cuda")
     if not INTERPRET:
-        with pytest.raises(ValueError, match="the CPU takes TRITON_INTERPRET=1"):
+        with pytest.raises(ValueError, match=where):
             SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
     double = torch.randn(3, dtype=torch.float64, device=DEVICE).requires_grad_()
-    if INTERPRET or GPU:
-        with pytest.raises(ValueError, match="a parameter is not of float32"):
-            SphereSGD([double], lr=0.1, backend="triton")
+    with pytest.raises(ValueError, match=where):
+        SphereSGD([double], lr=0.1, backend="triton")
     double.grad = torch.randn_like(double)
     SphereSGD([double], lr=0.1).step()
     monkeypatch.setattr(sphere_step, "triton", None)
-    with pytest.raises(ValueError, match="Triton is not installed"):
+    with pytest.raises(ValueError, match=where):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
 
 
@@ -553,21 +553,6 @@ def test_compiled_ahead_of_time_for_mi300(which):
         pytest.skip("this Triton has no AMD compiler")
     for momentum in (False, True):
         assert compile_ahead(which, GPUTarget("hip", "gfx942", 64), momentum, True).asm["hsaco"]
-
-
-@gpu
-@needs_gpu
-def test_a_checkpoint_read_onto_the_gpu_gives_the_radii_back():
-    theta = [torch.randn(5, 4, device="cuda").requires_grad_()]
-    optimizer, norm = SphereSGD(theta, lr=0.1), theta[0].norm().item()
-    state = optimizer.state_dict()
-    for group in state["param_groups"]:
-        group["radii"] = group["radii"].cuda()
-    optimizer.load_state_dict(state)
-    with torch.no_grad():
-        theta[0].mul_(3)
-    optimizer.normalize()
-    assert math.isclose(theta[0].norm().item(), norm, rel_tol=1e-6)
 
 
 @gpu

@@ -353,7 +353,7 @@ def test_a_parameter_with_holes_in_memory_is_refused_by_index_and_shape():
     with pytest.raises(ValueError, match=r"parameter 1 of shape \(2, 3\) has holes"):
         SphereSGD([torch.randn(3, requires_grad=True), holes], lr=0.1)
     scattered = torch.randn(4, 5).t().requires_grad_()
-    with pytest.raises(ValueError, match="rows that lie scattered"):
+    with pytest.raises(ValueError, match="scattered rows"):
         SphereSGD([scattered], lr=0.1, sphere="row")
     SphereSGD([scattered], lr=0.1)
 
@@ -409,7 +409,7 @@ def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
     for sphere in ("group", "tensor"):
         with pytest.raises(ValueError, match="norm zero"):
             SphereSGD([torch.zeros(3, requires_grad=True)], lr=0.1, sphere=sphere)
-    with pytest.raises(ValueError, match="sphere='row': that of tensor 0 has norm zero"):
+    with pytest.raises(ValueError, match="the sphere of tensor 0 has norm zero"):
         SphereSGD(
             [torch.tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)], lr=0.1, sphere="row"
         )
@@ -419,12 +419,6 @@ def test_a_sphere_of_norm_zero_and_sparse_gradients_are_refused():
     optimizer = SphereSGD(embedding.parameters(), lr=0.1)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-    dense = torch.randn(3, requires_grad=True)
-    optimizer = SphereSGD([dense], lr=0.1)
-    dense.grad = torch.randn(3)
-    optimizer.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match="lr is -1.0"):
         optimizer.step()
 
 
@@ -538,6 +532,7 @@ def test_statistics_of_several_steps_are_those_of_each():
         kept.append(optimizer.last)
         stats.append(optimizer.stats())
         layers.append(optimizer.layer_stats())
+    kept = [torch.stack(x) for x in zip(*kept, strict=True)]
     for name, value in optimizer.stats(kept).items():
         assert value.shape == (3, 1) and torch.equal(value, torch.stack([s[name] for s in stats]))
     for name, value in optimizer.layer_stats(kept).items():
