@@ -29,16 +29,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import measure
 import regimes
 import sphere_step
 import train
 from data import load
-from graph import keep_memory
 from models import MODELS, convnet
 from options import parse
+from speed import flops, keep_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
@@ -228,13 +227,6 @@ def our_run(*options):
     run = train.Run(parsed, data, train.Job(1e-3, 0, Path(), ""))
     run.epoch, run.epochs = 0, 1
     return run
-
-
-def flops(net, x):
-    """Floating-point operations of a batch's forward and backward pass."""
-    with FlopCounterMode(display=False) as counter:
-        net(x).sum().backward()
-    return counter.get_total_flops()
 
 
 def iteration(repetitions):

@@ -521,6 +521,9 @@ def write_whole(path, content):
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line and exit status 2."""
 
+    def __init__(self, **how):
+        super().__init__(allow_abbrev=False, **how)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 

@@ -81,7 +81,7 @@ def row_of(run, total):
 
 def main(argv=None):
     text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
-    parser = regimes.Parser(prog="toy.py", description=text, allow_abbrev=False)
+    parser = regimes.Parser(prog="toy.py", description=text)
     add, positive = parser.add_argument, regimes.number(float)
     add("--alphas", nargs="+", type=positive, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument

@@ -32,9 +32,9 @@ import measure
 import regimes
 import runs
 from data import batches
-from graph import Captured, keep_memory, start_quickly
 from models import build
 from options import again, parse
+from speed import Captured, keep_memory, start_quickly
 from sphere_step import SphereSGD
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 OURS = {path.stem for path in ROOT.glob("*.py")}
 IMPORTS = {
     "train": OURS - {"toy", "landscape", "bench"},
-    "options": {"models", "data", "runs", "regimes"},
+    "options": {"models", "data", "runs", "regimes", "speed"},
     "sphere_step": set(),
     "models": set(),
     "regimes": set(),
     "data": set(),
-    "graph": set(),
+    "speed": set(),
     "measure": {"data", "models", "sphere_step"},
     "runs": {"regimes"},
     "figures": {"regimes"},

@@ -24,10 +24,10 @@ import options
 import runs
 import train
 from data import batches, load
-from graph import Captured
 from models import MODELS
 from options import parse
 from runs import Rows, open_folder
+from speed import Captured
 
 SLOW = "SLOW" in os.environ
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def test_a_finished_run_is_not_done_again_and_force_starts_afresh(tmp_path, caps
     assert not (tmp_path / "elr=1e-02.csv").exists() and (tmp_path / "notes.txt").exists()
 
 
-ONE_OF = "one of --elr ELR, --sweep, --angle PHI or --lr LR must say which runs"
+ONE_OF = "one of --elr ELR, --sweep, --angle PHI, --lr LR must say which runs, and only one"
 BAD = [
     (["--elr", "0"], "--elr: '0' is not"),
     (["--elr", "-1"], "--elr: '-1' is not"),
@@ -202,11 +202,11 @@ BAD = [
     ),
     (["--elr", "0.1", "--epochs", "0"], "--epochs: '0' is not"),
     (["--elr", "0.1", "--epochs", "2.5"], "--epochs: '2.5' is not a whole"),
-    (["--sweep", "1", "1e-5", "9"], "--sweep: 1 1e-5 9 is not LO HI N"),
-    (["--sweep", "1e-3", "1"], "--sweep: 1e-3 1 is not LO HI N"),
-    (["--sweep", "1e-3", "1", "1"], "--sweep: 1e-3 1 1 is not LO HI N"),
-    (["--sweep", "1e-3", "1", "99999999"], "is not LO HI N with LO < HI and 2 ≤ N ≤ 10000"),
-    (["--sweep", "1e-3", "x", "5"], "--sweep: 1e-3 x 5 is not LO HI N"),
+    (["--sweep", "1", "1e-5", "9"], "--sweep: it takes LO HI N"),
+    (["--sweep", "1e-3", "1"], "--sweep: it takes LO HI N"),
+    (["--sweep", "1e-3", "1", "1"], "--sweep: it takes LO HI N"),
+    (["--sweep", "1e-3", "1", "99999999"], "it takes LO HI N with LO < HI and 2 ≤ N ≤ 10000"),
+    (["--sweep", "1e-3", "x", "5"], "--sweep: 'x' is not a number"),
     (["--elr", "0.1", "--batch-size", "0"], "--batch-size: '0' is not"),
     (["--elr", "0.1", "--batch-size", "5000"], "--batch-size: 5000 is more than the 1437"),
     (["--elr", "0.1", "--data", "nowhere"], "--data: no data set 'nowhere'"),
@@ -220,7 +220,7 @@ BAD = [
     (["--elr", "0.1", "--modulus", "7"], "--modulus: this is for --data modular"),
     (["--elr", "0.1", "--data", "modular", "--modulus", "2000"], "--modulus: '2000' is not"),
     (["--elr", "0.1", "--sphere", "ball"], "--sphere: invalid choice: 'ball'"),
-    (["--elr", "0.1", "--seed", "-1"], "--seed: -1 is not"),
+    (["--elr", "0.1", "--seed", "-1"], "--seed: '-1' is not a whole number"),
     (["--elr", "0.1", "--device", "abacus"], "--device: 'abacus' cannot be used"),
     (["--elr", "0.1", "--wd", "0.1"], "--wd: this is for --lr"),
     (
@@ -236,15 +236,18 @@ BAD = [
     (["--elr", "0.1", "--label-noise", "1"], "--label-noise: '1' is not"),
     (["--elr", "0.1", "--label-noise", "1e-4"], "--label-noise: 0.0001 of 1437 training inputs is"),
     (["--elr", "0.1", "--then", "0.01", "--schedule", "cosine"], "--then: it takes a constant ELR"),
-    (["--angle", "0.1", "--then", "3"], "--then: 3.0 is no angle"),
-    (["--elr", "0.1", "--average", "21"], "--average: 21 is more than the 20 epochs"),
+    (["--angle", "0.1", "--then", "3"], "--then: it is no angle below"),
+    (["--elr", "0.1", "--average", "21"], "--average: there are 20 epochs: change"),
     (["--elr", "0.1", "--refine", "2"], "--refine: it takes --sweep, or several constant ELRs"),
     (
         ["--sweep", "--refine", "2", "--schedule", "cosine"],
         "--refine: it takes --sweep, or several constant ELRs",
     ),
     (["--angle", "0.1", "--max-epochs", "50"], "--max-epochs: it takes constant ELRs"),
-    (["--sweep", "--refine", "1", "--max-epochs", "5"], "--max-epochs: 5 is less than --epochs 20"),
+    (
+        ["--sweep", "--refine", "1", "--max-epochs", "5"],
+        "--max-epochs: it is less than --epochs 20",
+    ),
     (
         ["--elr", "0.1", "--average", "2", "--max-epochs", "50"],
         "--max-epochs: it takes constant ELRs, and no --average",
@@ -254,7 +257,7 @@ BAD = [
     (["--elr", "0.1", "--threads", "99999"], "--threads: '99999' is not"),
     (["--elr", "0.1", "--jobs", "0"], "--jobs: '0' is not"),
     (["--elr", "0.1", "--dtype", "fp16"], "--dtype: invalid choice"),
-    (["--elr", "0.1", "--device", "cpu", "--graph"], "--graph: this is for a GPU"),
+    (["--elr", "0.1", "--device", "cpu", "--graph"], "--graph: it takes a GPU"),
     (["--elr", "0.1", "--space", "whole"], "unrecognized arguments: --space whole"),
 ]
 if not torch.cuda.is_available():

@@ -1,12 +1,16 @@
-"""What makes runs faster, and a reader of the loop need not know: a CUDA graph, kept memory."""
+"""What makes runs faster and a reader of the loop need not know: a CUDA graph, threads, memory."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 from inspect import unwrap
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+MFLOP_PER_THREAD = 200  # of a step: below, a second thread costs more than it gives
 
 
 class Captured:
@@ -43,6 +47,27 @@ class Captured:
         except RuntimeError as error:
             what = str(error).splitlines()[0]
             print(f"no CUDA graph, going on without: {what}", file=sys.stderr)
+
+
+def flops(net, x):
+    """Floating-point operations of a batch's forward and backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    return counter.get_total_flops()
+
+
+def choose_threads(options, net, x):
+    """CPU threads of each run: one, but of a single run as many as its steps gain from."""
+    if options.threads is None:
+        options.threads = 1
+        # Counting costs a second. Most that there can be: every weight at every position.
+        positions = x[0].numel() / len(x[0]) if x[0].dim() > 1 else len(x[0])
+        most = 6 * positions * sum(p.numel() for p in net.parameters()) * options.batch_size
+        if options.jobs == 1 and options.device == "cpu" and most > 1.5e6 * MFLOP_PER_THREAD:
+            mflop = flops(net.train(), x) / 1e6 / len(x) * options.batch_size
+            options.threads = max(1, min(os.cpu_count(), round(mflop / MFLOP_PER_THREAD)))
+    if options.jobs == 1:
+        torch.set_num_threads(options.threads)
 
 
 def keep_memory():
