@@ -41,14 +41,14 @@ COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_l
     seconds distance""".split()
 AVERAGE_COLUMNS = ["avg_train_loss", "avg_test_error"]
 LAYER_COLUMNS = ["epoch", "layer", *measure.OF_LAYERS]
-STATE = ("epoch", "seconds", "ended", "start")  # of a run, beside its parts, in a checkpoint
+STATE = ("epoch", "seconds", "ended", "start")  # in a checkpoint, beside a run's parts
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
 
 
 @dataclass
 class Job:
-    """Which run: its ELR, angle or learning rate, its seed, its log, its name for people, and the
-    checkpoint that it starts from, if any."""
+    """Which run: its ELR, angle or learning rate, seed, log, name, and the checkpoint that it
+    starts from, if any."""
 
     value: float
     seed: int
@@ -58,8 +58,8 @@ class Job:
 
 
 class Run:
-    """One run: the network, its optimizer, the order of its batches; it saves and loads itself. The
-    same seed gives every value the same start and the same order of batches."""
+    """One run: network, optimizer, order of batches; it saves and loads itself. A seed gives every
+    value the same start and the same order."""
 
     def __init__(self, options, data, job):
         self.options, self.data, self.job = options, data, job
@@ -76,8 +76,8 @@ class Run:
         self.epoch, self.epochs, self.seconds, self.ended = -1, options.epochs, 0.0, False
 
     def make_optimizer(self):
-        """What is scale invariant on spheres, the rest by plain SGD. In the whole space all is by
-        torch's SGD, and the spheres only measure."""
+        """What is scale invariant on spheres, the rest by plain SGD. In the whole space, --lr, all
+        by torch's SGD, and the spheres only measure."""
         options, net, lr = self.options, self.net, self.job.value
         groups = []
         for sphere in self.spheres:
@@ -116,8 +116,8 @@ class Run:
         return loss.detach(), logits.detach().argmax(1) != y, *self.sphere.last
 
     def train_epoch(self):
-        """One pass over the training set. Returns its row, and per tensor on a sphere the means
-        over the steps of norm, ELR, γ and φ. The host waits for the device once, at the end."""
+        """One pass over the training set, in which the host waits for the device once. Returns its
+        row, and per tensor on a sphere the means of norm, ELR, γ and φ."""
         self.net.train()
         lr = self.set_lr()
         step = self.step if self.epoch < 0 else self.one_step
@@ -136,7 +136,7 @@ class Run:
         return row, (layers / len(steps)).tolist()
 
     def set_lr(self):
-        """The learning rates of the coming epoch. Returns that of the spheres."""
+        """The learning rates of this epoch. Returns that of the spheres."""
         factor = 1.0
         if self.options.schedule == "cosine":
             factor = (1 + math.cos(math.pi * max(self.epoch, 0) / self.epochs)) / 2
@@ -200,7 +200,7 @@ class Run:
         return {name: part for name, part in parts.items() if part}
 
     def identity(self):
-        """What a checkpoint must share with this run, to go on from there."""
+        """What a checkpoint must share with this run."""
         identity = {**self.options.config["options"], "mode": self.options.mode}
         identity |= {"value": self.job.value, "seed": self.job.seed}
         if self.options.schedule == "cosine":
@@ -233,7 +233,7 @@ class Run:
 
 
 def train_one(options, data, job, epochs, tell):
-    """A run up to this epoch, from where it left off. Returns whether there was work to do."""
+    """A run up to this epoch, from where it is. Returns whether there was work to do."""
     if job.init is None and not job.path.with_suffix(".pt").exists():
         with suppress(ValueError):  # a log without a checkpoint may hold the whole run
             log, problem = regimes.read_log(job.path)
@@ -249,9 +249,9 @@ def train_one(options, data, job, epochs, tell):
 
 
 def train(options, data, pair, tell, patient):
-    """One run (value, seed) to its verdict, and with --then a second one from its end. What is
-    finished is not done again. Returns its name, the verdict in words, and whether there was
-    nothing to do. Raises Busy where another process is at it, unless `patient`."""
+    """One run (value, seed) to its verdict, and with --then a second one from its end. Returns its
+    name, the verdict in words, and whether all was done before. Raises Busy where another process
+    is at it, unless `patient`."""
     path, name = runs.name_of(options, pair)
     job, pt = Job(*pair, path, name), path.with_suffix(".pt")
     with runs.lock(path.with_suffix(".lock"), patient):
@@ -269,8 +269,7 @@ def train(options, data, pair, tell, patient):
         if options.then:
             init = runs.load_checkpoint(pt, None, options.device)
             if init is None:
-                what = f"{pt.name} is gone, from which to go on: remove {path.name}"
-                raise ValueError(f"{what}, and it is made again")
+                raise ValueError(f"{pt.name} is gone: remove {path.name}, and it is made again")
             path = second(path, options.then)
             job = Job(options.then, job.seed, path, f"{name}, then {options.then:g}", init)
             worked = train_one(options, data, job, options.epochs, tell) or worked
@@ -292,21 +291,16 @@ def measure_chance(options, data, seed):
 
 
 def what_next(options, found):
-    """The paper's advice made concrete: start just above the boundary of convergence and go on well
-    inside it, at a tenth. And the angle, which needs no sweep."""
-    lines, boundary = [], None
+    """The paper's advice: start just above the boundary of convergence, go on well below it. Then
+    the angle, which needs no sweep."""
+    lines = []
     with suppress(ValueError):
         boundary = regimes.boundaries(found)[0]
-    if boundary and boundary.seen:
-        then = float(f"{boundary.low / 10:.2g}")
-        line = again(options, "--elr", f"{boundary.high:g}", "--then", f"{then:g}")
-        logs = [second(run.path, then) for run in found if run.elr == boundary.high]
-        errors = [regimes.read_log(log)[0]["test_error"][-1] for log in logs if log.exists()]
-        if errors:
-            line += f"  (gave test error {sorted(errors)[len(errors) // 2]:.3f} here)"
-        lines.append(f"next: {line}")
+        if boundary.seen:
+            then = ("--then", f"{boundary.low / 10:.2g}")
+            lines.append(again(options, "--elr", f"{boundary.high:g}", *then))
     if options.mode != "angle":
-        lines.append(f"next: {again(options, '--angle', '0.05')}")
+        lines.append(again(options, "--angle", "0.05"))
     return lines
 
 
@@ -320,7 +314,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
     start_quickly()
-    values, seeds = options.values, range(options.seed, options.seed + options.seeds)
+    values, new, failed = [], options.values, False
+    seeds = range(options.seed, options.seed + options.seeds)
     do, report = partial(train, options, data), figures.Report(options)
     try:
         for seed in seeds:
@@ -330,17 +325,14 @@ def main(argv=None):
         config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         config |= {"threads": options.threads, "jobs": options.jobs}
         runs.write_config(options.out, config)
-        pairs = [(value, seed) for seed in seeds for value in values]
-        failed = runs.run_all(do, pairs, options, report.renew)
-        for _ in range(options.refine):
-            new = runs.bisect(options.out, values)
-            values = values + new
+        for _ in range(1 + options.refine):
             pairs = [(value, seed) for seed in seeds for value in new]
             failed = runs.run_all(do, pairs, options, report.renew) or failed
+            values = values + new
+            new = runs.bisect(options.out, values)
         found = report.renew(last=True)
     except KeyboardInterrupt as signalled:
-        what = f"the finished rows are in {options.out}, and the same command goes on from there"
-        print(f"interrupted; {what}", file=sys.stderr)
+        print(f"interrupted; the same command goes on from {options.out}", file=sys.stderr)
         return 128 + signalled.args[0]
     except BrokenPipeError:
         raise
@@ -351,7 +343,8 @@ def main(argv=None):
         if len(values) * len(seeds) > 1:
             print(regimes.table(found))
         print(f"written: {options.out / 'regimes.csv'}, {options.out / 'regimes.png'}")
-        print("\n".join(what_next(options, found)))
+        for command in what_next(options, found):
+            print(f"next: {command}")
     return 1 if failed else 0
 
 

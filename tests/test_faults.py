@@ -228,7 +228,7 @@ def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(
     os.kill(child[0], number)
     code, output = end_of(child)
     assert code == status and output.count("\n") == 1, output
-    assert output.startswith("interrupted; the finished rows are in")
+    assert output.startswith("interrupted; the same command goes on from")
     assert torch.load(tmp_path / "parts" / "elr=1e-02.pt", weights_only=True)["epoch"] < 3
     assert end_of(start(*command, "--out", tmp_path / "parts"))[0] == 0
     equal_runs(tmp_path / "whole", tmp_path / "parts")
