@@ -37,6 +37,7 @@ import train
 from data import load
 from models import MODELS, convnet
 from options import parse
+from runs import number
 from speed import flops, keep_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -356,7 +357,7 @@ def main():
     ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep)
     parser.add_argument("what", choices=tuple(ways), help="what to time")
     text = "medians are over so many (default: %(default)s)"
-    how = dict(type=regimes.number(int, 0, 10**6), default=5, metavar="N")
+    how = dict(type=number(int, 0, 10**6), default=5, metavar="N")
     parser.add_argument("--repetitions", **how, help=text)
     args = parser.parse_args()
     print(f"on {machine()}, torch {torch.__version__}; medians of {args.repetitions}")

@@ -10,8 +10,7 @@ import torch
 import regimes
 from data import NAMES, add_label_noise, load
 from models import MODELS, build, layer_groups
-from regimes import number
-from runs import grid, open_folder
+from runs import grid, number, open_folder
 from speed import choose_threads
 
 # What all runs of a folder have in common.

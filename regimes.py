@@ -14,7 +14,7 @@ The rule (`classify`) looks at the last half of the epochs:
     equilibrium   one of them can, there is no trend, and turn ≥ 1: the run has forgotten its start
     undecided     none of these for sure
 
-This file needs numpy alone. Regimes: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695).
+It needs numpy alone. Regimes: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695).
 """
 
 import argparse
@@ -33,21 +33,21 @@ from pathlib import Path
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
-OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no logs
+OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
 
 MIN_TAIL = 4  # rows of the tail: with fewer the interval of no slope is finite
-NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried that went on went on falling
-STEEP = -0.5  # slope of a falling loss: 1/epoch has −1, a level 0, and this lies between
-FLAT = 0.1  # slopes this small change a loss by 7 % while the epochs double: no trend
-FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill below is none: so far a random walk's
-# mean strays from chance, the loss, whose tail is long, farther than the error
-TURN = 1.0  # radians: a walk that has turned less still remembers its start
+NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried went on falling
+STEEP = -0.5  # slope of a falling loss: 1/epoch has −1, a level 0
+FLAT = 0.1  # slopes this small change a loss by 7 % while the epochs double
+FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # so much skill a random walk may seem to have
+TURN = 1.0  # radians: a walk that has turned less remembers its start
 Z99 = 2.576  # standard normal quantile of a two-sided 99 % interval
 
 
 @dataclass
 class Skill:
-    """1 − value/chance over the tail, with its standard error, of `train_error` or `train_loss`."""
+    """1 − value/chance of `train_error` or `train_loss`, with its standard error. It is `told` from
+    chance, or noise may hide (`hidden`) that it is."""
 
     of: str
     value: float
@@ -55,12 +55,10 @@ class Skill:
 
     @property
     def told(self):
-        """Whether it is told from chance."""
         return self.value - Z99 * self.error >= FLOORS[self.of]
 
     @property
     def hidden(self):
-        """Whether noise may hide that it is. Surely worse than chance, it does not."""
         floor = FLOORS[self.of]
         noisy = self.error > floor and self.value + Z99 * self.error > floor
         return not self.told and (noisy or self.value >= floor)
@@ -71,8 +69,6 @@ class Skill:
 
 @dataclass
 class Trend:
-    """Slope of log loss against log epoch, and its 99 % interval."""
-
     slope: float = math.nan
     low: float = math.nan
     high: float = math.nan
@@ -89,16 +85,16 @@ class Trend:
 
 @dataclass
 class Verdict:
-    """What `classify` found. `why` says it in words; `more_epochs` is how many epochs in all may
-    decide an undecided run; `moves`: the ELR was not held fixed."""
+    """What `classify` found, and why. `more_epochs`: in all, to decide an undecided run. `moves`:
+    the ELR was not fixed."""
 
     regime: str = "undecided"
     why: str = ""
-    skills: list[Skill] = field(default_factory=list)
+    skills: list = field(default_factory=list)
     trend: Trend = field(default_factory=Trend)
     turn: float = math.nan
     more_epochs: int | None = None
-    notes: list[str] = field(default_factory=list)
+    notes: list = field(default_factory=list)
     moves: bool = False
 
     def __str__(self):
@@ -106,18 +102,18 @@ class Verdict:
 
     @property
     def skill(self):
-        """The one that decided: the first that is told from chance, else the first."""
-        told = [skill for skill in self.skills if skill.told] + self.skills
-        return told[0].value if told else math.nan
+        """The first that is told from chance, else the first."""
+        skills = [skill for skill in self.skills if skill.told] + self.skills
+        return skills[0].value if skills else math.nan
 
 
-def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
+def classify(log, chance=None):
     """The regime of one run.
 
     log      columns of equal length, a row per epoch: `epoch` (0 = before training), `train_loss`
-             in nats; where present `train_error` in [0, 1], `step`, `angle` (mean φ in radians).
-    chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}: loss and
-             error at n random points of the sphere. Without it the row of epoch 0 stands in.
+             in nats; where there are `train_error` in [0, 1], `step`, `angle` (φ in radians)
+    chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}, at n
+             random points of the sphere. Without it the row of epoch 0 stands in.
     """
     verdict, epoch, loss = Verdict(), log["epoch"], log["train_loss"]
     notes, good = verdict.notes, np.isfinite(loss) & (loss >= 0)
@@ -137,8 +133,8 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
     longer = good & (epoch > 0) & (epoch > last / 4)
     verdict.more_epochs = max(2 * MIN_TAIL, 2 * math.ceil(last))
     if tail.sum() < MIN_TAIL:
-        what = f"it takes {verdict.more_epochs} epochs at least"
-        verdict.why = f"too short: {tail.sum()} rows in the last half; {what}"
+        what = f"too short: {tail.sum()} rows in the last half"
+        verdict.why = f"{what}; it takes {verdict.more_epochs} epochs at least"
         return verdict
     if chance is None and epoch[0] == 0 and good[0]:
         chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
@@ -154,7 +150,7 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
         verdict.turn = float(np.mean(log["angle"][tail]) * math.sqrt(max(log["step"][-1], 0)))
     else:
         notes.append("no angle or step: not asked whether the run has left its start")
-    # A loss of 0 has no logarithm: it counts as next to nothing.
+    # A loss of 0 has no logarithm.
     loss = np.maximum(loss, 1e-38 * loss[good].max() or 1.0)
     verdict.trend = Trend(*theil_sen(np.log(epoch[tail]), np.log(loss[tail])))
     longer = Trend(*theil_sen(np.log(epoch[longer]), np.log(loss[longer])))
@@ -166,8 +162,8 @@ def classify(log: dict[str, np.ndarray], chance: dict | None = None) -> Verdict:
 
 
 def _decide(verdict, longer, loss, chance):
-    """Regime and why. Slow noise may look like a trend in the last half, or hide one: so `longer`,
-    the trend of the last three quarters, is asked, too."""
+    """Regime and why. Slow noise may look like a trend, or hide one: so `longer`, the trend of the
+    last three quarters, is asked, too."""
     trend, skills, turn = verdict.trend, verdict.skills, verdict.turn
     if np.median(loss) < NEGLIGIBLE * chance:
         share = loss.mean() / chance
@@ -195,33 +191,32 @@ def _decide(verdict, longer, loss, chance):
 
 def _skill(name, log, tail, longer, chance):
     epoch, values, n = log["epoch"], log[name], tail.sum()
-    # Around a straight line: a curve through few rows would take slow noise for a trend.
+    # Around a line: a curve through few rows would take slow noise for a trend.
     residual, inflation = _around_trend(np.log(epoch[longer]), values[longer], degree=1)
     own = residual.std(ddof=2) * math.sqrt(inflation / n)
-    own *= 1 + 3 / n  # as Student's quantiles are farther out than the normal's
+    own *= 1 + 3 / n  # Student's quantiles are farther out than the normal's
     mean, points = chance[name]["mean"], chance.get("points", 1)
     error = math.hypot(own, chance[name]["std"] / math.sqrt(points))
     return Skill(name, 1 - values[tail].mean() / mean, error / mean)
 
 
 def theil_sen(x, y):
-    """Median of the slopes of all pairs, and its 99 % interval (Sen, JASA 63, 1968: the ranks of
-    Kendall's statistic). The rank's variance is inflated for the autocorrelation around the trend,
-    which a training log always has."""
+    """Median of the slopes of all pairs, and its 99 % interval (Sen, JASA 63, 1968), wider by the
+    autocorrelation that training logs have."""
     i, j = np.triu_indices(len(x), 1)
     slopes, n = np.sort((y[j] - y[i]) / (x[j] - x[i])), len(x)
     sigma = math.sqrt(n * (n - 1) * (2 * n + 5) / 18 * _around_trend(x, y, degree=3)[1])
     low = math.floor((len(slopes) - Z99 * sigma) / 2)
     high = math.ceil((len(slopes) + Z99 * sigma) / 2)
-    # Ranks beyond the ends: so few points give no interval at this confidence.
+    # A rank beyond the ends: there are too few points for an interval.
     low = float(slopes[low]) if low >= 0 else -math.inf
     high = float(slopes[high]) if high < len(slopes) else math.inf
     return float(np.median(slopes)), low, high
 
 
 def _around_trend(x, y, degree):
-    """What is left of y around a polynomial of at most this degree, and by how much its lag-1
-    autocorrelation r, corrected for bias, inflates the variance of a mean: (1 + r)/(1 − r)."""
+    """y around a polynomial, and by how much its autocorrelation r at lag 1, corrected for bias,
+    inflates the variance of a mean: (1 + r)/(1 − r)."""
     n = len(y)
     residual = y - np.polynomial.Polynomial.fit(x, y, min(degree, n // 4))(x)
     square = residual @ residual
@@ -236,52 +231,42 @@ def title(regime):
     return "chaotic equilibrium" if regime == "equilibrium" else regime
 
 
-# --------------------------------------------------------------------------------------- logs
-
-
 @dataclass
 class Run:
-    """One log (column → array) and its verdict. `problem`: what was wrong with the file, if any."""
+    """A log (column → array) and its verdict; `problem`: what was wrong with the file."""
 
     path: Path
     elr: float
     seed: int
-    log: dict[str, np.ndarray]
+    log: dict
     verdict: Verdict
     problem: str = ""
 
     @property
     def name(self):
-        if self.verdict.moves or math.isnan(self.elr):
-            return self.path.stem.replace("=", " ").replace(".seed", " seed")
-        return f"elr {elr_name(self.elr)}" + (f" seed {self.seed}" if self.seed else "")
+        return self.path.stem.replace("=", " ").replace(".seed", " seed")
 
     def final(self, column):
-        """Mean of a column over the last tenth of the rows, nan if there is none."""
+        """Mean of a column over the last tenth of the rows."""
         values = self.log.get(column, np.array([math.nan]))
         return float(values[-max(1, len(values) // 10) :].mean())
 
 
 def elr_name(elr):
-    """The shortest scientific notation that reads back as the same number: 1e-02."""
     return np.format_float_scientific(elr, trim="-", exp_digits=2)
 
 
 def read_log(path):
-    """A CSV log as columns, and a complaint about a last row that was cut off (left out), else "".
-
-    Raises ValueError, in one line that names the file, where it is no log: unreadable, empty,
-    without `epoch` or `train_loss`, with a cell that is no number, or epochs that do not increase.
-    """
+    """A CSV log as columns, and a complaint about a last row that was cut off, else "". Raises
+    ValueError, in one line that names the file, where it is no log."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text)) if row]
+        header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        what = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be read as a CSV file ({what})") from None
-    header = [cell.strip() for cell in rows.pop(0)] if rows else []
+        raise ValueError(f"{path}: cannot be read as a CSV file ({error})") from None
+    header = [cell.strip() for cell in header]
     if not {"epoch", "train_loss"} <= set(header):
-        have = " ".join(", ".join(header).split())[:200] or "nothing"
+        have = str(header)[:200]
         raise ValueError(f"{path}: it takes the columns epoch and train_loss, and has {have}")
     problem = ""
     if rows and (not text.endswith("\n") or len(rows[-1]) < len(header)):
@@ -302,37 +287,34 @@ def read_log(path):
     if not rows:
         raise ValueError(f"{path}: a header, but no whole row")
     if not (np.isfinite(epoch).all() and (np.diff(epoch) > 0).all() and epoch[0] >= 0):
-        raise ValueError(f"{path}: the epochs do not increase from row to row")
+        raise ValueError(f"{path}: the epochs do not increase")
     return log, problem
 
 
 def read_chance(folder):
-    """The chance references in a folder's config.json, by seed; none if there is no such file.
-    Raises ValueError if it is damaged."""
+    """The chance references in a folder's config.json, by seed. Raises ValueError if damaged."""
     path = folder / "config.json"
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
-            numbers = [reference["points"] - 1, reference["train_loss"]["mean"]]
+            numbers = [reference["points"] - 1]
             for name in FLOORS:
-                numbers += reference.get(name, {}).values()
-            if not all(math.isfinite(x) and x >= 0 for x in numbers):
+                numbers += reference[name].values()
+            if not all(0 <= x < math.inf for x in numbers):
                 raise ValueError
     except FileNotFoundError:
         return {}
-    except Exception:  # damaged JSON can fail anywhere in the reading of it
-        raise ValueError(f"{path}: damaged: no chance reference can be read from it") from None
+    except Exception:  # damaged JSON can fail anywhere
+        raise ValueError(f"{path} is damaged: it has no chance reference") from None
     return chance
 
 
 def read_run(path, chance):
-    """Read and classify one log. ELR from its column `elr`, else from `elr=…` in its name; seed
-    from `seed=…` in its name."""
+    """Read and classify a log. Its ELR is in its column `elr`, else in its name (elr=…), as its
+    seed is (seed=…)."""
     log, problem = read_log(path)
-    named = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
-    elr = float(named[1]) if named else math.nan
-    if "elr" in log:
-        elr = float(log["elr"][0])
+    elr = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
+    elr = float(log["elr"][0]) if "elr" in log else float(elr[1]) if elr else math.nan
     seed = re.search(r"seed=([0-9]{1,18})", path.name)
     seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed)))
@@ -342,9 +324,8 @@ def read_run(path, chance):
 
 
 def gather(paths):
-    """The runs of these folders and logs, in order of ELR and seed; what was wrong with some. Of a
-    folder all CSV files but the layers', second runs' and our tables."""
-    runs, problems, chances, logs = [], [], {}, []
+    """The runs of these folders and logs, by ELR and seed; what was wrong with some."""
+    runs, problems, logs = [], [], []
     for path in paths:
         if path.is_dir():
             found = sorted(path.glob("*.csv"))
@@ -353,31 +334,28 @@ def gather(paths):
             logs.append(path)
     if not logs:
         problems.append(f"{paths[0]}: no logs here; a log has the columns epoch and train_loss")
-    for folder in dict.fromkeys(path.parent for path in logs):
+    for path in logs:
+        chance = {}
         try:
-            chances[folder] = read_chance(folder)
+            chance = read_chance(path.parent)
         except ValueError as error:
             problems.append(str(error))
-    for path in logs:
         try:
-            runs.append(read_run(path, chances.get(path.parent, {})))
+            runs.append(read_run(path, chance))
             problems.append(runs[-1].problem)
         except ValueError as error:
             problems.append(str(error))
     runs.sort(key=lambda run: (math.isnan(run.elr), run.elr, run.seed))
-    return runs, [problem for problem in problems if problem]
+    return runs, [problem for problem in dict.fromkeys(problems) if problem]
 
 
 def read_folder(folder):
-    """The runs in a folder that can be read; one that failed may have left no row."""
+    """The runs in a folder that can be read."""
     return gather([folder])[0]
 
 
-# ------------------------------------------------------------------------------------- sweeps
-
-
 def by_elr(runs):
-    """The runs (seeds) of each ELR, by increasing ELR."""
+    """The runs of each ELR, by increasing ELR and seed."""
     groups = {}
     for run in sorted(runs, key=lambda run: (run.elr, run.seed)):
         if not math.isnan(run.elr):
@@ -386,7 +364,7 @@ def by_elr(runs):
 
 
 def majority(runs):
-    """The regime that most of the runs are in, and their share; undecided if none has over half."""
+    """The regime of more than half of the runs, else undecided; the share of the most."""
     names = [run.verdict.regime for run in runs]
     regime = max(dict.fromkeys(names), key=names.count)
     share = names.count(regime) / len(runs)
@@ -395,8 +373,7 @@ def majority(runs):
 
 @dataclass
 class Boundary:
-    """Between two regimes: the largest ELR on the lower side, the smallest on the upper, nan where
-    a side was not seen."""
+    """Between two regimes: the largest ELR below, the smallest above; nan: not seen."""
 
     left: str
     right: str
@@ -417,11 +394,11 @@ class Boundary:
 
 
 def boundaries(runs):
-    """The two boundaries of a sweep as brackets of neighbouring decided ELRs, by the majority of
-    seeds. Raises ValueError where the regimes are out of order along the ELR."""
+    """The two boundaries of a sweep, by the majority of seeds. Raises ValueError where the regimes
+    are out of order."""
     found = [Boundary(left, right) for left, right in pairwise(ORDER)]
-    regimes = {elr: majority(group)[0] for elr, group in by_elr(runs).items()}
-    decided = [(elr, name) for elr, name in regimes.items() if name != "undecided"]
+    regimes = [(elr, majority(group)[0]) for elr, group in by_elr(runs).items()]
+    decided = [(elr, name) for elr, name in regimes if name in ORDER]
     for (elr, name), (after, then) in pairwise(decided):
         if ORDER[then] < ORDER[name]:
             raise ValueError(f"out of order: {name} at ELR {elr:.3g}, but {then} at {after:.3g}")
@@ -438,8 +415,7 @@ COLUMNS = "elr seed regime skill slope train_loss train_error test_error grad_no
 
 
 def rows(runs):
-    """A row of COLUMNS and `epochs` per run with an ELR, in order of ELR and seed; losses, errors,
-    γ and φ are means of the last tenth of the epochs."""
+    """A row per run with an ELR; from `train_loss` on means of the last tenth of the epochs."""
     found = []
     for run in sum(by_elr(runs).values(), []):
         values = [run.elr, run.seed, run.verdict.regime]
@@ -451,8 +427,8 @@ def rows(runs):
 
 
 def table(runs):
-    """The sweep as text: a line per ELR with its regime, how many seeds are in it, and medians over
-    the seeds; the boundaries, and the way of each run whose ELR moved."""
+    """The sweep as text: per ELR its regime, how many seeds are in it, medians over the seeds; the
+    boundaries; the way of each run whose ELR moved."""
     lines, groups = [], by_elr(runs)
     if groups:
         heads = [name.replace("_", " ") for name in COLUMNS[3:]]
@@ -472,13 +448,12 @@ def table(runs):
 
 
 def way(run, runs):
-    """Through which regimes a run went whose ELR moved: by epoch the regime of the sweep's ELR that
-    is nearest in the logarithm, as far as the sweep reaches."""
+    """Through which regimes a run went whose ELR moved: those of the nearest ELRs of the sweep."""
     elrs = np.maximum(run.log["elr"], 1e-300)
     text = f"ELR {elrs[0]:.3g} to {elrs[-1]:.3g}"
     sweep, before = by_elr(runs), ""
     if not sweep:
-        return f"{text}; a sweep beside it says through which regimes that leads"
+        return f"{text}; a sweep beside it names the regimes"
     for epoch, elr in zip(run.log["epoch"], elrs, strict=True):
         name = "outside the sweep"
         if min(sweep) <= elr <= max(sweep):
@@ -491,7 +466,6 @@ def way(run, runs):
 
 
 def write_csv(path, found):
-    """A CSV of these rows, numbers to 9 digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(found[0] if found else COLUMNS)
@@ -506,7 +480,7 @@ def temporary(path):
 
 
 def write_whole(path, content):
-    """Write a file whole or not at all: beside it, flushed to disk, then renamed."""
+    """Write a file whole or not at all: beside it, then renamed."""
     try:
         with open(temporary(path), "wb") as file:
             file.write(content)
@@ -519,7 +493,7 @@ def write_whole(path, content):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line and exit status 2."""
+    """argparse, whose errors are one line."""
 
     def __init__(self, **how):
         super().__init__(allow_abbrev=False, **how)
@@ -528,28 +502,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind, low=0, high=math.inf):
-    """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        held = kind is int or 1.18e-38 < value < 3.4e38
-        if not (low < value < high and held):
-            name = "whole number" if kind is int else "number that float32 can hold,"
-            below = f" and below {high:.4g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
-        return value
-
-    return parse
-
-
 def main(argv=None):
-    text = "Name the training regime of each run from its CSV log; of a folder write regimes.csv."
-    example = "example: python regimes.py --explain logs/digits-convnet"
-    parser = Parser(prog="regimes.py", description=text, epilog=example)
+    text = "Name the regime of each run from its CSV log; of a folder write regimes.csv."
+    parser = Parser(prog="regimes.py", description=text)
     text = "folder of logs, or a CSV with the columns epoch and train_loss"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
     parser.add_argument("--explain", action="store_true", help="also the reasons of each verdict")

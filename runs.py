@@ -5,6 +5,7 @@ releases when its process dies keeps a second process out of a run. How one run 
 this file's business: it is handed the function.
 """
 
+import argparse
 import csv
 import errno
 import fcntl
@@ -199,6 +200,24 @@ class Rows:
 
 
 # ------------------------------------------------------------------------------------ many runs
+
+
+def number(kind, low=0, high=math.inf):
+    """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        held = kind is int or 1.18e-38 < value < 3.4e38
+        if not (low < value < high and held):
+            name = "whole number" if kind is int else "number that float32 can hold,"
+            below = f" and below {high:.4g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
+        return value
+
+    return parse
 
 
 def grid(low, high, n):

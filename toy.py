@@ -82,24 +82,25 @@ def row_of(run, total):
 def main(argv=None):
     text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
     parser = regimes.Parser(prog="toy.py", description=text)
-    add, positive = parser.add_argument, regimes.number(float)
-    add("--alphas", nargs="+", type=positive, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
+    add = parser.add_argument
+    add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument
-    which("--elr", nargs="+", type=positive, help="these ELRs")
+    which("--elr", nargs="+", type=float, help="these ELRs")
     text = "log-spaced (default: 1e-2 1e2 13)"
     default = [1e-2, 1e2, 13]
-    which("--sweep", nargs=3, type=positive, default=default, metavar=("LO", "HI", "N"), help=text)
-    whole = regimes.number(int)
-    add("--seeds", type=whole, default=1, metavar="K", help="starts (default: 1)")
-    refine = dict(type=regimes.number(int, -1), default=0, metavar="N")
-    add("--refine", **refine, help="bisect both boundaries")
-    steps = dict(type=regimes.number(int, 9), default=20_000, metavar="N")
-    add("--steps", **steps, help="(default: 20000)")
+    which("--sweep", nargs=3, type=float, default=default, metavar=("LO", "HI", "N"), help=text)
+    add("--seeds", type=int, default=1, metavar="K", help="starts (default: 1)")
+    add("--refine", type=int, default=0, metavar="N", help="bisect both boundaries")
+    add("--steps", type=int, default=20_000, metavar="N", help="(default: 20000)")
     add("--out", type=Path, default=Path("logs/toy"), metavar="DIR", help="(default: logs/toy)")
     args = parser.parse_args(argv)
     low, high, n = args.sweep
     if low >= high or n not in range(2, 10_001):
         parser.error("argument --sweep: it takes LO HI N with LO < HI and 2 ≤ N ≤ 10000")
+    if not all(1e-38 < x < 1e38 for x in [*args.alphas, *(args.elr or [low, high])]):
+        parser.error("argument --alphas, --elr, --sweep: they take numbers from 1e-38 to 1e38")
+    if min(args.seeds, args.refine + 1, args.steps - 9) < 1:
+        parser.error("argument --seeds, --refine, --steps: they are at least 1, 0, 10")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -94,17 +94,19 @@ def test_the_command_line_brackets_the_threshold_and_writes_table_and_picture(tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--alphas", "-1"], "--alphas: '-1' is not a number"),
-        (["--alphas", "nan"], "--alphas: 'nan' is not a number"),
-        (["--elr", "0"], "--elr: '0' is not a number"),
-        (["--elr", "1e308"], "--elr: '1e308' is not a number that float32 can hold"),
+        (["--alphas", "-1"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
+        (["--alphas", "nan"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
+        (["--elr", "0"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
+        (["--elr", "x"], "--elr: invalid float value: 'x'"),
+        (["--elr", "1e308"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
+        (["--sweep", "0", "1", "3"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
         (["--sweep", "1", "0.1", "5"], "--sweep: it takes LO HI N"),
         (["--sweep", "0.1", "1", "2.5"], "--sweep: it takes LO HI N"),
         (["--sweep", "0.1", "1", "1e30"], "--sweep: it takes LO HI N"),
         (["--elr", "1", "--sweep", "0.1", "1", "5"], "--sweep: not allowed with argument --elr"),
-        (["--seeds", "0"], "--seeds: '0' is not a whole number above 0"),
-        (["--steps", "9"], "--steps: '9' is not a whole number above 9"),
-        (["--refine", "-1"], "--refine: '-1' is not a whole number above -1"),
+        (["--seeds", "0"], "--seeds, --refine, --steps: they are at least 1, 0, 10"),
+        (["--steps", "9"], "--seeds, --refine, --steps: they are at least 1, 0, 10"),
+        (["--refine", "-1"], "--seeds, --refine, --steps: they are at least 1, 0, 10"),
     ],
 )
 def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
