@@ -22,19 +22,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 # BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant. Ten times a layer's
-# weights changes the logits by 5e-5 at initialization with torch's default of 1e-5, by 5e-8 with
-# this (float64, relative).
+# weights changes the logits by 5e-5 with torch's default of 1e-5, by 5e-8 with this (relative).
 EPS = 1e-8
 
 
-def convnet(
-    channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False
-) -> nn.Sequential:
-    """The plain network of the paper (arXiv 2209.03695, appendix A).
+def convnet(channels, classes, width=8, affine=False, train_head=False):
+    """The plain network of the paper (arXiv 2209.03695, appendix A), [N, channels, H, W] →
+    [N, classes], H and W at least 8.
 
-    [N, channels, H, W] → [N, classes], H and W at least 8. 3×3 convolutions channels → k → 2k → 4k
-    → 8k, each with BatchNorm and ReLU; a 2×2 max-pool after the second, third and fourth, a global
-    max-pool and a fixed linear layer.
+    3×3 convolutions channels → k → 2k → 4k → 8k, each with BatchNorm and ReLU; a 2×2 max-pool after
+    the second, third and fourth, a global max-pool and a fixed linear layer.
     """
     layers, before = OrderedDict(), channels
     for i in range(4):
@@ -50,7 +47,7 @@ def convnet(
     layers["head"] = fixed_head(nn.Linear(before, classes)).requires_grad_(train_head)
     net = nn.Sequential(layers)
     net.layer_groups = [[f"conv{i + 1}.weight"] for i in range(4)]
-    return net.to(memory_format=torch.channels_last)  # NHWC throughout: convolutions like it best
+    return net.to(memory_format=torch.channels_last)  # which convolutions like best
 
 
 def fixed_head(head, norm=10.0):
@@ -61,8 +58,8 @@ def fixed_head(head, norm=10.0):
 
 
 class PreActivationBlock(nn.Module):
-    """norm → ReLU → 3×3 convolution, twice, added to the input. Where the shape changes, the
-    shortcut takes the block's first activation, through BatchNorm and a 1×1 convolution."""
+    """norm → ReLU → 3×3 convolution, twice, added to the input. Where the shape changes, BatchNorm
+    and a 1×1 convolution of the first activation take its place."""
 
     def __init__(self, before, after, stride, affine):
         super().__init__()
@@ -83,15 +80,12 @@ class PreActivationBlock(nn.Module):
         return x + self.conv2(h)
 
 
-def resnet18(
-    channels: int, classes: int, width: int = 8, affine: bool = False, train_head: bool = False
-) -> nn.Sequential:
-    """Pre-activation ResNet-18 of width k for small images.
+def resnet18(channels, classes, width=8, affine=False, train_head=False):
+    """Pre-activation ResNet-18 of width k for small images, [N, channels, H, W] → [N, classes].
 
-    [N, channels, H, W] → [N, classes], H and W at least 8. 3×3 stem, stages k, 2k, 4k, 8k of two
-    blocks with strides 1, 2, 2, 2, final BatchNorm, ReLU, global average pool and a fixed linear
-    layer without bias. The tensors that write to one residual stream are only jointly scale
-    invariant.
+    3×3 stem, stages k, 2k, 4k, 8k of two blocks with strides 1, 2, 2, 2, final BatchNorm, ReLU,
+    global average pool and a fixed linear layer without bias. The tensors that write to one
+    residual stream are only jointly scale invariant.
     """
     layers = OrderedDict(stem=nn.Conv2d(channels, width, 3, padding=1, bias=False))
     before, groups, stream = width, [], ["stem.weight"]
@@ -119,11 +113,12 @@ def resnet18(
 
 
 class transformer(nn.Module):
-    """A causal transformer of one layer and four heads, all of whose weights are scale invariant.
+    """A causal transformer of one layer, all of whose weights are scale invariant: tokens [N, T]
+    int64 → [N, classes], the prediction at the last token.
 
-    Tokens [N, T] int64 → [N, classes], the prediction at the last token. With n(x) = x/rms(x) over
-    the last dimension: n(embedding) + n(position); x + n(W_o·attention(n(x))), whose queries and
-    keys go through n, too; x + n(W_down·relu(W_up·n(x))); logits = 10·⟨n(x)/√d, √classes·W/‖W‖⟩.
+    With n(x) = x/rms(x) over the last dimension: n(embedding) + n(position); x +
+    n(W_o·attention(n(x))), whose queries and keys go through n, too; x + n(W_down·relu(W_up·n(x)));
+    logits = 10·⟨n(x)/√d, √classes·W/‖W‖⟩.
     """
 
     def __init__(self, tokens, length, classes, width=64, heads=4):
@@ -146,8 +141,7 @@ class transformer(nn.Module):
         x = norm(self.embedding)[tokens] + norm(self.position)
         h = norm(x)
         split = (len(x), -1, self.heads, x.shape[-1] // self.heads)
-        # One layer, of which the last token's output alone is wanted: so that is the one query, and
-        # causal attention from there looks at all tokens.
+        # Only the last token's output is wanted: it is the one query, and sees all tokens.
         q = norm(F.linear(h[:, -1], self.query).view(split).transpose(1, 2))
         k = norm(F.linear(h, self.key).view(split).transpose(1, 2))
         v = F.linear(h, self.value).view(split).transpose(1, 2)
@@ -167,7 +161,7 @@ MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
 
 
 def build(options, data):
-    """The network that `options` name, for these data, which have `x`, `classes` and `tokens`.
+    """The network that `options` name, for these data.
 
     Their `model` is one of MODELS, with `width`, `affine` and `train_head`, or FILE.py:FUNCTION.
     Such a function takes (channels, classes), or what it names of channels, classes, tokens (how
@@ -179,11 +173,8 @@ def build(options, data):
         function = load_function(file, name)
         known = dict(channels=len(example), classes=data.classes, tokens=data.tokens)
         known["example"] = example
-        try:
-            asked = inspect.signature(function).parameters
-        except ValueError:  # it tells nothing about itself
-            asked = {}
-        if asked and all(name in known for name in asked):
+        asked = inspect.signature(function).parameters
+        if all(name in known for name in asked):
             return function(**{name: known[name] for name in asked})
         return function(len(example), data.classes)
     if model not in MODELS:
@@ -198,7 +189,7 @@ def build(options, data):
     if example.dim() != 3 or min(example.shape[1:]) < 8:
         shape = " × ".join(map(str, example.shape))
         raise ValueError(f"{model} takes images of at least 8 × 8, not {shape}")
-    more = (options["width"] or 8, bool(options["affine"]), bool(options["train_head"]))
+    more = (options["width"] or 8, options["affine"], options["train_head"])
     return MODELS[model](len(example), data.classes, *more)
 
 
@@ -210,30 +201,27 @@ def load_function(file, name):
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} cannot be imported ({what})") from error
+        raise ValueError(f"{file} cannot be imported ({error!r})") from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f"{file} has no function {name!r}")
     return getattr(module, name)
 
 
-def scale_invariant_groups(
-    model: nn.Module, inputs: Tensor | tuple, tolerance: float = 1e-6
-) -> list[list[str]]:
+def scale_invariant_groups(model, inputs, tolerance=1e-6):
     """The minimal sets of trainable parameters that are jointly scale invariant, by name.
 
-    A set S is jointly scale invariant if multiplying all its tensors by one c > 0 changes no output
-    in training mode: if and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and every direction
-    of the output. Measured on a copy in float64 at random batches and directions, these radial
-    derivatives make a matrix with a column per tensor. Its null space holds the indicator vector of
-    every such set (and rescaling symmetries, whose signs are mixed).
+    A set S is so if multiplying all its tensors by one c > 0 changes no output in training mode: if
+    and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the output. Measured on a
+    copy in float64 at random batches and directions, these radial derivatives make a matrix with a
+    column per tensor. Its null space holds the indicator vector of every such set (and rescaling
+    symmetries, whose signs are mixed).
 
-    model      any network; it is left as it is, its buffers and the random state too
+    model      any network; it is left as it is, its buffers and the random state, too
     inputs     one batch of at least two examples, or a tuple of arguments
-    tolerance  relative, of the outputs when a set is multiplied by 0.5 and 3 to verify it
+    tolerance  of the outputs, relative, when a set is multiplied by 0.5 and 3 to verify it
 
-    The sets returned are disjoint: where minimal sets overlap, the smallest are taken, then those
-    of more numbers. A tensor that has no effect at all is a set of its own.
+    Returns lists of names, disjoint: of minimal sets that overlap the smallest are taken, then
+    those of more numbers. A tensor without effect is a set of its own.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
@@ -276,7 +264,6 @@ def scale_invariant_groups(
 
         @torch.no_grad()
         def unchanged(group):
-            """Whether multiplying these parameters by 0.5 and by 3 leaves the outputs."""
             for factor in (0.5, 3.0):
                 torch._foreach_mul_(group, factor)
                 after = outputs(batch, 0)
@@ -297,12 +284,11 @@ def scale_invariant_groups(
 
 
 def layer_groups(net, x, classes, sphere):
-    """Which parameters are on which sphere: what our networks say of themselves, what is found in
+    """Names of the parameters on each sphere: what our networks say of themselves; what is found in
     others, and then printed.
 
     x is a batch of inputs, classes how many logits there must be; sphere "row" takes only tensors
-    whose rows have directions. Raises ValueError where the network does not fit or has no
-    scale-invariant weights.
+    whose rows have directions. Raises ValueError where there are none, or the network does not fit.
     """
     if hasattr(net, "layer_groups"):
         return net.layer_groups
@@ -352,10 +338,10 @@ def _indicators(null):
     other such vector.
 
     In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others', so
-    that a vector of zeros and ones is a sum of some of them. The search adds, to one, those that
-    mend an entry that is not 0 or 1, or exchange some.
+    that a vector of zeros and ones is a sum of some of them. The search adds to one those that mend
+    an entry that is not 0 or 1, or exchange some.
     """
-    basis, pivots = null.clone(), []
+    basis = null.clone()
     for i in range(len(basis)):  # Gauss and Jordan with complete pivoting
         at = int(basis[i:].abs().argmax())
         row, column = i + at // basis.shape[1], at % basis.shape[1]
@@ -363,7 +349,6 @@ def _indicators(null):
         basis[i] /= basis[i, column].clone()
         others = [k for k in range(len(basis)) if k != i]
         basis[others] -= basis[others, column, None] * basis[i]
-        pivots.append(column)
     basis = torch.where((basis - basis.round()).abs() < 1e-4, basis.round(), basis)
 
     found, seen = set(), set()
@@ -377,7 +362,7 @@ def _indicators(null):
         wrong = ((total != 0) & (total != 1)).nonzero()[:, 0]
         if not len(wrong):
             found.add(frozenset(total.nonzero()[:, 0].tolist()))
-            more = (basis[:, total == 1] < 0).any(1)  # which exchange some of the set for others
+            more = (basis[:, total == 1] < 0).any(1)  # which exchange some
         else:
             more = basis[:, wrong[0]] != 0
         if len(chosen) < 12:
