@@ -22,7 +22,7 @@ SHADES = {"convergence": 0.15, "equilibrium": 0.3, "divergence": 0.45, "undecide
 
 
 def subplots(layout, size, apart=0.3):
-    """A figure and its axes by name, drawn without a display. apart: between columns, in widths."""
+    """A figure and its axes by name, without a display. apart: between columns, in widths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,7 +40,7 @@ def save(fig, path):
     import matplotlib.pyplot as plt
 
     for ax in fig.axes:
-        ax.minorticks_off()  # which take half of the time
+        ax.minorticks_off()  # they take half of the time
     picture = io.BytesIO()
     fig.savefig(picture, dpi=110, format="png")
     plt.close(fig)
@@ -55,7 +55,7 @@ def errors(ax):
 
 
 def bands(ax, elrs, names):
-    """The regimes along a logarithmic axis of ELRs, as bands. Returns the ends of the axis."""
+    """The regimes along a logarithmic axis of ELRs, as bands. Returns their edges."""
     edges = [math.sqrt(a * b) for a, b in pairwise(elrs)]
     margin = edges[0] / elrs[0] if edges else 2.0
     edges = [elrs[0] / margin, *edges, elrs[-1] * margin]
@@ -63,7 +63,7 @@ def bands(ax, elrs, names):
         look = dict(color=COLOURS[name], alpha=SHADES[name], lw=0, zorder=0)
         ax.axvspan(edges[i], edges[i + 1], **look)
     for name in dict.fromkeys(names):
-        if name == "undecided":  # a narrow band, if any
+        if name == "undecided":  # its band is narrow
             continue
         inside = [i for i, other in enumerate(names) if other == name]
         middle = math.sqrt(edges[inside[0]] * edges[inside[-1] + 1])
@@ -75,7 +75,7 @@ def bands(ax, elrs, names):
 
 
 def spread(ax, x, values, style, **look):
-    """Medians with the least and the greatest as error bars; None where there is nothing."""
+    """Medians, with the least and the greatest as error bars."""
     middle = np.array([np.median(v) for v in values])
     if not np.isfinite(middle).any():
         return None
@@ -84,12 +84,14 @@ def spread(ax, x, values, style, **look):
     return ax.errorbar(x, middle, yerr=np.nan_to_num(ends), fmt=style, ms=4, capsize=caps, **look)
 
 
-# ------------------------------------------------------------------------------------- a sweep
+def most_frequent(rows):
+    names = [row["regime"] for row in rows]
+    return max(dict.fromkeys(names), key=names.count)
 
 
 class Report:
-    """regimes.csv and regimes.png of all runs in a folder, renewed after each. The picture is left
-    for later where drawing would take more than half of the time."""
+    """regimes.csv and regimes.png of all runs in a folder, renewed after each, as long as drawing
+    takes less than half of the time."""
 
     def __init__(self, options):
         self.options, self.stale, self.next_drawing = options, True, 0.0
@@ -109,8 +111,8 @@ class Report:
 
 
 def of_sweep(runs, path, name=""):
-    """Loss, error and γ per epoch, the phase diagram, and along the ELR the regimes and the angle;
-    written to `path` (PNG). Runs whose ELR moved are dashed."""
+    """Loss, error and γ per epoch, the phase diagram; along the ELR the regimes and the angle; as
+    PNG. Runs whose ELR moved are dashed."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
@@ -156,7 +158,7 @@ def tone_of(run, moving):
 
 
 def over_seeds(group, column):
-    """Epochs that all seeds have; median, least and greatest over the seeds."""
+    """Epochs that all seeds have; median, least and greatest of them."""
     epochs = sorted(set.intersection(*(set(run.log["epoch"]) for run in group)))
     values = []
     for run in group:
@@ -175,15 +177,13 @@ def _phase_diagram(ax, runs, lines):
         ax.plot(log["grad_norm"][0], log["train_loss"][0], "*", color="black", ms=9, zorder=4)
     ax.set(xlabel="effective gradient norm γ", ylabel="train loss (nats)")
     ax.set_title("(d) phase diagram: ★ start, ○ end")
-    positive = [np.nanmax(run.log.get(name, np.zeros(1))) > 0 for run in runs
-                for name in ("grad_norm", "train_loss")]  # fmt: skip
-    if all(positive):
+    logs = [run.log.get(name, np.zeros(1)) for run in runs for name in ("grad_norm", "train_loss")]
+    if all(np.nanmax(values) > 0 for values in logs):
         ax.set(xscale="log", yscale="log")
 
 
 def _along_the_elr(ax, groups, moving):
-    """Final loss (left) and errors (right) against ELR, over the regimes; of the runs whose ELR
-    moved the path."""
+    """Final loss (left) and errors (right) against ELR; of the runs whose ELR moved the path."""
     right, elrs, handles = ax.twinx(), list(groups), []
     series = [(ax, "train_loss", "o-", "black", "train loss")]
     series += [(right, "train_error", "s--", "#009E73", "train error")]
@@ -226,10 +226,9 @@ def _boundaries(ax, runs):
 
 
 def _angles(ax, groups, moving):
-    """The mean angular step of the last tenth of the epochs, against ELR."""
     ax.set(xscale="log", yscale="log", xlabel="ELR", ylabel="radians")
     ax.set_title("(f) angular step φ at the end", pad=28)
-    for angle in (0.05, 1.0):  # first: a single point would leave the axis without a height
+    for angle in (0.05, 1.0):  # a single point would leave the axis without a height
         ax.axhline(angle, color="black", ls=":", lw=0.8)
     if groups:
         values = [[run.final("angle") for run in group] for group in groups.values()]
@@ -240,18 +239,11 @@ def _angles(ax, groups, moving):
             ax.plot(run.log["elr"], run.log["angle"], ".--", color=tone_of(run, moving))
 
 
-# ------------------------------------------------------------------------- the toy, the landscape
-
-
 def of_toy(rows, alphas, path):
-    """F and skill of the toy against ELR, measured and in theory."""
     fig, axes = subplots([["a", "b"]], (12, 4.2))
     elrs, total = sorted({row["elr"] for row in rows}), sum(alphas)
     of_elr = [[row for row in rows if row["elr"] == elr] for elr in elrs]
-    names = []
-    for group in of_elr:
-        verdicts = [row["regime"] for row in group]
-        names.append(max(dict.fromkeys(verdicts), key=verdicts.count))
+    names = [most_frequent(group) for group in of_elr]
     for key, column, label in (("a", "loss", "F"), ("b", "skill", "skill")):
         ax = axes[key]
         edges = bands(ax, elrs, names)
@@ -274,14 +266,11 @@ def of_toy(rows, alphas, path):
 
 
 def of_landscape(lines, path, name):
-    """Test error, sharpness and barriers against the ELR of the first run, medians over seeds."""
+    """Test error, sharpness and barriers against the ELR of the first run."""
     fig, axes = subplots([["a", "b", "c"]], (14, 4.4))
     elrs = sorted({line["elr"] for line in lines})
     groups = [[line for line in lines if line["elr"] == elr] for elr in elrs]
-    names = []
-    for group in groups:
-        verdicts = [line["regime"] for line in group]
-        names.append(max(dict.fromkeys(verdicts), key=verdicts.count))
+    names = [most_frequent(group) for group in groups]
     panels = {"a": ("test error", dict(test_error="at the end", then_test_error="after the drop"))}
     panels["a"][1].update(avg_test_error="averaged", then_avg_test_error="after the drop, averaged")
     panels["b"] = ("sharpness λ_max on the unit sphere", dict(sharpness="at the end"))
@@ -306,7 +295,6 @@ def of_landscape(lines, path, name):
 
 
 def of_barrier(ways, path, name):
-    """Train loss and test error along ways between two networks."""
     fig, axes = subplots([["a", "b"]], (9.5, 4))
     for way, values in ways.items():
         t, loss, error = zip(*values, strict=True)
@@ -321,11 +309,9 @@ def of_barrier(ways, path, name):
 
 def main(argv=None):
     text = "Draw regimes.png of a folder of logs again, or of several together."
-    example = "example: python figures.py logs/digits-convnet"
-    parser = regimes.Parser(prog="figures.py", description=text, epilog=example)
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="folder of logs, or log"
-    )
+    parser = regimes.Parser(prog="figures.py", description=text)
+    text = "folder of logs, or log"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
     text = "where regimes.png goes (default: the first folder)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ import measure
 import regimes
 from data import Data, add_label_noise, chunks, load
 from models import build
-from runs import load_checkpoint
+from runs import load_checkpoint, number
 
 warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch itself still uses it
 
@@ -77,15 +77,15 @@ def _data(name, modulus, noise, device):
 
 
 def evaluate(point, net):
-    """Train loss and test error of a network, BatchNorm's statistics computed anew."""
+    """Train loss and test error, BatchNorm's statistics computed anew."""
     loss = measure.on_train_set(net, point.data, "fp32")
     return loss, measure.on_test_set(net, point.data, "fp32")["test_error"]
 
 
 def between(a, b, t, way):
-    """The network at t in [0, 1] on the way from a to b. "line": straight between the weights;
-    "circle": along the great circle of each sphere, whose radius goes from a's to b's. What is on
-    no sphere goes straight. At 0 and 1 exactly a and b."""
+    """The network at t in [0, 1] on the way from a to b: a straight "line" between the weights, or
+    the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
+    straight). At 0 and 1 exactly a and b."""
     if t in (0, 1):
         return deepcopy(b.net if t else a.net)
     net = deepcopy(a.net)
@@ -105,8 +105,8 @@ def between(a, b, t, way):
 
 
 def barrier(a, b, way="circle", points=21):
-    """The most by which the train loss exceeds the straight line between the ends' losses, and
-    (t, train loss, test error) along the way. Raises ValueError for two different networks."""
+    """By how much at most the train loss exceeds the straight line between the ends' losses; (t,
+    train loss, test error) along the way. Raises ValueError for two different networks."""
     check_same(a, b)
     path = [(t, *evaluate(a, between(a, b, t, way))) for t in np.linspace(0, 1, points).tolist()]
     first, last = path[0][1], path[-1][1]
@@ -140,8 +140,8 @@ def distances(points):
 
 
 def curvature(point, k=1, samples=None, probes=20):
-    """`hessian` and `ggn`, the k largest eigenvalues of `operators`; their traces; `edge`, 2/λ_max,
-    below which gradient descent on a quadratic is stable."""
+    """The k largest eigenvalues and the traces of `operators`; `edge`, 2/λ_max, above which
+    gradient descent on a quadratic is unstable."""
     found = {}
     for name, operator in operators(point, samples).items():
         found[name] = largest(operator, k)
@@ -151,11 +151,10 @@ def curvature(point, k=1, samples=None, probes=20):
 
 def operators(point, samples=None):
     """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
-    `ggn`, which for the cross-entropy is the Fisher matrix; over all training inputs or so many.
+    `ggn`, which for the cross-entropy is the Fisher matrix; over so many training inputs.
 
     Second derivatives by the weights on spheres, each times its radius: D H D with D = diag(ρ).
-    BatchNorm is in training mode, in chunks of the set. In float64 up to DENSE weights. Products by
-    curvlinops (arXiv 2501.19183).
+    BatchNorm is in training mode, in chunks of the set. Products by curvlinops (arXiv 2501.19183).
     """
     from curvlinops import GGNLinearOperator, HessianLinearOperator  # after the filter of warnings
 
@@ -191,8 +190,7 @@ def operators(point, samples=None):
 
 
 def largest(operator, k):
-    """The k largest eigenvalues: exact up to DENSE rows, else by ARPACK to 0.1 %, nan where it
-    cannot."""
+    """The k largest eigenvalues: exact up to DENSE rows, else by ARPACK to 0.1 %, or nan."""
     n = operator.shape[0]
     if n <= DENSE:
         return np.linalg.eigvalsh(operator @ np.eye(n))[::-1][:k]
@@ -213,17 +211,14 @@ def trace(operator, probes):
     return float(np.mean([z @ (operator @ z) for z in signs]))
 
 
-# --------------------------------------------------------------------------------- all of a sweep
-
 COLUMNS = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
 COLUMNS += "sharpness then_sharpness edge barrier_to_next".split()
 HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_max,to next"
 
 
 def summarize(folder, device, samples):
-    """A row of COLUMNS per run of a sweep; nan where it was not trained (--then, --average).
-    Barriers are those to the run of the next larger ELR, between second runs where there are
-    some."""
+    """A row of COLUMNS per run of a sweep, nan where it was not trained (--then, --average).
+    Barriers are those to the next larger ELR, between second runs where there are some."""
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
     if not runs:
         raise ValueError(f"{folder}: no runs here: is it the folder of a sweep?")
@@ -257,7 +252,7 @@ def table(rows):
 
 
 def best(rows):
-    """From which ELR the median test error after the drop is least."""
+    """From which ELR the test error after the drop is least, by the median."""
     values = {}
     for row in rows:
         if math.isfinite(row["then_test_error"]):
@@ -269,9 +264,6 @@ def best(rows):
     return f"{text} (median of {len(values[elr])})"
 
 
-# ------------------------------------------------------------------------------- the command line
-
-
 def parser():
     text = "What the loss looks like around and between the ends of runs, from their checkpoints."
     example = "example: python landscape.py summary logs/digits-convnet (each has its own --help)"
@@ -279,39 +271,33 @@ def parser():
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)
 
-    def command(name, text, example):
-        example = f"example: python landscape.py {name} {example}"
-        return what.add_parser(name, help=text, description=text, epilog=example).add_argument
+    def command(name, text):
+        return what.add_parser(name, help=text, description=text).add_argument
 
-    logs = "logs/digits-convnet"
     points = dict(type=Path, metavar="PT", help="a checkpoint of train.py")
+    few, many = number(int, 0, 10**6), number(int, 1, 10**6)
     text = "the loss (nats) on the way between two, along the straight line and the great circle"
-    add = command("barrier", text, f"{logs}/elr=1e-03.pt {logs}/elr=2.15e-03.pt")
+    add = command("barrier", text)
     add("checkpoints", nargs=2, **points)
-    add("--points", type=int, default=21, metavar="N", help="along the way (default: %(default)s)")
-    picture = dict(type=Path, default=Path("barrier.png"), metavar="PNG")
-    add("--out", **picture, help="the figure (default: %(default)s)")
+    add("--points", type=many, default=21, metavar="N", help="along the way (default: 21)")
+    text = "the figure (default: barrier.png)"
+    add("--out", type=Path, default=Path("barrier.png"), metavar="PNG", help=text)
     text = "angles (radians) between checkpoints, of the whole network and of each layer"
-    add = command("distance", text, f"{logs}/elr=*.pt")
-    add("checkpoints", nargs="+", **points)
+    command("distance", text)("checkpoints", nargs="+", **points)
     text = "largest eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
-    add = command("curvature", text, f"{logs}/elr=1e-03.pt --samples 512")
+    add = command("curvature", text)
     add("checkpoints", nargs="+", **points)
-    add("--k", type=int, default=3, help="how many eigenvalues (default: %(default)s)")
-    first = "over the first so many training inputs"
-    add("--samples", type=int, metavar="N", help=f"{first} (default: all)")
-    add = command("summary", "all of it for a sweep: landscape.csv, landscape.png", logs)
+    add("--k", type=few, default=3, help="how many eigenvalues (default: 3)")
+    text = "over so many training inputs"
+    add("--samples", type=many, metavar="N", help=f"{text} (default: all)")
+    add = command("summary", "all of it for a sweep: landscape.csv, landscape.png")
     add("folder", type=Path, metavar="DIR", help="of the sweep")
-    add("--samples", type=int, default=1024, help=f"curvature: {first} (default: %(default)s)")
+    add("--samples", type=many, default=1024, metavar="N", help=f"{text} (default: 1024)")
     return parser
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    for name, least in (("points", 2), ("k", 1), ("samples", 2)):
-        value = getattr(args, name, None)
-        if value is not None and not least <= value <= 10**6:
-            parser().error(f"argument --{name}: {value} is not from {least} to a million")
     try:
         if args.what == "summary":
             show_summary(args)

@@ -335,7 +335,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
             "is another network, or on other spheres, than",
         ),
         (["summary", tmp_path], "no runs here"),
-        (["curvature", good, "--k", "0"], "argument --k: 0 is not from 1"),
+        (["curvature", good, "--k", "0"], "argument --k: '0' is not a whole number above 0"),
         (["flatness", good], "invalid choice"),
     ]
     for arguments, message in cases:
