@@ -5,9 +5,9 @@
     python bench.py epoch          an epoch over 2,560 images, against a loop over a DataLoader
     python bench.py sweep          the default sweep and four short runs: default jobs, one job
 
-All ways of a case take turns, and medians are printed, so that ratios hold on a machine that others
-use, too. The limits, the rate of a large matrix product and of a copy in memory, are measured in
-the same run. The table goes into benchmarks/ as well, as CSV.
+All ways of a case take turns and medians are printed, so that ratios hold on a shared machine. The
+limits, the rates of a large matrix product and of a copy in memory, are of the same run. The table
+goes into benchmarks/, too.
 """
 
 import csv
@@ -32,13 +32,13 @@ import torch.nn.functional as F
 
 import measure
 import regimes
-import sphere_step
 import train
 from data import load
 from models import MODELS, convnet
 from options import parse
 from runs import number
 from speed import flops, keep_memory
+from sphere_step import SphereSGD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ IMAGES, BATCH = 2560, 128  # of an epoch
 
 @dataclass
 class Row:
-    """A line of the table: median seconds; `limit`, the least that the machine could need."""
+    """Median seconds; `limit`: the least that the machine could need."""
 
     case: str
     method: str
@@ -85,8 +85,7 @@ def interleaved(ways, repetitions, warm=1):
 
 def limits():
     """What the machine does at best, of nine tries: floating-point operations per second in float32
-    and bfloat16, of a large matrix product or the same as a convolution; bytes per second of a
-    copy, read and written."""
+    and bfloat16, of a matrix product or the same as a convolution; bytes per second of a copy."""
     keep_memory()
     n = 8192 if DEVICE == "cuda" else 2048
 
@@ -108,7 +107,7 @@ def limits():
 
 
 def report(what, rows, baseline):
-    """Print the table, each method's speed as a multiple of the baseline's; write it, too."""
+    """Print and write the table, each method's speed as a multiple of the baseline's."""
     print(f"\n{'':48}{'ms':>11}{'speed':>9}{'of the limit':>14}")
     for case in dict.fromkeys(row.case for row in rows):
         print(case)
@@ -117,14 +116,6 @@ def report(what, rows, baseline):
         for row in of_case:
             limit = f"{row.limit / row.seconds:14.0%}" if row.limit else ""
             print(f"  {row.method:46}{row.seconds * 1e3:11.3f}{base / row.seconds:9.2f}{limit}")
-    found = []
-    for row in rows:
-        limit = f"{row.limit:.6g}" if row.limit else ""
-        found.append([row.case, row.method, f"{row.seconds:.6g}", limit])
-    write(what, ["case", "method", "seconds", "limit"], found)
-
-
-def write(what, head, rows):
     about = {"machine": machine(), "cores": os.cpu_count() if DEVICE == "cpu" else ""}
     about |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     name = "".join(c if c.isalnum() else "-" for c in f"{what} {machine()}")
@@ -132,17 +123,15 @@ def write(what, head, rows):
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*head, *about])
-        writer.writerows([*row, *about.values()] for row in rows)
+        writer.writerow(["case", "method", "seconds", "limit", *about])
+        for row in rows:
+            limit = f"{row.limit:.6g}" if row.limit else ""
+            writer.writerow([row.case, row.method, f"{row.seconds:.6g}", limit, *about.values()])
     print(f"written: {path.relative_to(HERE)}")
 
 
-# --------------------------------------------------------------------------------------- the step
-
-
 def check(cases=30):
-    """The largest relative error of a float32 step against the formula in float64, over random
-    shapes, spheres and ELRs."""
+    """The largest relative error of a float32 step against the formula in float64."""
     worst = 0.0
     for case in range(cases):
         sphere = ("group", "tensor", "row")[case % 3]
@@ -153,7 +142,7 @@ def check(cases=30):
         before = [(p.detach().double().cpu(), p.grad.double().cpu()) for p in tensors]
         before = spheres_of(before, sphere)
         elr = 1 / max((x.norm() * g.norm()).item() for x, g in before)
-        sphere_step.SphereSGD(tensors, lr=elr, sphere=sphere).step()
+        SphereSGD(tensors, lr=elr, sphere=sphere).step()
         after = spheres_of([(p.detach().double().cpu(),) for p in tensors], sphere)
         for (x, g), (new,) in zip(before, after, strict=True):
             v = x - elr * x.norm() ** 2 * (g - (x * g).sum() / (x * x).sum() * x)
@@ -170,8 +159,8 @@ def spheres_of(tensors, sphere):
 
 
 def step(repetitions):
-    """A step over the convolutions of our networks. The limit: reading θ and g and writing θ once,
-    at the speed of a copy."""
+    """A step over our networks' convolutions. The limit: to read θ and g and write θ once, at the
+    speed of a copy."""
     worst = check()
     print(f"largest relative error against float64 in 30 random cases: {worst:.1e}")
     if worst > 1e-6:
@@ -201,11 +190,11 @@ def step_of(shapes, repetitions):
             for p, norm in zip(params, norms, strict=True):
                 p.mul_(norm / p.norm().item())
 
-    ways = {"SphereSGD, joint sphere": sphere_step.SphereSGD(params, lr=elr).step}
-    ways["SphereSGD, a sphere per tensor"] = sphere_step.SphereSGD(params, elr, "tensor").step
-    ways["SphereSGD, momentum 0.9"] = sphere_step.SphereSGD(params, elr, momentum=0.9).step
+    ways = {"SphereSGD, joint sphere": SphereSGD(params, lr=elr).step}
+    ways["SphereSGD, a sphere per tensor"] = SphereSGD(params, elr, "tensor").step
+    ways["SphereSGD, momentum 0.9"] = SphereSGD(params, elr, momentum=0.9).step
     if DEVICE == "cuda":
-        ways["the same in PyTorch"] = sphere_step.SphereSGD(params, elr, backend="torch").step
+        ways["the same in PyTorch"] = SphereSGD(params, elr, backend="torch").step
     ways["SGD, then norms and scaling"] = usual
     with suppress(ImportError):
         import geoopt
@@ -219,11 +208,7 @@ def step_of(shapes, repetitions):
     return list(interleaved(ways, repetitions, warm=3).items())
 
 
-# ------------------------------------------------------------------------- iteration, epoch, sweep
-
-
 def our_run(*options):
-    """A run of train.py with these options, ready to train."""
     parsed, data = parse([*options, "--elr", "1e-3", "--force"])
     run = train.Run(parsed, data, train.Job(1e-3, 0, Path(), ""))
     run.epoch, run.epochs = 0, 1
@@ -231,7 +216,7 @@ def our_run(*options):
 
 
 def iteration(repetitions):
-    """An iteration of the default run, its forward and backward pass, and its step."""
+    """An iteration of a default run, its passes, and its step."""
     rows = []
     for name, options in (("digits, convnet of width 8", []), ("modular", ["--data", "modular"])):
         with tempfile.TemporaryDirectory() as out:
@@ -256,7 +241,7 @@ def iteration(repetitions):
 
 
 def usual_loop(pipe, file, net, threads):
-    """In a process of its own, which manages memory as PyTorch does: an epoch whenever asked."""
+    """In a process of its own, with memory as PyTorch has it: an epoch whenever asked."""
     torch.set_num_threads(threads)
     data, (model, width) = load(file), net
     images = torch.utils.data.TensorDataset(data.normalized(data.x), data.y)
@@ -264,7 +249,7 @@ def usual_loop(pipe, file, net, threads):
     loader = torch.utils.data.DataLoader(images, BATCH, **more)
     net = MODELS[model](3, data.classes, width)
     net = net.to(DEVICE, memory_format=torch.contiguous_format)
-    optimizer = sphere_step.SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = SphereSGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     while pipe.recv():
         for x, y in loader:
             optimizer.zero_grad()
@@ -277,8 +262,8 @@ def usual_loop(pipe, file, net, threads):
 
 
 def epoch(repetitions):
-    """An epoch of train.py, and of the usual loop: a DataLoader with two workers, the network and
-    its memory as PyTorch has them, .item() at each step. Same network and optimizer."""
+    """An epoch of train.py, and of the usual loop: a DataLoader with two workers, .item() at each
+    step. Same network and optimizer."""
     rates = dict(zip(("fp32", "bf16"), limits(), strict=False))
     rows, generator = [], np.random.default_rng(0)
     x = generator.integers(0, 256, (IMAGES, 3, 32, 32), dtype=np.uint8)
@@ -331,8 +316,8 @@ def run_train(*options):
 
 
 def sweep(repetitions):
-    """The default sweep as a user types it, with one job, and four runs of 8 epochs. The limit:
-    their multiplications at the rate of a large matrix product."""
+    """The default sweep and four runs of 8 epochs, as a user types them, and with one job. The
+    limit: their operations at the rate of a large matrix product."""
     single, *_ = limits()
     of_run = 20 * 89 * flops(convnet(1, 10), torch.randn(16, 1, 8, 8)) / single
     short = ["--elr", "1e-3", "3e-3", "1e-2", "3e-2", "--epochs", "8"]
@@ -352,8 +337,7 @@ def sweep(repetitions):
 
 def main():
     text = "Time what users wait for, beside the usual ways and the limits of the machine."
-    example = "example: python bench.py epoch --repetitions 9"
-    parser = regimes.Parser(prog="bench.py", description=text, epilog=example)
+    parser = regimes.Parser(prog="bench.py", description=text)
     ways = dict(step=step, iteration=iteration, epoch=epoch, sweep=sweep)
     parser.add_argument("what", choices=tuple(ways), help="what to time")
     text = "medians are over so many (default: %(default)s)"

@@ -15,9 +15,9 @@ NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 
 @dataclass
 class Data:
-    """Inputs x and labels y [N] int64, to train on and to test on. x are images [N, channels, H, W]
+    """Inputs x and labels y [N] int64, to train and to test on. x are images [N, channels, H, W]
     uint8, numbers [N, features] float32, or tokens [N, T] int64, of which there are `tokens`. mean,
-    std: of the training images per channel, or of the numbers per feature."""
+    std: of the training images per channel, of numbers per feature."""
 
     x: Tensor
     y: Tensor
@@ -39,11 +39,11 @@ class Data:
 
 
 def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") -> Data:
-    """The data set `name`, on `device`: one of NAMES, or a file .npz.
+    """The data set `name`, one of NAMES or a file .npz, on `device`. Raises ValueError where it
+    cannot be read. What is downloaded is kept in `root`.
 
     digits: 1,797 handwritten digits of Alpaydin and Kaynak (UCI, 1998), as scikit-learn ships them,
-    8×8: the first 1,437 to train on. What is downloaded is kept in `root`. Raises ValueError where
-    there is no such data set, or it cannot be read.
+    8×8: the first 1,437 to train on.
     """
     if name == "digits":
         with np.load(DIGITS) as file:
@@ -80,8 +80,8 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
 
 
 def modular(p):
-    """Addition modulo p: all pairs as tokens a, b and "=", the number p; label (a + b) mod p. A
-    random 70 % to train on, the same for every seed."""
+    """Addition modulo p: all pairs as tokens a, b and "=" (p); label (a + b) mod p. A random 70 %
+    to train on, the same for every seed."""
     a, b = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
     x, y = torch.stack([a, b, torch.full_like(a, p)], 1), (a + b) % p
     order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def _npz(path):
         raise ValueError(f"{path}: there is no such file") from None
     except KeyError:
         raise ValueError(f"{path} has no array {name}: it takes x, y, test_x, test_y") from None
-    except Exception as error:  # a damaged archive can fail anywhere in the reading of it
+    except Exception as error:  # a damaged archive can fail anywhere
         what = f"the array {name} cannot be read" if arrays else "it is no .npz file"
         raise ValueError(f"{path}: {what} ({str(error)[:100]})".replace("\n", " ")) from None
     parts = []
@@ -141,7 +141,7 @@ def _downloaded(name, root):
         parts = torch.load(path, weights_only=True)
         if [t.dtype for t in parts] != [torch.uint8, torch.int64] * 2:
             raise ValueError
-    except Exception:  # a damaged file can fail anywhere in the reading of it
+    except Exception:  # a damaged file can fail anywhere
         raise ValueError(f"{path} is damaged: remove it, and it is made again") from None
     return parts
 

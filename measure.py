@@ -1,5 +1,5 @@
-"""What is measured of a network: loss and error on a set, the whole training set with the weights
-held still, chance, averaged weights, and the points on the spheres with the angles between them.
+"""What is measured of a network: loss and error on a set, chance, averaged weights, and the points
+on the spheres with the angles between them.
 """
 
 from copy import deepcopy
@@ -28,8 +28,8 @@ OF_LAYERS = "norm elr grad_norm angle".split()
 
 def of_steps(kept, sphere, plain):
     """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6] (of several spheres
-    the norm of their γ, of the others the means), and per tensor on a sphere OF_LAYERS
-    [tensors, 4]. Where a `plain` optimizer moves the weights, with the ELR that this implies."""
+    the norm of their γ, else the mean), and OF_LAYERS [tensors, 4]. Where a `plain` optimizer moves
+    the weights, with the ELR that this implies."""
     losses, wrong, *last = zip(*kept, strict=True)
     last = [torch.stack(x) for x in last]
     stats, layers = sphere.stats(last), sphere.layer_stats(last)
@@ -77,9 +77,8 @@ FULL_PASS += ["batch_grad_norm_std"]
 
 
 def full_pass(net, data, sphere, options):
-    """Over the whole training set, with the weights held still, the statistics of each batch and no
-    augmentation: loss, error, γ of the mean gradient, mean and standard deviation over the batches
-    of each one's γ. Leaves no trace in the network."""
+    """Over the whole training set, with the weights held still and no augmentation: loss, error, γ
+    of the mean gradient; mean and deviation of the batches' γ. Leaves no trace in the network."""
     net.train()
     buffers = [buffer.clone() for buffer in net.buffers()]
     params = [p for p in net.parameters() if p.requires_grad]
@@ -112,8 +111,8 @@ def full_pass(net, data, sphere, options):
 
 @torch.no_grad()
 def chance(net, sphere, data, options, seed):
-    """Mean and standard deviation of loss and error on a batch, over POINTS uniformly random points
-    of the spheres. The network is moved to them."""
+    """Mean and standard deviation of loss and error on a batch, over random points of the spheres,
+    to which the network is moved."""
     net.train()
     generator, values = torch.Generator().manual_seed(seed), []
     tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
@@ -134,16 +133,12 @@ def chance(net, sphere, data, options, seed):
 
 @torch.no_grad()
 def on_average(averaged, net, spheres, data, dtype):
-    """Of the mean of weights, put back on the spheres of `net`: loss on the training set and error
-    on the test set."""
+    """Train loss and test error of the mean of weights, put back on the spheres of `net`."""
     mean = deepcopy(averaged.module)
     for sphere, x, y in zip(spheres, vectors(mean, spheres), vectors(net, spheres), strict=True):
         put(mean, sphere, x * y.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True))
     loss = on_train_set(mean, data, dtype)
     return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
-
-
-# ------------------------------------------------------------------------- points on the spheres
 
 
 def spheres_of(layer_groups, sphere):
@@ -179,8 +174,8 @@ def put(net, sphere, points):
 
 
 def angles(some, others):
-    """The angle between each sphere's two points, [spheres] in radians, of what `vectors` gives;
-    exact where it is small or near π, too."""
+    """The angle between each sphere's two points, as `vectors` gives them, [spheres] in radians;
+    exact near 0 and π, too."""
     found = []
     for x, y in zip(some, others, strict=True):
         x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)

@@ -465,14 +465,18 @@ def way(run, runs):
     return text
 
 
-def write_csv(path, found):
+def csv_lines(rows):
+    """Rows as CSV, numbers to 9 digits."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(found[0] if found else COLUMNS)
-    for row in found:
-        cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row.values()]
-        writer.writerow(cells)
-    write_whole(path, text.getvalue().encode())
+    for row in rows:
+        cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row]
+        csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+def write_csv(path, rows):
+    head = rows[0] if rows else COLUMNS
+    write_whole(path, csv_lines([head, *(row.values() for row in rows)]))
 
 
 def temporary(path):

@@ -1,12 +1,11 @@
 """Runs on disk, and many of them: folder, rows, checkpoint and lock; grid, bisection, jobs, ranks.
 
-Files are replaced whole or not at all, and rows are whole or absent. A lock that the system
-releases when its process dies keeps a second process out of a run. How one run is done is none of
-this file's business: it is handed the function.
+Files are replaced whole or not at all, rows are whole or absent. A lock, which the system releases
+when its process dies, keeps a second process out of a run. How to do one run is a function that it
+is handed.
 """
 
 import argparse
-import csv
 import errno
 import fcntl
 import hashlib
@@ -40,15 +39,10 @@ class Busy(Exception):
     """The run is in progress in another process."""
 
 
-# ------------------------------------------------------------------------------ one run on disk
-
-
 def open_folder(out, options, force=False):
-    """Make the folder, or find that its runs have these very options; returns its config.
-
-    With `force` what was there of ours is removed. Raises ValueError, having changed nothing, where
-    the folder cannot be written, its runs have other options, or with `force` are in progress.
-    """
+    """Make the folder, or find that its runs have these very options; returns its config. With
+    `force` what was there of ours is removed. Raises ValueError, having changed nothing, where it
+    cannot be written, its runs have other options, or with `force` are in progress."""
     path = out / "config.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -82,13 +76,12 @@ def open_folder(out, options, force=False):
 
 
 def write_config(out, config):
-    regimes.write_whole(
-        out / "config.json", (json.dumps(config, indent=2, default=str) + "\n").encode()
-    )
+    text = json.dumps(config, indent=2, default=str) + "\n"
+    regimes.write_whole(out / "config.json", text.encode())
 
 
 def save_checkpoint(path, identity, state):
-    """The state (tensors, numbers, texts, lists and dicts of them), whose it is; a checksum."""
+    """The state and whose it is; a checksum."""
     file = io.BytesIO()
     torch.save({**state, "identity": identity}, file)
     content = file.getvalue()
@@ -96,8 +89,8 @@ def save_checkpoint(path, identity, state):
 
 
 def load_checkpoint(path, identity, device):
-    """The last checkpoint of a run, with its `checksum`; None if there is none. Raises ValueError
-    where it is damaged or of another run; without `identity` whose it is does not matter."""
+    """A checkpoint, with its `checksum`; None if there is none. Raises ValueError where it is
+    damaged or, if this is asked, of another run."""
     if not path.exists():
         return None
     content, again = path.read_bytes(), "remove it, and this run starts again"
@@ -128,15 +121,9 @@ def remove_leftovers(out):
             pass
 
 
-def _write(file, content):
-    if os.write(file, content) < len(content):  # a disk that fills up midway does not say so
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @contextmanager
 def lock(path, patient=False):
-    """Hold the lock of a run. Where another process does, wait for it if `patient`, else raise
-    Busy, which says who."""
+    """Hold the lock of a run. Where another process does, wait if `patient`, else raise Busy."""
     while True:
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
@@ -162,11 +149,8 @@ def lock(path, patient=False):
 
 
 class Rows:
-    """A CSV file that grows by whole rows. Floats are kept to 9 digits (float32).
-
-    Where a run goes on, the rows up to epoch `upto` are kept and what comes after them is dropped.
-    Raises ValueError where rows up to there are missing.
-    """
+    """A CSV file that grows by whole rows, floats to 9 digits. Of rows that are there, those up to
+    epoch `upto` are kept. Raises ValueError where one is missing."""
 
     def __init__(self, path, columns, upto=-1):
         kept = []
@@ -184,22 +168,13 @@ class Rows:
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows):
-        text = io.StringIO()
-        for row in rows:
-            cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row]
-            csv.writer(text, lineterminator="\n").writerow(cells)
-        size = os.fstat(self.file).st_size
-        try:
-            _write(self.file, text.getvalue().encode())
-        except OSError:
+        size, content = os.fstat(self.file).st_size, regimes.csv_lines(rows)
+        if os.write(self.file, content) < len(content):  # the disk is full
             os.ftruncate(self.file, size)
-            raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self):
         os.close(self.file)
-
-
-# ------------------------------------------------------------------------------------ many runs
 
 
 def number(kind, low=0, high=math.inf):
@@ -221,13 +196,13 @@ def number(kind, low=0, high=math.inf):
 
 
 def grid(low, high, n):
-    """n ELRs from low to high, log-spaced, rounded to 3 digits so that their names stay short."""
+    """n ELRs from low to high, log-spaced, to 3 digits: short names."""
     return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, n)]
 
 
 def bisect(out, values):
-    """For each boundary of the regimes that was seen among these ELRs, one between its sides: the
-    middle, in the logarithm, of the widest gap, in as few digits as tell it from both ends."""
+    """For each boundary that was seen among these ELRs one between its sides: the middle, in the
+    logarithm, of the widest gap, in as few digits as tell it from both ends."""
     runs = [run for run in regimes.read_folder(out) if run.elr in values]
     try:
         seen = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
@@ -246,17 +221,16 @@ def bisect(out, values):
 
 
 class Watch:
-    """What one sees of runs while they go on. On a terminal a bar per job and one for all of them;
-    else a line per finished run and, of a run of more than a minute, a line a minute."""
+    """What one sees of runs: on a terminal bars; else a line per finished run and, of a run of
+    more than a minute, a line a minute."""
 
     def __init__(self, jobs, total, renew, quiet=False):
         self.renew, self.quiet, self.reported, self.failed = renew, quiet, set(), False
         self.bars, self.last = {}, {}
         self.terminal = sys.stderr.isatty()
         if self.terminal and total > 1:
-            self.bars["all"] = tqdm(
-                total=total, desc="runs", unit="run", position=jobs, leave=False
-            )
+            how = dict(unit="run", position=jobs, leave=False)
+            self.bars["all"] = tqdm(total=total, desc="runs", **how)
 
     def tell(self, job, what, name, *more):
         """A run's message: "epoch" (epoch, epochs, text); "finished", "note", "busy", "failed"."""
@@ -311,9 +285,9 @@ class Watch:
 def run_all(do, pairs, options, renew):
     """Do these runs, options.jobs at a time. Returns whether one failed.
 
-    do      function of ((value, seed), tell, patient) that does a run and returns its name, the
-            verdict in words, and whether there was nothing to do. It calls tell("epoch", …), see
-            Watch. Where another process is at the run it raises Busy or, if `patient`, waits.
+    do      function of ((value, seed), tell, patient) that does a run, tells its epochs (Watch),
+            and returns its name, the verdict in words, and whether there was nothing to do. Where
+            another process is at the run it raises Busy or, if `patient`, waits
     renew   called whenever a run is finished
     """
     jobs = min(options.jobs, len(pairs))
@@ -322,7 +296,7 @@ def run_all(do, pairs, options, renew):
         if jobs > 1:
             _side_by_side(do, pairs, jobs, options, watch)
             remove_leftovers(options.out)
-        # Here all of them, or what a job that died has left. What another process is at comes last.
+        # All of them, or what a job that died has left. What another process is at comes last.
         tell = partial(watch.tell, 0)
         left = [pair for pair in pairs if not attempt(do, pair, options, tell)]
         if left and len(pairs) == options.ranks == 1:
@@ -360,7 +334,7 @@ def attempt(do, pair, options, tell, patient=False):
 
 def _side_by_side(do, pairs, jobs, options, watch):
     """The runs in processes of their own, each of which takes what none has taken yet. On Linux
-    they fork, with what this process has imported, read and measured, from its single thread."""
+    they fork, with what this process has imported and read, from its single thread."""
     fork = sys.platform == "linux" and options.device == "cpu"
     context = multiprocessing.get_context("fork" if fork else "spawn")
     processes, pipes = [], {}

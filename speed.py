@@ -14,9 +14,9 @@ MFLOP_PER_THREAD = 200  # of a step: below, a second thread costs more than it g
 
 
 class Captured:
-    """A function of one index tensor, captured whole in a CUDA graph. Three calls run as usual, all
-    later ones are replays, a single launch each. Where it cannot be captured (a network that asks
-    the device for a number), all run as usual. Returns copies: a replay overwrites its output."""
+    """A function of one index tensor, captured in a CUDA graph. Three calls run as usual, later
+    ones are replays, a single launch each, or run as usual where it cannot be captured. Returns
+    copies: a replay overwrites its output."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
@@ -71,8 +71,8 @@ def choose_threads(options, net, x):
 
 
 def keep_memory():
-    """Let glibc keep freed memory for the next step, which would otherwise be fetched from the
-    system again, zeroed: with large activations that takes as long as the arithmetic."""
+    """Let glibc keep freed memory for the next step. To fetch it from the system again, zeroed,
+    takes as long as the arithmetic where activations are large."""
     with suppress(AttributeError, OSError, TypeError):  # not on Linux
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
@@ -80,7 +80,7 @@ def keep_memory():
 
 
 def start_quickly():
-    """Take decorators off torch's optimizers that import torch.compile's machinery at the first
-    call: that takes a second, and nothing here is compiled."""
+    """Take decorators off torch's optimizers that import torch.compile's machinery, which takes a
+    second."""
     for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
         setattr(Optimizer, name, unwrap(getattr(Optimizer, name)))

@@ -630,13 +630,11 @@ def test_rows_that_cannot_be_written_whole_are_not_written(tmp_path, monkeypatch
     rows = runs.Rows(tmp_path / "log.csv", ["epoch", "loss"])
     rows.add([0, 0.5])
 
-    def full(file, content):
-        os.write(file, bytes(content)[:3])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(runs, "_write", full)
-    with pytest.raises(OSError):
+    write = os.write
+    monkeypatch.setattr(runs.os, "write", lambda file, content: write(file, content[:3]))
+    with pytest.raises(OSError, match="No space left on device"):
         rows.add([1, 0.25])
+    monkeypatch.undo()
     rows.close()
     assert (tmp_path / "log.csv").read_text() == "epoch,loss\n0,0.5\n"
     assert without_seconds(tmp_path / "log.csv") == [{"epoch": "0", "loss": "0.5"}]
