@@ -1,6 +1,5 @@
 """Data sets as tensors that live on the device; a batch is an indexing there."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     elif name == "modular":
         parts = modular(modulus)
     elif name in NAMES:
-        parts = _downloaded(name, Path(root))
+        parts = _download(name, Path(root))
     elif name.endswith(".npz"):
         parts = _npz(Path(name))
     else:
@@ -66,12 +65,12 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
         data.tokens = int(max(x.max(), test_x.max())) + 1
         return data
     if x.dtype == torch.uint8:  # exact, in little memory: the values are counted
-        channels = [torch.bincount(c.reshape(-1), minlength=256) for c in x.unbind(1)]
-        counts, values = torch.stack(channels).double(), torch.arange(256, dtype=torch.float64)
+        counts = [torch.bincount(c.flatten(), minlength=256) for c in x.unbind(1)]
+        counts, values = torch.stack(counts).double(), torch.arange(256, dtype=torch.float64)
         n = counts.sum(1)
-        mean = counts @ values / n
-        std = ((counts * (values - mean[:, None]) ** 2).sum(1) / (n - 1)).sqrt()
-        mean, std = mean[:, None, None], std[:, None, None]
+        mean = (counts @ values / n)[:, None]
+        std = ((counts * (values - mean) ** 2).sum(1) / (n - 1)).sqrt()
+        mean, std = mean[:, :, None], std[:, None, None]
     else:
         mean, std = x.double().mean(0), x.double().std(0)
     std = torch.where(std > 0, std, 1)
@@ -105,7 +104,7 @@ def _npz(path):
         what = f"the array {name} cannot be read" if arrays else "it is no .npz file"
         raise ValueError(f"{path}: {what} ({str(error)[:100]})".replace("\n", " ")) from None
     parts = []
-    for name, like in (("x", "x"), ("test_x", "x")):
+    for name in ("x", "test_x"):
         x, y = arrays[name], arrays[name.replace("x", "y")]
         image = x.dtype == np.uint8 and x.ndim in (3, 4)
         number, token = x.dtype.kind == "f" and x.ndim == 2, x.dtype.kind in "iu" and x.ndim == 2
@@ -116,7 +115,7 @@ def _npz(path):
             wrong = "has numbers that float32 cannot hold"
         elif token and (x.min() < 0 or x.max() > 10**6):
             wrong = "has tokens below 0 or above a million"
-        elif x.shape[1:] != arrays[like].shape[1:] or x.dtype.kind != arrays[like].dtype.kind:
+        elif x.shape[1:] != arrays["x"].shape[1:] or x.dtype.kind != arrays["x"].dtype.kind:
             wrong = "is not of the kind and shape of x"
         elif y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 10**6:
             what = f"{path}: the array {name.replace('x', 'y')} of type {y.dtype}"
@@ -129,24 +128,8 @@ def _npz(path):
     return parts
 
 
-def _downloaded(name, root):
-    """[x, y, test_x, test_y] of a data set of torchvision, from root/name.pt once it is there."""
-    path = root / f"{name}.pt"
-    if not path.exists():
-        parts = _download(name, root)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        torch.save(parts, temporary)
-        os.replace(temporary, path)
-    try:
-        parts = torch.load(path, weights_only=True)
-        if [t.dtype for t in parts] != [torch.uint8, torch.int64] * 2:
-            raise ValueError
-    except Exception:  # a damaged file can fail anywhere
-        raise ValueError(f"{path} is damaged: remove it, and it is made again") from None
-    return parts
-
-
 def _download(name, root):
+    """[x, y, test_x, test_y] of a data set of torchvision, from `root` once it is there."""
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name]

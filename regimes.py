@@ -350,7 +350,6 @@ def gather(paths):
 
 
 def read_folder(folder):
-    """The runs in a folder that can be read."""
     return gather([folder])[0]
 
 
@@ -448,7 +447,7 @@ def table(runs):
 
 
 def way(run, runs):
-    """Through which regimes a run went whose ELR moved: those of the nearest ELRs of the sweep."""
+    """Through which regimes a run went whose ELR moved: those of the sweep's nearest ELRs."""
     elrs = np.maximum(run.log["elr"], 1e-300)
     text = f"ELR {elrs[0]:.3g} to {elrs[-1]:.3g}"
     sweep, before = by_elr(runs), ""
@@ -484,7 +483,7 @@ def temporary(path):
 
 
 def write_whole(path, content):
-    """Write a file whole or not at all: beside it, then renamed."""
+    """Whole or not at all: beside it, then renamed."""
     try:
         with open(temporary(path), "wb") as file:
             file.write(content)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 from data import DIGITS, add_label_noise, batches, crop_and_flip, load
 
 
@@ -74,9 +73,7 @@ def add(archive, name, content):
     return hashlib.md5(content).hexdigest()
 
 
-def test_cifar10_placed_by_hand_is_read_by_torchvision_once_and_then_from_the_cache(
-    tmp_path, monkeypatch
-):
+def test_cifar10_placed_by_hand_is_read_by_torchvision(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     x, labels = images(12), list(range(10)) + [3, 4]
@@ -105,10 +102,11 @@ def test_cifar10_placed_by_hand_is_read_by_torchvision_once_and_then_from_the_ca
     assert (
         normal.mean((0, 2, 3)).abs().max() < 1e-5 and (normal.std((0, 2, 3)) - 1).abs().max() < 1e-5
     )
-    monkeypatch.setattr(data, "_download", None)
+    (tmp_path / CIFAR10.filename).unlink()  # the extracted files are enough
     assert torch.equal(load("cifar10", root=tmp_path).x, found.x)
-    (tmp_path / "cifar10.pt").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="cifar10.pt is damaged: remove it"):
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/x")
+    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cifar10 cannot be downloaded"):
         load("cifar10", root=tmp_path)
 
 
