@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -45,14 +45,8 @@ HERE = Path(__file__).parent
 IMAGES, BATCH = 2560, 128  # of an epoch
 
 
-@dataclass
-class Row:
-    """Median seconds; `limit`: the least that the machine could need."""
-
-    case: str
-    method: str
-    seconds: float
-    limit: float | None = None
+# Median seconds of a method; limit: the least that the machine could need.
+Row = namedtuple("Row", "case method seconds limit", defaults=[None])
 
 
 def machine():
@@ -84,8 +78,8 @@ def interleaved(ways, repetitions, warm=1):
 
 
 def limits():
-    """What the machine does at best, of nine tries: floating-point operations per second in float32
-    and bfloat16, of a matrix product or the same as a convolution; bytes per second of a copy."""
+    """The best of nine tries: floating-point operations per second in float32 and bfloat16, of a
+    matrix product or the same as a convolution; bytes per second of a copy."""
     keep_memory()
     n = 8192 if DEVICE == "cuda" else 2048
 
@@ -225,8 +219,7 @@ def iteration(repetitions):
         x, y = run.data.inputs(index), run.data.y[index]
 
         def passes(run=run, x=x, y=y):
-            for p in run.net.parameters():
-                p.grad = None
+            run.net.zero_grad()
             F.cross_entropy(run.net(x), y).backward()
 
         ways = {"forward and backward": passes, "iteration": partial(run.step, index)}
@@ -310,9 +303,8 @@ def epoch_of(folder, net, repetitions, rates):
 
 
 def run_train(*options):
-    subprocess.run(
-        [sys.executable, HERE / "train.py", *options], stdout=subprocess.DEVNULL, check=True
-    )
+    command = [sys.executable, HERE / "train.py", *options]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 
 def sweep(repetitions):

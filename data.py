@@ -45,9 +45,7 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     8×8: the first 1,437 to train on.
     """
     if name == "digits":
-        with np.load(DIGITS) as file:
-            x, y = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
-        parts = [x[:1437, None], y[:1437], x[1437:, None], y[1437:]]
+        parts = _npz(DIGITS)
     elif name == "modular":
         parts = modular(modulus)
     elif name in NAMES:
@@ -143,9 +141,9 @@ def _download(name, root):
     try:
         for option in options:
             found = kind(root, download=True, **option)
-            x, y = (found.data, found.labels) if name == "svhn" else (found.data, found.targets)
-            x = x if name == "svhn" else x.transpose(0, 3, 1, 2).copy()
-            parts += [torch.from_numpy(x), torch.as_tensor(y).long()]
+            x, y = torch.from_numpy(found.data), found.labels if name == "svhn" else found.targets
+            x = x if name == "svhn" else x.permute(0, 3, 1, 2).contiguous()
+            parts += [x, torch.as_tensor(y).long()]
     except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
         where = " and ".join(f"{url} as {root / file}" for url, file in files)
         what = f"{name} cannot be downloaded ({error})"

@@ -90,8 +90,8 @@ def most_frequent(rows):
 
 
 class Report:
-    """regimes.csv and regimes.png of all runs in a folder, renewed after each, as long as drawing
-    takes less than half of the time."""
+    """regimes.csv and regimes.png of a folder, renewed after each run, as long as drawing takes
+    less than half of the time."""
 
     def __init__(self, options):
         self.options, self.stale, self.next_drawing = options, True, 0.0
@@ -111,8 +111,8 @@ class Report:
 
 
 def of_sweep(runs, path, name=""):
-    """Loss, error and γ per epoch, the phase diagram; along the ELR the regimes and the angle; as
-    PNG. Runs whose ELR moved are dashed."""
+    """Loss, error, γ per epoch; the phase diagram; along the ELR regimes and angle. Runs whose ELR
+    moved are dashed."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
@@ -271,11 +271,14 @@ def of_landscape(lines, path, name):
     elrs = sorted({line["elr"] for line in lines})
     groups = [[line for line in lines if line["elr"] == elr] for elr in elrs]
     names = [most_frequent(group) for group in groups]
-    panels = {"a": ("test error", dict(test_error="at the end", then_test_error="after the drop"))}
-    panels["a"][1].update(avg_test_error="averaged", then_avg_test_error="after the drop, averaged")
-    panels["b"] = ("sharpness λ_max on the unit sphere", dict(sharpness="at the end"))
-    panels["b"][1].update(then_sharpness="after the drop")
-    panels["c"] = ("barrier (train loss)", dict(barrier_to_next="to the next ELR's run"))
+    errors_of = dict(test_error="at the end", then_test_error="after the drop")
+    errors_of |= dict(avg_test_error="averaged", then_avg_test_error="after the drop, averaged")
+    sharpness_of = dict(sharpness="at the end", then_sharpness="after the drop")
+    panels = {
+        "a": ("test error", errors_of),
+        "b": ("sharpness λ_max on the unit sphere", sharpness_of),
+        "c": ("barrier (train loss)", dict(barrier_to_next="to the next ELR's run")),
+    }
     for key, (label, columns) in panels.items():
         for (column, what), style in zip(columns.items(), ("o-", "s--", "^:", "d-."), strict=False):
             values = [[line[column] for line in group] for group in groups]

@@ -105,8 +105,8 @@ def between(a, b, t, way):
 
 
 def barrier(a, b, way="circle", points=21):
-    """By how much at most the train loss exceeds the straight line between the ends' losses; (t,
-    train loss, test error) along the way. Raises ValueError for two different networks."""
+    """By how much at most the train loss exceeds the line between the ends' losses; (t, train loss,
+    test error) along the way. Raises ValueError for two different networks."""
     check_same(a, b)
     path = [(t, *evaluate(a, between(a, b, t, way))) for t in np.linspace(0, 1, points).tolist()]
     first, last = path[0][1], path[-1][1]
@@ -114,27 +114,24 @@ def barrier(a, b, way="circle", points=21):
 
 
 def check_same(*points):
-    def kind(point):
-        shapes = [(name, p.shape) for name, p in point.net.named_parameters()]
-        return shapes, [(sphere["names"], sphere["rows"]) for sphere in point.spheres]
-
-    for other in points[1:]:
-        if kind(other) != kind(points[0]):
+    first, *others = points
+    for other in others:
+        one, two = ([(n, p.shape) for n, p in x.net.named_parameters()] for x in (first, other))
+        if one != two or first.spheres != other.spheres:
             what = "is another network, or on other spheres, than"
-            raise ValueError(f"{other.path} {what} {points[0].path}")
+            raise ValueError(f"{other.path} {what} {first.path}")
 
 
 def distances(points):
     """Matrices of angles in radians: of the network (the mean over its spheres), of each tensor."""
     check_same(*points)
-    names = [name for sphere in points[0].spheres for name in sphere["names"]]
-    places = {"network": [point.vectors() for point in points]}
-    for name in names:
-        tensors = [point.net.get_parameter(name).detach().double() for point in points]
-        places[name] = [[x.reshape(1, -1)] for x in tensors]
+    parts = {"network": points[0].spheres}
+    for sphere in points[0].spheres:
+        parts |= {name: [{"names": [name], "rows": False}] for name in sphere["names"]}
     found = {}
-    for name, of_points in places.items():
-        rows = [[measure.angles(x, y).mean().item() for y in of_points] for x in of_points]
+    for name, spheres in parts.items():
+        places = [measure.vectors(point.net, spheres) for point in points]
+        rows = [[measure.angles(x, y).mean().item() for y in places] for x in places]
         found[name] = np.array(rows)
     return found
 
@@ -221,7 +218,7 @@ def summarize(folder, device, samples):
     Barriers are those to the next larger ELR, between second runs where there are some."""
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
     if not runs:
-        raise ValueError(f"{folder}: no runs here: is it the folder of a sweep?")
+        raise ValueError(f"{folder}: no runs here")
     found, ends = [], []
     for run in tqdm(runs, unit="run", disable=None):
         row = dict.fromkeys(COLUMNS, math.nan)
@@ -252,7 +249,7 @@ def table(rows):
 
 
 def best(rows):
-    """From which ELR the test error after the drop is least, by the median."""
+    """From which ELR the median test error after the drop is least."""
     values = {}
     for row in rows:
         if math.isfinite(row["then_test_error"]):
@@ -276,15 +273,14 @@ def parser():
 
     points = dict(type=Path, metavar="PT", help="a checkpoint of train.py")
     few, many = number(int, 0, 10**6), number(int, 1, 10**6)
-    text = "the loss (nats) on the way between two, along the straight line and the great circle"
+    text = "the loss (nats) between two, on the straight line and on the great circle"
     add = command("barrier", text)
     add("checkpoints", nargs=2, **points)
     add("--points", type=many, default=21, metavar="N", help="along the way (default: 21)")
-    text = "the figure (default: barrier.png)"
-    add("--out", type=Path, default=Path("barrier.png"), metavar="PNG", help=text)
-    text = "angles (radians) between checkpoints, of the whole network and of each layer"
+    add("--out", type=Path, default=Path("barrier.png"), help="(default: barrier.png)")
+    text = "angles (radians) between checkpoints, of the network and of each layer"
     command("distance", text)("checkpoints", nargs="+", **points)
-    text = "largest eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
+    text = "eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
     add = command("curvature", text)
     add("checkpoints", nargs="+", **points)
     add("--k", type=few, default=3, help="how many eigenvalues (default: 3)")
@@ -324,7 +320,7 @@ def show_barrier(args, points):
     for way, name in (("line", "straight line"), ("circle", "great circle")):
         height, ways[name] = barrier(*points, way, args.points)
         losses = [loss for _, loss, _ in ways[name]]
-        ends = f"train loss {losses[0]:.4g} and {losses[-1]:.4g} at the ends"
+        ends = f"train loss {losses[0]:.4g}, {losses[-1]:.4g} at the ends"
         print(f"{name}: barrier {height:.4g}; {ends}, at most {max(losses):.4g}")
     figures.of_barrier(ways, args.out, " to ".join(point.path.stem for point in points))
     print(f"written: {args.out}")

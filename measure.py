@@ -27,9 +27,9 @@ OF_LAYERS = "norm elr grad_norm angle".split()
 
 
 def of_steps(kept, sphere, plain):
-    """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6] (of several spheres
-    the norm of their γ, else the mean), and OF_LAYERS [tensors, 4]. Where a `plain` optimizer moves
-    the weights, with the ELR that this implies."""
+    """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6], over spheres the
+    norm of γ, else the mean; OF_LAYERS [tensors, 4]. Where a `plain` optimizer moves the weights,
+    with the ELR that this implies."""
     losses, wrong, *last = zip(*kept, strict=True)
     last = [torch.stack(x) for x in last]
     stats, layers = sphere.stats(last), sphere.layer_stats(last)
@@ -124,11 +124,10 @@ def chance(net, sphere, data, options, seed):
         logits, y = logits_of(net, data.inputs(index), options.dtype), data.y[index]
         wrong = (logits.argmax(1) != y).double().mean()
         values.append(torch.stack([F.cross_entropy(logits, y).double(), wrong]))
-    mean, std = torch.stack(values).mean(0).tolist(), torch.stack(values).std(0).tolist()
-    found = {"points": len(values)}
-    for i, name in enumerate(("train_loss", "train_error")):
-        found[name] = {"mean": mean[i], "std": std[i]}
-    return found
+    loss, error = torch.stack(values).unbind(1)
+    found = {"train_loss": loss, "train_error": error}
+    found = {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in found.items()}
+    return found | {"points": POINTS}
 
 
 @torch.no_grad()

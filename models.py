@@ -187,8 +187,7 @@ def build(options, data):
         width = options["width"] or 64
         return transformer(data.tokens, len(example), data.classes, width)
     if example.dim() != 3 or min(example.shape[1:]) < 8:
-        shape = " × ".join(map(str, example.shape))
-        raise ValueError(f"{model} takes images of at least 8 × 8, not {shape}")
+        raise ValueError(f"{model} takes images of at least 8 × 8, not {list(example.shape)}")
     more = (options["width"] or 8, options["affine"], options["train_head"])
     return MODELS[model](len(example), data.classes, *more)
 
@@ -299,21 +298,21 @@ def layer_groups(net, x, classes, sphere):
         what = str(error).splitlines()[0]
         raise ValueError(f"the network cannot be run on the data ({what})") from error
     if logits.shape != (len(x), classes):
-        what = f"is {tuple(logits.shape)}, not (batch, classes) = {(len(x), classes)}"
-        raise ValueError(f"the network's output {what}")
+        shape = list(logits.shape)
+        raise ValueError(f"the network's output is {shape}, not [{len(x)}, {classes} classes]")
     tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
     norms = {name: p.norm().item() for name, p in tensors.items()}
     usable = []
     for group in found:
         has_direction = any(norms[name] > 0 for name in group)
-        if sphere == "row":  # a row of one number has none, which is all that a vector's rows are
+        if sphere == "row":  # those of a vector, one number each, have none
             rows = [tensors[name].flatten(1) for name in group if tensors[name].dim() > 1]
             whole = all(row.norm(dim=1).min() > 0 for row in rows)
             has_direction = len(rows) == len(group) and whole
         if has_direction:
             usable.append(group)
     if not usable:
-        raise ValueError("no scale-invariant weights found: is there a normalization layer?")
+        raise ValueError("no scale-invariant weights: is there a normalization layer?")
     print(f"{'norm':>9}  sphere")
     for group in usable:
         norm = math.hypot(*(norms[name] for name in group))

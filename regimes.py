@@ -162,8 +162,8 @@ def classify(log, chance=None):
 
 
 def _decide(verdict, longer, loss, chance):
-    """Regime and why. Slow noise may look like a trend, or hide one: so `longer`, the trend of the
-    last three quarters, is asked, too."""
+    """Regime and why. Slow noise may look like a trend, or hide one: so `longer`, that of the last
+    three quarters, is asked, too."""
     trend, skills, turn = verdict.trend, verdict.skills, verdict.turn
     if np.median(loss) < NEGLIGIBLE * chance:
         share = loss.mean() / chance
@@ -258,7 +258,7 @@ def elr_name(elr):
 
 def read_log(path):
     """A CSV log as columns, and a complaint about a last row that was cut off, else "". Raises
-    ValueError, in one line that names the file, where it is no log."""
+    ValueError, in one line, where it is no log."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]

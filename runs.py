@@ -237,7 +237,7 @@ class Watch:
         if what == "epoch" and self.terminal:
             self._bar(job, name, *more)
         elif what == "epoch":
-            self._line(job, name, *more)
+            self._line(name, *more)
         elif what == "finished":
             text, nothing_to_do = more
             if not (nothing_to_do and (self.quiet or name in self.reported)):
@@ -256,26 +256,22 @@ class Watch:
             tqdm.write(more[0], file=sys.stderr)
 
     def _bar(self, job, name, epoch, epochs, shown):
-        if job not in self.bars:
-            self.bars[job] = tqdm(unit="epoch", position=job, leave=False)
-        bar = self.bars[job]
         if self.last.get(job) != name:
             self.last[job] = name
-            bar.reset()
-            bar.initial = bar.n = bar.last_print_n = epoch
-            bar.set_description(name, refresh=False)
+            if job in self.bars:
+                self.bars[job].close()
+            how = dict(unit="epoch", position=job, leave=False)
+            self.bars[job] = tqdm(desc=name, initial=epoch, **how)
+        bar = self.bars[job]
         bar.total = epochs
         bar.update(epoch - bar.n)
         bar.set_postfix_str(shown)
 
-    def _line(self, job, name, epoch, epochs, shown):
-        before, since = self.last.get(job, ("", 0))
-        if before != name:
-            since = time.monotonic()
+    def _line(self, name, epoch, epochs, shown):
+        since = self.last.setdefault(name, time.monotonic())
         if time.monotonic() - since > 60:
             print(f"{name}: epoch {epoch} of {epochs}, {shown}", flush=True)
-            since = time.monotonic()
-        self.last[job] = (name, since)
+            self.last[name] = time.monotonic()
 
     def close(self):
         for bar in self.bars.values():

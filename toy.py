@@ -42,9 +42,8 @@ def step(theta, alphas, elr):
 def simulate(alphas, elrs, seeds, steps):
     """A run for each ELR and seed, which is its start, with log and verdict."""
     alpha, total = np.array(alphas), sum(alphas)
-    starts = [
-        np.random.default_rng(seed).standard_normal((len(alphas), 2)) for seed in range(seeds)
-    ]
+    shape = len(alphas), 2
+    starts = [np.random.default_rng(seed).standard_normal(shape) for seed in range(seeds)]
     theta = np.tile(np.stack(starts), (len(elrs), 1, 1, 1))  # [elrs, seeds, groups, 2]
     theta /= np.sqrt((theta * theta).sum((-1, -2), keepdims=True))
     elr = np.array(elrs)[:, None, None, None]
@@ -86,9 +85,8 @@ def main(argv=None):
     add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--elr", nargs="+", type=float, help="these ELRs")
-    text = "log-spaced (default: 1e-2 1e2 13)"
-    default = [1e-2, 1e2, 13]
-    which("--sweep", nargs=3, type=float, default=default, metavar=("LO", "HI", "N"), help=text)
+    how = dict(nargs=3, type=float, default=[1e-2, 1e2, 13], metavar=("LO", "HI", "N"))
+    which("--sweep", **how, help="log-spaced (default: 1e-2 1e2 13)")
     add("--seeds", type=int, default=1, metavar="K", help="starts (default: 1)")
     add("--refine", type=int, default=0, metavar="N", help="bisect both boundaries")
     add("--steps", type=int, default=20_000, metavar="N", help="(default: 20000)")

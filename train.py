@@ -12,7 +12,6 @@ goes on where it stopped. Regimes: Kodryan et al., NeurIPS 2022 (arXiv 2209.0369
 
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -160,8 +159,7 @@ class Run:
             row |= dict.fromkeys(AVERAGE_COLUMNS, math.nan)
             if self.epoch > self.epochs - options.average:
                 self.averaged.update_parameters(net)
-                spheres = self.spheres if options.mode != "lr" else []
-                row |= measure.on_average(self.averaged, net, spheres, data, options.dtype)
+                row |= measure.on_average(self.averaged, net, self.spheres, data, options.dtype)
 
     def train(self, tell):
         """The epochs that are left, each with its rows in the logs and a checkpoint."""
@@ -322,7 +320,7 @@ def main(argv=None):
             if str(seed) not in options.chance:
                 options.chance[str(seed)] = measure_chance(options, data, seed)
         config = options.config | {"chance": options.chance, "command": options.given}
-        config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+        config["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
         config |= {"threads": options.threads, "jobs": options.jobs}
         runs.write_config(options.out, config)
         for _ in range(1 + options.refine):
