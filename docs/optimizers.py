@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
 import measure  # noqa: E402
+import regimes  # noqa: E402
 import train  # noqa: E402
 from options import parse  # noqa: E402
 
@@ -48,10 +49,13 @@ def optimizers(seeds: int, tasks: list[str]) -> None:
         for kind, rates in RATES.items():
             for lr in rates:
                 values = [train_with(options, kind, lr, seed) for seed in range(seeds)]
-                found += [[task, kind, lr, seed, x] for seed, x in enumerate(values)]
+                for seed, x in enumerate(values):
+                    row = {"task": task, "optimizer": kind, "lr": lr, "seed": seed, "test_error": x}
+                    found.append(row | {"machine": bench.machine(), "torch": torch.__version__})
                 error = statistics.median(values)
                 print(f"{task:20}{kind:8}{lr:8g}  {error:.4f}", flush=True)
-    bench.write("optimizers", ["task", "optimizer", "lr", "seed", "test_error"], found)
+    name = "optimizers-" + bench.machine().replace(" ", "-")
+    regimes.write_csv(ROOT / "benchmarks" / f"{name}.csv", found)
 
 
 def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
