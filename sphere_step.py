@@ -251,7 +251,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def measure(self):
-        """Only the statistics of a step, at the norms that the weights have."""
+        """The statistics of a step, at the norms that the weights have."""
         self._apply(move=False)
 
     @property
@@ -265,7 +265,7 @@ class SphereSGD(torch.optim.Optimizer):
         """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ in
         radians, `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. With the `last` of several steps,
         stacked: [steps, spheres]."""
-        _, g2, angle, radial, elr, radius = self._of_parts(last, *self._whole)
+        _, g2, angle, radial, elr, radius = self._of_parts(last, False)
         gamma = radius * g2.sqrt()
         return dict(radius=radius, elr=elr, grad_norm=gamma, angle=angle, radial=radial)
 
@@ -273,15 +273,16 @@ class SphereSGD(torch.optim.Optimizer):
         """The same per tensor on a sphere: its `norm` ρ_i before the step, its own ELR `elr`
         = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, the `angle` by which the step turned it. Where
         rows are spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ."""
-        tt, g2, angle, _, elr, radius = self._of_parts(last, *self._lines)
+        tt, g2, angle, _, elr, radius = self._of_parts(last, True)
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle], -1)
         tt, elr, gamma2, angle = _sums(lines, self._rows).unbind(-1)
         n = self._rows
         return dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
 
-    def _of_parts(self, last, tiles, sphere):
-        """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ of parts, each of so many `tiles`, on which `sphere`."""
+    def _of_parts(self, last, lines):
+        """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ of spheres, or of their lines."""
         partials, rule = self.last if last is None else last
+        tiles, sphere = self._lines if lines else self._whole
         gram, (k, b, u, elr, radius, beta) = _sums(partials, tiles), rule[..., sphere, :].unbind(-1)
         tt, tg, gg, tm, gm, mm = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
         g2 = gg - tg * tg / tt
@@ -429,7 +430,7 @@ def _check(groups, backend):
     ways = ("auto", "torch", "triton") if possible else ("auto", "torch")
     for name, good, what in (
         ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
-        ("lr", 0 <= float(group["lr"]) < most, "finite, not negative, an angle below π/2"),
+        ("lr", 0 <= float(group["lr"]) < most, "finite, ≥ 0 (an angle below π/2)"),
         ("radius", radius is None or sphere and 0 < radius < math.inf, "positive, on a sphere"),
         ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
         ("backend", backend in ways, "'auto', 'torch' or, on a GPU, not in float64, 'triton'"),

@@ -266,8 +266,11 @@ def test_without_a_sphere_it_is_plain_sgd():
             q.grad = p.grad.clone()
         ours.step(), theirs.step()
     assert close(a, c, 1e-6) and close(b, d, 1e-6)
-    with pytest.raises(RuntimeError, match="no statistics"):
-        ours.stats()
+    for optimizer in (ours, SphereSGD([a], lr=0.1)):
+        with pytest.raises(RuntimeError, match="no statistics before the first step"):
+            optimizer.stats()
+        with pytest.raises(RuntimeError, match="no statistics before the first step"):
+            optimizer.layer_stats()
 
 
 def test_given_radius_rescales_at_once_and_normalize_returns_to_it():
