@@ -209,7 +209,8 @@ def _along_the_elr(ax, groups, moving):
         low, high = min([edges[0], *paths]), max([edges[-1], *paths])
         ax.set_xlim(max(low, edges[0] / 30), min(high, edges[-1] * 30))
         _boundaries(ax, runs)
-    ax.legend(handles=handles, loc="lower right", fontsize=8)
+    below = dict(loc="upper right", bbox_to_anchor=(1.02, -0.1), ncol=3, frameon=False)
+    ax.legend(handles=handles, fontsize=8, **below)
 
 
 def _boundaries(ax, runs):
@@ -226,8 +227,8 @@ def _boundaries(ax, runs):
 
 
 def _angles(ax, groups, moving):
-    ax.set(xscale="log", yscale="log", xlabel="ELR", ylabel="radians")
-    ax.set_title("(f) angular step φ at the end", pad=28)
+    ax.set(xscale="log", yscale="log", xlabel="ELR")
+    ax.set_title("(f) angular step φ at the end (radians)", pad=28)
     for angle in (0.05, 1.0):  # a single point would leave the axis without a height
         ax.axhline(angle, color="black", ls=":", lw=0.8)
     if groups:
