@@ -260,7 +260,7 @@ def of_toy(rows, alphas, path):
     axes["a"].axhline(total / 2, color="black", ls=":", label="chance, Σα/2")
     axes["a"].set_ylim(1e-4 * total, 2 * total)
     axes["b"].set_ylim(1e-5, 2)
-    for key, corner in (("a", "lower right"), ("b", "lower left")):
+    for key, corner in (("a", "lower right"), ("b", "upper right")):
         axes[key].legend(fontsize=8, loc=corner)
     fig.suptitle("toy, α = " + ", ".join(f"{a:g}" for a in alphas))
     save(fig, path)
