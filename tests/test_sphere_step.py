@@ -273,14 +273,29 @@ def test_without_a_sphere_it_is_plain_sgd():
             optimizer.layer_stats()
 
 
-def test_given_radius_rescales_at_once_and_normalize_returns_to_it():
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+def test_given_radius_rescales_at_once_and_normalize_returns_to_it(sphere):
+    """Directions stay; in other memory layouts and without dimensions, too."""
+    images = torch.randn(3, 2, 4, 4).to(memory_format=torch.channels_last)
+    theta = [*two_tensors(torch.float32), images, torch.tensor(-0.3), torch.randn(3).bfloat16()]
+    theta = [t.detach().requires_grad_() for t in theta]
+    rows = sphere == "row"  # of which a number has none: it is one itself
+    cut = [t.detach().reshape(1) if rows and not t.dim() else t.detach() for t in theta]
+    before = [x.double() for x in spheres_of(cut, sphere)]
+    optimizer = SphereSGD(theta, lr=0.1, sphere=sphere, radius=2.5, backend="torch")
+    for scale in (1.0, 3.0):
+        with torch.no_grad():
+            for t in theta:
+                t.mul_(scale)
+        optimizer.normalize()
+        for old, new in zip(before, spheres_of(cut, sphere), strict=True):
+            assert torch.allclose(new.double(), 2.5 * old / old.norm(), rtol=1e-2, atol=1e-6)
+            assert math.isclose(new.double().norm(), 2.5, rel_tol=5e-3)
+    assert images.is_contiguous(memory_format=torch.channels_last)
     theta = two_tensors()
-    optimizer = SphereSGD(theta, lr=0.1, sphere="tensor", radius=2.5)
-    assert all(math.isclose(t.detach().norm(), 2.5, rel_tol=ROUNDING) for t in theta)
-    with torch.no_grad():
-        theta[0].normal_()
-    optimizer.normalize()
-    assert math.isclose(theta[0].norm().item(), 2.5, rel_tol=ROUNDING)
+    SphereSGD(theta, lr=0.1, sphere=sphere, radius=2.5)
+    for x in spheres_of(theta, sphere):
+        assert math.isclose(x.detach().norm(), 2.5, rel_tol=ROUNDING)
 
 
 def test_measure_reports_what_step_would_without_moving_anything():
