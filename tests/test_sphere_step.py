@@ -289,8 +289,9 @@ def test_given_radius_rescales_at_once_and_normalize_returns_to_it(sphere):
                 t.mul_(scale)
         optimizer.normalize()
         for old, new in zip(before, spheres_of(cut, sphere), strict=True):
-            assert torch.allclose(new.double(), 2.5 * old / old.norm(), rtol=1e-2, atol=1e-6)
-            assert math.isclose(new.double().norm(), 2.5, rel_tol=5e-3)
+            # bfloat16 is rounded five times, each by up to 2^-8
+            assert torch.allclose(new.double(), 2.5 * old / old.norm(), rtol=2e-2, atol=1e-6)
+            assert math.isclose(new.double().norm(), 2.5, rel_tol=1e-2)
     assert images.is_contiguous(memory_format=torch.channels_last)
     theta = two_tensors()
     SphereSGD(theta, lr=0.1, sphere=sphere, radius=2.5)
