@@ -39,11 +39,11 @@ def parser():
     add("--lr", nargs="+", type=real, help="ordinary training at these learning rates")
     add("--wd", type=real, help="weight decay, with --lr (default: none)")
     add("--refine", type=few, default=0, metavar="N", help="then bisect both boundaries N times")
-    add("--max-epochs", type=whole, metavar="N", help="undecided runs go on, at most so long")
+    add("--max-epochs", type=whole, metavar="N", help="undecided runs go on, up to N epochs")
     add("--seed", type=number(int, -1, 2**30), default=0, help="of start and order (default: 0)")
     add("--seeds", type=whole, default=1, metavar="K", help="from --seed on (default: 1)")
     add("--epochs", type=whole, help="default: 20; modular: 400")
-    add("--then", type=real, metavar="ELR", help="from each end a run at this ELR (or angle)")
+    add("--then", type=real, metavar="ELR", help="from each end a second run at this ELR or angle")
     add("--average", type=whole, metavar="K", help="test the mean weights of the last K epochs")
 
     add = parser.add_argument_group("the step").add_argument
@@ -70,7 +70,7 @@ def parser():
 
     add = parser.add_argument_group("the machine and the files").add_argument
     add("--jobs", type=few, metavar="N", help="runs at a time (default: CPU one per core, GPU 1)")
-    add("--threads", type=few, metavar="T", help="of each (default: 1; a single run what helps)")
+    add("--threads", type=few, metavar="T", help="CPU threads of a run (default: what helps)")
     text = "of the arithmetic, not of the weights (default: fp32)"
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
     add("--graph", **flag, help="GPU: capture each step in a CUDA graph and replay it")
