@@ -122,7 +122,7 @@ def report(what, rows, baseline):
 
 
 def check(cases=30):
-    """The largest relative error of a float32 step against the formula in float64."""
+    """The largest relative error of a step against the formula in float64."""
     worst = 0.0
     for case in range(cases):
         sphere = ("group", "tensor", "row")[case % 3]
@@ -252,7 +252,7 @@ def usual_loop(pipe, file, net, threads):
 
 
 def epoch(repetitions):
-    """An epoch of train.py, and of the usual loop: a DataLoader with two workers, .item() at each
+    """An epoch of train.py, and of the usual loop: a DataLoader with two workers, .item() each
     step. Same network and optimizer."""
     rates = dict(zip(("fp32", "bf16"), limits(), strict=False))
     rows, generator = [], np.random.default_rng(0)

@@ -53,7 +53,7 @@ class Point:
 
 
 def read(path, device="cpu"):
-    """Raises ValueError where it is missing, damaged or no checkpoint of train.py."""
+    """Raises ValueError where it is no checkpoint of train.py."""
     state = load_checkpoint(path, None, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")
@@ -263,7 +263,7 @@ def best(rows):
 
 def parser():
     text = "What the loss looks like around and between the ends of runs, from their checkpoints."
-    example = "example: python landscape.py summary logs/digits-convnet (each has its own --help)"
+    example = "example: python landscape.py summary logs/digits-convnet"
     parser = regimes.Parser(prog="landscape.py", description=text, epilog=example)
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)

@@ -27,7 +27,7 @@ class Refused(Exception):
 def parser():
     text = "Train on the sphere at a fixed effective learning rate (ELR), and name the regime."
     example = "example: python train.py --sweep 1e-4 1 13 --epochs 40"
-    parser = regimes.Parser(prog="train.py", description=text, epilog=example)
+    parser = regimes.Parser("train.py", description=text, epilog=example, allow_abbrev=False)
     flag, whole, real = dict(action="store_true"), number(int), number(float)
     few, share, angle = number(int, 0, 1025), number(float, 0, 1), number(float, 0, math.pi / 2)
 

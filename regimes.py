@@ -498,9 +498,6 @@ def write_whole(path, content):
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line."""
 
-    def __init__(self, **how):
-        super().__init__(allow_abbrev=False, **how)
-
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 

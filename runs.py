@@ -110,7 +110,7 @@ def load_checkpoint(path, identity, device):
 
 
 def remove_leftovers(out):
-    """The temporary files of processes of this machine that have died."""
+    """Temporary files of processes of this machine that have died."""
     for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
         pid = path.name.removesuffix(".tmp").rpartition("-")[2]
         try:
@@ -281,9 +281,9 @@ class Watch:
 def run_all(do, pairs, options, renew):
     """Do these runs, options.jobs at a time. Returns whether one failed.
 
-    do      function of ((value, seed), tell, patient) that does a run, tells its epochs (Watch),
-            and returns its name, the verdict in words, and whether there was nothing to do. Where
-            another process is at the run it raises Busy or, if `patient`, waits
+    do      ((value, seed), tell, patient) → name of the run, verdict in words, whether there was
+            nothing to do. It tells its epochs (Watch). Where another process is at the run it
+            raises Busy or, if `patient`, waits
     renew   called whenever a run is finished
     """
     jobs = min(options.jobs, len(pairs))
@@ -305,7 +305,7 @@ def run_all(do, pairs, options, renew):
 
 
 def name_of(options, pair):
-    """The log of a run, elr=1e-02.seed=1.csv, and its name for people, elr 1e-02 seed 1."""
+    """A run's log, elr=1e-02.seed=1.csv, and its name, elr 1e-02 seed 1."""
     value, seed = pair
     stem = f"{options.mode}={regimes.elr_name(value)}" + (f".seed={seed}" if seed else "")
     return options.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")

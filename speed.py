@@ -57,7 +57,7 @@ def flops(net, x):
 
 
 def choose_threads(options, net, x):
-    """CPU threads of each run: one, but of a single run as many as its steps gain from."""
+    """CPU threads of each run: one; of a single run as many as it gains from."""
     if options.threads is None:
         options.threads = 1
         # Counting costs a second. Most that there can be: every weight at every position.

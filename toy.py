@@ -79,7 +79,7 @@ def row_of(run, total):
 
 
 def main(argv=None):
-    text = "The paper's toy at many ELRs and seeds, beside its exact theory: toy.csv, toy.png."
+    text = "The paper's toy at many ELRs, beside its exact theory: toy.csv, toy.png."
     parser = regimes.Parser(prog="toy.py", description=text)
     add = parser.add_argument
     add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
