@@ -40,7 +40,7 @@ DENSE = 200  # weights up to which a matrix is written out, in float64
 
 @dataclass
 class Point:
-    """A checkpoint: network, data, options, and spheres as measure.spheres_of gives them."""
+    """A checkpoint; `spheres` as measure.spheres_of gives them."""
 
     path: Path
     net: nn.Module
@@ -214,8 +214,8 @@ HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_ma
 
 
 def summarize(folder, device, samples):
-    """A row of COLUMNS per run of a sweep, nan where it was not trained (--then, --average).
-    Barriers are those to the next larger ELR, between second runs where there are some."""
+    """A row per run of a sweep, nan for what it has not (--then, --average). Barriers are those to
+    the next larger ELR, between second runs where there are some."""
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
     if not runs:
         raise ValueError(f"{folder}: no runs here")
