@@ -111,8 +111,8 @@ class Report:
 
 
 def of_sweep(runs, path, name=""):
-    """Loss, error, γ per epoch; the phase diagram; along the ELR regimes and angle. Runs whose ELR
-    moved are dashed."""
+    """Loss, error, γ per epoch; the phase diagram; along the ELR regimes and angle. Dashed: runs
+    whose ELR moved."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
@@ -268,7 +268,8 @@ def of_toy(rows, alphas, path):
 
 def of_landscape(lines, path, name):
     """Test error, sharpness and barriers against the ELR of the first run."""
-    fig, axes = subplots([["a", "b", "c"]], (14, 4.4))
+    fig, axes = subplots([["a", "b", "c"]], (14, 5))
+    fig.subplots_adjust(bottom=0.24)
     elrs = sorted({line["elr"] for line in lines})
     groups = [[line for line in lines if line["elr"] == elr] for elr in elrs]
     names = [most_frequent(group) for group in groups]
@@ -293,7 +294,7 @@ def of_landscape(lines, path, name):
     axes["c"].set_yscale("symlog", linthresh=0.01)
     axes["c"].set_ylim(bottom=-0.002)
     for ax in axes.values():
-        ax.legend(fontsize=8)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     fig.suptitle(name)
     save(fig, path)
 
@@ -332,4 +333,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    regimes.finish(main)

@@ -11,7 +11,6 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
 import math
-import sys
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass
@@ -301,6 +300,8 @@ def main(argv=None):
         points = [read(path, args.device) for path in args.checkpoints]
         show = dict(barrier=show_barrier, distance=show_distances, curvature=show_curvature)
         show[args.what](args, points)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         parser().error(str(error))
     return 0
@@ -346,4 +347,4 @@ def show_curvature(args, points):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    regimes.finish(main)

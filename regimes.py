@@ -46,8 +46,8 @@ Z99 = 2.576  # standard normal quantile of a two-sided 99 % interval
 
 @dataclass
 class Skill:
-    """1 − value/chance of `train_error` or `train_loss`, with its standard error. It is `told` from
-    chance, or noise may hide (`hidden`) that it is."""
+    """1 − value/chance of a column, and its standard error. It is `told` from chance, or noise may
+    hide that it is."""
 
     of: str
     value: float
@@ -194,7 +194,7 @@ def _skill(name, log, tail, longer, chance):
     # Around a line: a curve through few rows would take slow noise for a trend.
     residual, inflation = _around_trend(np.log(epoch[longer]), values[longer], degree=1)
     own = residual.std(ddof=2) * math.sqrt(inflation / n)
-    own *= 1 + 3 / n  # Student's quantiles are farther out than the normal's
+    own *= 1 + 3 / n  # Student's quantiles are farther out
     mean, points = chance[name]["mean"], chance.get("points", 1)
     error = math.hypot(own, chance[name]["std"] / math.sqrt(points))
     return Skill(name, 1 - values[tail].mean() / mean, error / mean)
@@ -208,7 +208,7 @@ def theil_sen(x, y):
     sigma = math.sqrt(n * (n - 1) * (2 * n + 5) / 18 * _around_trend(x, y, degree=3)[1])
     low = math.floor((len(slopes) - Z99 * sigma) / 2)
     high = math.ceil((len(slopes) + Z99 * sigma) / 2)
-    # A rank beyond the ends: there are too few points for an interval.
+    # Beyond the ends: too few points for an interval.
     low = float(slopes[low]) if low >= 0 else -math.inf
     high = float(slopes[high]) if high < len(slopes) else math.inf
     return float(np.median(slopes)), low, high
@@ -233,7 +233,7 @@ def title(regime):
 
 @dataclass
 class Run:
-    """A log (column → array) and its verdict; `problem`: what was wrong with the file."""
+    """A log (column → array), its verdict; `problem`: what was wrong with it."""
 
     path: Path
     elr: float
@@ -310,8 +310,8 @@ def read_chance(folder):
 
 
 def read_run(path, chance):
-    """Read and classify a log. Its ELR is in its column `elr`, else in its name (elr=…), as its
-    seed is (seed=…)."""
+    """Read and classify a log. Its ELR is in the column `elr` or the name (elr=…), its seed in the
+    name (seed=…)."""
     log, problem = read_log(path)
     elr = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
     elr = float(log["elr"][0]) if "elr" in log else float(elr[1]) if elr else math.nan
@@ -354,7 +354,7 @@ def read_folder(folder):
 
 
 def by_elr(runs):
-    """The runs of each ELR, by increasing ELR and seed."""
+    """The runs of each ELR, in order of ELR and seed."""
     groups = {}
     for run in sorted(runs, key=lambda run: (run.elr, run.seed)):
         if not math.isnan(run.elr):
@@ -363,7 +363,7 @@ def by_elr(runs):
 
 
 def majority(runs):
-    """The regime of more than half of the runs, else undecided; the share of the most."""
+    """The regime of over half of the runs, else undecided; the largest share."""
     names = [run.verdict.regime for run in runs]
     regime = max(dict.fromkeys(names), key=names.count)
     share = names.count(regime) / len(runs)
@@ -502,12 +502,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def finish(main):
+    """Exit as `main` says; silently where the reader has gone away (| head)."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
 def main(argv=None):
     text = "Name the regime of each run from its CSV log; of a folder write regimes.csv."
     parser = Parser(prog="regimes.py", description=text)
-    text = "folder of logs, or a CSV with the columns epoch and train_loss"
+    text = "folder of logs, or CSV with columns epoch, train_loss"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
-    parser.add_argument("--explain", action="store_true", help="also the reasons of each verdict")
+    parser.add_argument("--explain", action="store_true", help="also each verdict's reasons")
     args = parser.parse_args(argv)
     runs, problems = gather(args.paths)
     in_table = [run for run in runs if not math.isnan(run.elr) or run.verdict.moves]
@@ -524,7 +535,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader has gone away: | head
-        os._exit(0)
+    finish(main)

@@ -15,7 +15,6 @@ et al., NeurIPS 2022 (arXiv 2209.03695); the orbit is ours.
 """
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -127,4 +126,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    regimes.finish(main)

@@ -11,7 +11,6 @@ goes on where it stopped. Regimes: Kodryan et al., NeurIPS 2022 (arXiv 2209.0369
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -347,10 +346,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has gone away: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    regimes.finish(main)
