@@ -1,7 +1,10 @@
 """Barriers, distances and curvature against closed forms, dense Hessians and invariants."""
 
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from measure import vectors
 from models import fixed_head
 from options import parse
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--width", "1", "--batch-size", "256", "--epochs", "2"]
 
 
@@ -366,3 +370,17 @@ def test_an_extreme_number_of_repetitions_is_one_line(capsys, monkeypatch):
             bench.main()
         err = capsys.readouterr().err
         assert exit.value.code == 2 and err.count("\n") == 1, err
+
+
+def test_a_reader_that_goes_away_ends_every_script_silently(tmp_path, ends):
+    """As in `python landscape.py distance … | head -1`."""
+    point, rows = ends / "network" / "elr=3e-03.pt", [f"{i},{1 / (1 + i)}" for i in range(20)]
+    (tmp_path / "mine.csv").write_text("\n".join(["epoch,train_loss", *rows]) + "\n")
+    commands = ["landscape.py", "distance", point], ["regimes.py", tmp_path / "mine.csv"]
+    for command in commands:
+        reader, writer = os.pipe()
+        os.close(reader)
+        whole = [sys.executable, *map(str, command)]
+        result = subprocess.run(whole, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert result.returncode == 0 and result.stderr == ""
