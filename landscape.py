@@ -52,7 +52,7 @@ class Point:
 
 
 def read(path, device="cpu"):
-    """Raises ValueError where it is no checkpoint of train.py."""
+    """A checkpoint. Raises ValueError where it is none of train.py."""
     state = load_checkpoint(path, None, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")

@@ -197,7 +197,7 @@ def find_spheres(options, data):
         torch.manual_seed(options.seed)
         net = build(vars(options), data).to(options.device)
         options.layer_groups = layer_groups(net, x, data.classes, options.sphere)
-    except (ValueError, MemoryError, RuntimeError) as error:
+    except (ValueError, TypeError, MemoryError, RuntimeError) as error:
         raise Refused("model", str(error).splitlines()[0]) from None
     choose_threads(options, net, x)
 

@@ -310,11 +310,12 @@ def read_chance(folder):
 
 
 def read_run(path, chance):
-    """Read and classify a log. Its ELR is in the column `elr` or the name (elr=…), its seed in the
-    name (seed=…)."""
+    """Read and classify a log. Its ELR is in the column `elr` or its name, the seed in the name."""
     log, problem = read_log(path)
-    elr = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
-    elr = float(log["elr"][0]) if "elr" in log else float(elr[1]) if elr else math.nan
+    named = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
+    elr = float(named[1]) if named else math.nan
+    if "elr" in log:
+        elr = float(log["elr"][0])
     seed = re.search(r"seed=([0-9]{1,18})", path.name)
     seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed)))

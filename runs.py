@@ -100,7 +100,7 @@ def load_checkpoint(path, identity, device):
             raise ValueError
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         there = dict(state["identity"])
-    except Exception:  # what is no checkpoint can fail anywhere in the reading of it
+    except Exception:  # what is no checkpoint can fail anywhere
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
     for key in {**identity, **there} if identity is not None else ():
         if identity.get(key) != there.get(key):
@@ -110,7 +110,7 @@ def load_checkpoint(path, identity, device):
 
 
 def remove_leftovers(out):
-    """Temporary files of processes of this machine that have died."""
+    """Temporary files of this machine's processes that have died."""
     for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
         pid = path.name.removesuffix(".tmp").rpartition("-")[2]
         try:

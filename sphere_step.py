@@ -251,7 +251,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def measure(self):
-        """The statistics of a step, at the norms that the weights have."""
+        """As `step`, at the norms that the weights have, but nothing moves."""
         self._apply(move=False)
 
     @property
@@ -372,7 +372,7 @@ class SphereSGD(torch.optim.Optimizer):
         for group in self._on_spheres():
             how = float(group["lr"]), group["momentum"], group["angle"]
             for radius in group["radii"]:
-                radius = 0.0 if _free(group, move) else radius
+                radius = radius if move and not _free(group) else 0.0
                 rule.append(sphere_rule(grams[len(rule)], radius, *how))
         self._partials = self._partials.new_tensor(partials)
         self._rule = self._rule.new_tensor(rule)
@@ -384,7 +384,7 @@ class SphereSGD(torch.optim.Optimizer):
         groups, addresses = [], []
         for group in self._on_spheres():
             lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
-            groups.append([lr, group["momentum"], group["angle"], not _free(group, move)])
+            groups.append([lr, group["momentum"], group["angle"], not _free(group)])
         for parts in tensors:
             addresses += [x.data_ptr() for x in parts] + [0] * (3 - len(parts))
         for table, new in ((self._groups, groups), (self._addresses, addresses)):
@@ -398,8 +398,8 @@ class SphereSGD(torch.optim.Optimizer):
         for i, group in enumerate(self._on_spheres()):
             if isinstance(group["lr"], Tensor):
                 self._groups[i, 0] = group["lr"]
-        tables = self._spheres, self._radii, self._groups, self._partials, self._rule
-        many = len(self._many)
+        radii, many = self._radii if move else 0 * self._radii, len(self._many)
+        tables = self._spheres, radii, self._groups, self._partials, self._rule
         momentum = any(beta for _, beta, *_ in groups)
         how = dict(MOVE=move, MOMENTUM=momentum, BLOCK=BLOCK, num_warps=WARPS)
         for first in (True, False) if move and many else (True,):
@@ -454,10 +454,9 @@ def _rows(group, p):
     return rows, p.numel() // max(rows, 1)
 
 
-def _free(group, move):
-    """Whether the radius is the norm that the weights have."""
-    joint = group["sphere"] == "group"
-    return not move or (joint and any(p.grad is None for p in group["params"]))
+def _free(group):
+    """Whether the radius is the norm of the weights with a gradient."""
+    return group["sphere"] == "group" and any(p.grad is None for p in group["params"])
 
 
 def _norms(group):
@@ -490,7 +489,7 @@ def _move(rule, *vectors):
     """m ← βm + g + uθ, θ ← kθ + bm, in place."""
     k, b, u, _, _, beta = rule
     theta, g, *m = vectors
-    if theta.element_size() < 4:  # the step is in float32, rounded once
+    if theta.element_size() < 4:  # in float32, rounded once
         wide = [x.float() for x in vectors]
         _move(rule, *wide)
         torch._foreach_copy_(vectors, wide)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,40 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
             optimizer.step()
         assert launches == ["_tile_pass", "_rule_pass", "_tile_pass"]
         assert [name for name in operations.names if not name.startswith("profiler.")] == []
+
+
+@runs
+def test_a_replay_after_measure_steps_on_the_same_radii(monkeypatch):
+    """A CUDA graph replays the launches alone: what the host uploads in between must not change them."""
+    groups, replay = [group for group in several() if group["sphere"]], []
+    optimizer = SphereSGD(groups, lr=1e-4)
+    give_gradients(groups)
+    radii = [radius for group in optimizer.param_groups for radius in group["radii"]]
+    with monkeypatch.context() as patch:
+        for name in ("_tile_pass", "_rule_pass"):
+
+            class Recorded:
+                kernel = getattr(sphere_step, name)
+
+                def __getitem__(self, grid):
+                    def launch(*args, **how):
+                        replay.append(partial(self.kernel[grid], *args, **how))
+                        replay[-1]()
+
+                    return launch
+
+            patch.setattr(sphere_step, name, Recorded())
+        optimizer.step()
+    assert len(replay) == 3
+    with torch.no_grad():
+        for t in weights(groups):
+            t.mul_(1.5)
+    optimizer.measure()
+    assert not torch.allclose(optimizer.stats()["radius"].cpu(), torch.tensor(radii).double())
+    for launch in replay:
+        launch()
+    norms = torch.cat([sphere_step._norms(group) for group in optimizer.param_groups])
+    assert torch.allclose(norms, torch.tensor(radii, dtype=torch.float64), rtol=1e-6)
 
 
 @runs

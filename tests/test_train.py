@@ -420,6 +420,9 @@ def narrow(channels, classes):
 def broken(channels, classes):
     return nn.Linear(3, 3)
 
+def other(options):
+    return nn.Linear(64, 10)
+
 number = 3
 """
 
@@ -461,6 +464,7 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
         ("{}/mine.py:plain", [], "no scale-invariant weights"),
         ("{}/mine.py:narrow", [], "the network's output is [32, 3], not [32, 10 classes]"),
         ("{}/mine.py:broken", [], "cannot be run on the data"),
+        ("{}/mine.py:other", [], "other() takes 1 positional argument"),
         ("{}/bad.py:net", [], "cannot be imported (SyntaxError"),
         ("{}/mine.py:net", ["--width", "8"], "--width: a network of your own has its own"),
         ("{}/mine.py:net", ["--affine"], "--affine: a network of your own has its own"),
