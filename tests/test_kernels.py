@@ -37,7 +37,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; the
 def test_the_kernels_pass_in_the_interpreter():
     """This file and every test of the step again, in another process, with the kernels in the place of PyTorch."""
     files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
-    which = ["-k", "not ten_thousand and not ahead_of_time and not benchmark"]
+    which = ["-k", "not ten_thousand and not ahead_of_time"]
     command = [
         sys.executable,
         "-m",
@@ -61,15 +61,11 @@ def test_the_kernels_pass_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-@pytest.mark.skipif(sphere_step.triton is None, reason="Triton is not installed")
-def test_the_check_of_the_benchmark_finds_the_kernels_equal_to_float64():
-    code = "import bench; print(bench.check(3))"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code]
-    out = subprocess.run(
-        command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert 0 < float(out) < 1e-6
+@runs
+def test_the_check_of_bench_py_finds_the_kernels_equal_to_float64():
+    import bench
+
+    assert 0 < bench.check(3) < 1e-6
 
 
 def reference(theta, g, m, radius, elr, beta):
