@@ -1,5 +1,5 @@
-"""Draw docs/modular.png and docs/angle.png, and print their tables, from the logs of the commands
-in the guide: python docs/draw.py LOGS"""
+"""Draw docs/modular.png and docs/angle.png, and print the tables of the README and the guide, from
+the logs of the commands in the guide: python docs/draw.py LOGS"""
 
 import csv
 import math
@@ -14,213 +14,59 @@ sys.path.insert(0, str(ROOT))
 import figures  # noqa: E402
 import regimes  # noqa: E402
 
-TASKS = {  # folder with angles and constant ELRs, folder with a cosine of ELRs
-    "digits, convnet": ("digits3", "digits-cos"),
-    "digits, resnet18": ("r8", "r8-cos"),
-    "digits, half wrong": ("noise", "noise-cos"),
-    "digits, MLP": ("mlp", "mlp-cos"),
-    "modular 31": ("mod31", "mod31-cos"),
+EPOCHS = 400  # of modular addition; what went on is looked at after LONG, too
+EARLY, LONG = 100, 1600
+ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+TASKS = {  # folder with angles and constant ELRs; with -cos after it the cosines
+    "digits, convnet": "digits3",
+    "digits, resnet18": "r8",
+    "digits, half wrong": "noise",
+    "digits, MLP": "mlp",
+    "modular 31": "mod31",
+}
+KINDS = {  # of training: style and colour of the line, label
+    "angle": ("o-", "#D55E00", "cosine from the angle φ₀"),
+    "cosine": ("s--", "#0072B2", "cosine from an ELR"),
+    "constant": ("^:", "#009E73", "constant ELR"),
+    "adamw": ("d-.", "#000000", "AdamW"),
+    "sgd": ("v-.", "#999999", "SGD, momentum"),
+}
+SIZES = {"mod23": "modulus 23", "mod43": "modulus 43", "mod31d32": "modulus 31, width 32"}
+WITH_BOUNDARIES = {
+    "digits3": "digits, convnet of width 8",
+    "r8": "digits, resnet18 of width 8",
+    "r4": "digits, resnet18 of width 4, one seed",
+    "noise": "digits, half of the labels wrong",
+    "mod31": "modular 31, transformer of width 64, five seeds",
+    "mod23": "modular 23",
+    "mod31d32": "modular 31, width 32",
+}
+OTHERS = {  # what else the guide tells in a sentence
+    "mod31-then": "modulus 31, --then 1e-4",
+    "noise-flat": "half wrong, constant angle",
+    "noise-layer": "half wrong, a sphere per layer",
+    "mod23": "modulus 23, angles",
+    "mod43": "modulus 43, angles",
 }
 
 
-def first_below(run: regimes.Run, column: str, level: float = 0.05) -> float:
-    epochs = run.log["epoch"][run.log[column] < level]
-    return float(epochs[0]) if len(epochs) else math.inf
+def line(*cells):
+    print("| " + " | ".join(cells) + " |")
 
 
-def after(run: regimes.Run, epoch: int, column: str = "test_error") -> float:
-    """A column after so many epochs: the mean of the ten rows up to there."""
-    log = run.log
-    rows = (log["epoch"] <= epoch) & (log["epoch"] > epoch - 10)
-    return float(log[column][rows].mean()) if log["epoch"][-1] >= epoch else math.nan
+def heads(*names):
+    print()
+    line(*names)
+    line(*["---"] * len(names))
 
 
-def converged(run: regimes.Run, epoch: int) -> bool:
-    """Whether the run had converged after so many epochs."""
-    log = {name: x[run.log["epoch"] <= epoch] for name, x in run.log.items()}
-    return regimes.classify(log, CHANCE.get(str(run.seed))).regime == "convergence"
+def middle(values):
+    """Median, least and greatest, as text."""
+    return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "–"
 
 
-CHANCE = {}
-
-
-def modular(logs: Path) -> None:
-    CHANCE.update(regimes.read_chance(logs / "mod31"))
-    groups = regimes.by_elr(regimes.read_folder(logs / "mod31"))
-    rows = []
-    print("| ELR | converged after 400 epochs | test error of those, median (range) | of all |"
-          " train error < 5 % at | test error < 5 % at |")  # fmt: skip
-    for elr, group in groups.items():
-        for run in group:
-            row = {"elr": elr, "seed": run.seed, "regime": run.verdict.regime}
-            row |= {f"test_error_{e}": after(run, e) for e in (100, 400, 1600)}
-            row |= {f"converged_{e}": float(converged(run, e)) for e in (100, 400)}
-            row["train_below_5"] = first_below(run, "train_error")
-            row["test_below_5"] = first_below(run, "test_error")
-            row["angle_400"] = after(run, 400, "angle")
-            rows.append(row)
-        here = [row for row in rows if row["elr"] == elr]
-        good = [row["test_error_400"] for row in here if row["converged_400"]]
-        text = f"{np.median(good):.3f} ({min(good):.3f} to {max(good):.3f})" if good else "–"
-        of_all = [row["test_error_400"] for row in here]
-        times = [
-            np.median([row[name] for row in here]) for name in ("train_below_5", "test_below_5")
-        ]
-        cells = [f"{elr:g}", f"{len(good)} of {len(here)}", text, f"{np.nanmedian(of_all):.3f}"]
-        print("| " + " | ".join(cells + [f"{x:g}".replace("inf", "–") for x in times]) + " |")
-    write("modular.csv", rows)
-    fig, axes = figures.subplots([["a", "b"]], (12.5, 5))
-    fig.subplots_adjust(bottom=0.23)
-    elrs = list(groups)
-    names = [regimes.majority(group)[0] for group in groups.values()]
-    for key in ("a", "b"):
-        figures.bands(axes[key], elrs, names)
-        axes[key].set(xlabel="ELR")
-    for column, style, tone in ((100, "o:", "#56B4E9"), (1600, "^--", "#D55E00")):
-        name = f"test_error_{column}"
-        known = [e for e in elrs if any(r[name] == r[name] for r in rows if r["elr"] == e)]
-        values = [[r[name] for r in rows if r["elr"] == e and r[name] == r[name]] for e in known]
-        middle = [np.median(v) for v in values]
-        axes["a"].plot(known, middle, style, color=tone, label=f"after {column:,} epochs, median")
-    for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
-        some = [(r["elr"], r["test_error_400"]) for r in rows if r["converged_400"] == wanted]
-        look = dict(ls="", marker="s", ms=5, mfc=face, mec="black", zorder=3)
-        axes["a"].plot(*zip(*some, strict=True), **look, label=f"after 400 epochs, {label}")
-    axes["a"].set_title("(a) test error, a square per seed", pad=30)
-    axes["a"].set_ylim(-0.02, 1.02)
-    axes["a"].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-    for column, style, tone, label in (
-        ("train_below_5", "o-", "#0072B2", "train error below 5 %"),
-        ("test_below_5", "s-", "#D55E00", "test error below 5 %"),
-    ):
-        known = {
-            e: [r[column] for r in rows if r["elr"] == e and math.isfinite(r[column])] for e in elrs
-        }
-        known = {e: values for e, values in known.items() if values}
-        figures.spread(axes["b"], list(known), list(known.values()), style, color=tone, label=label)
-    axes["b"].set(yscale="log", ylabel="epoch")
-    axes["b"].set_title("(b) first epoch (of the seeds that get there)", pad=30)
-    axes["b"].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-    fig.suptitle("addition modulo 31, transformer of width 64")
-    figures.save(fig, ROOT / "docs" / "modular.png")
-
-
-def angle(logs: Path) -> None:
-    """Test error at the end against φ₀, ELR and learning rate, task by task."""
-    fig, axes = figures.subplots([list("abcde")], (17, 3.8), apart=0.35)
-    others, rows = {}, []
-    path = next((ROOT / "benchmarks").glob("optimizers-*.csv"), None)
-    if path:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                key = row["task"].replace("digits,", "digits,"), row["optimizer"], float(row["lr"])
-                others.setdefault(key, []).append(float(row["test_error"]))
-    heads = ["task", "φ₀ = 0.01", "0.02", "0.05", "0.1", "0.2"]
-    heads += ["best cosine ELR", "best constant ELR", "AdamW", "SGD"]
-    print("| " + " | ".join(heads) + " |")
-    for key, (task, (folder, cosine)) in zip("abcde", TASKS.items(), strict=True):
-        ends = {"angle": {}, "cosine": {}, "constant": {}, "adamw": {}, "sgd": {}}
-        for run in regimes.read_folder(logs / folder) if (logs / folder).exists() else ():
-            value = float(run.path.stem.split("=")[1].removesuffix(".seed"))
-            kind = "angle" if run.path.name.startswith("angle") else "constant"
-            epoch = 400 if folder == "mod31" else 20
-            error = run.log["test_error"][run.log["epoch"] == epoch]
-            if len(error):
-                ends[kind].setdefault(value, []).append(float(error[0]))
-        for run in regimes.read_folder(logs / cosine) if (logs / cosine).exists() else ():
-            value = float(run.path.stem.split("=")[1].removesuffix(".seed"))
-            ends["cosine"].setdefault(value, []).append(float(run.log["test_error"][-1]))
-        for (name, kind, lr), values in others.items():
-            if name == task or (name == "digits" and task == "digits, convnet"):
-                ends[kind][lr] = values
-        ax = axes[key]
-        looks = {
-            "angle": ("o-", "#D55E00", "cosine from the angle φ₀"),
-            "cosine": ("s--", "#0072B2", "cosine from an ELR"),
-        }
-        looks |= {
-            "constant": ("^:", "#009E73", "constant ELR"),
-            "adamw": ("d-.", "#000000", "AdamW"),
-            "sgd": ("v-.", "#999999", "SGD, momentum"),
-        }
-        for kind, (style, tone, label) in looks.items():
-            values = dict(sorted(ends[kind].items()))
-            if values:
-                figures.spread(
-                    ax, list(values), list(values.values()), style, color=tone, label=label
-                )
-            for value, found in values.items():
-                rows += [
-                    {"task": task, "kind": kind, "value": value, "test_error": x} for x in found
-                ]
-        ax.set(xscale="log", title=task, xlabel="φ₀, ELR or learning rate")
-        figures.errors(ax)
-
-        def best(kind: str, ends: dict = ends) -> str:
-            if not ends[kind]:
-                return "–"
-            ranked = [(np.median(x), np.mean(x), value) for value, x in ends[kind].items()]
-            value = min(ranked)[2]
-            return f"{np.median(ends[kind][value]):.3f} ({value:g})"
-
-        cells = [
-            f"{np.median(ends['angle'][v]):.3f}" if v in ends["angle"] else "–"
-            for v in (0.01, 0.02, 0.05, 0.1, 0.2)
-        ]
-        print(
-            "| "
-            + " | ".join([task, *cells, *(best(k) for k in ("cosine", "constant", "adamw", "sgd"))])
-            + " |"
-        )
-    handles, labels = axes["a"].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="upper center", ncol=5, bbox_to_anchor=(0.5, 0.93))
-    fig.suptitle("test error at the end, medians of three seeds, least and greatest")
-    figures.save(fig, ROOT / "docs" / "angle.png")
-    write("angle.csv", rows)
-
-
-def sizes(logs: Path) -> None:
-    """Modular addition at other sizes: per ELR how many converge, and the test error of those."""
-    print("| task | ELR: converged, median test error of those; or regime |\n| --- | --- |")
-    names = {"mod23": "modulus 23", "mod43": "modulus 43", "mod31d32": "modulus 31, width 32"}
-    for folder, name in names.items():
-        cells = []
-        for elr, group in regimes.by_elr(regimes.read_folder(logs / folder)).items():
-            good = [run for run in group if run.verdict.regime == "convergence"]
-            if good:
-                error = np.median([run.final("test_error") for run in good])
-                cells.append(f"{elr:g}: {len(good)} of {len(group)}, {error:.3f}")
-            else:
-                cells.append(f"{elr:g}: {regimes.title(regimes.majority(group)[0])}")
-        print(f"| {name} | {'; '.join(cells)} |")
-
-
-def boundary_angles(logs: Path) -> None:
-    heads = ["task", "φ just above the convergence boundary"]
-    heads += ["φ at the divergence boundary, below and above"]
-    print("| " + " | ".join(heads) + " |")
-    for name in ("digits3", "r8", "r4", "noise", "mlp", "mod31", "mod23", "mod43", "mod31d32"):
-        if not (logs / name).exists():
-            continue
-        runs = regimes.read_folder(logs / name)
-        groups = regimes.by_elr(runs)
-        try:
-            lower, upper = regimes.boundaries(runs)
-        except ValueError as error:
-            print(f"| {name} | {error} |")
-            continue
-
-        def phi(elr: float, groups: dict = groups) -> str:
-            return (
-                f"{np.median([run.final('angle') for run in groups[elr]]):.3g} ({elr:g})"
-                if elr in groups
-                else "–"
-            )
-
-        print(f"| {name} | {phi(lower.high)} | {phi(upper.low)}, {phi(upper.high)} |")
-
-
-def write(name: str, rows: list[dict]) -> None:
+def write(name, rows):
     with open(ROOT / "benchmarks" / name, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -228,8 +74,212 @@ def write(name: str, rows: list[dict]) -> None:
             writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
 
 
+# ---------------------------------------------------------------- modular addition, along the ELR
+
+
+def first_below(run, column, level=0.05):
+    epochs = run.log["epoch"][run.log[column] < level]
+    return float(epochs[0]) if len(epochs) else math.inf
+
+
+def after(run, epoch, column="test_error"):
+    """A column after so many epochs: the mean of the ten rows up to there; nan of shorter runs."""
+    log = run.log
+    rows = (log["epoch"] <= epoch) & (log["epoch"] > epoch - 10)
+    return float(log[column][rows].mean()) if log["epoch"][-1] >= epoch else math.nan
+
+
+def converged(run, epoch, chance):
+    """Whether the run had converged after so many epochs."""
+    log = {name: x[run.log["epoch"] <= epoch] for name, x in run.log.items()}
+    return regimes.classify(log, chance[str(run.seed)]).regime == "convergence"
+
+
+def modular_row(run, chance):
+    row = {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
+    for epoch in (EARLY, EPOCHS, LONG):
+        row[f"test_error_{epoch}"] = after(run, epoch)
+    for epoch in (EARLY, EPOCHS):
+        row[f"converged_{epoch}"] = float(converged(run, epoch, chance))
+    row["train_below_5"] = first_below(run, "train_error")
+    row["test_below_5"] = first_below(run, "test_error")
+    row["angle_400"] = after(run, EPOCHS, "angle")
+    return row
+
+
+def modular(logs):
+    folder = logs / "mod31"
+    chance = regimes.read_chance(folder)
+    groups = regimes.by_elr(regimes.read_folder(folder))
+    of_elr = {elr: [modular_row(run, chance) for run in group] for elr, group in groups.items()}
+    write("modular.csv", [row for rows in of_elr.values() for row in rows])
+    heads("ELR", "converged after 400 epochs", "test error of those, median (range)", "of all",
+          "train error < 5 % at", "test error < 5 % at", "of all after 1,600")  # fmt: skip
+    for elr, rows in of_elr.items():
+        good = [row["test_error_400"] for row in rows if row["converged_400"]]
+        cells = [f"{elr:g}", f"{len(good)} of {len(rows)}", middle(good)]
+        cells.append(f"{np.median([row['test_error_400'] for row in rows]):.3f}")
+        for column in ("train_below_5", "test_below_5"):
+            cells.append(f"{np.median([row[column] for row in rows]):g}".replace("inf", "–"))
+        line(*cells, middle([row["test_error_1600"] for row in rows]).replace("nan", "–"))
+    names = [regimes.majority(group)[0] for group in groups.values()]
+    draw_modular(of_elr, names)
+
+
+def draw_modular(of_elr, names):
+    fig, axes = figures.subplots([["a", "b"]], (12.5, 5))
+    fig.subplots_adjust(bottom=0.23)
+    error, time = axes["a"], axes["b"]
+    for epoch, style, tone in ((EARLY, "o:", "#56B4E9"), (LONG, "^--", "#D55E00")):
+        name, label = f"test_error_{epoch}", f"after {epoch:,} epochs, median"
+        medians = [np.median([row[name] for row in rows]) for rows in of_elr.values()]
+        error.plot(list(of_elr), medians, style, color=tone, label=label)
+    rows = [row for rows in of_elr.values() for row in rows]
+    for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
+        some = [row for row in rows if row["converged_400"] == wanted]
+        x, y = [row["elr"] for row in some], [row["test_error_400"] for row in some]
+        look = dict(ls="", marker="s", ms=5, mfc=face, mec="black", zorder=3)
+        error.plot(x, y, **look, label=f"after 400 epochs, {label}")
+    error.set_title("(a) test error, a square per seed", pad=30)
+    error.set_ylim(-0.02, 1.02)
+    for column, style, tone, label in (
+        ("train_below_5", "o-", "#0072B2", "train error below 5 %"),
+        ("test_below_5", "s-", "#D55E00", "test error below 5 %"),
+    ):
+        known = {}
+        for elr, rows in of_elr.items():
+            epochs = [row[column] for row in rows if math.isfinite(row[column])]
+            if epochs:
+                known[elr] = epochs
+        figures.spread(time, list(known), list(known.values()), style, color=tone, label=label)
+    time.set(yscale="log", ylabel="epoch")
+    time.set_title("(b) first epoch (of the seeds that get there)", pad=30)
+    for ax in (error, time):
+        figures.bands(ax, list(of_elr), names)
+        ax.set(xlabel="ELR")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+    fig.suptitle("addition modulo 31, transformer of width 64")
+    figures.save(fig, ROOT / "docs" / "modular.png")
+
+
+# ------------------------------------------------------- tasks: angle, ELR, learning rate of others
+
+
+def value_of(run):
+    """ELR or angle of a run, from its name."""
+    return float(run.path.stem.split("=")[1].removesuffix(".seed"))
+
+
+def errors_of(task, logs, optimizers):
+    """Kind of training → its values → test errors of the seeds at the end of the task's epochs."""
+    found = {kind: {} for kind in KINDS}
+    for folder in (TASKS[task], f"{TASKS[task]}-cos"):
+        for run in regimes.read_folder(logs / folder):
+            kind = "angle" if run.path.name.startswith("angle") else "constant"
+            if folder.endswith("-cos"):
+                kind = "cosine"
+            at_end = run.log["epoch"] == (EPOCHS if task == "modular 31" else 20)
+            error = float(run.log["test_error"][at_end][0])
+            found[kind].setdefault(value_of(run), []).append(error)
+    for row in optimizers:
+        if row["task"] == task:
+            error = float(row["test_error"])
+            found[row["optimizer"]].setdefault(float(row["lr"]), []).append(error)
+    return {kind: dict(sorted(of_value.items())) for kind, of_value in found.items()}
+
+
+def best(of_value):
+    """The least median over the seeds, and where."""
+    value = min(of_value, key=lambda v: (np.median(of_value[v]), np.mean(of_value[v]), v))
+    return f"{np.median(of_value[value]):.3f} ({value:g})"
+
+
+def angle(logs):
+    """Test error at the end against φ₀, ELR and learning rate, task by task."""
+    with open(next((ROOT / "benchmarks").glob("optimizers-*.csv")), newline="") as file:
+        optimizers = list(csv.DictReader(file))
+    fig, axes = figures.subplots([list("abcde")], (17, 3.8), apart=0.35)
+    written = []
+    names = ["best cosine ELR", "best constant ELR", "AdamW", "SGD"]
+    heads("task", "φ₀ = 0.01", *(f"{value:g}" for value in ANGLES[1:]), *names)
+    for key, task in zip("abcde", TASKS, strict=True):
+        found, ax = errors_of(task, logs, optimizers), axes[key]
+        for kind, of_value in found.items():
+            style, tone, label = KINDS[kind]
+            errors = list(of_value.values())
+            figures.spread(ax, list(of_value), errors, style, color=tone, label=label)
+            for value, of_seeds in of_value.items():
+                row = {"task": task, "kind": kind, "value": value}
+                written += [row | {"test_error": error} for error in of_seeds]
+        ax.set(xscale="log", title=task, xlabel="φ₀, ELR or learning rate")
+        figures.errors(ax)
+        cells = [f"{np.median(found['angle'][value]):.3f}" for value in ANGLES]
+        line(task, *cells, *(best(found[kind]) for kind in list(KINDS)[1:]))
+    handles, labels = axes["a"].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncol=5, bbox_to_anchor=(0.5, 0.93))
+    fig.suptitle("test error at the end, medians of three seeds, least and greatest")
+    figures.save(fig, ROOT / "docs" / "angle.png")
+    write("angle.csv", written)
+
+
+# ------------------------------------------------------------------- tables of the guide alone
+
+
+def sizes(logs):
+    """Modular addition at other sizes: per ELR how many converge, and the test error of those."""
+    heads("task", "ELR: converged, median test error of those; or regime")
+    for folder, name in SIZES.items():
+        cells = []
+        for elr, group in regimes.by_elr(regimes.read_folder(logs / folder)).items():
+            good = [run for run in group if run.verdict.regime == "convergence"]
+            text = regimes.title(regimes.majority(group)[0])
+            if good:
+                error = np.median([run.final("test_error") for run in good])
+                text = f"{len(good)} of {len(group)}, {error:.3f}"
+            cells.append(f"{elr:g}: {text}")
+        line(name, "; ".join(cells))
+
+
+def whole_space(logs):
+    """Ordinary SGD on modular addition, and the ELR that it implies."""
+    heads("lr", "weight decay", "test error", "ELR from the first to the last epoch")
+    for folder, decay in (("mod31-wd3", "1e-3"), ("mod31-wd2", "1e-2")):
+        for path in sorted((logs / folder).glob("lr=*.csv")):
+            if path.name.endswith(".layers.csv"):
+                continue
+            log = regimes.read_log(path)[0]
+            elr, error = log["elr"][1:], log["test_error"][-1]
+            text = f"{elr[0]:.2g} to {elr[-1]:.2g}, at most {elr.max():.2g}"
+            line(f"{float(path.stem.split('=')[1]):g}", decay, f"{error:.3f}", text)
+
+
+def boundary_angles(logs):
+    heads("task", "φ just above the convergence boundary",
+          "φ at the divergence boundary, below and above")  # fmt: skip
+    for folder, name in WITH_BOUNDARIES.items():
+        runs = regimes.read_folder(logs / folder)
+        groups = regimes.by_elr(runs)
+        lower, upper = regimes.boundaries(runs)
+        cells = []
+        for elr in (lower.high, upper.low, upper.high):
+            phi = np.median([run.final("angle") for run in groups[elr]])
+            cells.append(f"{phi:.3g} ({elr:g})")
+        line(name, cells[0], ", ".join(cells[1:]))
+
+
+def others(logs):
+    heads("task", "value: test error at the end, median (range) over the seeds")
+    for folder, name in OTHERS.items():
+        pattern = "*.then=*.csv" if folder.endswith("then") else "angle=*.csv"
+        found = {}
+        for path in sorted((logs / folder).glob(pattern)):
+            if not path.name.endswith(".layers.csv"):
+                value = float(path.stem.split("=")[1].removesuffix(".seed").removesuffix(".then"))
+                error = regimes.read_log(path)[0]["test_error"][-1]
+                found.setdefault(value, []).append(error)
+        line(name, "; ".join(f"{value:g}: {middle(x)}" for value, x in sorted(found.items())))
+
+
 if __name__ == "__main__":
-    modular(Path(sys.argv[1]))
-    angle(Path(sys.argv[1]))
-    sizes(Path(sys.argv[1]))
-    boundary_angles(Path(sys.argv[1]))
+    for part in (modular, angle, sizes, whole_space, boundary_angles, others):
+        part(Path(sys.argv[1]))

@@ -23,7 +23,7 @@ import train  # noqa: E402
 from options import parse  # noqa: E402
 
 TASKS = {
-    "digits": ["--data", "digits"],
+    "digits, convnet": ["--data", "digits"],
     "digits, resnet18": ["--data", "digits", "--model", "resnet18"],
     "digits, half wrong": ["--data", "digits", "--label-noise", "0.5"],
     "digits, MLP": ["--data", "digits", "--model", f"{__file__}:mlp"],
