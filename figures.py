@@ -119,7 +119,7 @@ def of_sweep(runs, path, name=""):
     groups, moving = by_elr(runs), [run for run in runs if run.verdict.moves]
     if not groups and not moving:
         return
-    fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (15, 7.5), apart=1.5)
+    fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (12.5, 7), apart=1.6)
     elrs = list(groups) or [elr for run in moving for elr in run.log["elr"] if elr > 0] or [1.0]
     low, high = min(elrs), max(elrs)
     if high < 1.01 * low:

@@ -10,7 +10,7 @@ below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* there is an o
     if 2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
     F_i = (α_i/2)(1 − η̃*/η̃),    F = (Σα − 1/η̃)/2,    skill = 1 − F/(Σα/2) = η̃*/η̃.
 
-Means over a run are these to six digits up to 1.5 η̃*; above, the path is chaotic. Source: Kodryan
+Means over a run are these to five digits up to 1.5 η̃*; above, the path is chaotic. Source: Kodryan
 et al., NeurIPS 2022 (arXiv 2209.03695); the orbit is ours.
 """
 

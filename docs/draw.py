@@ -62,8 +62,10 @@ def heads(*names):
 
 
 def middle(values):
-    """Median, least and greatest, as text."""
-    return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "–"
+    """Median, least and greatest, as text; of nothing, or nan, a dash."""
+    if not np.isfinite(values).any():
+        return "–"
+    return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def write(name, rows):
@@ -121,7 +123,7 @@ def modular(logs):
         cells.append(f"{np.median([row['test_error_400'] for row in rows]):.3f}")
         for column in ("train_below_5", "test_below_5"):
             cells.append(f"{np.median([row[column] for row in rows]):g}".replace("inf", "–"))
-        line(*cells, middle([row["test_error_1600"] for row in rows]).replace("nan", "–"))
+        line(*cells, middle([row["test_error_1600"] for row in rows]))
     names = [regimes.majority(group)[0] for group in groups.values()]
     draw_modular(of_elr, names)
 
@@ -158,7 +160,7 @@ def draw_modular(of_elr, names):
         figures.bands(ax, list(of_elr), names)
         ax.set(xlabel="ELR")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-    fig.suptitle("addition modulo 31, transformer of width 64")
+    fig.suptitle("addition modulo 31, transformer of width 64; grey: undecided")
     figures.save(fig, ROOT / "docs" / "modular.png")
 
 
@@ -198,7 +200,7 @@ def angle(logs):
     """Test error at the end against φ₀, ELR and learning rate, task by task."""
     with open(next((ROOT / "benchmarks").glob("optimizers-*.csv")), newline="") as file:
         optimizers = list(csv.DictReader(file))
-    fig, axes = figures.subplots([list("abcde")], (17, 3.8), apart=0.35)
+    fig, axes = figures.subplots([list("abcde")], (13, 3.4), apart=0.35)
     written = []
     names = ["best cosine ELR", "best constant ELR", "AdamW", "SGD"]
     heads("task", "φ₀ = 0.01", *(f"{value:g}" for value in ANGLES[1:]), *names)
