@@ -5,9 +5,8 @@
     python bench.py epoch          an epoch over 2,560 images, against a loop over a DataLoader
     python bench.py sweep          the default sweep and four short runs: default jobs, one job
 
-All ways of a case take turns and medians are printed, so that ratios hold on a shared machine. The
-limits, the rates of a large matrix product and of a copy in memory, are of the same run. The table
-goes into benchmarks/, too.
+All ways of a case take turns, and medians are printed: ratios hold on a shared machine. The limits,
+rates of a matrix product and of a copy, are of the same run. The table goes to benchmarks/.
 """
 
 import csv

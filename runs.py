@@ -178,7 +178,7 @@ class Rows:
 
 
 def number(kind, low=0, high=math.inf):
-    """An argparse type: a number of that kind, low < number < high, that float32 can hold."""
+    """An argparse type: a number of that kind between low and high, in float32."""
 
     def parse(text):
         try:
@@ -187,9 +187,9 @@ def number(kind, low=0, high=math.inf):
             value = math.nan
         held = kind is int or 1.18e-38 < value < 3.4e38
         if not (low < value < high and held):
-            name = "whole number" if kind is int else "number that float32 can hold,"
-            below = f" and below {high:.4g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.4g}{below}")
+            name = "whole number" if kind is int else "float32 number"
+            below = f" and below {high:.6g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.6g}{below}")
         return value
 
     return parse
