@@ -173,15 +173,16 @@ def value_of(run):
 
 
 def errors_of(task, logs, optimizers):
-    """Kind of training → its values → test errors of the seeds at the end of the task's epochs."""
+    """Kind of training → its values → test errors of the seeds at the end of the task's epochs, or
+    where the loss was no longer finite."""
     found = {kind: {} for kind in KINDS}
     for folder in (TASKS[task], f"{TASKS[task]}-cos"):
         for run in regimes.read_folder(logs / folder):
             kind = "angle" if run.path.name.startswith("angle") else "constant"
             if folder.endswith("-cos"):
                 kind = "cosine"
-            at_end = run.log["epoch"] == (EPOCHS if task == "modular 31" else 20)
-            error = float(run.log["test_error"][at_end][0])
+            up_to_end = run.log["epoch"] <= (EPOCHS if task == "modular 31" else 20)
+            error = float(run.log["test_error"][up_to_end][-1])
             found[kind].setdefault(value_of(run), []).append(error)
     for row in optimizers:
         if row["task"] == task:
