@@ -18,7 +18,7 @@ from regimes import by_elr, majority, title
 
 COLOURS = {"convergence": "#0072B2", "equilibrium": "#E69F00", "divergence": "#CC79A7"}
 COLOURS["undecided"] = "#999999"  # all of Okabe and Ito
-SHADES = {"convergence": 0.15, "equilibrium": 0.3, "divergence": 0.45, "undecided": 0.2}  # in grey
+SHADES = {"convergence": 0.08, "equilibrium": 0.4, "divergence": 0.5, "undecided": 0.25}  # in grey
 
 
 def subplots(layout, size, apart=0.3):
