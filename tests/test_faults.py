@@ -47,6 +47,7 @@ def fork(function):
     pid = os.fork()
     if pid == 0:
         status = 99
+        sys.settrace(None)  # coverage has a lock, which an exception of a signal may leave locked
         try:
             os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
