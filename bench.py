@@ -9,7 +9,6 @@ All ways of a case take turns, and medians are printed: ratios hold on a shared 
 rates of a matrix product and of a copy, are of the same run. The table goes to benchmarks/.
 """
 
-import csv
 import math
 import multiprocessing
 import os
@@ -111,12 +110,7 @@ def report(what, rows, baseline):
     name = "".join(c if c.isalnum() else "-" for c in f"{what} {machine()}")
     path = HERE / "benchmarks" / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "method", "seconds", "limit", *about])
-        for row in rows:
-            limit = f"{row.limit:.6g}" if row.limit else ""
-            writer.writerow([row.case, row.method, f"{row.seconds:.6g}", limit, *about.values()])
+    regimes.write_csv(path, [row._asdict() | about for row in rows])
     print(f"written: {path.relative_to(HERE)}")
 
 

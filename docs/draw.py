@@ -68,12 +68,9 @@ def middle(values):
     return f"{np.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def write(name, rows):
-    with open(ROOT / "benchmarks" / name, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+def value_of(path):
+    """ELR, angle or learning rate of a log, from its name."""
+    return float(path.stem.split("=")[1].removesuffix(".seed").removesuffix(".then"))
 
 
 # ---------------------------------------------------------------- modular addition, along the ELR
@@ -114,7 +111,8 @@ def modular(logs):
     chance = regimes.read_chance(folder)
     groups = regimes.by_elr(regimes.read_folder(folder))
     of_elr = {elr: [modular_row(run, chance) for run in group] for elr, group in groups.items()}
-    write("modular.csv", [row for rows in of_elr.values() for row in rows])
+    rows = [row for rows in of_elr.values() for row in rows]
+    regimes.write_csv(ROOT / "benchmarks" / "modular.csv", rows)
     heads("ELR", "converged after 400 epochs", "test error of those, median (range)", "of all",
           "train error < 5 % at", "test error < 5 % at", "of all after 1,600")  # fmt: skip
     for elr, rows in of_elr.items():
@@ -167,11 +165,6 @@ def draw_modular(of_elr, names):
 # ------------------------------------------------------- tasks: angle, ELR, learning rate of others
 
 
-def value_of(run):
-    """ELR or angle of a run, from its name."""
-    return float(run.path.stem.split("=")[1].removesuffix(".seed"))
-
-
 def errors_of(task, logs, optimizers):
     """Kind of training → its values → test errors of the seeds at the end of the task's epochs, or
     where the loss was no longer finite."""
@@ -183,7 +176,7 @@ def errors_of(task, logs, optimizers):
                 kind = "cosine"
             up_to_end = run.log["epoch"] <= (EPOCHS if task == "modular 31" else 20)
             error = float(run.log["test_error"][up_to_end][-1])
-            found[kind].setdefault(value_of(run), []).append(error)
+            found[kind].setdefault(value_of(run.path), []).append(error)
     for row in optimizers:
         if row["task"] == task:
             error = float(row["test_error"])
@@ -222,7 +215,7 @@ def angle(logs):
     fig.legend(handles, labels, loc="upper center", ncol=5, bbox_to_anchor=(0.5, 0.93))
     fig.suptitle("test error at the end, medians of three seeds, least and greatest")
     figures.save(fig, ROOT / "docs" / "angle.png")
-    write("angle.csv", written)
+    regimes.write_csv(ROOT / "benchmarks" / "angle.csv", written)
 
 
 # ------------------------------------------------------------------- tables of the guide alone
@@ -253,7 +246,7 @@ def whole_space(logs):
             log = regimes.read_log(path)[0]
             elr, error = log["elr"][1:], log["test_error"][-1]
             text = f"{elr[0]:.2g} to {elr[-1]:.2g}, at most {elr.max():.2g}"
-            line(f"{float(path.stem.split('=')[1]):g}", decay, f"{error:.3f}", text)
+            line(f"{value_of(path):g}", decay, f"{error:.3f}", text)
 
 
 def boundary_angles(logs):
@@ -277,12 +270,22 @@ def others(logs):
         found = {}
         for path in sorted((logs / folder).glob(pattern)):
             if not path.name.endswith(".layers.csv"):
-                value = float(path.stem.split("=")[1].removesuffix(".seed").removesuffix(".then"))
                 error = regimes.read_log(path)[0]["test_error"][-1]
-                found.setdefault(value, []).append(error)
+                found.setdefault(value_of(path), []).append(error)
         line(name, "; ".join(f"{value:g}: {middle(x)}" for value, x in sorted(found.items())))
 
 
-if __name__ == "__main__":
+def main():
+    parser = regimes.Parser(prog="draw.py", description=__doc__)
+    parser.add_argument("logs", type=Path, metavar="LOGS", help="the folder of the guide's logs")
+    logs = parser.parse_args().logs
+    folders = {*TASKS.values(), *(f"{name}-cos" for name in TASKS.values()), *SIZES, *OTHERS}
+    for name in sorted(folders | {*WITH_BOUNDARIES, "mod31-wd2", "mod31-wd3"}):
+        if not (logs / name).is_dir():
+            parser.error(f"argument LOGS: {logs / name} is not there: its command is in the guide")
     for part in (modular, angle, sizes, whole_space, boundary_angles, others):
-        part(Path(sys.argv[1]))
+        part(logs)
+
+
+if __name__ == "__main__":
+    main()

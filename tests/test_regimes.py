@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
 
 import figures
 import regimes
@@ -540,6 +541,15 @@ def test_of_a_hundred_thousand_made_logs_hardly_one_is_called_another_regime():
             wrong.append((kind, n, seed, found))
     print(f"{3 * 391 * 100:,} made logs, called another regime: {wrong}")
     assert len(wrong) <= 3
+
+
+def test_the_regimes_are_told_apart_in_grey():
+    grey = {}
+    for name, tone in figures.COLOURS.items():
+        luminance = np.dot(to_rgb(tone), (0.299, 0.587, 0.114))
+        grey[name] = 1 - figures.SHADES[name] * (1 - luminance)  # over white
+    order = ["convergence", "undecided", "equilibrium", "divergence"]
+    assert (np.diff([grey[name] for name in order]) < -0.03).all()
 
 
 @pytest.mark.draws
