@@ -8,9 +8,8 @@ g the gradient, m the momentum (without it β = 0), η̃ the ELR. One step is
     θ ← ρ (θ − η̃ρ²m) / ‖θ − η̃ρ²m‖                     step and renormalization
     γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖            effective gradient norm, angular step
 
-or φ is given, and η̃ follows. Every scalar here is a function of the Gram matrix of (θ, g, m), whose
-entries are plain sums: tiles and tensors add up. `sphere_rule` makes three numbers of them, and
-then m ← βm + g + uθ and θ ← kθ + bm.
+or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ, g, m), a plain sum over
+tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm.
 
 Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch; Triton for the kernels.
 """
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import math
 import os
-from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -37,33 +36,77 @@ except ImportError:  # as on macOS
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = torch.float32, torch.bfloat16, torch.float16
+DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 BLOCK, WARPS = 4096, 8  # elements of a tile, and its warps
-PIECE = 1 << 18  # elements of a tile in PyTorch, so that float32 sums are accurate
-SMALL = 1024  # up to here they are float64: gradients may be nearly radial
-TINY = 1e-14  # a smaller part of a sum of squares is rounding
+PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not accurate
+SMALL = 1024  # so few are summed in float64
+OPTIONS = "params param_names name radii weight_decay".split()
+OF_SGD = dict(weight_decay=0, dampening=0, nesterov=False, maximize=False)  # on no sphere
+
+
+def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, where, root):
+    """`sphere_rule` for Python, tensors and Triton, which bring `where` and a square root. turn is
+    tan φ, or -1: from η̃."""
+    good = (tt > 0) & ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
+    tt = where(good, tt, 1.0)
+    norm, r, q = root(tt), tg / tt, tm / tt
+    radius, u = where(radius == 0, norm, radius), -(r + beta * q)
+    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)  # ‖new m‖²
+    s = root(where(s2 > 1e-14 * (gg + beta * beta * mm), s2, 0.0))  # a smaller part is rounding
+    tan = where(turn < 0, lr * radius * radius * s / norm, turn)
+    tan = where(tan < 1e100, tan, 1e100)
+    stays = (s == 0) | (tan == 0)
+    tan, s = where(stays, 0.0, tan), where(stays, 1.0, s)
+    cos = 1 / root(1 + tan * tan)
+    k, b = where(stays, 1.0, radius * cos / norm), -radius * cos * tan / s
+    elr = where(turn < 0, lr, tan * norm / radius / radius / s)
+    good = good & (k * k + b * b + u * u < 1e77)  # they fit float32
+    bad = where(good, 0.0, float("nan"))
+    return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
     """k, b and u of a step from the Gram matrix of its sphere; then η̃, ρ and β.
 
     gram: ⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩, ⟨θ,m⟩, ⟨g,m⟩, ⟨m,m⟩; radius: ρ, 0 for the norm of θ; lr: η̃, with
-    `angle` φ. A step of length 0 gives k = 1, b = 0; a Gram matrix that is not finite, nan.
+    `angle` φ. Gram and radius may be tensors, of many spheres. A step of length 0 gives k = 1,
+    b = 0; what is not finite, or does not fit float32, nan: the sphere stays.
     """
-    tt, tg, gg, tm, gm, mm = gram
-    if not (tt > 0 and math.isfinite(sum(gram))):
-        return [math.nan] * 6
-    norm, r, q = math.sqrt(tt), tg / tt, tm / tt
-    radius, u = radius or norm, -(r + beta * q)
-    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)  # ‖new m‖²
-    s = math.sqrt(s2) if s2 > TINY * (gg + beta * beta * mm) else 0.0
-    tan = math.tan(lr) if angle else lr * radius * radius * s / norm
-    tan = min(tan, 1e100)
-    if s == 0 or tan == 0:
-        return [1.0, 0.0, u, 0.0 if angle else lr, radius, beta]
-    cos = 1 / math.sqrt(1 + tan * tan)
-    elr = tan * norm / (radius * radius * s) if angle else lr
-    return [radius * cos / norm, -radius * cos * tan / s, u, elr, radius, beta]
+    turn = math.tan(lr) if angle else -1.0
+    if isinstance(radius, Tensor):
+        lr, beta, turn = radius.new_tensor([[lr], [beta], [turn]])
+        return torch.stack(_formula(*gram, radius, lr, beta, turn, torch.where, torch.sqrt))
+    return _formula(*gram, radius, lr, beta, turn, _pick, math.sqrt)
+
+
+def _pick(condition, a, b):
+    return a if condition else b
+
+
+# The tables of the kernels, which SphereSGD._lay_out makes. A sphere is the sum of its lines
+# (tensors, or rows of one), a line that of its tiles.
+#
+#     tiles      [tiles of a type, 5] int64: tensor, start, elements, sphere, number
+#     addresses  [tensors, 3] int64: θ, g, m; 0 for what there is not
+#     spheres    [spheres, 3] int64: first tile, tiles, group
+#     many       [spheres of several tiles] int64
+#     radii      [spheres] float64
+#     groups     [groups, 4] float64: η̃ or φ, β, angle?, at its radius?
+#     partials   [tiles, 6] float64, written: Gram matrices
+#     rule       [spheres, 6] float64, written: k, b, u, η̃, ρ, β
+
+
+@jit
+def _where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@jit
+def _root(x):
+    return tl.sqrt(x)
+
+
+_kernel_formula = jit(_formula)
 
 
 @jit
@@ -74,30 +117,14 @@ def _put(at, values):
 
 @jit
 def _rule(gram, radius, group, out):
-    """`sphere_rule`, from and into device memory."""
-    tt, tg, gg, tm, gm, mm = gram
+    """`sphere_rule`: of a sum, and where a sphere has its radius, group and rule."""
     lr, beta, angle = tl.load(group), tl.load(group + 1), tl.load(group + 2)
     radius = tl.load(radius) * tl.load(group + 3)
-    good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (tt > 0)
-    bad = tl.where(good, 0.0, float("nan"))
-    tt = tl.where(good, tt, 1.0)
-    norm, r, q = tl.sqrt(tt), tg / tt, tm / tt
-    radius, u = tl.where(radius == 0, norm, radius), -(r + beta * q) + bad
-    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)
-    s = tl.sqrt(tl.where(s2 > 1e-14 * (gg + beta * beta * mm), s2, 0.0))
-    tan = lr * radius * radius * s / norm
-    if angle != 0:
-        tan = tl.sin(lr) / tl.cos(lr)
-    tan = tl.minimum(tan, 1e100)
-    stays = (s == 0) | (tan == 0)
-    tan = tl.where(stays, 0.0, tan)
-    s = tl.where(stays, 1.0, s)
-    cos = 1 / tl.sqrt(1 + tan * tan)
-    k = tl.where(stays, 1.0, radius * cos / norm) + bad
-    b = -radius * cos * tan / s + bad
-    elr = tl.where(angle != 0, tan * norm / (radius * radius * s), lr) + bad
-    _put(out, (k, b, u, elr, radius + bad, beta + bad))
-    return k, b, u, beta
+    turn = tl.where(angle != 0, tl.sin(lr) / tl.cos(lr), -1.0)
+    tt, tg, gg, tm, gm, mm = gram
+    found = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, _where, _root)
+    _put(out, found)
+    return found
 
 
 @jit
@@ -105,7 +132,8 @@ def _load(address, start, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """n elements as float32, then 0; in 128-bit accesses where they are aligned."""
     at, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
     if (n == BLOCK) & (at.to(tl.int64) % 16 == 0):
-        x = tl.load(tl.multiple_of(at, 16) + offsets)
+        aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)  # here alone
+        x = tl.load(aligned + offsets)
     else:
         x = tl.load(at + offsets, mask=offsets < n, other=0.0)
     return x.to(tl.float32)
@@ -115,7 +143,8 @@ def _load(address, start, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 def _store(address, start, x, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     at, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
     if (n == BLOCK) & (at.to(tl.int64) % 16 == 0):
-        tl.store(tl.multiple_of(at, 16) + offsets, x.to(DTYPE))
+        aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)
+        tl.store(aligned + offsets, x.to(DTYPE))
     else:
         tl.store(at + offsets, x.to(DTYPE), mask=offsets < n)
 
@@ -125,24 +154,31 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
                MOVE: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
     """First, per tile: its Gram matrix; a sphere of one tile is finished at once. Third: the rule
-    applied to the tiles of other spheres, from the last on, which the cache still has."""
-    tile = tl.program_id(0).to(tl.int64)
+    applied to the tiles of other spheres, from the last on, which the cache still has. The
+    arguments are the tables above."""
+    # Which tile, of which tensor and sphere
+    pid = tl.program_id(0).to(tl.int64)
     if not FIRST:
-        tile = tl.num_programs(0) - 1 - tile
-    line = tiles + 5 * tile
-    at, start = addresses + 3 * tl.load(line), tl.load(line + 1)
-    theta_at, g_at, m_at = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    sphere = tl.load(line + 3)
+        pid = tl.num_programs(0) - 1 - pid
+    tile = tiles + 5 * pid
+    address, start = addresses + 3 * tl.load(tile), tl.load(tile + 1)
+    theta_at, g_at, m_at = tl.load(address), tl.load(address + 1), tl.load(address + 2)
+    sphere = tl.load(tile + 3)
     own, out = spheres + 3 * sphere, rule + 6 * sphere
-    n = tl.where(g_at == 0, 0, tl.load(line + 2))  # no gradient
+    alone = tl.load(own + 1) == 1
+    n = tl.where(g_at == 0, 0, tl.load(tile + 2))  # no gradient
     if not FIRST:
-        n = tl.where(tl.load(own + 1) == 1, 0, n)  # finished
+        n = tl.where(alone, 0, n)  # finished
     n_m = tl.where(m_at == 0, 0, n)
+
+    # Load
     theta = _load(theta_at, start, n, DTYPE, BLOCK)
     g = _load(g_at, start, n, DTYPE, BLOCK)
     m = g
     if MOMENTUM:
         m = _load(m_at, start, n_m, DTYPE, BLOCK)
+
+    # The Gram matrix and, where it is that of the whole sphere, the rule
     if FIRST:
         x, y = theta.to(tl.float64), g.to(tl.float64)
         b = tl.full([], 0, tl.float64)
@@ -150,12 +186,14 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
         if MOMENTUM:
             z = m.to(tl.float64)
             gram = gram[0], gram[1], gram[2], tl.sum(x * z), tl.sum(y * z), tl.sum(z * z)
-        _put(partials + 6 * tl.load(line + 4), gram)
+        _put(partials + 6 * tl.load(tile + 4), gram)
         k, u, beta = b * float("nan"), b, b
-        if tl.load(own + 1) == 1:
-            k, b, u, beta = _rule(gram, radii + sphere, groups + 4 * tl.load(own + 2), out)
+        if alone:
+            k, b, u, _, _, beta = _rule(gram, radii + sphere, groups + 4 * tl.load(own + 2), out)
     else:
         k, b, u, beta = tl.load(out), tl.load(out + 1), tl.load(out + 2), tl.load(out + 5)
+
+    # m ← βm + g + uθ, θ ← kθ + bm
     if MOVE and k == k:  # not nan
         g += u.to(tl.float32) * theta
         if MOMENTUM:
@@ -168,10 +206,14 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
 
 @jit
 def _rule_pass(many, spheres, radii, groups, partials, rule, BLOCK: tl.constexpr):
-    """Second, per sphere of several tiles: their Gram matrices summed in a fixed order."""
-    sphere = tl.load(many + tl.program_id(0))
-    own, columns = spheres + 3 * sphere, tl.arange(0, 8)[None, :]
+    """Second, per sphere of several tiles: their Gram matrices summed in a fixed order, and the
+    rule. The arguments are the tables above."""
+    # Which sphere, and its tiles
+    sphere, columns = tl.load(many + tl.program_id(0)), tl.arange(0, 8)[None, :]
+    own = spheres + 3 * sphere
     start, count = tl.load(own), tl.load(own + 1)
+
+    # Sum
     sums = tl.zeros([BLOCK, 8], tl.float64)
     for first in range(0, count, BLOCK):
         tile = first + tl.arange(0, BLOCK)[:, None]
@@ -180,28 +222,35 @@ def _rule_pass(many, spheres, radii, groups, partials, rule, BLOCK: tl.constexpr
     gram = ()
     for i in tl.static_range(6):
         gram += (tl.sum(tl.where(columns == i, sums, 0.0)),)
+
+    # The rule
     _rule(gram, radii + sphere, groups + 4 * tl.load(own + 2), rule + 6 * sphere)
 
 
 class SphereSGD(torch.optim.Optimizer):
     """Gradient descent on spheres at a fixed effective learning rate, or angle.
 
-    params    tensors, or param groups with options of their own
+    params    tensors, or param groups with options of their own; on no sphere those of
+              torch.optim.SGD, too; on a sphere weight_decay has no effect: the norm is fixed
     lr        the ELR η̃, a float or a 0-d tensor; every torch.optim.lr_scheduler works on it
-    sphere    what shares a norm: "group", all tensors of the param group, as in the paper;
-              "tensor"; "row", each slice tensor[i] (output filter); None: nothing, plain SGD
+    sphere    what shares a norm: "group", all tensors of the param group; "tensor"; "row", each
+              slice tensor[i] (output filter); None: nothing, torch.optim.SGD
     radius    to which the weights are scaled at once; None: the norms that they have
     momentum  β of the Riemannian heavy ball
-    angle     lr is the angle φ < π/2 by which a step turns each sphere; what is on no sphere has
-              the learning rate η̃ρ² of the spheres in that step (the median)
-    backend   "triton": fused kernels, at most three launches per type of weights, on a GPU (on the
-              CPU with TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
+    angle     lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
+              learning rate η̃ρ² of the spheres (the median)
+    backend   "triton": kernels, at most three launches per type of weights, on a GPU (on the CPU
+              with TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
 
-    A tensor without a gradient stays out of that step; a sphere that is not finite stays as it is.
-    In a CUDA graph: a step before the capture, lr as a tensor, zero_grad(set_to_none=False). Raises
-    ValueError for a bad option, a sphere of norm zero, a tensor with holes in memory; RuntimeError
-    for a sparse gradient.
+    A tensor without a gradient stays out of that step; a sphere that is not finite stays.
+    In a CUDA graph: step once before, lr a tensor on the GPU (the last valid angle holds),
+    zero_grad(set_to_none=False). Raises ValueError for a bad option, a tensor given twice, with
+    holes in memory or in shards, a sphere of norm zero, a state of other shapes; RuntimeError for
+    a sparse gradient.
     """
+
+    _layouts = None  # of the parameters as they are laid out
+    _captured = None  # what a CUDA graph will read
 
     def __init__(self, params, lr, sphere="group", radius=None, momentum=0.0, angle=False,
                  backend="auto"):  # fmt: skip
@@ -213,33 +262,56 @@ class SphereSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group.pop("radii", None)
         try:
-            self._use_triton = _check(self.param_groups, self.backend)
+            _check_options(group)
+            self._check()
+            known = [*OPTIONS, *self.defaults, *(() if group["sphere"] else OF_SGD)]
+            for name in group:
+                if name not in known and not name.endswith("_lr"):
+                    raise ValueError(f"{name}={group[name]!r}: there is no such option")
             if group["sphere"]:
-                group["radii"] = _norms(group).tolist()
-        except ValueError:
+                group["radii"] = _norms(group)
+        except Exception:
             self.param_groups.pop()
             raise
+        self._layouts = None
         if group["radius"]:
-            group["radii"] = [group["radius"]] * len(group["radii"])
+            group["radii"] = torch.full_like(group["radii"], group["radius"])
             self.normalize()
-        self._tiles = None  # laid out at the next step
+
+    def __getstate__(self):
+        return super().__getstate__() | {"backend": self.backend}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._layouts = None
+        for group in self._on_spheres():  # a list before version 0.3
+            radii = group.get("radii", ())
+            group["radii"] = torch.as_tensor(radii, dtype=torch.float64, device="cpu")
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self._tiles = None
+        before = dict(self.__dict__)
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                _check_options(group)
+            self._check()
+        except Exception:
+            self.__dict__ = before  # nothing changed
+            raise
 
     @torch.no_grad()
     def normalize(self):
         """Put the weights back on their spheres, from which something else moved them."""
         for group in self._on_spheres():
-            scales = torch.tensor(group["radii"], dtype=torch.float64) / _norms(group)
-            rows = [_rows(group, p)[0] for p in group["params"]]
-            if group["sphere"] == "group":
-                scales = scales.expand(len(rows))
-            for p, scale in zip(group["params"], scales.split(rows), strict=True):
-                new = p.reshape(_rows(group, p)) * scale.to(p.device)[:, None]
+            scales = group["radii"] / _norms(group)
+            for p in group["params"]:
+                rows, length = _rows(group, p)
+                new = p.reshape(rows, length) * scales[:rows, None].to(p.device)
                 p.copy_(new.view_as(p))
+                if group["sphere"] != "group":
+                    scales = scales[rows:]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -257,196 +329,273 @@ class SphereSGD(torch.optim.Optimizer):
     @property
     def last(self):
         """What `stats` are made of: Gram matrices of tiles, and what `sphere_rule` returned."""
-        if not self._tiles:
+        if self._layouts is None or not self._on_spheres():
             raise RuntimeError("no statistics before the first step on a sphere")
-        return self._partials.clone(), self._rule.clone()
+        return self._table(self._partials), self._table(self._rule)
+
+    def _table(self, sixes):
+        """[n, 6] of the kernels' table, or of what the PyTorch path leaves."""
+        if isinstance(sixes, Tensor):
+            return sixes.clone()
+        new = self._radii.new_tensor
+        return torch.cat([x.T if isinstance(x, Tensor) else new([x]) for x in sixes])
+
+    def grams(self, last=None):
+        """Gram matrices (θθ, θg, gg, θm, gm, mm) of the last step, [lines, 6] float64: of each
+        tensor on a sphere, or of its rows where they are spheres; 0 without a gradient. With the
+        `last` of several steps, stacked: [steps, lines, 6]."""
+        return _sums((last or self.last)[0], self._line_of_tile, len(self._lines))
 
     def stats(self, last=None):
-        """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ in
-        radians, `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. With the `last` of several steps,
-        stacked: [steps, spheres]."""
-        _, g2, angle, radial, elr, radius = self._of_parts(last, False)
-        gamma = radius * g2.sqrt()
-        return dict(radius=radius, elr=elr, grad_norm=gamma, angle=angle, radial=radial)
+        """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ,
+        `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. Several steps: as `grams`."""
+        last = last or self.last
+        grams = _sums(self.grams(last), self._lines[:, 0], len(self._spheres))
+        _, g2, angle, radial, elr, radius = _described(grams, last[1])
+        return dict(
+            radius=radius, elr=elr, grad_norm=radius * g2.sqrt(), angle=angle, radial=radial
+        )
 
     def layer_stats(self, last=None):
         """The same per tensor on a sphere: its `norm` ρ_i before the step, its own ELR `elr`
-        = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, the `angle` by which the step turned it. Where
-        rows are spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ."""
-        tt, g2, angle, _, elr, radius = self._of_parts(last, True)
-        lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle], -1)
-        tt, elr, gamma2, angle = _sums(lines, self._rows).unbind(-1)
-        n = self._rows
+        = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, the `angle` by which it turned. Where rows are
+        spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ."""
+        last = last or self.last
+        sphere, tensor = self._lines.T
+        tt, g2, angle, _, elr, radius = _described(self.grams(last), last[1][..., sphere, :])
+        lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
+        tt, elr, gamma2, angle, n = _sums(lines, tensor, self._tensors).unbind(-1)
         return dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
 
-    def _of_parts(self, last, lines):
-        """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ of spheres, or of their lines."""
-        partials, rule = self.last if last is None else last
-        tiles, sphere = self._lines if lines else self._whole
-        gram, (k, b, u, elr, radius, beta) = _sums(partials, tiles), rule[..., sphere, :].unbind(-1)
-        tt, tg, gg, tm, gm, mm = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
-        g2 = gg - tg * tg / tt
-        s2 = g2 + 2 * beta * (gm - tm * tg / tt) + beta**2 * (mm - tm * tm / tt)
-        g2 = torch.where(g2 > TINY * gg, g2, 0 * g2)
-        along = (tg + beta * tm) / tt + u
-        angle = torch.atan2(b.abs() * s2.clamp(min=0).sqrt(), tt.sqrt() * (k + b * along))
-        return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
-
     def _on_spheres(self):
-        return [group for group in self.param_groups if group["sphere"]]
+        return [group for group in self.param_groups if group.get("sphere")]
 
-    def _lay_out(self):
-        """What no step changes. A sphere is the sum of its lines (tensors, or rows of one), a line
-        that of its tiles: (tensor, start, elements, sphere, own number)."""
-        size = BLOCK if self._use_triton else PIECE
-        device = self.param_groups[0]["params"][0].device
-        table = partial(torch.tensor, dtype=torch.long, device=device)
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self._tiles, launches, rows_of, lines, spheres = [], {}, [], [], []
+    def _check(self):
+        """The device, and whether to use the kernels. ValueError where no step can be made."""
+        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+        device = pairs[0][1].device if pairs else torch.device("cpu")
+        possible = triton is not None and device.type == ("cpu" if INTERPRET else "cuda")
+        possible = possible and all(p.dtype in DTYPES for _, p in pairs)
+        if self.backend not in ("auto", "torch", "triton" if possible else "auto"):
+            what = "'auto', 'torch' or, on a GPU, not in float64, 'triton'"
+            raise ValueError(f"backend={self.backend!r}: it must be {what}")
+        seen = {}
+        for number, (group, p) in enumerate(pairs):
+            order = sorted(range(p.dim()), key=p.stride, reverse=True)  # as they lie in memory
+            if group["sphere"] == "row":
+                order.sort(key=bool)  # row after row
+            first = seen.setdefault(p.data_ptr() or p, number)
+            m, problem = self.state.get(p, {}).get("momentum_buffer"), None
+            if p.device != device or not p.is_floating_point():
+                problem = f"is {p.dtype} on {p.device}, not float on {device}"
+            elif first != number:
+                problem = f"is parameter {first} again: give it once"
+            elif group["sphere"] and hasattr(p, "__tensor_flatten__"):
+                problem = f"is a {type(p).__name__}: a sphere takes plain tensors, no shards"
+            elif group["sphere"] and not p.permute(order).is_contiguous():
+                problem = "has holes in memory, or scattered rows: clone it"
+            elif m is not None and m.shape != p.shape:
+                problem = f"has a momentum_buffer of shape {tuple(m.shape)}"
+            if problem:
+                raise ValueError(f"parameter {number} of shape {tuple(p.shape)} {problem}")
+        for group in self._on_spheres():
+            spheres = sum(_rows(group, p)[0] for p in group["params"])
+            if group["sphere"] == "group":
+                spheres = min(spheres, 1)
+            if len(group.get("radii", range(spheres))) != spheres:
+                raise ValueError(f"a group has {spheres} spheres, but {len(group['radii'])} radii")
+        return device, possible and self.backend != "torch"
+
+    def _lay_out(self, layouts):
+        """Makes the tables. PyTorch's tiles are its pieces, or their rows."""
+        self._device, self._use_triton = self._check()
+        tiles, spheres, lines, line_of_tile, tensor = {}, [], [], [], -1
         for i, group in enumerate(self._on_spheres()):
             for p in group["params"]:
+                tensor += 1
                 rows, length = _rows(group, p)
+                step = BLOCK if self._use_triton else PIECE
+                if group["sphere"] == "row" and not self._use_triton:
+                    step = max(length, 1)
                 for row in range(rows):
                     if group["sphere"] != "group" or p is group["params"][0]:
-                        spheres.append(i)
-                    sphere, starts = len(spheres) - 1, range(row * length, (row + 1) * length, size)
-                    lines.append((len(starts), sphere))
-                    for at in starts:
-                        place = len(rows_of), at, min(size, starts.stop - at)
-                        self._tiles.append((*place, sphere, len(self._tiles)))
-                        launches.setdefault(p.dtype, []).append(self._tiles[-1])
-                rows_of.append(rows)
-        tiles, self._rows = table(self._tiles).view(-1, 5), table(rows_of)
-        self._lines = table(lines).view(-1, 2).unbind(1)
-        counts = torch.bincount(tiles[:, 3], minlength=len(spheres))
-        self._whole = counts, torch.arange(len(spheres), device=device)
-        self._spheres = torch.stack([counts.cumsum(0) - counts, counts, table(spheres)], 1)
-        self._many = counts.gt(1).nonzero()
-        self._launches = [(str(dtype)[6:], table(own)) for dtype, own in launches.items()]
-        radii = sum([group["radii"] for group in self._on_spheres()], [])
-        self._radii = torch.tensor(radii, dtype=torch.float64, device=device)
-        self._groups = zeros(len(self._on_spheres()), 4)
-        self._partials, self._rule = zeros(len(tiles), 6), zeros(len(spheres), 6)
-        self._addresses = table([0, 0, 0] * len(rows_of))
-        self._written, self._copies = {}, {}
+                        spheres.append([len(line_of_tile), 0, i])
+                    for start in range(0, max(length, 1), step):
+                        place = tensor, row * length + start, min(step, length - start)
+                        tile = *place, len(spheres) - 1, len(line_of_tile)
+                        tiles.setdefault(p.dtype, []).append(tile)
+                        line_of_tile.append(len(lines))
+                        spheres[-1][1] += 1
+                    lines.append((len(spheres) - 1, tensor))
+        self._tensors = tensor + 1
+        self._launches = [(str(x)[6:], self._upload(own, (-1, 5))) for x, own in tiles.items()]
+        self._spheres = self._upload(spheres, (-1, 3))
+        self._many = self._upload([i for i, sphere in enumerate(spheres) if sphere[1] > 1])
+        self._lines = self._upload(lines, (-1, 2))  # [lines, 2] int64: sphere, tensor
+        self._line_of_tile = self._upload(line_of_tile)  # [tiles] int64
+        radii = sum([group["radii"].tolist() for group in self._on_spheres()], [])
+        self._radii = self._upload(radii, dtype=torch.float64)
+        self._partials = self._radii.new_zeros(len(line_of_tile), 6)
+        self._rule = self._radii.new_zeros(len(spheres), 6)
+        self._groups = self._radii.new_zeros(len(self._on_spheres()), 4)
+        self._written, self._copies, self._layouts = None, {}, layouts
+
+    def _upload(self, values, shape=-1, dtype=torch.long):
+        """A table on the device, without a wait."""
+        table = torch.tensor(values, dtype=dtype).view(shape)
+        if self._device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                cure = "step once before, zero_grad(set_to_none=False)"
+                raise RuntimeError(f"a tensor moved in the capture of a CUDA graph: {cure}")
+            table = table.pin_memory()
+        return table.to(self._device, non_blocking=True)
 
     def _apply(self, move):
-        if self._tiles is None:
-            self._lay_out()
-        on_spheres, plain = [], []
-        for group in self.param_groups:
-            parts = [self._parts(group, p) for p in group["params"]]
-            if group["sphere"]:
-                on_spheres += parts
-            else:
-                plain.append((group, parts))
-        if on_spheres and self._use_triton:
-            self._triton_step(on_spheres, move)
-        elif on_spheres:
-            self._torch_step(on_spheres, move)
-        for group, parts in plain if move else ():
-            self._plain_step(group, *zip(*filter(None, parts), strict=True))
+        apply = self._apply_now
+        if torch.compiler.is_compiling():
+            apply = torch.compiler.disable(apply)  # which takes a second to import
+        apply(move)
 
-    def _parts(self, group, p):
-        """θ, g and, with momentum, m; nothing without a gradient."""
+    def _apply_now(self, move):
+        layouts = [_layout(p) for group in self.param_groups for p in group["params"]]
+        if layouts != self._layouts:
+            self._lay_out(layouts)
+        layouts, on_spheres, plain = iter(layouts), [], []
+        for group in self.param_groups:
+            tensors = [self._parts(group, p, next(layouts)) for p in group["params"]]
+            if group["sphere"]:
+                lr = _lr(group, wait=not self._use_triton)
+                # A part of a sphere steps on the norm that it has
+                fixed = move and (group["sphere"] != "group" or all(len(x) > 1 for x in tensors))
+                on_spheres.append((group, tensors, (lr, group["momentum"], group["angle"], fixed)))
+            else:
+                plain.append((group, [parts for parts in tensors if len(parts) > 1]))
+        if on_spheres:
+            step = self._triton_step if self._use_triton else self._torch_step
+            step(on_spheres, move)
+        for group, tensors in plain if move else ():
+            self._plain_step(group, tensors)
+
+    def _parts(self, group, p, layout):
+        """θ, g and, with momentum, m, which lie in memory as θ does; without a gradient θ."""
         g = p.grad
         if g is None:
-            return ()
+            return (p,)
         if g.layout != torch.strided:
             raise RuntimeError("a gradient is sparse: take sparse=False")
-        if g.dtype != p.dtype or g.stride() != p.stride():
-            g = self._copies.setdefault(p, torch.empty_like(p)).copy_(g)
+        if _layout(g) != layout:
+            g = _copy(g, self._copies.setdefault(p, torch.empty_like(p)))
         if not group["momentum"]:
-            return p, g
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return p, g, self.state[p]["momentum_buffer"]
+            return (p, g) if group["sphere"] else (p, g, None)
+        state = self.state[p]
+        m = state.get("momentum_buffer")
+        if m is None and group["sphere"]:
+            m = state["momentum_buffer"] = torch.zeros_like(p)
+        elif m is not None and _layout(m) != layout:
+            m = state["momentum_buffer"] = _copy(m, torch.empty_like(p))
+        return p, g, m
 
-    def _torch_step(self, tensors, move):
-        grams, partials, tiles, rule = [[0.0] * 6] * len(self._radii), [], [], []
-        for tensor, at, n, sphere, _ in self._tiles:  # as they lie in memory
-            parts = [x.as_strided((n,), (1,), x.storage_offset() + at) for x in tensors[tensor]]
-            partials.append(_gram(*parts))
-            tiles.append((sphere, parts))
-            grams[sphere] = [a + b for a, b in zip(grams[sphere], partials[-1], strict=True)]
-        for group in self._on_spheres():
-            how = float(group["lr"]), group["momentum"], group["angle"]
-            for radius in group["radii"]:
-                radius = radius if move and not _free(group) else 0.0
-                rule.append(sphere_rule(grams[len(rule)], radius, *how))
-        self._partials = self._partials.new_tensor(partials)
-        self._rule = self._rule.new_tensor(rule)
-        for sphere, parts in reversed(tiles) if move else ():
-            if parts and not math.isnan(rule[sphere][0]):
-                _move(rule[sphere], *parts)
+    def _torch_step(self, groups, move):
+        """Gram matrix and rule of a sphere are numbers or, of a matrix of rows, [6, rows]."""
+        self._partials, self._rule = [], []
+        for group, tensors, (lr, beta, angle, fixed) in groups:
+            spheres = [_pieces(group, parts) for parts in tensors]
+            if group["sphere"] == "group":
+                spheres = [sum(spheres, [])]
+            radii = group["radii"].tolist()
+            if group["sphere"] == "row":
+                spheres = [[piece] for pieces in spheres for piece in pieces]
+                radii = self._radii.new_tensor(radii).split([len(x[0][0]) for x in spheres])
+            for pieces, radius in zip(spheres, radii, strict=False):
+                grams = [_gram(beta, *vectors) for vectors in pieces]
+                gram = grams[0]
+                if len(grams) > 1:
+                    gram = [sum(entry) for entry in zip(*grams, strict=True)]
+                rule = sphere_rule(gram, radius * fixed, lr, beta, angle)
+                self._partials += grams
+                self._rule.append(rule)
+                for vectors in reversed(pieces) if move else ():
+                    _move(rule, *vectors)
 
-    def _triton_step(self, tensors, move):
-        groups, addresses = [], []
-        for group in self._on_spheres():
-            lr = 0.0 if isinstance(group["lr"], Tensor) else group["lr"]
-            groups.append([lr, group["momentum"], group["angle"], not _free(group)])
-        for parts in tensors:
-            addresses += [x.data_ptr() for x in parts] + [0] * (3 - len(parts))
-        for table, new in ((self._groups, groups), (self._addresses, addresses)):
-            if new != self._written.get(table):
-                if table.is_cuda and torch.cuda.is_current_stream_capturing():
-                    cure = "step once before, and zero_grad(set_to_none=False)"
-                    raise RuntimeError(f"a tensor moved while a CUDA graph was captured: {cure}")
-                self._written[table] = new
-                new = torch.tensor(new, dtype=table.dtype, pin_memory=table.is_cuda)
-                table.copy_(new, non_blocking=True)
-        for i, group in enumerate(self._on_spheres()):
-            if isinstance(group["lr"], Tensor):
-                self._groups[i, 0] = group["lr"]
-        radii, many = self._radii if move else 0 * self._radii, len(self._many)
-        tables = self._spheres, radii, self._groups, self._partials, self._rule
-        momentum = any(beta for _, beta, *_ in groups)
+    def _triton_step(self, groups, move):
+        settings = [settings for *_, settings in groups]
+        numbers = [[0.0 if isinstance(lr, Tensor) else lr, *rest] for lr, *rest in settings]
+        on_spheres = [parts for _, tensors, _ in groups for parts in tensors]
+        addresses = [[*(x.data_ptr() for x in parts), 0, 0][:3] for parts in on_spheres]
+        before = self._groups
+        if self._written != (numbers, addresses):  # into new memory: a graph may read the old
+            self._groups = self._upload(numbers, (-1, 4), torch.float64)
+            self._addresses = self._upload(addresses, (-1, 3))
+            self._written = numbers, addresses
+        for i, (lr, _, angle, _) in enumerate(settings):
+            if isinstance(lr, Tensor):
+                if angle:  # or the last valid one
+                    lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)
+                self._groups[i, 0] = lr
+        tables = self._spheres, self._radii, self._groups, self._partials, self._rule
+        momentum, many = any(beta for _, beta, *_ in settings), len(self._many)
         how = dict(MOVE=move, MOMENTUM=momentum, BLOCK=BLOCK, num_warps=WARPS)
-        for first in (True, False) if move and many else (True,):
-            for dtype, tiles in self._launches:
-                more = dict(FIRST=first, DTYPE=getattr(tl, dtype), **how)
-                _tile_pass[(len(tiles),)](tiles, self._addresses, *tables, **more)
-            if first and many:
-                _rule_pass[(many,)](self._many, *tables, BLOCK=1024, num_warps=WARPS)
+        with torch.cuda.device_of(self._radii):  # else Triton launches on the current one
+            for first in (True, False) if move and many else (True,):
+                for dtype, tiles in self._launches:
+                    more = dict(FIRST=first, DTYPE=getattr(tl, dtype), **how)
+                    _tile_pass[(len(tiles),)](tiles, self._addresses, *tables, **more)
+                if first and many:
+                    _rule_pass[(many,)](self._many, *tables, BLOCK=1024, num_warps=WARPS)
+        if self._radii.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured = dict(vars(self))  # is kept as long as this optimizer
 
-    def _plain_step(self, group, params=(), grads=(), buffers=()):
-        lr, on_gpu = group["lr"], self._radii.is_cuda
+    def _plain_step(self, group, tensors):
+        """torch.optim.SGD's."""
+        params, grads, buffers = ([parts[i] for parts in tensors] for i in range(3))
+        lr, on_gpu = _lr(group, wait=False), self._device.type == "cuda"
         if group["angle"]:
-            lr = (self._rule[:, 3] * self._rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
-        if not on_gpu:
-            lr = float(lr)
-        buffers = list(buffers) or [None] * len(params)
-        sgd(list(params), list(grads), buffers, fused=on_gpu, lr=lr, momentum=group["momentum"],
-            weight_decay=0, dampening=0, nesterov=False, maximize=False)  # fmt: skip
+            rule = self.last[1]
+            lr = (rule[:, 3] * rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
+        if isinstance(lr, Tensor):
+            lr = lr.squeeze() if on_gpu else lr.item()
+        options = {name: group[name] for name in ("momentum", *OF_SGD) if name in group}
+        fused = on_gpu and len({m is None for m in buffers}) == 1
+        sgd(params, grads, buffers, fused=fused, lr=lr, **OF_SGD | options)
+        for p, m in zip(params, buffers, strict=True):
+            if m is not None:
+                self.state[p]["momentum_buffer"] = m
 
 
-def _check(groups, backend):
-    """Whether the kernels are to be used. Raises ValueError for a bad last group."""
-    group, device = groups[-1], groups[0]["params"][0].device
-    sphere, radius = group["sphere"], group["radius"]
-    most = math.pi / 2 if group["angle"] else math.inf
-    possible = triton is not None and device.type == ("cpu" if INTERPRET else "cuda")
-    possible = possible and all(p.dtype in DTYPES for each in groups for p in each["params"])
-    ways = ("auto", "torch", "triton") if possible else ("auto", "torch")
+def _check_options(group):
+    sphere, radius, momentum = (group.get(x, "") for x in ("sphere", "radius", "momentum"))
+    given = isinstance(radius, Real) and sphere and 0 < radius < math.inf
     for name, good, what in (
         ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
-        ("lr", 0 <= float(group["lr"]) < most, "finite, ≥ 0 (an angle below π/2)"),
-        ("radius", radius is None or sphere and 0 < radius < math.inf, "positive, on a sphere"),
-        ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
-        ("backend", backend in ways, "'auto', 'torch' or, on a GPU, not in float64, 'triton'"),
+        ("radius", radius is None or given, "positive, on a sphere"),
+        ("momentum", isinstance(momentum, Real) and 0 <= momentum < 1, "in [0, 1)"),
+        ("lr", not math.isnan(_lr(group)), "a number"),
     ):
         if not good:
-            raise ValueError(f"{name}={group.get(name, backend)!r}: it must be {what}")
-    for i, p in enumerate(group["params"]):
-        name = f"parameter {i} of shape {tuple(p.shape)}"
-        if p.device != device or not p.is_floating_point():
-            raise ValueError(f"{name} is {p.dtype} on {p.device}, not float on {device}")
-        order = sorted(range(p.dim()), key=p.stride, reverse=True)  # as they lie in memory
-        if sphere == "row":
-            order.sort(key=bool)  # row after row
-        if sphere and not p.permute(order).is_contiguous():
-            raise ValueError(f"{name} has holes in memory, or scattered rows: clone it")
-    return possible and backend != "torch"
+            raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {what}")
+
+
+def _lr(group, wait=True):
+    """η̃ or φ as a number; on a GPU, where one does not wait, the tensor."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.is_cuda and not wait:
+        return lr
+    number = isinstance(lr, Real) or isinstance(lr, Tensor) and lr.numel() == 1
+    value = float(lr) if number else -1.0
+    if value < 0 or value >= (math.pi / 2 if group.get("angle") else math.inf):
+        raise ValueError(f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
+    return value
+
+
+def _layout(x):
+    return x.dtype, x.device, x.shape, x.stride()
+
+
+def _copy(x, new):
+    if x.shape != new.shape:
+        what = f"a gradient or momentum_buffer of shape {tuple(x.shape)}"
+        raise ValueError(f"{what} for a parameter of shape {tuple(new.shape)}")
+    return new.copy_(x)
 
 
 def _rows(group, p):
@@ -454,52 +603,112 @@ def _rows(group, p):
     return rows, p.numel() // max(rows, 1)
 
 
-def _free(group):
-    """Whether the radius is the norm of the weights with a gradient."""
-    return group["sphere"] == "group" and any(p.grad is None for p in group["params"])
-
-
 def _norms(group):
+    """Of the spheres, [spheres] float64 on the CPU."""
     squares = [p.double().square().reshape(_rows(group, p)).sum(1).cpu() for p in group["params"]]
-    if group["sphere"] == "group":
-        squares = [torch.cat(squares).sum(0, keepdim=True)]
+    elements = [p.numel() for p in group["params"]]
+    if group["sphere"] == "group" and squares:
+        squares, elements = [torch.cat(squares).sum(0, keepdim=True)], [sum(elements)]
     for i, square in enumerate(squares):
-        if group["params"][i].numel() and not (square.isfinite() & (square > 0)).all():
+        if elements[i] and not (square.isfinite() & (square > 0)).all():
             raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
-    return torch.cat(squares).sqrt()
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *squares]).sqrt()
 
 
-def _sums(x, lengths):
-    """Sums over stretches of these lengths, [..., n, k] → [..., len(lengths), k]."""
-    x = x.movedim(-2, 0).contiguous()
-    return torch.segment_reduce(x, "sum", lengths=lengths, axis=0, unsafe=True).movedim(0, -2)
+def _sums(x, index, n):
+    """x [..., m, k] summed into n rows, [..., n, k]: row i into row index[i]."""
+    return x.new_zeros(*x.shape[:-2], n, x.shape[-1]).index_add(-2, index, x)
 
 
-def _gram(*vectors):
-    """The Gram matrix of (θ, g, m) as in `sphere_rule`; 0 for what there is not."""
-    if vectors and len(vectors[0]) <= SMALL:
-        vectors = [x.double() for x in vectors]
-    elif vectors and vectors[0].element_size() < 4:
-        vectors = [x.float() for x in vectors]
+def _rest(gram, beta):
+    """‖new m‖² (β = 0: ‖g_t‖²), and the sum of squares of which the projection leaves this."""
+    tt, tg, gg, tm, gm, mm = gram
+    rest = gg - tg * tg / tt + 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
+    return rest, gg + beta * beta * mm
+
+
+def _described(gram, rule):
+    """‖θ‖², ‖g_t‖², φ, radial, η̃ and ρ from Gram matrices and what the rule made, [..., 6] each."""
+    tt, tg, gg, tm, _, _ = gram = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
+    k, b, u, elr, radius, beta = rule.unbind(-1)
+    g2, whole = _rest(gram, 0)
+    g2 = torch.where(g2 > 1e-14 * whole, g2, 0 * g2)
+    s2, _ = _rest(gram, beta)
+    along = (tg + beta * tm) / tt + u
+    angle = torch.atan2(b.abs() * s2.clamp(min=0).sqrt(), tt.sqrt() * (k + b * along))
+    return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
+
+
+def _pieces(group, parts):
+    """(θ, g, m) as they lie in memory: vectors, or matrices of rows, of about PIECE elements."""
+    n = parts[0].numel()
+    shape, strides, step = (n,), (1,), PIECE
+    if group["sphere"] == "row":
+        shape = _, length = _rows(group, parts[0])
+        strides, step = (length, 1), max(1, PIECE // max(length, 1))
+    parts = [x.as_strided(shape, strides) for x in parts]
+    if n <= PIECE:
+        return [parts]
+    return list(zip(*(x.split(step) for x in parts), strict=True))
+
+
+def _gram(beta, theta, *others):
+    """The Gram matrix of (θ, g, m) as in `sphere_rule`; 0 without a gradient."""
+    vectors = [theta, *others]
+    if theta.dim() == 2:
+        return _wide_gram(*vectors) if others else theta.new_zeros(6, len(theta)).double()
+    if not others:
+        return [0.0] * 6
+    small = len(theta) <= SMALL
+    if small or theta.element_size() < 4:
+        vectors = [x.double() if small else x.float() for x in vectors]
     gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
-    return gram + [0.0] * (6 - len(gram))
+    gram += [0.0] * (6 - len(gram))
+    if small or _exact(gram, 0) and _exact(gram, beta):
+        return gram
+    return _wide_gram(*vectors).tolist()
 
 
-def _move(rule, *vectors):
-    """m ← βm + g + uθ, θ ← kθ + bm, in place."""
+def _wide_gram(*vectors):
+    """In float64, [6, ...]; summed by pairs, unlike torch.dot."""
+    vectors = [x.double() for x in vectors]
+    gram = [(x * y).sum(-1) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
+    return torch.stack(gram + [0 * gram[0]] * (6 - len(gram)))
+
+
+def _exact(gram, beta):
+    """Whether float32 sums are good enough: not too small, nor mostly cancelled."""
+    rest, whole = _rest(gram, beta) if min(gram[0], gram[2]) > 1e-25 else (0, 0)
+    return rest > 1e-2 * whole
+
+
+def _move(rule, theta, g=None, m=None):
+    """m ← βm + g + uθ, θ ← kθ + bm, in place; nothing where k is nan."""
+    if g is None:
+        return
     k, b, u, _, _, beta = rule
-    theta, g, *m = vectors
-    if theta.element_size() < 4:  # in float32, rounded once
+    if theta.dim() == 2:
+        wide = torch.promote_types(theta.dtype, torch.float32)
+        k, b, u, beta = (x[:, None].type(wide) for x in (k, b, u, beta))
+        new = torch.addcmul(g, theta, u)
+        if m is not None:
+            new.addcmul_(m, beta)
+            m.copy_(torch.where(k.isnan(), m, new))
+        theta.copy_(torch.where(k.isnan(), theta, (k * theta).addcmul_(new, b)))
+    elif math.isnan(k):
+        return
+    elif theta.element_size() < 4:  # in float32, rounded once
+        vectors = [theta, g] if m is None else [theta, g, m]
         wide = [x.float() for x in vectors]
         _move(rule, *wide)
         torch._foreach_copy_(vectors, wide)
-    elif m:
-        m[0].mul_(beta).add_(g).add_(theta, alpha=u)
-        theta.mul_(k).add_(m[0], alpha=b)
-    else:
+    elif m is None:
         theta.mul_(k + b * u).add_(g, alpha=b)
+    else:
+        m.mul_(beta).add_(g).add_(theta, alpha=u)
+        theta.mul_(k).add_(m, alpha=b)
 
 
 if __name__ == "__main__":
-    print("SphereSGD: steps on a sphere at a fixed effective learning rate. Copy this one file.")
-    print("Checked against float64 in tests/, and on this machine by: python bench.py step")
+    print("SphereSGD: steps on a sphere at a fixed ELR or angle. Copy this one file.")
+    print("Is it right on this machine? python bench.py check")

@@ -65,7 +65,9 @@ def test_the_kernels_pass_in_the_interpreter():
 def test_the_check_of_bench_py_finds_the_kernels_equal_to_float64():
     import bench
 
-    assert 0 < bench.check(2) < 1e-6
+    kernels = {name: x for name, x in bench.checks().items() if "triton" in name}
+    assert len(kernels) >= 9
+    assert bench.check({name: x for name, x in kernels.items() if "group, float32" in name}) == 0
 
 
 def reference(theta, g, m, radius, elr, beta):
@@ -297,13 +299,28 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
 
 
 @runs
-def test_a_replay_after_measure_steps_on_the_same_radii(monkeypatch):
+def test_a_replay_after_measure_steps_on_the_same_radii():
     """A CUDA graph replays the launches alone: what the host uploads in between must not change them."""
     groups, replay = [group for group in several() if group["sphere"]], []
     optimizer = SphereSGD(groups, lr=1e-4)
     give_gradients(groups)
     radii = [radius for group in optimizer.param_groups for radius in group["radii"]]
-    with monkeypatch.context() as patch:
+    recorded(optimizer, replay)
+    assert len(replay) == 3
+    with torch.no_grad():
+        for t in weights(groups):
+            t.mul_(1.5)
+    optimizer.measure()
+    assert not torch.allclose(optimizer.stats()["radius"].cpu(), torch.tensor(radii).double())
+    for launch in replay:
+        launch()
+    norms = torch.cat([sphere_step._norms(group) for group in optimizer.param_groups])
+    assert torch.allclose(norms, torch.tensor(radii, dtype=torch.float64), rtol=1e-6)
+
+
+def recorded(optimizer, replay):
+    """A step whose launches go to the list `replay` with what they were given, as into a CUDA graph."""
+    with pytest.MonkeyPatch.context() as patch:
         for name in ("_tile_pass", "_rule_pass"):
 
             class Recorded:
@@ -318,16 +335,32 @@ def test_a_replay_after_measure_steps_on_the_same_radii(monkeypatch):
 
             patch.setattr(sphere_step, name, Recorded())
         optimizer.step()
-    assert len(replay) == 3
-    with torch.no_grad():
-        for t in weights(groups):
-            t.mul_(1.5)
-    optimizer.measure()
-    assert not torch.allclose(optimizer.stats()["radius"].cpu(), torch.tensor(radii).double())
+
+
+@runs
+def test_what_an_eager_step_uploads_after_the_capture_does_not_reach_the_replays():
+    groups, replay = [group for group in several() if group["sphere"]], []
+    give_gradients(groups)
+    optimizer = SphereSGD(groups, lr=1e-4)
+    recorded(optimizer, replay)
+    kept = [t.grad for group in groups for t in group["params"]]
+    give_gradients(groups)  # at other addresses
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    optimizer.step()
+    before = [t.clone() for t in weights(groups)]
     for launch in replay:
         launch()
-    norms = torch.cat([sphere_step._norms(group) for group in optimizer.param_groups])
-    assert torch.allclose(norms, torch.tensor(radii, dtype=torch.float64), rtol=1e-6)
+    replayed = [t.clone() for t in weights(groups)]
+    params = [t for group in groups for t in group["params"]]
+    with torch.no_grad():
+        for t, old, g in zip(params, before, kept, strict=True):
+            t.copy_(old)
+            t.grad = g
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    optimizer.step()
+    assert all(map(torch.equal, params, replayed))
 
 
 @runs
@@ -397,14 +430,29 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
     )  # else at their norms
     settings[groups[:, 3] == 0, 0] = 0
     many, found = torch.arange(n, device=DEVICE), torch.zeros(n, 6, **new)
-    tables = torch.stack([many, 0 * many + 1, many], 1), radii, groups.contiguous(), partials, found
+    tables = (
+        torch.stack([many, 0 * many + 1, many], 1),
+        radii,
+        groups.contiguous(),
+        partials,
+        found,
+    )
     with np.errstate(all="ignore"):
         sphere_step._rule_pass[(n,)](many, *tables, BLOCK=16, num_warps=1)
     expected = []
     for gram, (radius, lr, beta, angle) in zip(grams, settings.tolist(), strict=True):
         expected.append(sphere_step.sphere_rule(gram.tolist(), radius, lr, beta, angle > 0))
-    expected = torch.tensor(expected, dtype=torch.float64)
-    assert torch.allclose(found.cpu(), expected, rtol=1e-9, atol=0, equal_nan=True)
+    expected, found = torch.tensor(expected, dtype=torch.float64), found.cpu()
+    # A compiler that joins multiplications and additions rounds otherwise: all the more, the more
+    # of ‖g‖² + β²‖m‖² cancels in ‖new m‖².
+    tt, tg, gg, tm, gm, mm = partials.cpu().unbind(1)
+    beta = settings[:, 2].cpu()
+    total = gg + beta**2 * mm
+    s2 = total - tg * tg / tt + 2 * beta * (gm - tm * tg / tt) - (beta * tm) ** 2 / tt
+    tolerance = 1e-9 + 1e-14 * total / torch.maximum(s2, 1e-14 * total)
+    near = (found - expected).abs() <= tolerance.nan_to_num(1e-9)[:, None] * expected.abs()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    assert (near | same).all(), (found[~(near | same).all(1)], expected[~(near | same).all(1)])
 
 
 @runs
@@ -582,8 +630,113 @@ def test_compiled_ahead_of_time_for_mi300(which):
 
     if "amd" not in backends:
         pytest.skip("this Triton has no AMD compiler")
+    if tuple(map(int, sphere_step.triton.__version__.split(".")[:2])) < (3, 4):
+        pytest.skip("before 3.4 Triton calls a linker of ROCm, which it does not bring")
     for momentum in (False, True):
         assert compile_ahead(which, GPUTarget("hip", "gfx942", 64), momentum, True).asm["hsaco"]
+
+
+class Launches:
+    """In the place of a kernel: what it would have been launched with."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **how: self.calls.append(args)
+
+
+def count(group):
+    """Of spheres."""
+    if group["sphere"] == "row":
+        return sum(len(p) for p in group["params"])
+    return 1 if group["sphere"] == "group" else len(group["params"])
+
+
+@contextmanager
+def fake_gpu(calls):
+    """Tensors on "cuda" that have types and shapes but no numbers: to mix devices, or to wait for a
+    number, is an error."""
+    from torch._subclasses import FakeTensorMode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sphere_step, "triton", object())
+        patch.setattr(sphere_step, "INTERPRET", False)
+        for name in ("_tile_pass", "_rule_pass"):
+            patch.setattr(sphere_step, name, Launches(calls))
+        ones = [torch.ones(n, dtype=torch.float64) for n in range(10)]  # of real numbers
+        patch.setattr(sphere_step, "_norms", lambda group: ones[count(group)])
+        patch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+        # Of these two there is no fake.
+        patch.setattr(torch.Tensor, "nanmedian", torch.Tensor.sum)
+        patch.setattr(sphere_step, "sgd", lambda *args, lr, **how: calls.append(lr))
+        patch.setattr(torch.Tensor, "data_ptr", lambda x: id(x))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                torch.ones(2, device="cuda")[0]
+            except RuntimeError:
+                pytest.skip("this torch asks for a driver even where tensors are fake")
+            yield
+
+
+@pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="for the compiled kernels")
+@pytest.mark.parametrize("angle", [False, True])
+def test_a_step_mixes_no_devices_and_waits_for_no_number(angle, monkeypatch):
+    guarded, calls = [], []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: guard(guarded, x))
+    with fake_gpu(calls):
+        groups = several(device="cuda")
+        give_gradients(groups)
+        optimizer = SphereSGD(groups, lr=0.1, momentum=0.9, angle=angle)
+        for lr in (0.1, torch.full((), 0.1, device="cuda"), torch.tensor(0.1)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            calls.clear()
+            optimizer.step()
+            optimizer.measure()
+            assert len(calls) == 3 + 1 + 2
+            pace = calls.pop(3)  # of what is on no sphere
+            assert isinstance(pace, float) or pace.device.type == "cuda"
+            for args in calls:
+                assert all(x.device.type == "cuda" for x in args if isinstance(x, torch.Tensor))
+            for stats in (optimizer.stats(), optimizer.layer_stats()):
+                assert all(x.device.type == "cuda" for x in stats.values())
+            assert optimizer.grams().device.type == "cuda"
+    assert len(guarded) == 6 and {x.type for x in guarded} == {"cuda"}
+
+
+@contextmanager
+def guard(devices, x):
+    devices.append(x.device)
+    yield
+
+
+@gpu
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_on_the_last_of_several_gpus():
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    groups = several(device=last)
+    give_gradients(groups)
+    others = copy_of(groups)
+    SphereSGD(groups, lr=1e-3).step()
+    SphereSGD(others, lr=1e-3, backend="torch").step()
+    for x, y in zip(weights(groups), weights(others), strict=True):
+        assert (x - y).norm() <= 5e-6 * y.norm()
+
+
+@gpu
+@needs_gpu
+def test_an_angle_on_the_gpu_that_becomes_too_large_stays_the_last_valid_one():
+    p = torch.randn(5000, device="cuda", requires_grad=True)
+    angle = torch.tensor(0.1, device="cuda")
+    optimizer = SphereSGD([p], lr=angle, angle=True)
+    p.grad = torch.randn_like(p)
+    for value, turned in ((0.2, 0.2), (2.0, 0.2), (math.inf, 0.2), (0.3, 0.3)):
+        angle.fill_(value)
+        optimizer.step()
+        assert math.isclose(optimizer.stats()["angle"].item(), turned, rel_tol=1e-6)
 
 
 @gpu

@@ -1,11 +1,14 @@
 """The step against float64 references written another way: autograd through the normalization, and invariants."""
 
+import io
 import math
+import pickle
 from copy import deepcopy
 
 import pytest
 import torch
 
+import sphere_step
 from sphere_step import INTERPRET, SphereSGD
 
 ROUNDING = 1e-12  # relative, float64
@@ -556,3 +559,549 @@ def test_statistics_of_several_steps_are_those_of_each():
         assert value.shape == (3, 1) and torch.equal(value, torch.stack([s[name] for s in stats]))
     for name, value in optimizer.layer_stats(kept).items():
         assert torch.allclose(value, torch.stack([s[name] for s in layers]), rtol=1e-12)
+
+
+# ------------------------------------------------- what training code does to optimizers and networks
+
+
+def reference_step(x, g, m, radius, lr, beta, angle=False):
+    """One step on one sphere, in float64, by explicit projections; the new θ and m."""
+    n = x / x.norm()
+    m = beta * (m - n * (n @ m)) + g - n * (n @ g)
+    tan = math.tan(lr) if angle else lr * radius**2 * m.norm() / x.norm()
+    v = x - tan * x.norm() * m / m.norm()
+    return radius * v / v.norm(), m
+
+
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+def test_another_memory_format_in_the_middle_of_training_changes_nothing(sphere):
+    """Of the parameter, the gradient, and the state that is loaded into a network in the other."""
+    start, gradients = torch.randn(4, 3, 3, 2), [torch.randn(4, 3, 3, 2) for _ in range(4)]
+    results = []
+    for change in (False, True):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = SphereSGD([p], lr=0.01, sphere=sphere, momentum=0.9)
+        for i, g in enumerate(gradients):
+            if change and i == 1:
+                p.data = channels_last(p.data)
+            if change and i == 2:
+                saved = deepcopy(optimizer.state_dict())
+                p = torch.nn.Parameter(p.detach().contiguous().clone())
+                optimizer = SphereSGD([p], lr=0.01, sphere=sphere, momentum=0.9)
+                optimizer.load_state_dict(saved)
+            p.grad = channels_last(g) if i % 2 else g.clone()
+            optimizer.step()
+        results.append(p.detach())
+    assert close(results[1], results[0], 1e-6)
+
+
+def test_plain_groups_survive_another_memory_format_too():
+    start, results = torch.randn(4, 3, 3, 2), []
+    gradients = [torch.randn_like(start) for _ in range(3)]
+    for change in (False, True):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = SphereSGD([p], lr=0.1, sphere=None, momentum=0.9)
+        for i, g in enumerate(gradients):
+            if change and i == 1:
+                p.data = channels_last(p.data)
+            p.grad = g.clone()
+            optimizer.step()
+        results.append(p.detach())
+    assert close(results[1], results[0], 1e-6)
+
+
+def stepped(shapes, groups=1, **options):
+    """An optimizer after a step, a group per tensor or one for all."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    given = [{"params": [p]} for p in params] if groups > 1 else params
+    optimizer = SphereSGD(given, **{"lr": 0.1, "momentum": 0.9} | options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def everything(optimizer):
+    """A copy of weights, state, options and statistics."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    weights = [p.detach().clone() for group in groups for p in group.pop("params")]
+    state = [dict(state) for state in optimizer.state.values()]
+    return repr((groups, weights, deepcopy(state), optimizer.stats()))
+
+
+def test_a_state_of_other_shapes_is_refused_and_nothing_changed():
+    ours = stepped([(2, 2), (5, 3)], sphere="tensor")
+    before = everything(ours)
+    cases = [
+        (stepped([(2, 2), (8, 3)], sphere="tensor"), r"parameter 1 of shape \(5, 3\).*\(8, 3\)"),
+        (stepped([(2, 2), (12,)], sphere="tensor"), r"parameter 1 of shape \(5, 3\).*\(12,\)"),
+        (stepped([(4, 2), (5, 3)], sphere="row"), r"parameter 0 of shape \(2, 2\).*\(4, 2\)"),
+        (torch.optim.SGD([torch.ones(2, 2), torch.ones(5, 3)], lr=0.1), "sphere='missing'"),
+        (stepped([(2, 2)]), "doesn't match the size"),
+        (stepped([(2, 2), (5, 3)], groups=2), "different number of parameter groups"),
+    ]
+    for other, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ours.load_state_dict(other.state_dict())
+        assert everything(ours) == before
+    longer = ours.state_dict()
+    longer["param_groups"][0]["radii"] = torch.ones(3)
+    with pytest.raises(ValueError, match="2 spheres, but 3 radii"):
+        ours.load_state_dict(longer)
+    assert everything(ours) == before
+    for p in ours.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    ours.step()
+
+
+def test_a_state_that_was_put_there_by_hand_is_not_read_beyond_its_end():
+    optimizer = stepped([(5, 3)])
+    (p,) = optimizer.param_groups[0]["params"]
+    before = p.detach().clone()
+    optimizer.state[p]["momentum_buffer"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"shape \(1,\) for a parameter of shape \(5, 3\)"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row", None])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_tensor_given_twice_is_refused_by_number(sphere):
+    a, b = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(3, 2))
+    for twice in ([a, b, a], [a, b, torch.nn.Parameter(a.detach())]):
+        with pytest.raises(ValueError, match=r"parameter 2 of shape \(3, 2\) is parameter 0 again"):
+            SphereSGD(twice, lr=0.1, sphere=sphere)
+    with pytest.raises(ValueError):
+        SphereSGD([{"params": [a, b]}, {"params": [a]}], lr=0.1, sphere=sphere)
+    tied = torch.nn.Parameter(a.detach()[:2])
+    with pytest.raises(ValueError, match=r"parameter 2 of shape \(2, 2\) is parameter 0 again"):
+        SphereSGD([{"params": [a, b]}, {"params": [tied]}], lr=0.1, sphere=sphere)
+
+
+@pytest.mark.parametrize("lr", [math.pi / 2, 2.0, -0.1, math.inf])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_an_angle_that_a_scheduler_made_too_large_is_an_error_and_nothing_moves(lr, kind):
+    theta = two_tensors()
+    optimizer = SphereSGD(theta, lr=0.1, angle=True)
+    other_loss(theta).backward()
+    optimizer.param_groups[0]["lr"] = kind(lr)
+    before = [t.detach().clone() for t in theta]
+    with pytest.raises(ValueError, match="lr=.*an angle below π/2"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(theta, before, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(weight_decay=0.3),
+        dict(weight_decay=0.1, dampening=0.5),
+        dict(nesterov=True, weight_decay=0.1),
+        dict(maximize=True),
+    ],
+    ids=str,
+)
+def test_options_of_torchs_sgd_hold_in_a_group_on_no_sphere(options, momentum):
+    if options.get("nesterov") and not momentum:
+        pytest.skip("nesterov needs momentum")
+    ours = [torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)]
+    theirs = [t.detach().clone().requires_grad_() for t in ours]
+    sphere = torch.randn(5, requires_grad=True)
+    groups = [{"params": [sphere]}, {"params": ours, "sphere": None, "lr": 0.1, **options}]
+    a = SphereSGD(groups, lr=0.1, momentum=momentum)
+    b = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, **options)
+    for step in range(4):
+        sphere.grad = torch.randn(5)
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = None if i == 1 and step == 0 else torch.randn_like(p)  # one starts later
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step()
+        b.step()
+        assert all(close(p, q, 1e-6) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_options_that_no_group_has_are_refused_and_weight_decay_leaves_a_sphere_alone():
+    p = torch.randn(5, requires_grad=True)
+    for group in ({"betas": (0.9, 0.99)}, {"nesterov": True}, {"sphere": None, "weight_decy": 0.1}):
+        with pytest.raises(ValueError, match="there is no such option"):
+            SphereSGD([{"params": [p], **group}], lr=0.1)
+    results = []
+    for decay in ({}, {"weight_decay": 0.5}):
+        q = torch.nn.Parameter(torch.arange(1.0, 6.0))
+        q.grad = torch.ones(5)
+        named = {"name": "first", "initial_lr": 0.1}
+        SphereSGD([{"params": [q], **decay, **named}], lr=0.1).step()
+        results.append(q.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("sphere", ["group", "row"])
+@pytest.mark.parametrize("angle", [False, True])
+def test_an_lr_that_became_nan_leaves_the_sphere_and_its_statistics_say_nan(sphere, angle):
+    theta = torch.randn(4, 3, requires_grad=True)
+    optimizer = SphereSGD([theta], lr=torch.tensor(0.1), sphere=sphere, angle=angle)
+    theta.grad, before = torch.randn(4, 3), theta.detach().clone()
+    optimizer.param_groups[0]["lr"].fill_(math.nan)
+    optimizer.step()
+    assert torch.equal(theta, before)
+    assert all(optimizer.stats()[name].isnan().all() for name in ("elr", "angle", "grad_norm"))
+
+
+@pytest.mark.parametrize("sphere", ["group", "row"])
+def test_a_factor_that_does_not_fit_float32_leaves_the_sphere_and_its_statistics_say_nan(sphere):
+    """An angle with a direction shorter than about 3e-39·ρ sin φ."""
+    for scale, dtype in ((1e-40, torch.float32), (1e-50, torch.float64)):
+        if INTERPRET and dtype == torch.float64:
+            continue
+        theta = torch.randn(2, 40, dtype=dtype, requires_grad=True)
+        optimizer = SphereSGD([theta], lr=1.0, sphere=sphere, angle=True)
+        theta.grad, before = scale * torch.randn(2, 40, dtype=dtype), theta.detach().clone()
+        optimizer.step()
+        assert torch.equal(theta, before)
+        assert optimizer.stats()["elr"].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e-35])
+def test_gradients_whose_squares_float32_cannot_hold_turn_by_the_given_angle(scale):
+    theta = torch.randn(5000, requires_grad=True)
+    before = theta.detach().double()
+    optimizer = SphereSGD([theta], lr=0.1, angle=True)
+    theta.grad = scale * torch.randn(5000)
+    optimizer.step()
+    expected, _ = reference_step(
+        before, theta.grad.double(), 0 * before, before.norm(), 0.1, 0, True
+    )
+    assert close(theta.double(), expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("count", [10, 10**3, 10**5, 10**7])
+@pytest.mark.parametrize("angle", [False, True])
+def test_a_nearly_radial_gradient_steps_as_in_float64(dtype, count, angle):
+    """Its factor rounded: in float32 nothing is left of it, in half precision there is a direction."""
+    if INTERPRET and count > 10**5:
+        pytest.skip("takes minutes in the interpreter")
+    theta = torch.randn(count).to(dtype)
+    x, factor = theta.double(), 2.0 if dtype == torch.float64 else 1.37
+    g = (factor * theta).double()
+    rest = (g - x * (x @ g) / (x @ x)).norm() / g.norm()
+    lr = 0.1 if angle else 0.1 / (x.norm() * g.norm()).item()
+    p = theta.requires_grad_()
+    optimizer = SphereSGD([p], lr=lr, angle=angle)
+    p.grad = g.to(dtype)
+    optimizer.step()
+    expected = x
+    if rest > 1e-6:
+        expected, _ = reference_step(x, g, 0 * x, x.norm(), lr, 0, angle)
+    p = p.detach().double()
+    unit = torch.finfo(dtype).eps * expected.abs().clamp(min=torch.finfo(dtype).tiny)
+    if dtype in (torch.bfloat16, torch.float16):
+        assert ((p - expected).abs() <= 1.001 * unit + 3e-6 * x.norm() / count**0.5).all()
+    else:
+        assert close(p, expected, 1e-6)
+        assert optimizer.stats()["angle"].item() == 0
+
+
+# -------------------------------------------------------------- copies, compilers, odd groups, resizing
+
+
+def saved_and_loaded(things):
+    buffer = io.BytesIO()
+    torch.save(things, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": deepcopy,
+    "pickle": lambda things: pickle.loads(pickle.dumps(things)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_network_and_optimizer_goes_on_as_the_original(how, steps):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+    groups = [
+        {"params": [net[0].weight], "sphere": "row"},
+        {"params": [net[1].weight, net[1].bias]},
+        {"params": [net[0].bias], "sphere": None, "weight_decay": 0.1},
+    ]
+    x, y = torch.randn(7, 5), torch.randn(7, 3)
+
+    def train(net, optimizer):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+
+    optimizer = SphereSGD(groups, lr=0.05, momentum=0.9)
+    for _ in range(steps):
+        train(net, optimizer)
+    other_net, other = COPIES[how]((net, optimizer))
+    assert other.backend == optimizer.backend
+    with pytest.raises(RuntimeError, match="no statistics before the first step"):
+        other.stats()
+    for _ in range(2):
+        train(net, optimizer)
+        train(other_net, other)
+    assert all(map(torch.equal, net.parameters(), other_net.parameters()))
+    assert all(map(torch.equal, optimizer.stats().values(), other.stats().values()))
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter is not compiled")
+@pytest.mark.parametrize("what", ["step", "function", "measure"])
+def test_the_first_step_of_all_may_be_a_compiled_one(what):
+    torch._dynamo.reset()
+    nets = [torch.nn.Linear(5, 4) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, optimizers = torch.randn(3, 5), []
+    for net in nets:
+        groups = [{"params": [net.weight]}, {"params": [net.bias], "sphere": None}]
+        optimizers.append(SphereSGD(groups, lr=0.1, momentum=0.9))
+
+    def step(net, optimizer):
+        net(x).square().sum().backward()
+        if what == "measure":
+            optimizer.measure()
+        optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    if what == "step":
+        compiled_step = torch.compile(optimizers[0].step, backend="eager")
+
+        def compiled(net, _):
+            net(x).square().sum().backward()
+            compiled_step()
+
+    for _ in range(3):
+        compiled(nets[0], optimizers[0])
+        step(nets[1], optimizers[1])
+        assert all(map(close, nets[0].parameters(), nets[1].parameters(), (1e-6, 1e-6)))
+        for key, value in optimizers[1].stats().items():
+            assert torch.allclose(optimizers[0].stats()[key], value, rtol=1e-4, atol=1e-6)
+        for net in nets:
+            net.zero_grad()
+
+
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row", None])
+def test_groups_without_tensors_are_no_trouble(sphere):
+    p = torch.randn(5, 2, requires_grad=True)
+    empty = {"params": [], "sphere": sphere, "lr": 0.3}
+    for groups in ([empty, {"params": [p]}], [{"params": [p]}, empty], [empty]):
+        optimizer = SphereSGD([dict(group) for group in groups], lr=0.1, momentum=0.9)
+        p.grad, before = torch.randn(5, 2), p.detach().clone()
+        optimizer.step()
+        optimizer.measure()
+        optimizer.normalize()
+        assert torch.equal(p, before) == (len(groups) == 1)
+        if len(groups) > 1:
+            assert optimizer.stats()["elr"].shape == (1,)
+            assert optimizer.grams().shape == (1, 6)
+        optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": None}, "lr=None"),
+        ({"lr": "0.1"}, "lr='0.1'"),
+        ({"lr": torch.ones(2)}, "lr="),
+        ({"lr": 0.1, "momentum": None}, "momentum=None"),
+        ({"lr": 0.1, "momentum": "0.9"}, "momentum='0.9'"),
+        ({"lr": 0.1, "radius": "1"}, "radius='1'"),
+        ({"lr": 0.1, "sphere": ["row"]}, "sphere="),
+    ],
+)
+def test_options_of_another_type_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        SphereSGD(two_tensors(), **options)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3, dtype=torch.int64), torch.zeros(3) + 1j])
+def test_tensors_that_are_not_real_floats_are_refused(bad):
+    for sphere in ("group", None):
+        with pytest.raises(
+            ValueError, match=r"parameter 1 of shape \(3,\) is torch\.(int|complex)64"
+        ):
+            SphereSGD([torch.randn(2), bad], lr=0.1, sphere=sphere)
+
+
+def test_an_empty_tensor_does_not_hide_a_sphere_of_norm_zero():
+    for first in (torch.zeros(0), torch.zeros(3, 0)):
+        with pytest.raises(ValueError, match="norm zero"):
+            SphereSGD([first, torch.zeros(3)], lr=0.1)
+    with pytest.raises(ValueError, match="the sphere of tensor 1 has norm zero"):
+        SphereSGD([torch.zeros(0), torch.zeros(3)], lr=0.1, sphere="tensor")
+    SphereSGD([torch.zeros(0), torch.ones(3)], lr=0.1)
+
+
+def test_a_vocabulary_of_rows_is_told_in_few_words():
+    optimizer = SphereSGD([torch.nn.Parameter(torch.randn(50257, 2))], lr=0.1, sphere="row")
+    assert len(repr(optimizer)) < 1000
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter takes a tile at a time")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_vocabulary_of_rows_steps_as_its_rows_do(momentum, dtype, monkeypatch):
+    """In several pieces; one row without a gradient, one with a bad one."""
+    monkeypatch.setattr(sphere_step, "PIECE", 1000)
+    p = torch.nn.Parameter(torch.randn(301, 7).to(dtype))
+    optimizer = SphereSGD([p], lr=0.03, sphere="row", momentum=momentum)
+    m, radii = torch.zeros(301, 7, dtype=torch.float64), optimizer.param_groups[0]["radii"]
+    for _ in range(3):
+        x, g = p.detach().double().clone(), torch.randn(301, 7).to(dtype)
+        g[5], g[7, 3] = 0, math.nan
+        p.grad = g
+        optimizer.step()
+        for i in (0, 1, 141, 142, 143, 299, 300):
+            new, m[i] = reference_step(x[i], g[i].double(), m[i], radii[i], 0.03, momentum)
+            tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 4e-3)
+            assert close(p.detach()[i].double(), new, tolerance)
+            if momentum:
+                m[i] = optimizer.state[p]["momentum_buffer"][i].double()
+        assert torch.equal(p.detach()[[5, 7]], x[[5, 7]].to(dtype))
+    assert optimizer.stats()["angle"].isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_of_another_type_after_the_first_step_goes_on(kind, sphere):
+    p = torch.nn.Parameter(torch.randn(6, 5))
+    optimizer = SphereSGD([p], lr=0.02, sphere=sphere, momentum=0.9)
+    p.grad = torch.randn(6, 5)
+    optimizer.step()
+    p.data, p.grad = p.data.to(kind), None
+    p.grad = torch.randn(6, 5).to(kind)
+    m = optimizer.state[p]["momentum_buffer"].to(kind)
+    x, g, m = (spheres_of([t.detach().double().clone()], sphere) for t in (p, p.grad, m))
+    radii = optimizer.param_groups[0]["radii"]
+    optimizer.step()
+    assert p.dtype == optimizer.state[p]["momentum_buffer"].dtype == kind
+    for i, new in enumerate(spheres_of([p.detach().double()], sphere)):
+        expected, _ = reference_step(x[i], g[i], m[i], radii[i], 0.02, 0.9)
+        assert close(new, expected, 1e-12 if kind == torch.float64 else torch.finfo(kind).eps)
+
+
+def test_a_resized_parameter_is_laid_out_again_and_a_foreign_gradient_refused():
+    p = torch.nn.Parameter(torch.randn(6, 5))
+    optimizer = SphereSGD([p], lr=0.02)
+    p.grad = torch.randn(6, 5)
+    optimizer.step()
+    p.data = torch.randn(3, 2)
+    with pytest.raises(ValueError, match=r"gradient.* of shape \(6, 5\) for .* of shape \(3, 2\)"):
+        optimizer.step()
+    p.grad = None
+    p.grad = torch.randn(3, 2)
+    radius = optimizer.param_groups[0]["radii"].item()
+    optimizer.step()
+    assert math.isclose(p.detach().norm(), radius, rel_tol=1e-6)
+    foreign = r"momentum_buffer of shape \(6, 5\)"
+    for sphere, momentum, what in (("row", 0.0, "3 spheres, but 6 radii"), ("group", 0.9, foreign)):
+        p = torch.nn.Parameter(torch.randn(6, 5))
+        optimizer = SphereSGD([p], lr=0.02, sphere=sphere, momentum=momentum)
+        p.grad = torch.randn(6, 5)
+        optimizer.step()
+        p.data, p.grad = torch.randn(3, 2), None
+        p.grad = torch.randn(3, 2)
+        with pytest.raises(ValueError, match=what):
+            optimizer.step()
+    p.data = torch.randn(5, 6, 2)[..., 0].t()
+    with pytest.raises(ValueError, match="holes in memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_momentum_that_a_scheduler_switches_on_and_groups_that_come_later(to_none):
+    theta = [torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    optimizer = SphereSGD(theta[:1], lr=0.1)
+    x = [t.detach().clone().flatten() for t in theta]
+    rho, m = [v.norm() for v in x], [0 * v for v in x]
+    for step, beta in enumerate((0.0, 0.9, 0.0, 0.5)):
+        if step == 2:
+            optimizer.add_param_group({"params": theta[1:], "sphere": "tensor"})
+        count = len(optimizer.param_groups)
+        optimizer.zero_grad(set_to_none=to_none)
+        for i, group in enumerate(optimizer.param_groups):
+            group["momentum"] = beta
+            theta[i].grad = torch.randn_like(theta[i])
+        optimizer.step()
+        for i in range(count):
+            x[i], new = reference_step(x[i], theta[i].grad.flatten(), m[i], rho[i], 0.1, beta)
+            m[i] = new if beta else m[i]
+            assert close(theta[i].detach().flatten(), x[i], 1e-11)
+
+
+def test_states_are_loaded_before_the_first_step_from_lists_of_radii_and_without_momentum():
+    """As version 0.2 and torch's SGD wrote them."""
+    ours, theirs = two_tensors(), two_tensors()
+    first, second = SphereSGD(ours, lr=0.1, momentum=0.9), SphereSGD(theirs, lr=0.1)
+    state = second.state_dict()
+    state["param_groups"][0]["radii"] = [1.5]
+    state["param_groups"][0]["momentum"] = 0.9
+    state["state"] = {0: {"momentum_buffer": None}}
+    first.load_state_dict(state)
+    other_loss(ours).backward()
+    first.step()
+    assert math.isclose(sum(t.detach().norm() ** 2 for t in ours), 1.5**2, rel_tol=1e-12)
+
+
+def test_lr_tensors_of_one_element_are_numbers():
+    results = []
+    for lr in (
+        0.1,
+        torch.tensor([0.1], dtype=torch.float64),
+        torch.tensor(0.1, dtype=torch.float64),
+    ):
+        theta = [torch.arange(1.0, 6.0).requires_grad_(), torch.arange(2.0, 5.0).requires_grad_()]
+        groups = [{"params": theta[:1]}, {"params": theta[1:], "sphere": None}]
+        optimizer = SphereSGD(groups, lr=lr)
+        for t in theta:
+            t.grad = torch.ones_like(t)
+        optimizer.step()
+        results.append(theta)
+    for theta in results[1:]:
+        assert all(map(torch.equal, theta, results[0]))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_grams_are_the_scalar_products_of_each_line_of_the_last_step(momentum):
+    shapes = {
+        "group": [(4, 3), (5000,)],
+        "row": [(3, 4), ()],
+        "tensor": [(2, 2), (6,)],
+        None: [(3,)],
+    }
+    groups = [
+        {"params": [torch.randn(s).requires_grad_() for s in sizes], "sphere": sphere}
+        for sphere, sizes in shapes.items()
+    ]
+    optimizer, kept = SphereSGD(groups, lr=1e-3, momentum=momentum), []
+    for _ in range(2):
+        lines = []
+        for group in groups:
+            for i, p in enumerate(group["params"]):
+                p.grad = None if i == 1 and group["sphere"] == "tensor" else torch.randn_like(p)
+                m = optimizer.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p))
+                vectors = [p.detach(), torch.zeros_like(p) if p.grad is None else p.grad, m]
+                rows = group["sphere"] == "row" and p.dim() > 0
+                vectors = [t.double().reshape(len(p) if rows else 1, -1).clone() for t in vectors]
+                for x, g, m in zip(*vectors, strict=True) if group["sphere"] else ():
+                    line = [x @ x, x @ g, g @ g, x @ m, g @ m, m @ m]
+                    lines.append(torch.stack(line) * (p.grad is not None))
+        optimizer.step()
+        kept.append(optimizer.last)
+        expected = torch.stack(lines).cpu()
+        assert optimizer.grams().dtype == torch.float64
+        assert torch.allclose(optimizer.grams(), expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(optimizer.grams()[expected[:, 0] == 0], expected[expected[:, 0] == 0])
+    stacked = optimizer.grams([torch.stack(x) for x in zip(*kept, strict=True)])
+    assert stacked.shape == (2, 2 + 4 + 2, 6)
+    assert torch.allclose(stacked[1], optimizer.grams(), rtol=1e-12)
