@@ -11,7 +11,6 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
 import math
-import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -20,21 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearoperator, eigsh
 from torch import nn
 from tqdm import tqdm
 
 import figures
 import measure
 import regimes
-from data import Data, add_label_noise, chunks, load
+from curvature import largest, operators, trace
+from data import Data, add_label_noise, load
 from models import build
 from runs import load_checkpoint, number
-
-warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch itself still uses it
-
-CHUNK = 512  # inputs at once; in the curvature also what BatchNorm normalizes over
-DENSE = 200  # weights up to which a matrix is written out, in float64
+from speed import cores, find_device, use
 
 
 @dataclass
@@ -49,6 +44,14 @@ class Point:
 
     def vectors(self):
         return measure.vectors(self.net, self.spheres)
+
+    def copy(self):
+        """The network once more. Somebody's own is built anew: not all of them can be copied."""
+        if ":" not in self.options["model"]:
+            return deepcopy(self.net)
+        net = build(self.options, self.data).to(self.data.x.device)
+        net.load_state_dict(self.net.state_dict())
+        return net
 
 
 def read(path, device="cpu"):
@@ -86,8 +89,8 @@ def between(a, b, t, way):
     the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
     straight). At 0 and 1 exactly a and b."""
     if t in (0, 1):
-        return deepcopy(b.net if t else a.net)
-    net = deepcopy(a.net)
+        return (b if t else a).copy()
+    net = a.copy()
     for p, q in zip(net.parameters(), b.net.parameters(), strict=True):
         p.data.lerp_(q.data, t)
     if way == "line":
@@ -143,68 +146,6 @@ def curvature(point, k=1, samples=None, probes=20):
         found[name] = largest(operator, k)
         found[f"{name}_trace"] = trace(operator, probes)
     return found | {"edge": 2 / found["hessian"][0]}
-
-
-def operators(point, samples=None):
-    """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
-    `ggn`, which for the cross-entropy is the Fisher matrix; over so many training inputs.
-
-    Second derivatives by the weights on spheres, each times its radius: D H D with D = diag(ρ).
-    BatchNorm is in training mode, in chunks of the set. Products by curvlinops (arXiv 2501.19183).
-    """
-    from curvlinops import GGNLinearOperator, HessianLinearOperator  # after the filter of warnings
-
-    net, data = deepcopy(point.net).train(), point.data
-    for module in net.modules():  # statistics of the batch, and no trace of them
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-    radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
-    radius = torch.cat(radius).cpu().numpy()
-    if len(radius) <= DENSE:
-        net = net.double()
-    names = [name for sphere in point.spheres for name in sphere["names"]]
-    parameters = [net.get_parameter(name) for name in names]
-    dtype, loss = parameters[0].dtype, nn.CrossEntropyLoss()
-    batches = []
-    for index in chunks(min(samples or len(data.x), len(data.x)), CHUNK, data.x.device):
-        x = data.inputs(index)
-        batches.append((x.to(dtype) if x.is_floating_point() else x, data.y[index]))
-    found = {}
-    for name, kind in (("hessian", HessianLinearOperator), ("ggn", GGNLinearOperator)):
-        product = kind(net, loss, parameters, batches, check_deterministic=False)
-        product = product.to_scipy(dtype=np.float64)
-
-        def times(v, product=product):
-            return radius * (product @ (radius * v.ravel()))
-
-        found[name] = LinearOperator(product.shape, times, dtype=np.float64)
-        if len(radius) <= DENSE:
-            matrix = np.stack([found[name] @ unit for unit in np.eye(len(radius))])
-            found[name] = aslinearoperator((matrix + matrix.T) / 2)
-    return found
-
-
-def largest(operator, k):
-    """The k largest eigenvalues: exact up to DENSE rows, else by ARPACK to 0.1 %, or nan."""
-    n = operator.shape[0]
-    if n <= DENSE:
-        return np.linalg.eigvalsh(operator @ np.eye(n))[::-1][:k]
-    start, how = np.random.default_rng(0).standard_normal(n), dict(which="LA", tol=1e-3)
-    try:
-        values = eigsh(operator, min(k, n - 1), return_eigenvectors=False, v0=start, **how)
-    except ArpackNoConvergence as partly:
-        values = np.append(partly.eigenvalues, [math.nan] * (k - len(partly.eigenvalues)))
-    return np.sort(values)[::-1]
-
-
-def trace(operator, probes):
-    """Exact up to DENSE rows, else Hutchinson's estimator with so many probes."""
-    n = operator.shape[0]
-    if n <= DENSE:
-        return float(np.trace(operator @ np.eye(n)))
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (probes, n))
-    return float(np.mean([z @ (operator @ z) for z in signs]))
 
 
 COLUMNS = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
@@ -293,7 +234,10 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     try:
+        args.device = find_device(args.device)
+        use(args.device)
         if args.what == "summary":
             show_summary(args)
             return 0
@@ -302,8 +246,8 @@ def main(argv=None):
         show[args.what](args, points)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
-        parser().error(str(error))
+    except (ValueError, OSError, RuntimeError) as error:
+        parser().error(str(error).splitlines()[0])
     return 0
 
 

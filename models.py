@@ -1,25 +1,23 @@
 """The networks, and which parameters of any network are scale invariant.
 
-Every weight of ours stands before a normalization without parameters, or in the fixed last layer,
-so that the function depends on the directions of the weights alone:
+Every weight of ours stands before a normalization without parameters, or in the fixed last layer:
 
     net = convnet(channels=3, classes=10, width=32)
     net.layer_groups        # [["conv1.weight"], ...]: the minimal sets that are scale invariant
-
-With affine=True, train_head=True only the convolutions are, as in common networks.
 """
 
-import importlib.util
-import inspect
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from copy import deepcopy
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from own import load, logits, measuring, rehearse, seed_all, told
 
 # BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant. Ten times a layer's
 # weights changes the logits by 5e-5 with torch's default of 1e-5, by 5e-8 with this (relative).
@@ -30,8 +28,8 @@ def convnet(channels, classes, width=8, affine=False, train_head=False):
     """The plain network of the paper (arXiv 2209.03695, appendix A), [N, channels, H, W] →
     [N, classes], H and W at least 8.
 
-    3×3 convolutions channels → k → 2k → 4k → 8k, each with BatchNorm and ReLU; a 2×2 max-pool after
-    the second, third and fourth, a global max-pool and a fixed linear layer.
+    3×3 convolutions to k, 2k, 4k, 8k channels, each with BatchNorm and ReLU; a 2×2 max-pool after
+    the last three, a global max-pool and a fixed linear layer.
     """
     layers, before = OrderedDict(), channels
     for i in range(4):
@@ -70,12 +68,16 @@ class PreActivationBlock(nn.Module):
         self.shortcut = None
         if stride != 1 or before != after:
             norm = nn.BatchNorm2d(before, affine=affine, eps=EPS)
-            self.shortcut = nn.Sequential(norm, nn.Conv2d(before, after, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(norm, nn.Conv2d(before, after, 1, bias=False))
+        self.stride = stride
 
     def forward(self, x):
         h = F.relu(self.norm1(x))
         if self.shortcut is not None:
-            x = self.shortcut(h)
+            norm, conv = self.shortcut
+            # A strided convolution would do the same, but oneDNN may compute its gradient wrong:
+            # github.com/uxlfoundation/oneDNN/issues/6035 (1×1, stride above 1, few channels)
+            x = conv(norm(h)[:, :, :: self.stride, :: self.stride])
         h = F.relu(self.norm2(self.conv1(h)))
         return x + self.conv2(h)
 
@@ -116,9 +118,8 @@ class transformer(nn.Module):
     """A causal transformer of one layer, all of whose weights are scale invariant: tokens [N, T]
     int64 → [N, classes], the prediction at the last token.
 
-    With n(x) = x/rms(x) over the last dimension: n(embedding) + n(position); x +
-    n(W_o·attention(n(x))), whose queries and keys go through n, too; x + n(W_down·relu(W_up·n(x)));
-    logits = 10·⟨n(x)/√d, √classes·W/‖W‖⟩.
+    With n(x) = x/rms(x): n(embedding) + n(position); x + n(W_o·attention(n(x))), queries and keys
+    through n, too; x + n(W_down·relu(W_up·n(x))); logits = 10·⟨n(x)/√d, √classes·W/‖W‖⟩.
     """
 
     def __init__(self, tokens, length, classes, width=64, heads=4):
@@ -161,22 +162,11 @@ MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
 
 
 def build(options, data):
-    """The network that `options` name, for these data.
-
-    Their `model` is one of MODELS, with `width`, `affine` and `train_head`, or FILE.py:FUNCTION.
-    Such a function takes (channels, classes), or what it names of channels, classes, tokens (how
-    many there are) and example (one input). Raises ValueError where that cannot be.
-    """
+    """The network that `options` name for these data: their `model` is one of MODELS, with `width`,
+    `affine` and `train_head`, or FILE.py:FUNCTION. Raises ValueError where that cannot be."""
     model, example = options["model"], data.x[0]
-    file, _, name = model.rpartition(":")
-    if file:
-        function = load_function(file, name)
-        known = dict(channels=len(example), classes=data.classes, tokens=data.tokens)
-        known["example"] = example
-        asked = inspect.signature(function).parameters
-        if all(name in known for name in asked):
-            return function(**{name: known[name] for name in asked})
-        return function(len(example), data.classes)
+    if ":" in model:
+        return load(model, data)
     if model not in MODELS:
         raise ValueError(f"no network {model!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
     if model == "transformer":
@@ -192,178 +182,204 @@ def build(options, data):
     return MODELS[model](len(example), data.classes, *more)
 
 
-def load_function(file, name):
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise ValueError(f"no file {file}: it takes a Python file, path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be imported ({error!r})") from error
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"{file} has no function {name!r}")
-    return getattr(module, name)
+def layer_groups(options, data):
+    """The network, a batch, and the names of the parameters on each sphere: what our networks say
+    of themselves; what is found in others, and then printed.
 
-
-def scale_invariant_groups(model, inputs, tolerance=1e-6):
-    """The minimal sets of trainable parameters that are jointly scale invariant, by name.
-
-    A set S is so if multiplying all its tensors by one c > 0 changes no output in training mode: if
-    and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the output. Measured on a
-    copy in float64 at random batches and directions, these radial derivatives make a matrix with a
-    column per tensor. Its null space holds the indicator vector of every such set (and rescaling
-    symmetries, whose signs are mixed).
-
-    model      any network; it is left as it is, its buffers and the random state, too
-    inputs     one batch of at least two examples, or a tuple of arguments
-    tolerance  of the outputs, relative, when a set is multiplied by 0.5 and 3 to verify it
-
-    Returns lists of names, disjoint: of minimal sets that overlap the smallest are taken, then
-    those of more numbers. A tensor without effect is a set of its own.
+    On sphere "row" are only tensors whose rows are scale invariant. Raises ValueError where there
+    are none, or the network cannot be run as it will be.
     """
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(0)
-        copy = deepcopy(model).double().train()
-        for module in copy.modules():  # eps blurs the invariance
-            if isinstance(getattr(module, "eps", None), float):
-                module.eps = min(module.eps, 1e-12)
-        trained = [(name, p) for name, p in copy.named_parameters() if p.requires_grad]
-        names, params = zip(*trained, strict=True)
-        with torch.no_grad():
-            for p in params:  # to a generic point: a bias of 0 would hide what depends on it
-                p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
+    model, device, rows = options["model"], data.x.device, options["sphere"] == "row"
 
-        def outputs(batch, seed):
-            torch.manual_seed(seed)  # dropout, if any, drops the same
-            leaves = tree_leaves(copy(*batch))
-            leaves = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-            return torch.cat([x.flatten() for x in leaves])
+    def make():
+        torch.manual_seed(options["seed"])
+        return build(options, data).to(device)
 
-        rows, norms = [], torch.stack([p.detach().norm() for p in params])
-        while len(rows) < 2 * len(params) + 4:
-            batch = tuple(_random_like(x) for x in inputs)
-            out = outputs(batch, len(rows))
-            for last in (False, False, False, True):
-                more = dict(retain_graph=not last, materialize_grads=True)
-                gradients = torch.autograd.grad(out, params, torch.randn_like(out), **more)
-                with torch.no_grad():
-                    pairs = zip(gradients, params, strict=True)
-                    row = torch.stack([(g * p).sum() for g, p in pairs])
-                    largest = torch.stack([g.norm() for g in gradients]) @ norms
-                    rows.append((row / largest.clamp(min=1e-300)).cpu())
-        _, singular, right = torch.linalg.svd(torch.stack(rows))
-        null = right[singular < 1e-7 * len(rows) ** 0.5]
-
-        batch = tuple(_random_like(x) for x in inputs)
-        with torch.no_grad():
-            before = outputs(batch, 0)
-
-        @torch.no_grad()
-        def unchanged(group):
-            for factor in (0.5, 3.0):
-                torch._foreach_mul_(group, factor)
-                after = outputs(batch, 0)
-                torch._foreach_div_(group, factor)
-                if not (after - before).norm() <= tolerance * before.norm():
-                    return False
-            return True
-
-        def small_first(indices):
-            return len(indices), -sum(params[i].numel() for i in indices), sorted(indices)
-
-        found, taken = [], set()
-        for indices in sorted(_indicators(null), key=small_first):
-            if not taken & indices and unchanged([params[i] for i in indices]):
-                found.append([names[i] for i in sorted(indices)])
-                taken |= indices
-    return sorted(found, key=lambda group: names.index(group[0]))
-
-
-def layer_groups(net, x, classes, sphere):
-    """Names of the parameters on each sphere: what our networks say of themselves; what is found in
-    others, and then printed.
-
-    x is a batch of inputs, classes how many logits there must be; sphere "row" takes only tensors
-    whose rows have directions. Raises ValueError where there are none, or the network does not fit.
-    """
-    if hasattr(net, "layer_groups"):
-        return net.layer_groups
-    try:
-        logits = net(x)
-        found = scale_invariant_groups(net, x)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        what = str(error).splitlines()[0]
-        raise ValueError(f"the network cannot be run on the data ({what})") from error
-    if logits.shape != (len(x), classes):
-        shape = list(logits.shape)
-        raise ValueError(f"the network's output is {shape}, not [{len(x)}, {classes} classes]")
+    net = rehearse(make, data, options)
+    x = data.inputs(torch.arange(min(32, len(data.x)), device=device))
+    if ":" not in model:
+        return net, x, net.layer_groups
+    with told(f"{model} cannot be measured"):
+        found = scale_invariant_groups(net, x, build=make, rows=rows)
+        whole = found or scale_invariant_groups(net, x, build=make)
     tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    norms = {name: p.norm().item() for name, p in tensors.items()}
-    usable = []
+    norms, usable = {name: p.norm().item() for name, p in tensors.items()}, []
     for group in found:
-        has_direction = any(norms[name] > 0 for name in group)
-        if sphere == "row":  # those of a vector, one number each, have none
-            rows = [tensors[name].flatten(1) for name in group if tensors[name].dim() > 1]
-            whole = all(row.norm(dim=1).min() > 0 for row in rows)
-            has_direction = len(rows) == len(group) and whole
-        if has_direction:
+        least = max(norms[name] for name in group)
+        if rows:
+            least = min(tensors[name].flatten(1).norm(dim=1).min() for name in group)
+        if least > 0:
             usable.append(group)
     if not usable:
-        raise ValueError("no scale-invariant weights: is there a normalization layer?")
+        names = ", ".join(" + ".join(group) for group in whole)
+        why = f"no rows are scale invariant, but only as a whole {names}"
+        if not whole:
+            why = "no scale-invariant weights: is there a normalization layer?"
+        if found:
+            why = f"of norm zero, without direction, is {names}"
+        raise ValueError(why)
     print(f"{'norm':>9}  sphere")
     for group in usable:
         norm = math.hypot(*(norms[name] for name in group))
         print(f"{norm:9.3g}  {' + '.join(group)}")
     rest = [name for name in norms if not any(name in group for group in usable)]
     print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
-    return usable
+    return net, x, usable
 
 
-def _random_like(x):
-    """A random batch like x: normal with its mean and deviation, or whole numbers of its range."""
+def scale_invariant_groups(model, inputs, tolerance=1e-6, build=None, rows=False):
+    """The minimal sets of trainable parameters that are jointly scale invariant, by name.
+
+    A set S is so if multiplying all its tensors by one c > 0 changes no logit in training mode: if
+    and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the logits. Measured in
+    float64, without the eps of normalizations, at random batches and directions, these radial
+    derivatives make a matrix with a column per tensor. Its null space holds the indicator vector of
+    every such set (and rescaling symmetries, whose signs are mixed).
+
+    model      any network; it is left as it is, its buffers and the random state, too
+    inputs     one batch of at least two examples, or a tuple of arguments
+    tolerance  of the logits, relative, when a set is multiplied by 0.5 and 3 to verify it
+    build      makes the network to measure; without it a copy is measured
+    rows       take sets of matrices each of whose rows may have a factor of its own
+
+    Where float64 fails it is float32, to a tolerance of 1e-3, and says so. Returns lists of names,
+    disjoint: of sets that overlap the smallest, then the largest tensors. A tensor without effect
+    is a set of its own; one that never has a gradient is in none.
+    """
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    build = build or (lambda: deepcopy(model))
+    with measuring(model):
+        try:
+            return _find(build().to(torch.float64), inputs, tolerance, rows)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({why})")
+            return _find(build().to(torch.float32), inputs, 1e-3, rows)
+
+
+def _find(net, inputs, tolerance, rows):
+    torch.manual_seed(0)
+    trained = [(name, p) for name, p in net.train().named_parameters() if p.requires_grad]
+    names, params = zip(*trained, strict=True)
+    dtype = params[0].dtype
+    with torch.no_grad():
+        for p in params:  # to a generic point: a bias of 0 would hide what depends on it
+            p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
+    for module in net.modules():
+        for name, x in {**vars(module), **module._buffers}.items():
+            if "eps" in name and isinstance(x, Tensor):
+                x.fill_(1e-18)
+
+    def outputs(seed):
+        seed_all(seed)  # dropout, if any, drops the same
+        with _Sharp(dtype):
+            out = logits(net, (), net(*(_mixed(x) for x in inputs)))
+            if out.requires_grad:
+                out.backward(torch.randn_like(out))
+        return out.detach()
+
+    matrix, used = [], set()
+    for seed in range(len(params) + 8):
+        net.zero_grad()
+        outputs(seed)
+        used |= {i for i, p in enumerate(params) if p.grad is not None}
+        pairs = [(p.detach().double(), 0 * p if p.grad is None else p.grad) for p in params]
+        radial = torch.stack([(p * g).sum() for p, g in pairs])
+        largest = torch.stack([p.norm() * g.norm() for p, g in pairs]).sum()
+        matrix.append((radial / largest.clamp(min=1e-300)).detach().cpu())
+    _, singular, right = torch.linalg.svd(torch.stack(matrix))
+    noise = 1e-7 if dtype == torch.float64 else 2e-5
+
+    @torch.no_grad()
+    def unchanged(chosen):
+        group, before = [params[i] for i in chosen], outputs(0)
+        if rows and any(p.dim() < 2 for p in group):
+            return False
+        for factor in (0.5, 3.0):
+            olds = [p.clone() for p in group]
+            for p in group:
+                torch.manual_seed(1)
+                power = torch.rand(len(p), *[1] * (p.dim() - 1)) if rows else torch.ones(())
+                p.mul_(factor ** power.to(p))
+            after = outputs(0)
+            for p, old in zip(group, olds, strict=True):
+                p.copy_(old)
+            if not (after - before).norm() <= tolerance * before.norm():
+                return False
+        return True
+
+    null = right[singular < noise * len(matrix) ** 0.5].numpy()
+    found = _smallest(null, np.array([p.numel() for p in params]), unchanged)
+    # A layer that is so when multiplied has a wrong gradient: the check before training tells.
+    layers = {}
+    for i, name in enumerate(names):
+        if all(i not in chosen for chosen in found):
+            layers.setdefault(name.rpartition(".")[0], []).append(i)
+    for layer in layers.values():
+        weights = [i for i in layer if params[i].dim() > 1]
+        found += [chosen for chosen in (weights, layer) if weights and unchanged(chosen)][:1]
+    found = [sorted(chosen) for chosen in sorted(found, key=min) if used.issuperset(chosen)]
+    return [[names[i] for i in chosen] for chosen in found]
+
+
+def _mixed(x):
+    """A batch each of whose numbers is that of another example, at random."""
     if not isinstance(x, Tensor) or x.dtype == torch.bool:
         return x
-    if x.is_floating_point():
-        x = x.double()
-        return torch.randn_like(x) * (x.std() if x.std() > 0 else 1) + x.mean()
-    return torch.randint_like(x, int(x.min()), int(x.max()) + 1)
+    return x.gather(0, torch.randint(len(x), x.shape, device=x.device))
 
 
-def _indicators(null):
-    """The vectors of zeros and ones in a space, given by its basis [dimension, n], that contain no
-    other such vector.
+class _Sharp(TorchDispatchMode):
+    """Without what blurs scale invariance: small numbers that are added, as the eps of a
+    normalization is, become next to 0; all arithmetic is in one type."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, mutable = function.overloadpacket.__name__, function._schema.is_mutable
+        blurs = "_norm" in name or (name in ("add", "add_") and "alpha" not in (kwargs or {}))
+
+        def sharp(x):
+            if isinstance(x, Tensor) and x.is_floating_point() and not mutable:
+                return x.to(self.dtype)
+            if isinstance(x, torch.dtype) and x.is_floating_point:
+                return self.dtype
+            if blurs and isinstance(x, float) and 0 < x <= 0.01:
+                return 1e-18
+            return x
+
+        args, kwargs = tree_map(sharp, (args, kwargs or {}))
+        return tree_map(sharp, function(*args, **kwargs))
+
+
+def _smallest(null, numel, holds):
+    """The sets that hold of those whose vectors of zeros and ones lie in a space, given by a basis
+    [dimension, n]: disjoint, the smallest first, then that of more numbers.
 
     In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others', so
-    that a vector of zeros and ones is a sum of some of them. The search adds to one those that mend
-    an entry that is not 0 or 1, or exchange some.
+    that a vector's entries there are its coordinates. The rest is integer programming.
     """
-    basis = null.clone()
-    for i in range(len(basis)):  # Gauss and Jordan with complete pivoting
-        at = int(basis[i:].abs().argmax())
-        row, column = i + at // basis.shape[1], at % basis.shape[1]
-        basis[[i, row]] = basis[[row, i]]
-        basis[i] /= basis[i, column].clone()
-        others = [k for k in range(len(basis)) if k != i]
-        basis[others] -= basis[others, column, None] * basis[i]
-    basis = torch.where((basis - basis.round()).abs() < 1e-4, basis.round(), basis)
+    from scipy.linalg import qr  # which takes a moment
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
-    found, seen = set(), set()
-    queue = deque(frozenset([start]) for start in range(len(basis)))  # sums of few come first
-    while queue and len(seen) < 50_000:
-        chosen = queue.popleft()
-        if chosen in seen:
-            continue
-        seen.add(chosen)
-        total = basis[list(chosen)].sum(0)
-        wrong = ((total != 0) & (total != 1)).nonzero()[:, 0]
-        if not len(wrong):
-            found.add(frozenset(total.nonzero()[:, 0].tolist()))
-            more = (basis[:, total == 1] < 0).any(1)  # which exchange some
+    found, n, one = [], len(numel), np.eye(len(numel))
+    if not len(null):
+        return found
+    free = np.ones(n)
+    pivots = qr(null, mode="r", pivoting=True)[1][: len(null)]
+    basis = np.linalg.solve(null[:, pivots], null)
+    basis = np.where(abs(basis - basis.round()) < 1e-4, basis.round(), basis)
+    rules = [LinearConstraint(one - basis.T @ one[pivots], -1e-3, 1e-3)]
+    rules.append(LinearConstraint(np.ones(n), 1))
+    cost = 1 - numel / (2 * numel.sum()) + 0.01 * np.arange(n) / n**2  # of equals the first
+    how = dict(c=cost, integrality=1, options={"mip_rel_gap": 0})
+    while (x := milp(bounds=Bounds(0, free), constraints=rules, **how).x) is not None:
+        chosen = np.flatnonzero(x > 0.5)
+        if holds(chosen):
+            found.append(chosen)
+            free[chosen] = 0
         else:
-            more = basis[:, wrong[0]] != 0
-        if len(chosen) < 12:
-            queue.extend(chosen | {k} for k in more.nonzero()[:, 0].tolist() if k not in chosen)
-    return {s for s in found if not any(other < s for other in found)}
+            rules.append(LinearConstraint(x.round(), ub=len(chosen) - 1))
+    return found

@@ -17,6 +17,7 @@ import bench
 import landscape
 import measure
 import train
+from curvature import DENSE
 from data import load
 from landscape import Point, barrier, between, curvature, distances, evaluate
 from measure import vectors
@@ -137,7 +138,7 @@ def test_of_many_weights_arpack_and_hutchinson_agree_with_the_dense_matrix():
     point = make(net, samples=100)
     found = curvature(point, k=3, probes=100)
     for name, dense in zip(("hessian", "ggn"), dense_matrices(point, logits), strict=True):
-        assert len(dense) > landscape.DENSE
+        assert len(dense) > DENSE
         assert found[name] == pytest.approx(
             torch.linalg.eigvalsh(dense).flip(0)[:3].numpy(), rel=5e-3
         )

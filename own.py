@@ -1,0 +1,181 @@
+"""Somebody's own network, FILE.py:FUNCTION: loaded and tried. What goes wrong in their code is told
+in one line."""
+
+import inspect
+import os
+import random
+import sys
+import traceback
+from contextlib import contextmanager
+from copy import deepcopy
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+# Of whose lines nobody is told.
+LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
+LIBRARIES += (str(HERE / "own.py"), str(HERE / "models.py"))
+
+
+def load(model, data):
+    """The network, on the device of the data, whose output are its logits. The file runs anew each
+    time. Raises ValueError where that cannot be."""
+    file, _, name = model.rpartition(":")
+    path = Path(file).resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"no file {file}: it takes a Python file, path/to/file.py:function")
+    x = data.normalized(data.x[:2])
+    devices = [x.device] if x.is_cuda else []
+    known = dict(channels=x.shape[1], classes=data.classes, example=x[0].cpu())
+    if data.tokens is not None:
+        known["tokens"] = data.tokens
+    with _beside(path):
+        # A seed that the file sets is not that of the run.
+        with told(f"{file} cannot be imported"), torch.random.fork_rng(devices):
+            module = module_from_spec(spec_from_file_location(f"_{path.stem}", path))
+            sys.modules[module.__name__] = module  # where dataclasses look for it
+            module.__spec__.loader.exec_module(module)
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise ValueError(f"{file} has no function {name!r}")
+        with told(f"{model} cannot be called"):
+            net = function if isinstance(function, nn.Module) else _call(function, known)
+        if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+            raise ValueError(f"{model} returns {type(net).__name__}, not a torch.nn.Module")
+        with told(f"{model} cannot be run on the data"), torch.no_grad():
+            net.to(x.device).eval()(x)  # what is lazy is made now
+    net.register_forward_hook(logits)
+    return net.train()
+
+
+def _call(function, known):
+    """Call it with what it names of `known`, or with (channels, classes)."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    starred = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    needed = {p.name for p in parameters if p.default is p.empty and p not in starred}
+    if "tokens" in needed - set(known):
+        raise ValueError("it asks for tokens, and these data have none")
+    asked = signature.bind_partial()
+    asked.arguments |= {name: known[name] for name in signature.parameters if name in known}
+    if needed <= set(known) and (asked.arguments or not starred):
+        return function(*asked.args, **asked.kwargs)
+    return function(known["channels"], known["classes"])
+
+
+def logits(net, inputs, output):
+    """Of an output of several parts that which is called logits, or the first."""
+    if isinstance(output, dict) and "logits" in output:
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the output is a {type(output).__name__} without logits")
+    return output
+
+
+def rehearse(make, data, options):
+    """A network, made by `make`. Raises ValueError where it cannot be run as it will be."""
+    net, model, device = make(), options["model"], data.x.device
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"{model} has no parameter that is trained: all are frozen")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options["dtype"] == "bf16")
+    for size in (min(32, len(data.x)), options["batch_size"]):
+        x, y = data.inputs(torch.arange(size, device=device)), data.y[:size]
+        with told(f"{model} cannot be trained on a batch of {size}"):
+            with autocast:
+                out = net(x).float()
+            if out.shape != (size, data.classes):
+                shape = f"{list(out.shape)}, not [{size}, {data.classes} classes]"
+                raise ValueError(f"the network's output is {shape}")
+            if not out.isfinite().all():
+                raise ValueError("the network's output is not finite")
+            F.cross_entropy(out, y).backward()
+            for name, p in trained:
+                if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
+                    raise ValueError(f"{name} is complex, or its gradient sparse")
+    if ":" not in model:
+        return net
+    last, other = data.test_x.split(512)[-1], make()  # the last batch of measure.on_test_set
+    with told(f"{model} cannot be tested on a batch of {len(last)}"), autocast, torch.no_grad():
+        net.eval()(data.normalized(last))
+    if any(p is q for p, q in zip(net.parameters(), other.parameters(), strict=False)):
+        raise ValueError(f"{model} is the same network each time, and each run trains its own")
+    if options["average"]:
+        with told(f"{model} cannot be copied, for --average"):
+            deepcopy(other)(x).sum().backward()
+            if any(p.grad is not None for p in other.parameters()):
+                raise ValueError("a copy computes with the weights of the original")
+    return net
+
+
+@contextmanager
+def told(what, *but):
+    """Whatever goes wrong in somebody's code, `but` for some types, as a ValueError of one line,
+    with the last line of their own that it passed."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError, *but):
+        raise
+    except BaseException as error:  # sys.exit, too
+        places = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):
+            places.append((error.filename or "<", error.lineno))
+        theirs = [place for place in places if not place[0].startswith(LIBRARIES)]
+        why = next(iter(str(error).strip().splitlines()), "")
+        why = f"{type(error).__name__}: {why}"[:300]
+        if theirs:
+            why += f"; {theirs[-1][0]}, line {theirs[-1][1]}"
+        raise ValueError(f"{what} ({why})") from error
+
+
+def seed_all(seed):
+    """Python's, numpy's and torch's random numbers begin anew."""
+    for begin in (random.seed, np.random.seed, torch.manual_seed):
+        begin(seed)
+
+
+@contextmanager
+def measuring(net):
+    """Without cuDNN, which needs its eps. Afterwards all random numbers go on as if nothing had
+    happened."""
+    devices = [p.device for p in net.parameters() if p.is_cuda][:1]
+    pythons, numpys, cudnn = random.getstate(), np.random.get_state(), torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            yield
+    finally:
+        random.setstate(pythons)
+        np.random.set_state(numpys)
+        torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def _beside(path):
+    """While somebody's file runs, modules of its folder come first, even those with the names of
+    ours, and the command line is its own."""
+    folder, before, argv, places = path.parent, dict(sys.modules), sys.argv, list(sys.path)
+    for ours in HERE.glob("*.py") if folder != HERE else ():
+        if (folder / ours.name).exists() or (folder / ours.stem).is_dir():
+            sys.modules.pop(ours.stem, None)
+            sys.path[:] = [place for place in sys.path if Path(place).resolve() != HERE]
+    sys.path.insert(0, str(folder))
+    sys.argv = [str(path)]
+    try:
+        yield
+    finally:
+        sys.path[:], sys.argv = places, argv
+        for name in set(sys.modules) - set(before):
+            file = getattr(sys.modules[name], "__file__", None) or "<"
+            if file.startswith(str(folder)) and not file.startswith(LIBRARIES):
+                del sys.modules[name]
+        sys.modules.update(before)

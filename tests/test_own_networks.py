@@ -1,0 +1,775 @@
+"""Somebody's own network, FILE.py:FUNCTION: what people have is taken, or refused in one line."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import landscape
+import train
+from data import load
+from options import parse
+
+ROOT = Path(__file__).parent.parent
+TOP = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Base(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.first, self.norm = nn.Linear(channels, 8), nn.LayerNorm(8)
+        self.last = nn.Linear(8, classes)
+
+
+"""
+MLP = "nn.Sequential(nn.Linear({0}, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, {1}))"
+FIRST = {"0.weight + 0.bias"}
+BASE = {"first.weight + first.bias"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Numbers and tokens of three classes."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    y = rng.integers(3, size=160)
+    numbers, tokens = (
+        rng.normal(size=(160, 6)) + 2 * np.eye(3, 6)[y],
+        rng.integers(7, size=(160, 5)),
+    )
+    for name, x in (("numbers", numbers), ("tokens", tokens)):
+        parts = dict(x=x[:120], y=y[:120], test_x=x[120:], test_y=y[120:])
+        np.savez(folder / f"{name}.npz", **parts)
+    return folder
+
+
+@pytest.fixture
+def ask(tmp_path, data, capsys):
+    """The command line for a network: the spheres that are found, or what it is refused with."""
+
+    def ask(code, *options, name="net", x="numbers"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "mine.py").write_text(code if "__future__" in code else TOP + code)
+        command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:{name}", *options]
+        command += ["--out", str(tmp_path / "out"), "--data"]
+        command.append(x if x == "digits" else str(data / f"{x}.npz"))
+        try:
+            found = parse(command)[0].layer_groups
+        except SystemExit as exit:
+            err = capsys.readouterr().err
+            assert exit.code == 2 and err.count("\n") == 1, err
+            assert not (tmp_path / "out").exists()
+            return err
+        return {" + ".join(group) for group in found}
+
+    return ask
+
+
+# ----------------------------------------------------------------------------------------- output
+
+FORWARD = """
+class Net(Base):
+    def forward(self, x):
+        hidden = self.first(x)
+        logits = self.last(self.norm(hidden).relu())
+        return {0}
+
+
+net = Net
+"""
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "logits, hidden",
+        "[logits, None]",
+        '{"loss": None, "logits": logits}',
+        '__import__("types").SimpleNamespace(loss=None, logits=logits)',
+        '(__import__("collections").namedtuple("Out", "aux logits")(hidden, logits))',
+        "(logits, hidden) if self.training else logits",  # as torchvision's Inception
+    ],
+)
+def test_of_an_output_of_several_parts_the_logits_are_taken(ask, tmp_path, output):
+    assert ask(FORWARD.format(output)) == BASE
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ('{"out": logits}', "the output is a dict without logits"),
+        ("None", "the output is a NoneType without logits"),
+        ("hidden, logits", "the network's output is [32, 8], not [32, 3 classes]"),
+        ("logits[:, None]", "the network's output is [32, 1, 3], not [32, 3 classes]"),
+        ("logits / 0", "the network's output is not finite"),
+    ],
+)
+def test_an_output_without_logits_is_one_line(ask, output, message):
+    assert message in ask(FORWARD.format(output))
+
+
+def test_a_network_with_a_tuple_is_trained_averaged_and_looked_at(ask, tmp_path, data, capsys):
+    (tmp_path / "mine.py").write_text(TOP + FORWARD.format("logits, hidden"))
+    more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz")]
+    more += ["--elr", "0.001", "--epochs", "2", "--average", "1", "--eval-train"]
+    assert train.main([*more, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path / "out")]) == 0
+    ends = [str(tmp_path / "out" / f"elr=1e-03{seed}.pt") for seed in ("", ".seed=1")]
+    capsys.readouterr()
+    assert landscape.main(["curvature", ends[0], "--k", "1"]) == 0
+    assert (
+        landscape.main(["barrier", *ends, "--points", "3", "--out", str(tmp_path / "b.png")]) == 0
+    )
+    assert "great circle: barrier" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------- how it is called
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "def net(example, classes, width=64): return " + MLP.format("len(example)", "classes"),
+        "def net(num_inputs, num_outputs, width=64): return "
+        + MLP.format("num_inputs", "num_outputs"),
+        "def net(width=64, channels=99, depth=2, classes=99): return "
+        + MLP.format("channels", "classes"),
+        "def net(*, classes, channels, width=3): return " + MLP.format("channels", "classes"),
+        "def net(channels, classes, /): return " + MLP.format("channels", "classes"),
+        "def net(*args, width=3): return " + MLP.format("args[0]", "args[1]"),
+        "def net(classes, channels, **rest): return " + MLP.format("channels", "classes"),
+        "net = lambda classes, channels: " + MLP.format("channels", "classes"),
+        "def make(width, channels, classes): return "
+        + MLP.format("channels", "classes")
+        + "\nfrom functools import partial\nnet = partial(make, 9)",
+        "def twice(f): return lambda *args, **more: f(*args, **more)\n@twice\n"
+        "def net(channels, classes): return " + MLP.format("channels", "classes"),
+        "net = " + MLP.format(6, 3),  # the network itself
+        "def net(): return " + MLP.format(6, 3),
+    ],
+)
+def test_a_function_gets_what_it_names_and_its_other_defaults_stay(ask, function):
+    assert ask(function) == FIRST
+
+
+def test_a_class_is_a_function_too_and_an_example_is_an_input_of_the_network(ask):
+    code = """
+class net(nn.Module):
+    def __init__(self, example, classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(len(example), 4, 3, bias=False), nn.BatchNorm2d(4))
+        self.head = nn.Linear(self.body(example[None]).numel(), classes)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+"""
+    assert ask(code, x="digits") == {"body.0.weight"}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "def net(channels, classes, width): pass",
+            "missing 1 required positional argument: 'width'",
+        ),
+        ("def net(tokens, classes): pass", "asks for tokens, and these data have none"),
+        ("def net(channels, classes): pass", "returns NoneType, not a torch.nn.Module"),
+        (
+            "def net(channels, classes): return torch.jit.script(nn.Linear(6, 3))",
+            "returns RecursiveScriptModule, not a torch.nn.Module",
+        ),
+        (
+            "def net(c, k):\n    import math as kept\n    if not hasattr(kept, 'net'):\n"
+            f"        kept.net = {MLP.format(6, 3)}\n    return kept.net",
+            "is the same network each time",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_call_that_makes_no_network_of_its_own_is_one_line(ask, function, message):
+    assert message in ask(function)
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        'raise KeyError("width")',
+        "import sys; sys.exit('no')",
+        "raise SystemExit",
+        'raise type("Own", (BaseException,), {})("two\\nlines")',
+        "raise StopIteration",
+        "assert False",
+        "raise NotImplementedError",
+        "import no_such_module",
+        "torch.zeros(2) @ torch.zeros(3)",
+        "1 / 0",
+    ],
+)
+@pytest.mark.parametrize("where", ["file", "function", "run", "training", "last batch", "backward"])
+def test_whatever_goes_wrong_is_one_line_with_the_line_of_their_own_code(ask, where, statement):
+    inside = {name: "pass" for name in ("file", "function", "run", "training", "last", "backward")}
+    condition = {"training": "if self.training and len(x) == 16: ", "run": ""}
+    condition["last batch"] = "if not self.training and len(x) == 40: "
+    inside[where] = f"{condition.get(where, '')}{statement}"
+    code = f"""
+{inside["file"]}
+class Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        {inside["backward"]}
+        return gradient
+class Net(Base):
+    def forward(self, x):
+        {inside["run"]}
+        {inside["training"]}
+        {inside.get("last batch", "pass")}
+        return self.last(Through.apply(self.norm(self.first(x)).relu()))
+def net(channels, classes):
+    {inside["function"]}
+    return Net(channels, classes)
+"""
+    said = ask(code)
+    lines = [n for n, line in enumerate((TOP + code).splitlines(), 1) if statement in line]
+    if "torch.zeros" in statement or where != "backward" or "SystemExit" not in statement:
+        assert re.search(rf"mine\.py, line {lines[0]}\)", said), said
+    assert "train.py: error: argument --model: " in said
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def net(:", "mine.py cannot be imported (SyntaxError: "),
+        ("def net(c, k): return net(c, k)", "RecursionError"),
+        (
+            "def net(c, k): return " + MLP.format("c", "k") + ".requires_grad_(False)",
+            "all are frozen",
+        ),
+        ("def net(c, k): return nn.Flatten()", "no parameter that is trained"),
+        ("def net(c, k): return " + MLP.format("c", "k") + ".half()", "cannot be run on the data"),
+        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer?"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
+    assert message in ask(code)
+
+
+def test_a_batch_of_one_through_batchnorm_is_one_line(ask):
+    code = "def net(c, k): return " + MLP.format("c", "k").replace("Layer", "Batch").replace(
+        "BatchNorm", "BatchNorm1d"
+    )
+    assert ask(code) == {"0.weight", "0.bias"}
+    assert "cannot be trained on a batch of 1 (ValueError: Expected more" in ask(
+        code, "--batch-size", "1"
+    )
+
+
+def test_a_batch_of_one_is_one_line_with_a_network_of_ours_too(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(
+            "--elr 0.01 --model resnet18 --width 1 --batch-size 1 --out".split() + [str(tmp_path)]
+        )
+    assert "resnet18 cannot be trained on a batch of 1" in capsys.readouterr().err
+
+
+def test_ctrl_c_passes(tmp_path, data):
+    (tmp_path / "mine.py").write_text("def net(c, k): raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        parse(["--elr", "1", "--model", f"{tmp_path}/mine.py:net", "--data", f"{data}/numbers.npz"])
+
+
+def test_nothing_is_left_behind_in_the_folder_of_the_command(tmp_path, data):
+    (tmp_path / "mine.py").write_text("def net(c, k):\n    raise KeyError(3)\n")
+    command = [sys.executable, ROOT / "train.py", "--elr", "1", "--model", "mine.py:net"]
+    command += ["--data", data / "numbers.npz"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    where = f"{tmp_path.resolve()}/mine.py, line 2"
+    why = f"mine.py:net cannot be called (KeyError: 3; {where})"
+    assert result.stderr == f"train.py: error: argument --model: {why}\n"
+    assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+
+
+# ------------------------------------------------------------------------------ copies and float64
+
+
+@pytest.mark.parametrize(
+    ("code", "spheres"),
+    [
+        ("nn.utils.weight_norm(nn.Linear(c, 8))", {"0.weight_g", "0.weight_v", "0.bias"}),
+        ("nn.LazyLinear(8)", {"0.weight", "0.bias"}),
+        ("nn.utils.spectral_norm(nn.Linear(c, 8))", {"0.weight_orig", "0.bias"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_old_weight_norm_and_lazy_layers_are_measured(ask, code, spheres):
+    rest = ", nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(k))"
+    assert ask(f"def net(c, k): return nn.Sequential({code}{rest}") == spheres
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "self.kept = [h]",  # an activation
+        "h = h + torch.ones(len(x), 1) @ torch.zeros(1, 8)",  # of float32
+        "h = h @ torch.eye(8)",
+        "h = h.float()",
+        "h = h.half().float()",
+        "self.state = getattr(self, 'state', torch.zeros(8)).detach() * 0.9; h = h + 0 * self.state",
+        "new = torch.zeros(len(x), 8); new[torch.arange(len(x))] = h; h = new",
+        "h = torch.autocast('cpu')(lambda x: self.first(x))(x).float()",
+        "h = (lambda: self.first(x))() if True else h; self.f = lambda x: self.first(x); h = self.f(x)",
+        "x.mul_(2); h = self.first(x)",
+    ],
+)
+def test_what_cannot_be_copied_or_is_of_float32_is_measured_in_float64(ask, capsys, lines):
+    code = f"""
+class net(Base):
+    def forward(self, x):
+        h = self.first(x)
+        {lines}
+        return self.last(self.norm(h).relu())
+"""
+    assert ask(code) == BASE
+    assert "float32" not in capsys.readouterr().out
+
+
+def test_what_fails_in_float64_is_measured_in_float32_and_says_so(ask, capsys):
+    code = """
+class net(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.first, self.second = nn.Linear(channels, 16), nn.Linear(16, 16, bias=False)
+        self.one, self.two = nn.BatchNorm1d(16), nn.LayerNorm(16)
+        self.last = nn.Linear(16, classes)
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return self.last(self.two(self.second(self.one(self.first(x)).relu())).relu())
+"""
+    spheres = {"first.weight", "first.bias", "one.weight + one.bias", "second.weight"}
+    assert ask(code) == spheres
+    said = "measured in float32, to a tolerance of 1e-3: float64 fails (TypeError: float32 only)"
+    assert said in capsys.readouterr().out
+
+
+def test_a_copy_that_computes_with_the_originals_weights_is_refused_for_the_average(ask):
+    code = """
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.body = lambda x: self.norm(self.first(x)).relu()
+
+    def forward(self, x):
+        return self.last(self.body(x))
+"""
+    assert ask(code) == BASE
+    assert "a copy computes with the weights of the original" in ask(code, "--average", "1")
+
+
+def test_layers_made_in_the_first_forward_pass_are_there_in_every_run(ask, tmp_path, data):
+    code = """
+class net(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.classes, self.body = classes, None
+
+    def forward(self, x):
+        if self.body is None:
+            self.body, self.head = nn.Linear(x.shape[1], 8), nn.Linear(8, self.classes)
+        return self.head(F.layer_norm(self.body(x), (8,)).relu())
+"""
+    assert ask(code) == {"body.weight + body.bias"}
+    more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz"), "--elr"]
+    assert train.main([*more, "0.001", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+
+
+# ---------------------------------------------------------------------------------------- eps
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "F.layer_norm(h, (8,), self.norm.weight, self.norm.bias, 1e-5)",
+        "h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)",
+        "h.float() * torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)",
+        "(h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1e-3)",
+        "(h - h.mean(0)) / torch.sqrt(h.var(0) + self.eps)",
+        "F.rms_norm(h, (8,), eps=1e-3)",
+        "F.normalize(h, dim=-1, eps=1e-5)",
+        "F.group_norm(h, 2, eps=1e-4)",
+        "F.instance_norm(h[:, None], eps=1e-2).flatten(1)",
+    ],
+)
+@pytest.mark.parametrize("scale", [1, 0.01])
+def test_an_eps_that_is_no_attribute_hides_no_invariance(ask, norm, scale):
+    code = f"""
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.variance_epsilon = 1e-6
+        self.register_buffer("eps", torch.tensor(1e-5))
+        for p in self.first.parameters():
+            p.data *= {scale}
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(({norm}).relu())
+"""
+    found = ask(code) - {"norm.weight", "norm.bias"}  # unused, most of the time
+    assert found == ({"first.weight", "first.bias"} if "mean(0)" in norm else BASE)
+
+
+def test_nanogpts_and_llamas_blocks(ask):
+    code = """
+class Root(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class Layer(Root):
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
+
+
+class net(nn.Module):
+    norm = Layer
+
+    def __init__(self, tokens, example, classes, width=16):
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(tokens, width), nn.Embedding(len(example), width)
+        self.one, self.two, self.end = (self.norm(width) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.qn, self.kn = Root(width), Root(width)
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+        self.head = nn.Linear(width, classes, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.place(torch.arange(tokens.shape[1]))
+        h = self.one(x)
+        q, k = self.qn(self.q(h)), self.kn(self.k(h))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, self.v(h), is_causal=True))
+        x = x + self.down(F.gelu(self.up(self.two(x))))
+        return self.head(self.end(x)[:, -1]), None
+
+
+class llama(net):
+    norm = Root
+"""
+    joint = "embedding.weight + place.weight + {0}.weight + down.weight + down.bias"
+    for name in ("net", "llama"):
+        found = ask(code, name=name, x="tokens")
+        assert {"q.weight", "k.weight"} < found and len(found) == 3
+        assert found & {joint.format("v"), joint.format("o"), joint.replace("{0}", "o")}
+
+
+# ------------------------------------------------------------------------------------ reasons, files
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("nn.Linear(c, 8), nn.LayerNorm(8)", "only as a whole 0.weight + 0.bias"),
+        ("nn.Linear(c, 8, bias=False), nn.LayerNorm(8)", "only as a whole 0.weight"),
+        ("zero(nn.Linear(c, 8, bias=False)), nn.BatchNorm1d(8)", "of norm zero, without direction"),
+        ("nn.Linear(c, 8), nn.Identity()", "is there a normalization layer?"),
+    ],
+)
+def test_why_there_are_no_rows(ask, layers, message):
+    code = f"""
+@torch.no_grad()
+def zero(layer):
+    layer.weight[2] = 0
+    return layer
+def net(c, k): return nn.Sequential({layers}, nn.ReLU(), nn.Linear(8, k))
+"""
+    assert message in ask(code, "--sphere", "row")
+
+
+def test_rows_before_batchnorm_are_scale_invariant(ask):
+    code = "nn.Sequential(nn.Linear(c, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, k))"
+    assert ask(f"def net(c, k): return {code}", "--sphere", "row") == {"0.weight"}
+
+
+def test_layer_groups_of_somebody_elses_mean_something_else(ask):
+    code = (
+        f"def net(c, k):\n    n = {MLP.format('c', 'k')}\n    n.layer_groups = 'all'\n    return n"
+    )
+    assert ask(code) == FIRST
+
+
+def test_a_dataclass_whose_annotations_are_strings(ask):
+    code = f"""
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import nn
+@dataclass
+class Config:
+    width: int = 8
+def net(channels, classes, config=Config()): return {MLP.format("channels", "classes")}
+"""
+    assert ask(code) == FIRST
+
+
+def test_a_file_imports_its_neighbours_even_those_with_the_names_of_ours(ask, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small.py").write_text("width = 8\n")
+    (tmp_path / "data.py").write_text("from torch import nn\nnorm = nn.LayerNorm\n")
+    (tmp_path / "blocks.py").write_text("def block():\n    raise ValueError('here')\n")
+    import data
+
+    code = f"""
+from models.small import width
+from data import norm
+import fractions as sphere_step
+from sphere_step import SphereSGD  # is ours
+def net(channels, classes):
+    import blocks
+    return {MLP.format("channels", "classes")}
+def other(channels, classes):
+    import blocks
+    return blocks.block()
+"""
+    assert ask(code) == FIRST
+    assert "ValueError: here" in ask(code, name="other")
+    assert f"{tmp_path}/blocks.py, line 2" in ask(code, name="other")
+    assert sys.modules["data"] is data and str(tmp_path) not in sys.path
+    assert "blocks" not in sys.modules and "models.small" not in sys.modules
+
+
+def test_a_file_reads_its_own_command_line_and_may_be_called_as_a_module_is(tmp_path, data, ask):
+    code = f"""
+import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--width", type=int, default=8)
+width = parser.parse_args().width
+def net(c, k): return {MLP.format("c", "k")}
+"""
+    assert ask(code) == FIRST
+    (tmp_path / "argparse.py").write_text(TOP + code)
+    command = ["--elr", "0.01", "--model", f"{tmp_path}/argparse.py:net"]
+    assert parse([*command, "--data", f"{data}/numbers.npz", "--out", f"{tmp_path}/out"])
+
+
+def test_a_seed_that_the_file_sets_is_not_that_of_the_runs(tmp_path, data):
+    (tmp_path / "mine.py").write_text(
+        f"{TOP}torch.manual_seed(1337)\ndef net(c, k): return {MLP.format('c', 'k')}"
+    )
+    starts = []
+    for seed in ("0", "1", "1"):
+        command = ["--elr", "1", "--seed", seed, "--model", f"{tmp_path}/mine.py:net"]
+        command += ["--data", f"{data}/numbers.npz", "--out", f"{tmp_path}/out{seed}"]
+        options, numbers = parse(command)
+        run = train.Run(options, numbers, train.Job(1.0, int(seed), tmp_path, ""))
+        starts.append(run.net[0].weight.detach().clone())
+    assert torch.equal(starts[1], starts[2]) and not torch.equal(starts[0], starts[1])
+
+
+# ------------------------------------------------------------------------- what draws, or lies idle
+
+
+def test_a_small_factor_is_no_eps(ask):
+    code = """
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.more = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        h = self.norm(self.first(x)).relu()
+        return self.last(torch.add(h, self.more(h), alpha=0.01))
+"""
+    assert ask(code) == BASE
+
+
+def test_a_parameter_that_is_a_single_number_may_be_invariant(ask):
+    code = """
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x) * self.scale).relu())
+"""
+    assert ask(code) == {*BASE, "scale"}
+
+
+@pytest.mark.parametrize("draw", ["random.random()", "np.random.rand()", "torch.rand(()).item()"])
+def test_layers_that_are_left_out_at_random_are_measured_and_trained(ask, tmp_path, data, draw):
+    code = f"""
+import random
+import numpy as np
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.more, self.then = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        h = self.norm(self.first(x)).relu()
+        if not self.training or {draw} < 0.5:
+            h = h + self.then(self.more(h)).relu()
+        return self.last(h)
+"""
+    assert ask(code) == {*BASE, "more.weight + more.bias"}
+    command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:net", "--sphere", "layer"]
+    command += [
+        "--epochs",
+        "3",
+        "--eval-train",
+        "--data",
+        f"{data}/numbers.npz",
+        "--out",
+        f"{tmp_path}/out",
+    ]
+    assert train.main(command) == 0
+    for log in (tmp_path / "out").glob("elr*.csv"):
+        assert log.read_text().count("\n") > 3 and "nan" not in log.read_text()
+
+
+def test_measuring_leaves_pythons_and_numpys_random_numbers(ask):
+    import random
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    assert ask(f"def net(c, k): return {MLP.format('c', 'k')}") == FIRST
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_what_has_no_gradient_is_on_no_sphere(ask, tmp_path, data):
+    code = """
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.unused, self.still = nn.Linear(4, 4), nn.Linear(channels, channels)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = F.layer_norm(self.still(x), x.shape[1:])
+        return self.last(self.norm(self.first(x)).relu())
+"""
+    assert ask(code) == BASE
+
+
+def test_an_error_that_begins_with_an_empty_line_is_told(ask):
+    message = ask("def net(c, k): raise ImportError('\\n\\nit takes\\na package')")
+    assert "ImportError: it takes; " in message
+
+
+def test_a_network_that_writes_into_its_input_leaves_the_data(ask, tmp_path, data):
+    code = f"def net(c, k): return nn.Sequential(nn.ReLU(inplace=True), {MLP.format('c', 'k')})"
+    assert ask(code) == {"1.0.weight + 1.0.bias"}
+    command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:net", "--out", f"{tmp_path}/out"]
+    options, numbers = parse([*command, "--data", f"{data}/numbers.npz"])
+    train.Run(options, numbers, train.Job(0.01, 0, tmp_path, "")).measure({})
+    before = load(f"{data}/numbers.npz")
+    assert torch.equal(numbers.x, before.x) and torch.equal(numbers.test_x, before.test_x)
+
+
+# ------------------------------------------------------------------------------------- curvature
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "nn.Conv2d(c, 6, 3), nn.GroupNorm(2, 6)",
+        "nn.utils.parametrizations.weight_norm(nn.Conv2d(c, 6, 3))",
+        "nn.utils.parametrizations.spectral_norm(nn.Conv2d(c, 6, 3)), nn.BatchNorm2d(6)",
+        "nn.Conv2d(c, 6, 3), nn.InstanceNorm2d(6), nn.Dropout(0.3)",
+        "Checkpointed(nn.Conv2d(c, 6, 3), nn.BatchNorm2d(6))",
+    ],
+)
+def test_the_curvature_of_what_is_trained_is_that_of_finite_differences(ask, tmp_path, layers):
+    code = f"""
+from torch.utils.checkpoint import checkpoint
+class Checkpointed(nn.Sequential):
+    def forward(self, x): return checkpoint(super().forward, x, use_reentrant=False)
+def net(c, k):
+    rest = nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, k)
+    return nn.Sequential({layers}, *rest)
+"""
+    ask(code, x="digits")
+    more = ["--model", f"{tmp_path}/mine.py:net", "--elr", "0.001", "--epochs", "1"]
+    assert train.main([*more, "--out", str(tmp_path / "out")]) == 0
+    point = landscape.read(tmp_path / "out" / "elr=1e-03.pt")
+    hessian, ggn = landscape.operators(point, 128).values()
+    v, w = np.random.default_rng(0).standard_normal((2, hessian.shape[0]))
+    for operator in (hessian, ggn):  # symmetric, and the same each time
+        size = np.linalg.norm(v) * np.linalg.norm(operator @ w)
+        assert abs(w @ (operator @ v) - v @ (operator @ w)) < 1e-4 * size
+        assert np.array_equal(operator @ v, operator @ v) and v @ (ggn @ v) > 0
+    net, names = point.net.double().train(), point.spheres[0]["names"]
+    for module in net.modules():
+        if isinstance(module, nn.utils.parametrizations._SpectralNorm):
+            module.eval()  # which goes on to iterate
+    tensors, sides = [net.get_parameter(name) for name in names], []
+    starts = [p.detach().clone() for p in tensors]
+    parts = torch.from_numpy(v).split([p.numel() for p in tensors])
+    for side in (-1e-4, 1e-4):
+        with torch.no_grad():
+            for p, start, part in zip(tensors, starts, parts, strict=True):
+                p.copy_(start + side * part.view_as(p))
+        loss = F.cross_entropy(
+            net(point.data.inputs(torch.arange(128)).double()), point.data.y[:128]
+        )
+        sides.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, tensors)]).numpy())
+    rho = torch.cat([start.flatten() for start in starts]).norm().item()
+    expected = rho**2 * (sides[1] - sides[0]) / 2e-4
+    if "Dropout" not in layers:  # whose mask is another one here
+        assert np.linalg.norm(hessian @ v - expected) < 0.01 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", ["once", "reentrant"])
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True")
+def test_what_has_no_second_derivative_is_one_line_that_names_it(ask, tmp_path, data, kind, capsys):
+    code = """
+from torch.utils.checkpoint import checkpoint
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0] > 0)
+class once(Base):
+    def forward(self, x): return self.last(Once.apply(self.norm(self.first(x))))
+class reentrant(Base):
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(checkpoint(self.norm, h, use_reentrant=True).relu())
+"""
+    ask(code, name=kind)
+    more = ["--model", f"{tmp_path}/mine.py:{kind}", "--data", f"{data}/numbers.npz"]
+    more += ["--elr", "0.001", "--epochs", "1", "--out", str(tmp_path / "out")]
+    assert train.main(more) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        landscape.main(["curvature", str(tmp_path / "out" / "elr=1e-03.pt")])
+    err = capsys.readouterr().err
+    name = {"once": "Once", "reentrant": "CheckpointFunction"}[kind]
+    assert exit.value.code == 2 and err.count("\n") == 1
+    assert f"{name} has no second derivative" in err
