@@ -15,8 +15,8 @@ NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 @dataclass
 class Data:
     """Inputs x and labels y [N] int64, to train and to test on. x are images [N, channels, H, W]
-    uint8, numbers [N, features] float32, or tokens [N, T] int64, of which there are `tokens`. mean,
-    std: of the training images per channel, of numbers per feature."""
+    uint8, numbers [N, features] float32, normalized, or tokens [N, T] int64, of which there are
+    `tokens`. mean, std: of training images, per channel. labels: a file's, if not 0, 1, 2, …"""
 
     x: Tensor
     y: Tensor
@@ -26,6 +26,7 @@ class Data:
     mean: Tensor | None = None
     std: Tensor | None = None
     tokens: int | None = None
+    labels: list | None = None
 
     def inputs(self, index, augment=False):
         """The training inputs at these indices, normalized."""
@@ -33,17 +34,14 @@ class Data:
         return self.normalized(crop_and_flip(x) if augment else x)
 
     def normalized(self, x):
-        """Images and numbers as float32 of mean 0 and deviation 1; tokens as they are."""
-        return x if self.tokens is not None else (x - self.mean) / self.std
+        """A copy: float32 of mean 0 and deviation 1; tokens as they are."""
+        return x.clone() if self.mean is None else (x - self.mean) / self.std
 
 
 def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") -> Data:
-    """The data set `name`, one of NAMES or a file .npz, on `device`. Raises ValueError where it
-    cannot be read. What is downloaded is kept in `root`.
-
-    digits: 1,797 handwritten digits of Alpaydin and Kaynak (UCI, 1998), as scikit-learn ships them,
-    8×8: the first 1,437 to train on.
-    """
+    """The data set `name`, one of NAMES or a file .npz, on `device`; downloads go to `root`. Raises
+    ValueError where it cannot be read. digits: 1,797 of 8×8, Alpaydin and Kaynak (UCI, 1998), as
+    in scikit-learn, 1,437 to train on."""
     if name == "digits":
         parts = _npz(DIGITS)
     elif name == "modular":
@@ -55,25 +53,45 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     else:
         raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)} or a file .npz")
     x, y, test_x, test_y = parts
+    labels = None
+    if name.endswith(".npz"):
+        if x.dtype == torch.float64:
+            x, test_x = standardized(x, test_x)
+            if not test_x.isfinite().all():
+                raise ValueError(f"{name}: test_x is too far from x for float32")
+        known, y = y.unique(return_inverse=True)
+        lacking = test_y[~torch.isin(test_y, known)].tolist()
+        if lacking:
+            raise ValueError(f"{name}: the label {lacking[0]} is in test_y, not in y")
+        test_y = torch.searchsorted(known, test_y)
+        if len(known) <= known[-1] or known[0] < 0:
+            labels = known.tolist()
     classes = int(max(y.max(), test_y.max())) + 1
     if classes < 2:
-        raise ValueError(f"{name} has a single class: it takes two at least")
-    data = Data(*(part.to(device) for part in parts), classes)
+        raise ValueError(f"{name} has a single class: it takes two")
+    data = Data(*(part.to(device) for part in (x, y, test_x, test_y)), classes, labels=labels)
     if x.dtype == torch.int64:
         data.tokens = int(max(x.max(), test_x.max())) + 1
-        return data
-    if x.dtype == torch.uint8:  # exact, in little memory: the values are counted
+    if x.dtype == torch.uint8:  # the values are counted
         counts = [torch.bincount(c.flatten(), minlength=256) for c in x.unbind(1)]
         counts, values = torch.stack(counts).double(), torch.arange(256, dtype=torch.float64)
         n = counts.sum(1)
         mean = (counts @ values / n)[:, None]
         std = ((counts * (values - mean) ** 2).sum(1) / (n - 1)).sqrt()
-        mean, std = mean[:, :, None], std[:, None, None]
-    else:
-        mean, std = x.double().mean(0), x.double().std(0)
-    std = torch.where(std > 0, std, 1)
-    data.mean, data.std = mean.float().to(device), std.float().to(device)
+        std = torch.where(std > 0, std, 1)
+        data.mean, data.std = (part.float().view(-1, 1, 1).to(device) for part in (mean, std))
     return data
+
+
+def standardized(x, test_x):
+    """Numbers [N, M] as float32 of mean 0 and deviation 1 in x; a constant column as 0."""
+    # Time stamps differ in late digits: the first is subtracted. Quarters cannot overflow.
+    x, test_x = x / 4 - x[0] / 4, test_x / 4 - x[0] / 4
+    scale = x.abs().amax(0)
+    scale = torch.where(scale > 0, scale, torch.inf)
+    x, test_x = x / scale, test_x / scale
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-300)
+    return ((x - mean) / std).float(), ((test_x - mean) / std).float()
 
 
 def modular(p):
@@ -87,65 +105,64 @@ def modular(p):
 
 
 def _npz(path):
-    """[x, y, test_x, test_y] from a file of arrays with these names."""
+    """[x, y, test_x, test_y] from a file of these."""
     arrays = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             for name in ("x", "y", "test_x", "test_y"):
-                arrays[name] = None  # the one that an error is about
+                arrays[name] = None  # in an error
                 arrays[name] = file[name]
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
     except KeyError:
         raise ValueError(f"{path} has no array {name}: it takes x, y, test_x, test_y") from None
-    except Exception as error:  # a damaged archive can fail anywhere
+    except Exception as error:  # damage can show anywhere
         what = f"the array {name} cannot be read" if arrays else "it is no .npz file"
         raise ValueError(f"{path}: {what} ({str(error)[:100]})".replace("\n", " ")) from None
-    parts = []
+    parts, first = [], arrays["x"]
     for name in ("x", "test_x"):
         x, y = arrays[name], arrays[name.replace("x", "y")]
         image = x.dtype == np.uint8 and x.ndim in (3, 4)
-        number, token = x.dtype.kind == "f" and x.ndim == 2, x.dtype.kind in "iu" and x.ndim == 2
-        wrong, what = "", f"{path}: the array {name} of type {x.dtype} and shape {list(x.shape)}"
-        if not (image or number or token) or not x.size:
-            wrong = "must be images uint8 [N, C, H, W] or [N, H, W], numbers [N, M], tokens [N, T]"
-        elif number and not (np.abs(x) < 3.4e38).all():
-            wrong = "has numbers that float32 cannot hold"
+        number = x.dtype.kind == "f" and x.ndim == 2
+        token = x.dtype.kind in "iu" and x.ndim == 2 and x.dtype != np.uint8
+        what, wrong = f"{path}: the array {name} of type {x.dtype} and shape {list(x.shape)}", ""
+        if not x.size:
+            wrong = "is empty"
+        elif not (image or number or token):
+            wrong = "must be images uint8 [N, (C,) H, W], floats [N, M] or tokens int64 [N, T]"
+        elif number and not np.isfinite(x).all():
+            wrong = f"has nan or inf in column {np.isfinite(x).all(0).argmin()}"
         elif token and (x.min() < 0 or x.max() > 10**6):
-            wrong = "has tokens below 0 or above a million"
-        elif x.shape[1:] != arrays["x"].shape[1:] or x.dtype.kind != arrays["x"].dtype.kind:
+            wrong = "has tokens below 0 or above a million: numbers are floats"
+        elif x.shape[1:] != first.shape[1:] or x.dtype.kind != first.dtype.kind:
             wrong = "is not of the kind and shape of x"
-        elif y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 10**6:
+        elif y.dtype.kind not in "biu" or y.shape != x.shape[:1]:
             what = f"{path}: the array {name.replace('x', 'y')} of type {y.dtype}"
-            wrong = f"and shape {list(y.shape)} must be labels, whole numbers from 0 on, one each"
+            wrong = f"and shape {list(y.shape)} must be labels [N]: y.astype(int), ravel, argmax"
         if wrong:
             raise ValueError(f"{what} {wrong}")
         x = x[:, None] if image and x.ndim == 3 else x
-        kind = np.uint8 if image else np.float32 if number else np.int64
-        parts += [torch.from_numpy(x.astype(kind)), torch.from_numpy(y.astype(np.int64))]
-    return parts
+        kind = np.uint8 if image else np.float64 if number else np.int64
+        parts += [x.astype(kind, order="C"), y.astype(np.int64)]
+    return list(map(torch.from_numpy, parts))
 
 
 def _download(name, root):
-    """[x, y, test_x, test_y] of a data set of torchvision, from `root` once it is there."""
+    """The same of a data set of torchvision, from `root` once it is there."""
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name]
-    if name == "svhn":
-        options = dict(split="train"), dict(split="test")
-        files = [kind.split_list[part][:2] for part in ("train", "test")]
-    else:
-        options = dict(train=True), dict(train=False)
-        files = [(kind.url, kind.filename)]
-    parts = []
+    svhn, parts = name == "svhn", []
     try:
-        for option in options:
-            found = kind(root, download=True, **option)
-            x, y = torch.from_numpy(found.data), found.labels if name == "svhn" else found.targets
-            x = x if name == "svhn" else x.permute(0, 3, 1, 2).contiguous()
+        for part in ("train", "test"):
+            which = dict(split=part) if svhn else dict(train=part == "train")
+            found = kind(root, download=True, **which)
+            x, y = torch.from_numpy(found.data), found.labels if svhn else found.targets
+            x = x if svhn else x.permute(0, 3, 1, 2).contiguous()
             parts += [x, torch.as_tensor(y).long()]
     except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
-        where = " and ".join(f"{url} as {root / file}" for url, file in files)
+        files = list(kind.split_list.values())[:2] if svhn else [(kind.url, kind.filename)]
+        where = " and ".join(f"{url} as {root / file}" for url, file, *_ in files)
         what = f"{name} cannot be downloaded ({error})"
         raise ValueError(f"{what}: get {where} by hand") from None
     return parts

@@ -172,8 +172,8 @@ def _phase_diagram(ax, runs, lines):
         gamma, loss = over_seeds(group, "grad_norm")[1], over_seeds(group, "train_loss")[1]
         ax.plot(gamma, loss, "." + style, color=tone, lw=0.8, ms=3)
         ax.plot(gamma[-1:], loss[-1:], "o", color=tone, ms=5, mec="black", mew=0.5, zorder=3)
-    with_start = [run.log for run in runs if run.log["epoch"][0] == 0 and "grad_norm" in run.log]
-    for log in with_start:
+    with_gamma = [run.log for run in runs if "grad_norm" in run.log]
+    for log in [log for log in with_gamma if regimes.finished(log)[0] == 0]:
         ax.plot(log["grad_norm"][0], log["train_loss"][0], "*", color="black", ms=9, zorder=4)
     ax.set(xlabel="effective gradient norm γ", ylabel="train loss (nats)")
     ax.set_title("(d) phase diagram: ★ start, ○ end")

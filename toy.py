@@ -102,7 +102,8 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: {args.out} cannot be written: {error.strerror}")
-    elrs = sorted({float(f"{elr:.4g}") for elr in args.elr or np.geomspace(low, high, int(n))})
+    grid = [float(f"{elr:.4g}") for elr in np.geomspace(low, high, int(n))]
+    elrs = sorted(set(args.elr or grid))
     runs, total = [], sum(args.alphas)
     for _ in range(args.refine + 1):
         runs += simulate(args.alphas, elrs, args.seeds, args.steps)

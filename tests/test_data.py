@@ -2,14 +2,17 @@
 
 import hashlib
 import io
+import json
 import pickle
 import tarfile
+import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
+import train
 from data import DIGITS, add_label_noise, batches, crop_and_flip, load
 
 
@@ -261,6 +264,132 @@ def test_a_file_of_arrays_is_a_data_set(tmp_path, kind):
     assert x.dtype == torch.float32 and torch.allclose(x.double(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "known", [[1, 2], [5, 6], [17, 900000], [-1, 1], [0, 2, 7], [0, 1], [2**40, 2**41]]
+)
+def test_labels_are_renumbered_in_their_order(tmp_path, known):
+    """{17, 900000} made a network of 900,001 outputs, and chance counted classes that are not there."""
+    found, rng = arrays(), np.random.default_rng()
+    which = rng.permutation(np.arange(20) % len(known))
+    found["y"], found["test_y"] = np.array(known)[which], np.array(known)[which[::-1][:10]]
+    np.savez(tmp_path / "mine.npz", **found)
+    data = load(str(tmp_path / "mine.npz"))
+    assert data.classes == len(known) and data.y.dtype == data.test_y.dtype == torch.int64
+    assert data.y.tolist() == which.tolist() and data.test_y.tolist() == which[::-1][:10].tolist()
+    assert data.labels == (None if known == [0, 1] else known)
+
+
+def test_renumbered_labels_are_told_and_kept_and_chance_counts_the_classes_there_are(
+    tmp_path, capsys
+):
+    """Coin tosses labelled {5, 6} were 43 % better than chance."""
+    rng = np.random.default_rng(0)
+    found = arrays("images", 200) | {"y": rng.integers(5, 7, 200)}
+    np.savez(tmp_path / "mine.npz", **found | {"test_y": found["y"][:100]})
+    command = [
+        "--data",
+        str(tmp_path / "mine.npz"),
+        "--elr",
+        "1e-3",
+        "--epochs",
+        "1",
+        "--width",
+        "2",
+    ]
+    assert train.main([*command, "--jobs", "1", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("2 labels, 5 to 6, are the classes 0 to 1: see config.json\n") == 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["labels"] == [5, 6]
+    assert config["chance"]["0"]["train_error"]["mean"] == pytest.approx(0.5, abs=0.2)  # of 7: 0.86
+
+
+def test_whole_numbers_are_said_to_be_tokens(tmp_path, capsys):
+    """The error came from a matrix product alone."""
+    np.savez(tmp_path / "mine.npz", **arrays("tokens"))
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net(channels, classes):\n    return nn.Linear(4, classes)\n"
+    )
+    with pytest.raises(SystemExit):
+        model = f"{tmp_path / 'mine.py'}:net"
+        train.main(["--data", str(tmp_path / "mine.npz"), "--elr", "1", "--model", model])
+    out, err = capsys.readouterr()
+    assert "taken for tokens: if they are numbers, save x.astype(float)\n" in out and err
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.uint64, np.int8, ">i4"])
+def test_labels_of_any_whole_type(tmp_path, kind):
+    found = arrays()
+    y = np.arange(20) % 2
+    found["y"], found["test_y"] = y.astype(kind), y[:10].astype(kind)
+    np.savez(tmp_path / "mine.npz", **found)
+    data = load(str(tmp_path / "mine.npz"))
+    assert data.y.tolist() == y.tolist() and data.classes == 2 and data.labels is None
+
+
+def standardized(x, test_x):
+    """In numpy's longest type, column by column, in units of the largest number."""
+    columns = []
+    for column, of_test in zip(x.T, test_x.T, strict=True):
+        unit = np.abs(column).max()
+        column, of_test = np.longdouble(column) / unit, np.longdouble(of_test) / unit
+        mean = column[3] + (column - column[3]).mean()
+        std = np.sqrt(((column - mean) ** 2).sum() / (len(column) - 1))
+        columns.append((np.concatenate([column, of_test]) - mean) / std)
+    return np.stack(columns, 1).astype(float)
+
+
+def test_a_column_of_time_stamps_keeps_its_digits_and_large_numbers_do_not_overflow(tmp_path):
+    """Of 400 Unix seconds float32 had 4 values left."""
+    rng = np.random.default_rng()
+    columns = [1.7e9 + rng.permutation(400), 1e15 + rng.integers(0, 50, 400)]
+    columns += [rng.normal(0, 1, 400), 1e-30 * rng.normal(5, 1, 400)]
+    huge = [1e200 * rng.normal(0, 1, 400), 1.7e308 * rng.uniform(-1, 1, 400)]
+    y = np.arange(400) % 2
+    x = np.stack([*columns, *huge], 1)
+    np.savez(tmp_path / "mine.npz", x=x[:300], y=y[:300], test_x=x[300:], test_y=y[300:])
+    data = load(str(tmp_path / "mine.npz"))
+    found = data.inputs(torch.arange(300)), data.normalized(data.test_x)
+    assert found[0].dtype == found[1].dtype == torch.float32 and len(found[0][:, 0].unique()) == 300
+    assert np.allclose(torch.cat(found), standardized(x[:300], x[300:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.7e9, -3e300])
+def test_a_constant_column_of_numbers_becomes_0(tmp_path, value):
+    found = arrays()
+    found["x"][:, 2] = value
+    found["test_x"] = found["x"][:10].copy()
+    found["test_x"][0, 2] = 7.0
+    np.savez(tmp_path / "mine.npz", **found)
+    data = load(str(tmp_path / "mine.npz"))
+    assert (data.inputs(torch.arange(20))[:, 2] == 0).all() and (data.test_x[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.longdouble, ">f8", ">f4"])
+def test_floats_of_any_type_are_read_without_a_warning(tmp_path, kind):
+    found = arrays()
+    expected = torch.from_numpy(found["x"].astype(kind).astype(np.float64))
+    expected = (expected - expected.mean(0)) / expected.std(0)
+    for name in ("x", "test_x"):
+        found[name] = np.asfortranarray(found[name].astype(kind))
+    np.savez(tmp_path / "mine.npz", **found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load(str(tmp_path / "mine.npz"))
+    x = data.inputs(torch.arange(20))
+    assert x.is_contiguous() and torch.allclose(x.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [">i8", np.int16, np.uint32])
+def test_tokens_of_any_whole_type_but_bytes(tmp_path, kind):
+    found = arrays("tokens")
+    for name in ("x", "test_x"):
+        found[name] = np.asfortranarray(found[name].astype(kind))
+    np.savez(tmp_path / "mine.npz", **found)
+    x = load(str(tmp_path / "mine.npz")).x
+    assert x.dtype == torch.int64 and x.is_contiguous() and np.array_equal(x, found["x"])
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("ran",))
@@ -271,16 +400,39 @@ WRONG = [
     (dict(test_y=None), "has no array test_y"),
     (dict(y=np.arange(20.0)), "the array y of type float64"),
     (dict(y=np.arange(19)), "and shape [19] must be labels"),
-    (dict(y=np.full(20, -1)), "must be labels"),
+    (dict(y=np.zeros((20, 1), int)), "the array y of type int64 and shape [20, 1] must be labels"),
+    (dict(y=np.eye(20, dtype=int)), "and shape [20, 20] must be labels [N]: y.astype(int), ravel"),
+    (dict(y=np.array(3)), "the array y of type int64 and shape [] must be labels"),
+    (dict(y=np.array(["a"] * 20)), "the array y of type <U1"),
+    (dict(test_y=np.arange(10)), "the label 3 is in test_y, not in y"),
+    (dict(y=np.full(20, -1), test_y=np.full(10, -1)), "has a single class"),
     (
         dict(x=np.zeros((20, 5, 2))),
         "the array x of type float64 and shape [20, 5, 2] must be images",
     ),
-    (dict(x=np.full((20, 5), np.nan)), "numbers that float32 cannot hold"),
-    (dict(x=np.full((20, 5), 1e300)), "numbers that float32 cannot hold"),
-    (dict(x=np.full((20, 5), -1)), "tokens below 0"),
+    (
+        dict(x=np.full((20, 5), np.nan)),
+        "the array x of type float64 and shape [20, 5] has nan or inf",
+    ),
+    (
+        dict(test_x=np.where(np.eye(10, 5), np.inf, 1.0)),
+        "test_x of type float64 and shape [10, 5] has nan",
+    ),
+    (dict(test_x=np.full((10, 5), 1e300)), "test_x is too far from x for float32"),
+    (dict(x=np.float32(3)), "the array x of type float32 and shape [] must be images"),
+    (dict(x=np.zeros(20, dtype=[("a", float)])), "and shape [20] must be images"),
+    (dict(x=np.zeros((20, 5), complex)), "must be images"),
+    (dict(x=np.zeros((20, 64), np.uint8)), "must be images uint8 [N, (C,) H, W], floats [N, M] or"),
+    (
+        dict(test_x=np.zeros((0, 5)), test_y=np.zeros(0, int)),
+        "test_x of type float64 and shape [0, 5] is empty",
+    ),
+    (dict(x=np.full((20, 5), -1)), "tokens below 0 or above a million: numbers are floats"),
     (dict(x=np.array(["a"] * 20)), "must be images"),
-    (dict(x=np.zeros((0, 5)), y=np.zeros(0, int)), "must be images"),
+    (
+        dict(x=np.zeros((0, 5)), y=np.zeros(0, int)),
+        "the array x of type float64 and shape [0, 5] is empty",
+    ),
     (dict(test_x=np.zeros((10, 6))), "test_x of type float64 and shape [10, 6] is not of the kind"),
     (dict(x=np.array([Evil()] * 20, dtype=object)), "the array x cannot be read"),
     (dict(y=np.zeros(20, int), test_y=np.zeros(10, int)), "has a single class"),

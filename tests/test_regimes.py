@@ -39,12 +39,13 @@ def noise(rng, n, sd, r):
 
 
 def with_error(rng, loss):
-    """A log with a train error that goes with the loss, and a row of epoch 0 at chance."""
+    """A log with a train error that goes with the loss, and a row before training at chance."""
     error = np.clip(
         0.9 * (1 - np.exp(-0.5 * loss)) / (1 - math.exp(-3)) + rng.normal(0, 0.004, len(loss)), 0, 1
     )
     loss, error = np.insert(loss, 0, 6.0), np.insert(error, 0, 0.9)
-    return {"epoch": np.arange(len(loss), dtype=float), "train_loss": loss, "train_error": error}
+    epoch = np.arange(len(loss), dtype=float)
+    return {"epoch": epoch, "step": 90 * epoch, "train_loss": loss, "train_error": error}
 
 
 def power_law(rng, t):
@@ -137,10 +138,9 @@ def test_three_rows_never_get_a_verdict(kind):
 
 
 def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
-    epochs, rng = np.arange(41.0), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for level, expected in ((6.0, "divergence"), (1.5, "equilibrium")):
         log = with_error(rng, level * np.exp(noise(rng, 40, 0.03, 0.0)))
-        log["step"] = 90 * epochs
         if level == 6.0:
             log["train_error"] = np.full(41, 0.9)
         verdict = classify({**log, "angle": np.full(41, 1e-4)}, CHANCE)
@@ -261,7 +261,7 @@ def test_damaged_files_are_named_and_the_others_still_reported(sweep, capsys):
     good = (sweep / "elr=1e-02.csv").read_text()
     bad = {
         "elr=3.csv": "",
-        "elr=4.csv": "epoch,loss\n1,2\n",
+        "elr=4.csv": "epoch,val_loss\n1,2\n",
         "elr=5.csv": "epoch,train_loss\n1,abc\n",
         "elr=6.csv": "epoch,train_loss\n2,1\n1,1\n",
         "elr=7.csv": "epoch,train_loss\n1\n2,3\n",
@@ -270,7 +270,7 @@ def test_damaged_files_are_named_and_the_others_still_reported(sweep, capsys):
     for name, text in bad.items():
         (sweep / name).write_text(text)
     (sweep / "elr=9.csv").write_bytes(b"\xff\xfe\x00epoch")
-    (sweep / "elr=1e-02.csv").write_text(good[:-9])
+    (sweep / "elr=1e-02.csv").write_text(good[: good.rindex(",")])
     assert run(sweep, sweep / "nowhere.csv") == 2
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -279,6 +279,13 @@ def test_damaged_files_are_named_and_the_others_still_reported(sweep, capsys):
         assert sum(name in line for line in lines) == 1
     assert "last row (line 62) is cut off" in err and "Traceback" not in err
     assert out.count("convergence ") >= 3 and "    1e-02  chaotic equilibrium" in out
+
+
+def test_a_log_may_be_named_twice(sweep, capsys):
+    """Two runs of one name were compared, array by array, and that ended in a traceback."""
+    path = sweep / "elr=1e-02.csv"
+    assert run(path, path) == 0
+    assert " 2/2 " in capsys.readouterr().out
 
 
 def test_an_empty_folder_is_one_line(tmp_path, capsys):
@@ -421,12 +428,12 @@ def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(
         ]
         (sweep / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
     rows = [
-        f"{epoch},{elr},{loss}"
+        f"{epoch},{epoch},{elr},{loss}"
         for epoch, (elr, loss) in enumerate(
             [(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)]
         )
     ]
-    (whole / "lr=1e-01.csv").write_text("epoch,elr,train_loss\n" + "\n".join(rows) + "\n")
+    (whole / "lr=1e-01.csv").write_text("epoch,step,elr,train_loss\n" + "\n".join(rows) + "\n")
     assert regimes.main([str(sweep), str(whole)]) == 0
     out = capsys.readouterr().out
     expected = "ELR 0.1 to 0.001: outside the sweep from epoch 0, chaotic equilibrium from epoch 1, convergence from epoch 3"
@@ -434,6 +441,274 @@ def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(
     assert figures.main([str(sweep), str(whole), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "regimes.png").stat().st_size > 10_000
     assert regimes.main([str(whole)]) == 0 and "a sweep beside it" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- other people's logs
+
+
+LOSSES = np.round(2.0 / np.arange(1, 25) ** 1.2, 6)  # falls
+LEVEL = np.round(1.5 + np.random.default_rng(3).normal(0, 0.02, 24), 6)  # does not
+
+
+def keras(losses):
+    rows = [f"{i},0.5,{loss},0.4,{loss + 0.1:.6f}" for i, loss in enumerate(losses)]
+    return "\n".join(["epoch,accuracy,loss,val_accuracy,val_loss", *rows]) + "\n"
+
+
+def lightning(losses):
+    """Several rows of an epoch, with empty cells; rows of the learning rate alone have no epoch."""
+    rows = ["epoch,lr-SGD,step,train_loss_epoch,train_loss_step,val_loss"]
+    for i, loss in enumerate(losses):
+        step = 100 * (i + 1) - 1
+        rows += [f",0.1,{step - 50},,,", f"{i},,{step - 50},,{2 * loss},"]
+        rows += [f"{i},,{step},,,{loss + 0.1}", f"{i},,{step},{loss},,"]
+    return "\n".join([*rows, f"{len(losses)},,{step + 1},,,0.5"]) + "\n"
+
+
+def wandb_chart(losses):
+    rows = [f'"{10 * i}","{loss}","{loss}","{loss}","{i}"' for i, loss in enumerate(losses)]
+    run = "my-run - with a dash-1 - train/loss"
+    return "\n".join([f'"Step","{run}","{run}__MIN","{run}__MAX","my-run - _step"', *rows]) + "\n"
+
+
+def wandb_history(losses):
+    rows = [f"{i},{1.5 * i},{i},1732700000.5,{i},{loss}," for i, loss in enumerate(losses)]
+    return "\n".join([",_runtime,_step,_timestamp,epoch,train/loss,val/loss", *rows]) + "\n"
+
+
+def hugging_face(losses):
+    """As pandas writes log_history: evaluations between, a summary in the end."""
+    rows = ["loss,grad_norm,learning_rate,epoch,step,eval_loss,train_runtime,train_loss"]
+    for i, loss in enumerate(losses):
+        rows += [
+            f"{loss},1.5,1e-5,{i + 1}.0,{500 * (i + 1)},,,",
+            f",,,{i + 1}.0,{500 * (i + 1)},2,,",
+        ]
+    return "\n".join([*rows, f",,,{len(losses)}.0,{500 * len(losses)},,99.5,0.7"]) + "\n"
+
+
+def history(losses):
+    """pandas.DataFrame(model.fit(…).history).to_csv(): the epoch is the index."""
+    rows = [f"{i},{loss},0.5" for i, loss in enumerate(losses)]
+    return "\n".join([",loss,accuracy", *rows]) + "\n"
+
+
+def tensorboard(losses):
+    rows = [f"1654943296.2,{i},{loss}" for i, loss in enumerate(losses)]
+    return "\n".join(["Wall time,Step,Value", *rows]) + "\n"
+
+
+OTHERS = [keras, lightning, wandb_chart, wandb_history, hugging_face, history, tensorboard]
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_other_peoples_logs_are_read_and_their_epoch_0_is_no_chance(tmp_path, capsys, make):
+    """A level loss of 1.5 with chance at 2.3 was "divergence", a run stuck at ln 2 "equilibrium"."""
+    (tmp_path / "log.csv").write_text(make(LOSSES))
+    columns = {"train_loss": "Value"} if make is tensorboard else {}
+    log, problem = regimes.read_log(tmp_path / "log.csv", columns)
+    assert np.array_equal(log["train_loss"], LOSSES) and not problem
+    assert len(np.unique(np.diff(log["epoch"]))) == 1
+    words = [f"{ours}={theirs}" for ours, theirs in columns.items()]
+    words = ["--columns", *words] if words else []
+    stuck = math.log(2) + (LEVEL - 1.5) / 20
+    for losses, chance, expected in (
+        (LOSSES, [], "convergence"),
+        (LEVEL, [], "undecided"),
+        (LEVEL, ["--chance", "2.303"], "chaotic equilibrium"),
+        (stuck, [], "undecided"),
+        (stuck, ["--chance", "0.6931"], "divergence"),
+    ):
+        (tmp_path / "log.csv").write_text(make(losses))
+        assert regimes.main([str(tmp_path / "log.csv"), *words, *chance]) == 0
+        assert capsys.readouterr().out.startswith(f"log: {expected}: ")
+
+
+def test_epoch_0_is_before_training_only_where_step_says_0():
+    rng, t = np.random.default_rng(0), np.arange(1, 41.0)
+    log = with_error(rng, equilibrium(rng, t))
+    assert classify(log).regime == "equilibrium"
+    for steps in ({}, {"step": log["step"] + 90}, {"step": np.full(41, math.nan)}):
+        later = {name: x for name, x in log.items() if name != "step"} | steps
+        verdict = classify(later)
+        assert verdict.regime == "undecided" and "--chance" in verdict.why
+        assert verdict.more_epochs == 82  # of 41, the first of which is epoch 0
+        counted = classify({**later, "epoch": later["epoch"] + 1}, CHANCE)
+        assert numbers_of(classify(later, CHANCE)) == numbers_of(counted)
+
+
+VARIANTS = {
+    "semicolons": lambda text: text.replace(",", ";"),
+    "tabs": lambda text: text.replace(",", "\t"),
+    "byte order mark": lambda text: "\ufeff" + text,
+    "carriage returns": lambda text: text.replace("\n", "\r\n"),
+    "comments and blank lines": lambda text: (
+        "# a, run; 7\n\n" + text.replace("\n3,", "\n# here\n\n3,")
+    ),
+    "spaces": lambda text: text.replace(",", " , "),
+    "quotes": lambda text: "".join(
+        ",".join(f'"{cell}"' for cell in line.split(",")) + "\n" for line in text.splitlines()
+    ),
+    "no newline in the end": str.rstrip,
+    "words for nothing": lambda text: text.replace(",0.5,", ",None,").replace(",0.4,", ",NA,"),
+    "an index": lambda text: "\n".join(f"{i},{x}" for i, x in enumerate(text.split("\n"))).replace(
+        "0,epoch", ",epoch"
+    )[:-3],
+    "not yet": lambda text: text + "24,0.9,,0.8,0.7\n",
+    "a column of words": lambda text: text.replace(",accuracy,", ",time,").replace(
+        ",0.5,", ",10:03,"
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_csv_file_may_be_written_in_many_ways(tmp_path, variant):
+    (tmp_path / "log.csv").write_bytes(VARIANTS[variant](keras(LOSSES)).encode())
+    log, problem = regimes.read_log(tmp_path / "log.csv")
+    assert np.array_equal(log["train_loss"], LOSSES) and not problem
+    assert np.array_equal(log["epoch"], np.arange(24.0))
+
+
+REFUSED = [
+    ("epoch,loss,loss\n1,2,3\n", "two columns are called 'loss'"),
+    ("Step,a - loss,b - loss\n1,2,3\n", "is it a - loss or b - loss? Say --columns train_loss="),
+    ("Wall time,Step,Value\n1,2,3\n", "no column train_loss in Wall time, Step, Value: say --col"),
+    ("loss\n1\n", "no column epoch in loss: say --columns epoch="),
+    ('epoch,loss\n1,"1,234"\n', "line 2: '1,234' is not a number such as 1234.5"),
+    ("epoch;loss\n1;2,303\n", "line 2: '2,303' is not a number such as 1234.5"),
+    ("epoch,loss\n1,2\n2,1_0\n", "line 3: '1_0' is not a number"),
+    ("epoch,loss\n1,2\n1/10,3\n", "line 3: '1/10' is not a number"),
+    ("epoch,loss\n1,2\nnan,3\n", "line 3: no epoch, or not the next one"),
+    ("epoch,loss\n1,2\n,3\n", "line 3: no epoch, or not the next one"),
+    ("epoch,loss\n-1,2\n0,3\n", "line 2: no epoch, or not the next one"),
+    ("epoch,loss\n0,3\n1,2\n# again\n0,3\n1,2\n", "line 5: no epoch, or not the next one"),
+    (
+        "epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n",
+        "line 4: epoch 1 again: keep one row of each, or count by --columns epoch=step",
+    ),
+    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: epoch 0 again: keep one"),
+    ("epoch,loss\n0,\n1,\n", "a header, but no whole row with a loss"),
+    ("epoch,loss\n0,1,2\n1,2\n", "line 2: 3 cells, the header has 2"),
+    ("epoch,loss\n0\n1,2\n", "line 2: 1 cells, the header has 2"),
+    ("epoch,step,loss,angle\n0,1,2,0.1\n1,2,3,x\n", "line 3: 'x' is not a number"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED, ids=lambda x: x[:30])
+def test_what_cannot_be_read_is_refused_in_one_line_with_the_cure(tmp_path, capsys, text, message):
+    (tmp_path / "log.csv").write_text(text)
+    assert regimes.main([str(tmp_path / "log.csv")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and f"log.csv: {message}" in err.replace("line 1: ", "")
+
+
+def test_columns_are_named_on_the_command_line(tmp_path, capsys):
+    rows = [f"{i},{i},{loss},{1 - loss / 3},{2 * loss}" for i, loss in enumerate(LOSSES)]
+    text = "\n".join(["Epoch,it,a - loss,b - loss,g", *rows]) + "\n"
+    (tmp_path / "log.csv").write_text(text)
+    command = [str(tmp_path / "log.csv"), "--columns"]
+    assert regimes.main([*command, "train_loss=a - loss", "epoch=Epoch", "grad_norm=g"]) == 0
+    assert capsys.readouterr().out.startswith("log: convergence: ")
+    columns = {"train_loss": "a - loss", "step": "it", "epoch": "it", "grad_norm": "g"}
+    log = regimes.read_log(tmp_path / "log.csv", columns)[0]
+    assert np.array_equal(log["step"], log["epoch"]) and log["grad_norm"][3] == 2 * LOSSES[3]
+    assert regimes.main([*command, "train_loss=c"]) == 2
+    assert "no column c in Epoch, it, a - loss, b - loss, g: say" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--columns", "loss=train_loss"],
+        ["--columns", "log.csv"],
+        ["--chance", "x"],
+        ["--chance", "0"],
+        ["--chance", "nan"],
+        ["--chance", "inf"],
+        ["--chance", "2.3", "90"],
+        ["--chance", "2.3", "0.9", "1"],
+    ],
+)
+def test_bad_options_are_one_line(capsys, words):
+    with pytest.raises(SystemExit) as exit:
+        regimes.main(["log.csv", *words])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and f"argument {words[0]}: " in err
+
+
+def test_the_help_has_a_line_for_keras_lightning_and_wandb(capsys):
+    with pytest.raises(SystemExit):
+        regimes.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("Keras", "Lightning", "W&B"):
+        assert sum("python regimes.py " in line and name in line for line in lines) == 1
+
+
+def test_an_accuracy_is_an_error_unless_it_is_in_percent(tmp_path):
+    rng = np.random.default_rng(0)
+    error = 0.5 + rng.normal(0, 0.01, 24)
+    log = {"epoch": np.arange(24.0), "train_loss": LEVEL, "train_accuracy": 1 - error}
+    chance = {"train_error": {"mean": 0.9, "std": 0.0}, "train_loss": {"mean": 2.3, "std": 0.0}}
+    verdict, told = classify(log, chance), classify({**log, "train_error": error}, chance)
+    assert verdict.skills[0].value == pytest.approx(told.skills[0].value)
+    assert "train_error is 1 − train_accuracy" in verdict.notes and len(told.skills) == 2
+    for name, percent in (("train_accuracy", 100 - 100 * error), ("train_error", 100 * error)):
+        verdict = classify({**log, name: percent}, chance)
+        assert [skill.of for skill in verdict.skills] == ["train_loss"]
+        assert "no train_error: skill from the loss" in verdict.notes
+    verdict = classify(log, {"train_loss": chance["train_loss"]})
+    assert "no chance of train_error: skill from the loss" in verdict.notes
+
+
+def test_a_negative_loss_has_its_own_word():
+    loss = np.concatenate([LOSSES, [-0.3, -0.5]])
+    verdict = classify({"epoch": np.arange(26.0), "train_loss": loss})
+    assert verdict.regime == "undecided" and "negative in epoch 24" in verdict.why
+    assert "finite" not in verdict.why
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("zeros", [4, 20, 39])
+def test_a_loss_that_has_reached_0_is_convergence(start, zeros):
+    """Whether there is a row before training or not, and whatever came before."""
+    loss = np.full(40, 0.5)
+    loss[-zeros:] = 0
+    log = {"epoch": np.arange(1, 41.0), "train_loss": loss}
+    if start:
+        log = {"epoch": np.arange(41.0), "step": np.arange(41.0), "train_loss": [2.3, *loss]}
+        log["train_loss"] = np.array(log["train_loss"])
+    assert classify(log).regime == "convergence"
+
+
+# -------------------------------------------------------------------------------------- long logs
+
+
+def test_theil_and_sens_pairs_are_bounded(monkeypatch):
+    """20,000 rows took 4.4 GB."""
+    sizes, pairs = [], np.triu_indices
+    monkeypatch.setattr(np, "triu_indices", lambda n, k: sizes.append(n) or pairs(n, k))
+    for n in (1600, 2500, 10**6):
+        log = {name: np.resize(x, n + 1) for name, x in made("equilibrium", 50, 0).items()}
+        classify({**log, "epoch": np.arange(n + 1.0)}, CHANCE)
+    assert sizes == [800, 1200, 600, 600, 600, 600]  # our longest logs are as they were
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_blocks_do_not_change_the_regime_of_a_long_log(monkeypatch, kind):
+    for seed in range(3):
+        log = made(kind, 4000, seed)
+        one = classify(log, CHANCE)
+        with monkeypatch.context() as patch:
+            patch.setattr(regimes, "BLOCKS", 10**6)
+            two = classify(log, CHANCE)
+        assert one.regime == two.regime == kind and one.skills == two.skills
+        assert abs(one.trend.slope - two.trend.slope) < 0.05
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_a_log_of_ten_thousand_rows_gets_its_regime(kind):
+    for seed in range(10):
+        assert classify(made(kind, 10_000, seed), CHANCE).regime == kind
 
 
 # ------------------------------------------------------------------- properties, over made logs

@@ -91,6 +91,13 @@ def test_the_command_line_brackets_the_threshold_and_writes_table_and_picture(tm
     assert (tmp_path / "out" / "toy.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("elr", ["0.142857", "0.14285714", "0.1234567"])
+def test_an_elr_is_taken_as_it_is_given(tmp_path, capsys, elr):
+    command = ["--elr", elr, "1", "--steps", "10", "--out", str(tmp_path / "out")]
+    assert toy.main(command) == 0 and f"{float(elr):.9g}" in (tmp_path / "out/toy.csv").read_text()
+    assert regimes.elr_name(float(elr)) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
