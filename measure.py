@@ -9,17 +9,25 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 from data import batches, chunks
+from own import told
 
 POINTS = 512  # at which chance is measured
 CHUNK = 512  # inputs at once where nothing is trained
+# Which share of a gradient may point along scale-invariant weights: by rounding (of ours at most
+# 1.2e-6, 1.3e-4, 3e-3 were seen), by the eps of others' normalizations (1e-3 in 300 networks).
+ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
+EPS_SHARE = 3e-3
+ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
 
 
 def logits_of(net, x, dtype="fp32"):
     """The output for a batch, computed in --dtype, in float32."""
-    if dtype == "bf16":
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return net(x).float()
-    return net(x)
+    but = [RuntimeError] if x.is_cuda else []  # for which the capture of a CUDA graph waits
+    with told("the network cannot be run", *but):
+        if dtype == "bf16":
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return net(x).float()
+        return net(x)
 
 
 OF_STEPS = "train_loss train_error elr grad_norm angle radial".split()
@@ -45,6 +53,28 @@ def of_steps(kept, sphere, plain):
     columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
     of_layers = torch.stack([layers[name] for name in OF_LAYERS], -1)
     return torch.stack(columns).sum(1), of_layers.sum(0)
+
+
+def radial_shares(kept, sphere, layer_groups):
+    """By the names of each layer group, which share of its gradient points along the weights:
+    |Σ⟨θ,g⟩|/√(Σ‖θ‖²Σ‖g‖²), the root mean square over the steps in `kept`.
+
+    Of a scale-invariant set Σ⟨θ,g⟩ = 0, whatever the data. So the share is rounding, or the
+    gradient is wrong, or the set is not scale invariant. The gradient of a set without effect is
+    rounding itself: shares are of a tenth of the largest √(Σ‖θ‖²Σ‖g‖²) at least.
+    """
+    last = zip(*(last for _, _, *last in kept), strict=True)
+    grams = sphere.grams([torch.stack(x) for x in last])
+    lines = [1 for group in layer_groups for _ in group]
+    if sphere.param_groups[0]["sphere"] == "row":  # each tensor has a group, each row a matrix
+        lines = [len(group["params"][0]) for group in sphere.param_groups if group["sphere"]]
+    lines, sums = iter(lines), []
+    for part in grams.split([sum(next(lines) for _ in group) for group in layer_groups], dim=1):
+        sums.append(part.sum(1))
+    tt, tg, gg = torch.stack(sums)[..., :3].unbind(-1)
+    along, size = tg.norm(dim=1), (tt * gg).sum(1).sqrt()
+    shares = (along / size.clamp(min=0.1 * size.max())).tolist()
+    return {" + ".join(group): x for group, x in zip(layer_groups, shares, strict=True)}
 
 
 @torch.no_grad()
@@ -91,13 +121,14 @@ def full_pass(net, data, sphere, options):
             loss = F.cross_entropy(logits, y)
             net.zero_grad(set_to_none=not options.graph)
             loss.backward()
+            for p in params:
+                if p.grad is None:  # a layer may be left out at random
+                    p.grad = torch.zeros_like(p)
+                means[p] = means.get(p, 0) + p.grad * share
             sphere.measure()
             gammas.append(sphere.stats()["grad_norm"].norm())
             loss_sum = loss_sum + loss.detach().double() * share
             wrong_sum = wrong_sum + (logits.argmax(1) != y).double().mean() * share
-            for p in params:
-                if p.grad is not None:  # a tensor without effect has none
-                    means[p] = means.get(p, 0) + p.grad * share
     for p, mean in means.items():
         p.grad.copy_(mean)  # in place: a CUDA graph knows gradients by their addresses
     sphere.measure()

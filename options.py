@@ -9,9 +9,9 @@ import torch
 
 import regimes
 from data import NAMES, add_label_noise, load
-from models import MODELS, build, layer_groups
+from models import MODELS, layer_groups
 from runs import grid, number, open_folder
-from speed import choose_threads
+from speed import choose_threads, cores, find_device
 
 # What all runs of a folder have in common.
 IDENTITY = """space wd momentum data modulus label_noise augment model width affine train_head
@@ -72,7 +72,7 @@ def parser():
     add("--jobs", type=few, metavar="N", help="runs at a time (default: CPU one per core, GPU 1)")
     add("--threads", type=few, metavar="T", help="CPU threads of a run (default: what helps)")
     text = "of the arithmetic, not of the weights (default: fp32)"
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
+    add("--dtype", choices=("fp32", "tf32", "bf16"), default="fp32", help=text)
     add("--graph", **flag, help="GPU: capture each step in a CUDA graph and replay it")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
     add("--out", type=Path, metavar="DIR", help="folder of the logs (default: logs/<data>-<model>)")
@@ -121,6 +121,7 @@ def check(options, given):
         ("then", fixed or turn, "it takes a constant ELR"),
         ("then", not turn or (options.then or 0) < math.pi / 2, "it is no angle below π/2"),
         ("graph", not whole and "cuda" in options.device, "it takes a GPU, and no --lr"),
+        ("dtype", options.dtype != "tf32" or options.device != "cpu", "tf32 takes a GPU"),
         ("modulus", tokens, "this is for --data modular"),
         ("augment", not tokens, "tokens are no images"),
     ]
@@ -159,17 +160,13 @@ def choose_machine(options):
     if options.force and options.ranks > 1:
         raise Refused("force", "the ranks of torchrun share the folder: remove it by hand")
     torch.set_num_threads(1)  # until a single run is sure to gain from more; jobs fork from one
-    if options.device is None:
-        on_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        options.device = on_gpu if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise Refused("device", f"{options.device!r} cannot be used here ({why})") from None
+        options.device = find_device(options.device)
+    except ValueError as error:
+        raise Refused("device", str(error)) from None
     if options.jobs is None:
         alone = options.ranks > 1 or options.device != "cpu"
-        options.jobs = 1 if alone else os.cpu_count()
+        options.jobs = 1 if alone else cores()
     options.jobs = min(options.jobs, len(options.values) * options.seeds)
 
 
@@ -178,6 +175,13 @@ def read_data(options):
         data = load(options.data, options.modulus, options.device)
     except ValueError as error:
         raise Refused("data", str(error)) from None
+    if data.labels:
+        said = f"{len(data.labels)} labels, {data.labels[0]} to {data.labels[-1]}"
+        print(f"{said}, are the classes 0 to {data.classes - 1}: see config.json")
+    if data.tokens and options.data != "modular":
+        print(
+            "whole numbers [N, T] are taken for tokens: if they are numbers, save x.astype(float)"
+        )
     if options.augment and data.x.dtype != torch.uint8:
         raise Refused("augment", "this is for images: leave it out")
     n, noise = len(data.x), options.label_noise
@@ -192,12 +196,9 @@ def read_data(options):
 
 def find_spheres(options, data):
     """What is on which sphere, and the threads that this takes."""
-    x = data.inputs(torch.arange(min(32, len(data.x)), device=options.device))
     try:
-        torch.manual_seed(options.seed)
-        net = build(vars(options), data).to(options.device)
-        options.layer_groups = layer_groups(net, x, data.classes, options.sphere)
-    except (ValueError, TypeError, MemoryError, RuntimeError) as error:
+        net, x, options.layer_groups = layer_groups(vars(options), data)
+    except (ValueError, MemoryError, RuntimeError) as error:
         raise Refused("model", str(error).splitlines()[0]) from None
     choose_threads(options, net, x)
 

@@ -251,7 +251,7 @@ class Watch:
         elif what == "failed":
             self.failed = True
             tqdm.write(f"train.py: error: {name}: {more[0]}", file=sys.stderr)
-        elif what == "note" or (not self.quiet and name not in self.reported):
+        elif name not in self.reported and (what == "note" or not self.quiet):
             self.reported.add(name)
             tqdm.write(more[0], file=sys.stderr)
 

@@ -32,7 +32,7 @@ import runs
 from data import batches
 from models import build
 from options import again, parse
-from speed import Captured, keep_memory, start_quickly
+from speed import Captured, bf16_slowness, keep_memory, machine, start_quickly, use
 from sphere_step import SphereSGD
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
@@ -61,6 +61,7 @@ class Run:
 
     def __init__(self, options, data, job):
         self.options, self.data, self.job = options, data, job
+        use(options.device, options.dtype)
         torch.manual_seed(job.seed)
         self.net = build(vars(options), data).to(options.device)
         if job.init:
@@ -81,7 +82,7 @@ class Run:
         for sphere in self.spheres:
             params = [net.get_parameter(name) for name in sphere["names"]]
             groups.append(dict(params=params, sphere="row" if sphere["rows"] else "group", lr=lr))
-        on_spheres = [p for group in groups for p in group["params"]]
+        self.on_spheres = on_spheres = [p for group in groups for p in group["params"]]
         trained = [p for p in net.parameters() if p.requires_grad]
         momentum, angle = options.momentum or 0.0, options.mode == "angle"
         self.plain = None
@@ -106,6 +107,9 @@ class Run:
         loss = F.cross_entropy(logits, y)
         self.net.zero_grad(set_to_none=not self.options.graph)  # a graph knows them by address
         loss.backward()
+        for p in self.on_spheres:
+            if p.grad is None:  # a layer may be left out at random
+                p.grad = torch.zeros_like(p)
         if self.epoch < 0 or self.plain:  # epoch 0 stands still: the row before training
             self.sphere.measure()
         if self.epoch >= 0:
@@ -124,6 +128,8 @@ class Run:
         sums, layers = 0, 0
         for first in range(0, len(steps), KEPT):
             kept = [step(index) for index in steps[first : first + KEPT]]
+            if self.epoch < 0 and not first:
+                self.first_steps = kept
             more, of_layers = measure.of_steps(kept, self.sphere, self.plain)
             sums, layers = sums + more, layers + of_layers
         row = dict(zip(measure.OF_STEPS, (sums / len(steps)).tolist(), strict=True))
@@ -160,21 +166,42 @@ class Run:
                 self.averaged.update_parameters(net)
                 row |= measure.on_average(self.averaged, net, self.spheres, data, options.dtype)
 
+    def check_gradient(self, kept, radial, tell):
+        """Raises ValueError where the gradient by scale-invariant weights of one of our networks is
+        not orthogonal to them. Weights of other networks, and single rows, may not be invariant."""
+        options, own = self.options, ":" in self.options.model
+        shares = measure.radial_shares(kept, self.sphere, options.layer_groups)
+        name = max(shares, key=shares.get)
+        what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
+        wrong = f"torch {torch.__version__} computes it wrong on {machine(options.device)}"
+        wide = shares[name] > measure.ROUNDING[options.dtype] + own * measure.EPS_SHARE
+        if wide and not own:
+            raise ValueError(f"{what}, and none may: {wrong}. See python bench.py check")
+        if wide:
+            tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
+        elif options.sphere == "row" and radial > measure.ROWS:
+            what = f"{radial:.2g} of the rows' gradients points along them"
+            tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
+
     def train(self, tell):
         """The epochs that are left, each with its rows in the logs and a checkpoint."""
-        options, path = self.options, self.job.path
+        options, path, done, before = self.options, self.job.path, self.epoch, None
+        began = time.perf_counter() - self.seconds
+        if done < 0:
+            before = self.train_epoch()
+            self.check_gradient(self.first_steps, before[0]["radial"], tell)
         columns = list(COLUMNS)
         if options.eval_train:
             columns += measure.FULL_PASS
         if options.average:
             columns += AVERAGE_COLUMNS
         layers = [name for group in options.layer_groups for name in group]
-        rows = runs.Rows(path, columns, self.epoch)
-        layer_rows = runs.Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, self.epoch)
-        began = time.perf_counter() - self.seconds
+        rows = runs.Rows(path, columns, done)
+        layer_rows = runs.Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, done)
         try:
             while self.epoch < self.epochs and not self.ended:
-                row, of_layers = self.train_epoch()
+                row, of_layers = before or self.train_epoch()
+                before = None
                 self.measure(row)
                 self.seconds = row["seconds"] = time.perf_counter() - began
                 rows.add([row[column] for column in columns])
@@ -311,6 +338,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
     start_quickly()
+    if options.dtype == "bf16" and options.device == "cpu" and bf16_slowness() > 2:
+        print(f"note: bf16 takes {bf16_slowness():.0f} × the time of fp32 here", file=sys.stderr)
     values, new, failed = [], options.values, False
     seeds = range(options.seed, options.seed + options.seeds)
     do, report = partial(train, options, data), figures.Report(options)
@@ -320,7 +349,7 @@ def main(argv=None):
                 options.chance[str(seed)] = measure_chance(options, data, seed)
         config = options.config | {"chance": options.chance, "command": options.given}
         config["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-        config |= {"threads": options.threads, "jobs": options.jobs}
+        config |= {"threads": options.threads, "jobs": options.jobs, "labels": data.labels}
         runs.write_config(options.out, config)
         for _ in range(1 + options.refine):
             pairs = [(value, seed) for seed in seeds for value in new]

@@ -1,0 +1,390 @@
+"""Right on every machine: gradients are checked before training, precision, device and cores are what they should be."""
+
+import json
+import os
+import random
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+import bench
+import landscape
+import measure
+import models
+import speed
+import sphere_step
+import train
+from data import batches, load
+from models import MODELS, scale_invariant_groups
+from sphere_step import SphereSGD
+
+SLOW = "SLOW" in os.environ
+
+
+class Wrong(torch.autograd.Function):
+    """The weights, whose gradient is wrong by a factor along one direction."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.save_for_backward(weight)
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        direction = torch.zeros_like(weight)
+        direction[:, 0] = weight[:, 0]
+        direction = direction / direction.norm()
+        return gradient + 4 * (gradient * direction).sum() * direction
+
+
+class WrongConv(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, Wrong.apply(self.weight), self.bias)
+
+
+def run(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+# ------------------------------------------------------------------------------- the sphere as a witness
+
+
+def test_a_wrong_gradient_of_our_networks_ends_a_run_before_it_trains(
+    tmp_path, capsys, monkeypatch
+):
+    build = train.build
+
+    def with_a_wrong_convolution(options, data):
+        net = build(options, data)
+        net.conv3.__class__ = WrongConv
+        return net
+
+    monkeypatch.setattr(train, "build", with_a_wrong_convolution)
+    assert run("--elr", 0.01, "--epochs", 2, "--out", tmp_path) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "conv3.weight" in err and torch.__version__ in err
+    assert speed.machine() in err and "bench.py check" in err
+    assert not list(tmp_path.glob("elr*"))
+
+
+OWN = """
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from test_machine import WrongConv
+
+def wrong(channels, classes):
+    layers = [nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [WrongConv(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+def groups(channels, classes):
+    layers = [nn.Conv2d(channels, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "layer"),
+    [
+        ("wrong", [], "3.weight points along the weights: they are not scale invariant, or torch"),
+        ("groups", [], None),
+    ],
+)
+def test_what_is_not_orthogonal_to_its_gradient_in_a_network_of_ones_own_is_a_note(
+    tmp_path, capsys, monkeypatch, name, more, layer
+):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    (tmp_path / "own.py").write_text(OWN)
+    model = f"{tmp_path / 'own.py'}:{name}"
+    status = run(
+        "--elr", 0.01, 0.1, "--epochs", 1, "--model", model, *more, "--out", tmp_path / "out"
+    )
+    err = capsys.readouterr().err
+    assert status == 0 and err.count("note:") == (layer is not None)
+    assert layer is None or layer in err
+
+
+def test_rows_of_a_residual_stream_are_not_scale_invariant_and_that_is_a_note(tmp_path, capsys):
+    more = ["--model", "resnet18", "--width", 1, "--batch-size", 256, "--out", tmp_path]
+    assert run("--elr", 0.01, "--epochs", 1, "--sphere", "row", *more) == 0
+    err = capsys.readouterr().err
+    assert err.count("note:") == 1 and "rows are not scale invariant" in err
+
+
+def shares(net, groups, dtype, seed=0, data=None, sphere="group"):
+    data = data or load("digits")
+    sets = [[net.get_parameter(name) for name in names] for names in groups]
+    if sphere == "row":
+        sets = [[p] for params in sets for p in params]
+    meter, kept = SphereSGD([{"params": params} for params in sets], lr=0, sphere=sphere), []
+    for index in batches(len(data.x), 16, torch.Generator().manual_seed(seed))[:8]:
+        net.zero_grad()
+        logits = measure.logits_of(net, data.inputs(index), dtype)
+        F.cross_entropy(logits, data.y[index]).backward()
+        meter.measure()
+        kept.append((None, None, *meter.last))
+    return measure.radial_shares(kept, meter, groups)
+
+
+def healthy(rng):
+    """One of our networks, or one of layers as others have them: biases, affine, default eps."""
+    classes, width = 10, rng.choice([4, 8, 16, 32])
+    if rng.random() < 0.3:
+        net = MODELS[rng.choice(["convnet", "resnet18"])](1, classes, rng.randint(1, 12))
+        return net, net.layer_groups
+    norm = rng.choice(["batch", "layer", "group", "instance", "rms"])
+    layers, before = [], 1
+    for _ in range(rng.randint(1, 3)):
+        if norm in ("layer", "rms"):
+            kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm]
+            layers += [nn.Flatten(), nn.LazyLinear(width, bias=rng.random() < 0.5), kind(width)]
+        else:
+            kind = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}.get(norm)
+            layers.append(nn.Conv2d(before, width, 3, padding=1, bias=rng.random() < 0.5))
+            layers.append(kind(width) if kind else nn.GroupNorm(2, width))
+        layers.append(nn.ReLU())
+        before = width
+    net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(classes))
+    x = torch.randn(8, 1, 8, 8)
+    net(x)
+    norms = {name: p.norm() for name, p in net.named_parameters()}
+    groups = scale_invariant_groups(net, x)
+    return net, [names for names in groups if any(norms[name] > 0 for name in names)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_no_healthy_network_raises_an_alarm(dtype):
+    seed = random.randrange(2**31)
+    rng = random.Random(seed)
+    for _ in range(200 if SLOW else 12):
+        torch.manual_seed(rng.randrange(2**31))
+        net, groups = healthy(rng)
+        found = shares(net, groups, dtype)
+        bound = measure.ROUNDING[dtype]
+        if not hasattr(net, "layer_groups"):
+            bound += measure.EPS_SHARE
+        assert max(found.values()) <= bound, (seed, net, found)
+
+
+@pytest.mark.parametrize("sphere", ["group", "row"])
+def test_a_share_is_that_of_the_gradient_along_the_weights(sphere):
+    """Against its definition, by autograd in float64, on a network that is not invariant at all."""
+    torch.manual_seed(1)
+    data, groups = load("digits"), [["1.weight"], ["3.weight", "5.weight"]]
+    layers = nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 10)
+    net = nn.Sequential(*layers).double()
+    data.mean, data.std = data.mean.double(), data.std.double()
+    found = shares(net, groups, "fp32", data=data, sphere=sphere)
+    along, size = {}, {}
+    for index in batches(len(data.x), 16, torch.Generator().manual_seed(0))[:8]:
+        for names in groups:
+            weights = [net.get_parameter(name) for name in names]
+            loss = F.cross_entropy(net(data.inputs(index)), data.y[index])
+            gradients = torch.autograd.grad(loss, weights)
+            w, g = (torch.cat([x.flatten() for x in xs]) for xs in (weights, gradients))
+            name = " + ".join(names)
+            along[name] = along.get(name, 0) + (w @ g).item() ** 2
+            size[name] = size.get(name, 0) + ((w @ w) * (g @ g)).item()
+    assert found.keys() == along.keys()
+    for name, share in found.items():
+        whole = max(size[name], 0.01 * max(size.values()))
+        assert share == pytest.approx((along[name] / whole) ** 0.5, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------ bench.py check
+
+
+def test_the_check_of_this_machine_says_a_line_per_check_and_passes(capsys):
+    found = {name: x for name, x in bench.checks().items() if "convolutions" not in name}
+    quick = {name: x for name, x in found.items() if "bf16" not in name and "resnet18" not in name}
+    assert len(bench.checks()) >= 21 and bench.check(quick) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["ok"] * len(quick) + ["right"]
+
+
+def product_with_ten_bits(a, b):
+    """As TF32 rounds."""
+    if a.dtype != torch.float32:
+        return torch.mm(a, b)
+    bits = (a.view(torch.int32) + 0x1000) & ~0x1FFF
+    return torch.mm(bits.view(torch.float32), b)
+
+
+def rms_norm_without_the_gradient_of_its_scale(x):
+    return x / x.detach().square().mean(-1, keepdim=True).sqrt()
+
+
+def a_step_that_forgets_the_renormalization(rule, *vectors):
+    k, b, u, *rest = rule
+    return sphere_step.RIGHT((1.0, b, u, *rest), *vectors)
+
+
+def a_half_precision_step_that_truncates(rule, *vectors):
+    sphere_step.RIGHT(rule, *vectors)
+    if vectors[0].element_size() < 4:
+        bits = vectors[0].view(torch.int16)
+        bits.bitwise_and_(-4)
+
+
+def a_convolution_with_a_wrong_gradient(conv, x):
+    weight = conv.weight if conv.weight.dtype == torch.float64 else Wrong.apply(conv.weight)
+    return conv._conv_forward(x, weight, conv.bias)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault", "check"),
+    [
+        (torch.Tensor, "__matmul__", product_with_ten_bits, "product"),
+        (sphere_step, "_move", a_step_that_forgets_the_renormalization, "step, torch, sphere group, float32"),
+        (sphere_step, "_move", a_half_precision_step_that_truncates, "step, torch, sphere tensor, bfloat16"),
+        (nn.Conv2d, "forward", a_convolution_with_a_wrong_gradient, "convolutions of widths 1 to 16, threads: 1"),
+        (models, "norm", rms_norm_without_the_gradient_of_its_scale, "transformer, fp32"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", ""),
+)  # fmt: skip
+def test_the_check_finds_planted_faults(monkeypatch, capsys, where, name, fault, check):
+    if where is sphere_step:
+        monkeypatch.setattr(sphere_step, "RIGHT", sphere_step._move, raising=False)
+    monkeypatch.setattr(where, name, fault)
+    chosen = {key: x for key, x in bench.checks().items() if check in key}
+    assert bench.check(chosen) == 1
+    assert capsys.readouterr().out.splitlines()[0].endswith("WRONG")
+
+
+# ---------------------------------------------------------------------------- device, precision, cores
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "mps", "cpu:1", "", "cuda:x", "gpu"])
+def test_a_device_that_is_none_is_one_line(tmp_path, capsys, name):
+    for command in (
+        partial(run, "--elr", 0.1, "--device", name, "--out", tmp_path / "out"),
+        partial(landscape.main, ["--device", name, "distance", "a.pt"]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command()
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1
+        assert f"{name!r} is none of cpu, cuda, cuda:N" in err
+    assert not (tmp_path / "out").exists()
+
+
+def precision():
+    """Whether convolutions and matrix products on a GPU may round to TF32."""
+    if hasattr(torch.backends, "fp32_precision"):
+        parts = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        return [part.fp32_precision == "tf32" for part in parts]
+    return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+
+
+def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys):
+    assert run("--elr", 0.1, "--epochs", 1, "--width", 2, "--out", tmp_path) == 0
+    assert precision() == [False, False]
+    speed.use("cpu", "tf32")
+    assert precision() == [True, True]
+    speed.use("cpu", "bf16")
+    assert precision() == [False, False]
+    assert json.loads((tmp_path / "config.json").read_text())["options"]["dtype"] == "fp32"
+    with pytest.raises(SystemExit):
+        run("--elr", 0.1, "--dtype", "tf32", "--device", "cpu", "--out", tmp_path / "other")
+    assert "argument --dtype: tf32 takes a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="as on macOS")
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 6),
+        ({"cpu.max": "max 100000"}, 6),
+        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"job/cpu.max": "300000 100000", "cpu.max": "max 100000"}, 3),
+        ({"job/step/cpu.max": "max 100000", "job/cpu.max": "400000 100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "50000"}, 3),
+        ({"cpu.max": "9900000 100000"}, 6),
+    ],
+)
+def test_cores_are_those_that_one_may_use(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    own = tmp_path / "own"
+    own.write_text("4:memory:/x\n0::/job/step\n")
+    assert speed.cores(tmp_path, own) == expected
+    monkeypatch.setattr("options.cores", lambda: 3)
+    parsed, _ = train.parse(["--sweep", "--out", str(tmp_path / "out")])
+    assert parsed.jobs == 3
+
+
+def test_bf16_that_is_slower_is_said_when_it_is_chosen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "bf16_slowness", lambda: 77.0)
+    for dtype, lines in (("bf16", 1), ("fp32", 0)):
+        more = "--epochs", 1, "--width", 2, "--dtype", dtype, "--out", tmp_path / dtype
+        assert run("--elr", 0.1, *more) == 0
+        assert capsys.readouterr().err.count("bf16 takes 77 × the time of fp32") == lines
+    assert speed.bf16_slowness() > 0
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="before 2.9 fake tensors ask for a driver"
+)
+def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_path, monkeypatch):
+    """On fake tensors, which know their device and have no numbers. The step has a test of its own."""
+    more = ["--average", "1", "--eval-train", "--augment", "--out", str(tmp_path)]
+    options, data = train.parse(["--elr", "0.01", *more])
+    net, gpu, options.device = train.build(vars(options), data), {"device": "cuda:0"}, "cuda:0"
+
+    def statistics(names, n):
+        def of(self, last=None):
+            shape = [len(last[0]), n] if last else [n]
+            return dict.fromkeys(names, torch.ones(shape, dtype=torch.float64, **gpu))
+
+        return of
+
+    tables = property(lambda self: (torch.ones(4, 6, **gpu), torch.ones(1, 6, **gpu)))
+    for name, fake in (
+        ("_apply", lambda self, move: None),
+        ("normalize", lambda self: None),
+        ("last", tables),
+        ("stats", statistics("radius elr grad_norm angle radial".split(), 1)),
+        ("layer_stats", statistics("norm elr grad_norm angle".split(), 4)),
+    ):
+        monkeypatch.setattr(SphereSGD, name, fake)
+    monkeypatch.setattr(sphere_step, "_norms", lambda group: torch.ones(1, dtype=torch.float64))
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)  # the waits of an evaluation
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [1.0] * len(x))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(measure, "POINTS", 2)
+    monkeypatch.setattr(train, "use", lambda device, dtype: None)
+    monkeypatch.setattr(train, "build", lambda options, data: net)
+    monkeypatch.setattr(net, "to", lambda device: net, raising=False)
+
+    def backward(loss):
+        for p in net.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with FakeTensorMode():
+        for name in ("x", "y", "test_x", "test_y", "mean", "std"):
+            x = getattr(data, name)
+            setattr(data, name, torch.empty(x.shape, dtype=x.dtype, **gpu))
+        for module in net.modules():
+            for name, p in [*module.named_parameters(recurse=False)]:
+                on_gpu = nn.Parameter(torch.empty(p.shape, **gpu), p.requires_grad)
+                module._parameters[name] = on_gpu
+            for name, x in [*module.named_buffers(recurse=False)]:
+                module._buffers[name] = torch.empty(x.shape, dtype=x.dtype, **gpu)
+        run = train.Run(options, data, train.Job(0.01, 0, tmp_path, ""))
+        for _ in range(2):
+            row, _ = run.train_epoch()
+            run.measure(row)
+        measure.chance(run.net, run.sphere, data, options, 0)
