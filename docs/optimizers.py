@@ -1,19 +1,32 @@
-"""Test errors of AdamW, and of SGD with momentum, on the tasks of the README: the same networks,
-data, batches and epochs as train.py. Writes benchmarks/optimizers-….csv.
+"""Test errors of angles, ELRs, Adam's and Muon's directions on spheres, AdamW and SGD: the same
+networks, data, batches and epochs, all along a cosine. Writes a row per run into --out, and goes on
+where it was interrupted; then prints means and, seed by seed, the differences to the best AdamW and
+to the best ELR.
 
-    python docs/optimizers.py 3          three seeds; a task's name after it: that task alone
+    python docs/optimizers.py --tasks "few digits, convnet" --seeds 16 --jobs 2
 """
 
-import statistics
+import csv
+import io
+import itertools
+import math
+import multiprocessing
+import signal
 import sys
 import tempfile
+from collections import defaultdict
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
@@ -21,15 +34,68 @@ import measure  # noqa: E402
 import regimes  # noqa: E402
 import train  # noqa: E402
 from options import parse  # noqa: E402
+from runs import Busy, lock, number  # noqa: E402
+from speed import keep_memory  # noqa: E402
+from sphere_step import SphereSGD  # noqa: E402
 
+FEW_DIGITS = ROOT / "logs" / "few.npz"
+FEW = ["--data", str(FEW_DIGITS), "--epochs", "40"]
+DIGITS = ["--data", "digits"]
+RESNET = ["--model", "resnet18"]
+MLP = ["--model", f"{Path(__file__).resolve()}:mlp"]
 TASKS = {
-    "digits, convnet": ["--data", "digits"],
-    "digits, resnet18": ["--data", "digits", "--model", "resnet18"],
-    "digits, half wrong": ["--data", "digits", "--label-noise", "0.5"],
-    "digits, MLP": ["--data", "digits", "--model", f"{__file__}:mlp"],
+    "few digits, convnet": FEW,
+    "few digits, resnet18": FEW + RESNET,
+    "few digits, MLP": FEW + MLP,
+    "digits, half wrong": [*DIGITS, "--label-noise", "0.5"],
     "modular 31": ["--data", "modular"],
+    "modular 23": ["--data", "modular", "--modulus", "23"],
+    "digits, convnet": DIGITS,
+    "digits, resnet18": DIGITS + RESNET,
+    "digits, MLP": DIGITS + MLP,
 }
-RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
+DEFAULT_TASKS = list(TASKS)[:6]
+
+
+class Kind(NamedTuple):
+    """A way to train: options of train.py, whose own value is replaced; values; weight decays."""
+
+    options: list
+    values: tuple
+    decays: tuple = (0.0,)
+
+
+ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
+ANGLE, COSINE = ["--angle", "1"], ["--schedule", "cosine"]
+KINDS = {
+    "angle": Kind(ANGLE, ANGLES),
+    "angle, layer": Kind([*ANGLE, "--sphere", "layer"], ANGLES),
+    "adam": Kind(ANGLE, ANGLES),
+    "muon": Kind(ANGLE, ANGLES),
+    "elr": Kind(["--elr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "adamw": Kind(
+        ["--lr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1), (0.01, 0.1, 1.0)
+    ),
+    "sgd": Kind(
+        ["--lr", "1", "--momentum", "0.9", *COSINE],
+        (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+        (5e-4, 5e-3, 5e-2),
+    ),
+}
+# A kind with more values than MANY: each gets FIRST seeds, and only the BEST of them all seeds.
+MANY, FIRST, BEST = 6, 3, 3
+
+
+class BadFile(Exception):
+    """--out holds something else."""
+
+
+class Job(NamedTuple):
+    task: str
+    kind: str
+    value: float
+    decay: float
+    seed: int
 
 
 def mlp(example: Tensor, classes: int) -> nn.Module:
@@ -39,44 +105,248 @@ def mlp(example: Tensor, classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, classes))
 
 
-def optimizers(seeds: int, tasks: list[str]) -> None:
-    """Test error after the task's epochs of AdamW and of SGD with momentum 0.9, weight decay and a
-    cosine, over learning rates; the same networks, data, batches and epochs as train.py."""
-    found = []
-    for task, options in TASKS.items():
-        if tasks and task not in tasks:
+def few_digits(path: Path) -> None:
+    """The digits turned round: 360 to train on, 1,437 to test on."""
+    with np.load(ROOT / "data" / "digits.npz") as a:
+        np.savez(path, x=a["test_x"], y=a["test_y"], test_x=a["x"], test_y=a["y"])
+
+
+# ------------------------------------------------------------------------------- directions
+
+
+def adam(p: Tensor, state: dict, beta1: float = 0.9, beta2: float = 0.95) -> Tensor:
+    """Adam's direction (arXiv 1412.6980), of the shape of p, from p.grad and those before."""
+    if not state:
+        state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+    state["step"] += 1
+    state["m"].lerp_(p.grad, 1 - beta1)
+    state["v"].lerp_(p.grad.square(), 1 - beta2)
+    m = state["m"] / (1 - beta1 ** state["step"])
+    v = state["v"] / (1 - beta2 ** state["step"])
+    return m / (v.sqrt() + 1e-8)
+
+
+def muon(p: Tensor, state: dict, beta: float = 0.95, steps: int = 5) -> Tensor:
+    """Muon's direction (kellerjordan.github.io/posts/muon): Nesterov's momentum as a matrix, whose
+    singular values Newton and Schulz bring near 1; of root mean square about 1, as Adam's is."""
+    momentum = state.setdefault("m", torch.zeros_like(p))
+    momentum.lerp_(p.grad, 1 - beta)
+    x = p.grad.lerp(momentum, beta).flatten(1)
+    tall = len(x) > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-30)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    x = x.T if tall else x
+    return (max(x.shape) ** 0.5 * x).reshape(p.shape)
+
+
+def hyperball(run: train.Run, direction) -> dict:
+    """AdamH and MuonH (arXiv 2606.16899), with projection and an exact angle: each matrix on a
+    sphere of its own. The rest moves along Adam's direction, at the learning rate that follows;
+    so do, on their spheres, embeddings and the head. Returns parameter → its direction."""
+    on_spheres = {name for sphere in run.spheres for name in sphere["names"]}
+    matrices, rest, directions = [], [], {}
+    for name, p in run.net.named_parameters():
+        if not p.requires_grad:
             continue
-        for kind, rates in RATES.items():
-            for lr in rates:
-                values = [train_with(options, kind, lr, seed) for seed in range(seeds)]
-                for seed, x in enumerate(values):
-                    row = {"task": task, "optimizer": kind, "lr": lr, "seed": seed, "test_error": x}
-                    found.append(row | {"machine": bench.machine(), "torch": torch.__version__})
-                error = statistics.median(values)
-                print(f"{task:20}{kind:8}{lr:8g}  {error:.4f}", flush=True)
-    name = "optimizers-" + bench.machine().replace(" ", "-")
-    regimes.write_csv(ROOT / "benchmarks" / f"{name}.csv", found)
+        directions[p] = adam
+        if name in on_spheres and p.dim() > 1:
+            matrices.append(p)
+            if name not in ("embedding", "position", "head"):
+                directions[p] = direction
+        else:
+            rest.append(p)
+    groups = [dict(params=matrices, sphere="tensor")]
+    if rest:
+        groups.append(dict(params=rest, sphere=None))
+    run.sphere = SphereSGD(groups, lr=run.job.value, angle=True)
+    return directions
 
 
-def train_with(options: list[str], kind: str, lr: float, seed: int) -> float:
-    with tempfile.TemporaryDirectory() as out:
-        parsed, data = parse([*options, "--elr", "1", "--seed", str(seed), "--out", out])
-        run = train.Run(parsed, data, train.Job(1.0, seed, Path(), ""))
-    params = [p for p in run.net.parameters() if p.requires_grad]
-    if kind == "adamw":
-        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
-    else:
-        optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, parsed.epochs)
+# ------------------------------------------------------------------------------------- runs
+
+
+@cache
+def prepared(task: str, kind: str):
+    """The options of train.py and the data."""
+    argv = [*TASKS[task], *KINDS[kind].options, "--threads", "1"]
+    with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
+        return parse([*argv, "--out", out])
+
+
+def make_run(job: Job) -> tuple[train.Run, dict]:
+    """The run, not yet trained, and parameter → direction where that is not the gradient."""
+    options, data = prepared(job.task, job.kind)
+    options.wd = job.decay
+    run = train.Run(options, data, train.Job(job.value, job.seed, Path(), ""))
+    if job.kind == "adamw":
+        params = run.plain.param_groups[0]["params"]
+        run.plain = torch.optim.AdamW(params, lr=job.value, weight_decay=job.decay)
+    if job.kind == "adam":
+        return run, hyperball(run, adam)
+    if job.kind == "muon":
+        return run, hyperball(run, muon)
+    return run, {}
+
+
+def train_one(job: Job) -> float:
+    """The test error after the task's epochs."""
+    run, directions = make_run(job)
+    options, data, optimizer = run.options, run.data, run.plain or run.sphere
+    states = defaultdict(dict)
     run.net.train()
-    for _ in range(parsed.epochs):
-        for index in train.batches(len(data.x), parsed.batch_size, run.order):
+    for epoch in range(options.epochs):
+        run.epoch = epoch
+        run.set_lr()
+        for index in train.batches(len(data.x), options.batch_size, run.order):
             optimizer.zero_grad()
             F.cross_entropy(run.net(data.inputs(index)), data.y[index]).backward()
+            for p, direction in directions.items():
+                if p.grad is not None:
+                    p.grad = direction(p, states[p])  # what lies there is the direction
             optimizer.step()
-        scheduler.step()
     return measure.on_test_set(run.net, data, "fp32")["test_error"]
 
 
+def with_error(job: Job) -> tuple[Job, float]:
+    return job, train_one(job)
+
+
+def start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it, too
+    keep_memory()
+
+
+def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
+    """The jobs of a task and a kind, as far as they are known from those that are done."""
+    values = [(task, kind, *pair) for pair in itertools.product(*KINDS[kind][1:])]
+    if len(values) <= MANY or seeds <= FIRST:
+        return [Job(*value, seed) for value in values for seed in range(seeds)]
+    first = [Job(*value, seed) for value in values for seed in range(FIRST)]
+    if any(job not in errors for job in first):
+        return first
+
+    def mean(value):
+        return np.mean([errors[Job(*value, seed)] for seed in range(FIRST)])
+
+    best = sorted(values, key=mean)[:BEST]
+    return first + [Job(*value, seed) for value in best for seed in range(FIRST, seeds)]
+
+
+def measure_all(errors: dict, tasks: list, kinds: list, seeds: int, jobs: int, path: Path) -> None:
+    """Do what `errors` lacks, and add it there and to the file."""
+    file = open(path, "ab")
+    pool = multiprocessing.get_context("spawn").Pool(jobs, start_worker) if jobs > 1 else None
+    try:
+        while True:
+            todo = []
+            for task, kind in itertools.product(tasks, kinds):
+                todo += [job for job in wanted(errors, task, kind, seeds) if job not in errors]
+            if not todo:
+                return
+            done = pool.imap_unordered(with_error, todo) if pool else map(with_error, todo)
+            for job, error in tqdm(done, total=len(todo), unit="run", disable=None):
+                errors[job] = error
+                row = [*job, error, bench.machine(), torch.__version__]
+                file.write(regimes.csv_lines([row]))
+                file.flush()
+    finally:
+        file.close()
+        if pool:
+            pool.terminate()
+
+
+def read(path: Path) -> dict:
+    """Job → test error. A last row that is not whole is removed; a file that is not there, made."""
+    head = ",".join([*Job._fields, "test_error", "machine", "torch"]) + "\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else head
+    text = text[: text.rfind("\n") + 1]
+    if not text.startswith(head):
+        raise BadFile(f"{path} has other columns: choose another --out")
+    regimes.write_whole(path, text.encode())
+    errors = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        value, decay, seed = float(row["value"]), float(row["decay"]), int(row["seed"])
+        errors[Job(row["task"], row["kind"], value, decay, seed)] = float(row["test_error"])
+    return errors
+
+
+# ------------------------------------------------------------------------------------ table
+
+
+def with_uncertainty(x: np.ndarray, form: str) -> str:
+    """Mean ± its standard error."""
+    if len(x) == 1:
+        return f"{x[0]:{form}}"
+    return f"{x.mean():{form}} ± {standard_error(x):.4f}"
+
+
+def standard_error(x: np.ndarray) -> float:
+    return x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.inf
+
+
+def table(errors: dict, task: str, seeds: int) -> str:
+    """The values that have all seeds; of each kind the best is bold. A difference of more than two
+    standard errors has a star."""
+    groups = defaultdict(dict)
+    for job, error in errors.items():
+        if job.task == task and job.seed < seeds:
+            groups[job.kind, job.value, job.decay][job.seed] = error
+    whole = {}
+    for way, of_seeds in groups.items():
+        if len(of_seeds) == seeds:
+            whole[way] = np.array([of_seeds[seed] for seed in range(seeds)])
+    best = {}
+    for kind in KINDS:
+        of_kind = [way for way in whole if way[0] == kind]
+        best[kind] = min(of_kind, key=lambda way: whole[way].mean(), default=None)
+    lines = [f"| {task} | value | decay | test error, seeds: {seeds} | − AdamW | − ELR |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for way in sorted(whole, key=lambda way: (list(KINDS).index(way[0]), *way[1:])):
+        kind, value, decay = way
+        cells = [kind, f"{value:g}", f"{decay:g}" if decay else ""]
+        bold = "**" if way == best[kind] else ""
+        cells.append(bold + with_uncertainty(whole[way], ".4f") + bold)
+        for other in (best["adamw"], best["elr"]):
+            if other is None or other == way:
+                cells.append("–")
+                continue
+            difference = whole[way] - whole[other]
+            sure = abs(difference.mean()) > 2 * standard_error(difference)
+            cells.append(with_uncertainty(difference, "+.4f") + (" *" if sure else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = regimes.Parser(prog="optimizers.py", description="Test errors, paired by seed.")
+    add = parser.add_argument
+    few = dict(nargs="+", metavar="NAME")
+    add("--tasks", choices=TASKS, default=DEFAULT_TASKS, **few, help=f"of {'; '.join(TASKS)}")
+    add("--kinds", choices=KINDS, default=list(KINDS), **few, help=f"of {'; '.join(KINDS)}")
+    add("--seeds", type=number(int), default=16, metavar="K", help="default: 16")
+    add("--jobs", type=number(int), default=2, metavar="N", help="runs at a time (default: 2)")
+    out = ROOT / "benchmarks" / "optimizers.csv"
+    add("--out", type=Path, default=out, metavar="CSV", help="default: benchmarks/optimizers.csv")
+    args = parser.parse_args(argv)
+    try:
+        with lock(args.out.with_suffix(".lock")):
+            errors = read(args.out)
+            FEW_DIGITS.parent.mkdir(exist_ok=True)
+            few_digits(FEW_DIGITS)
+            measure_all(errors, args.tasks, args.kinds, args.seeds, args.jobs, args.out)
+    except (Busy, OSError, BadFile) as error:
+        parser.error(f"argument --out: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    for task in args.tasks:
+        print(f"\n{table(errors, task, args.seeds)}")
+    return 0
+
+
 if __name__ == "__main__":
-    optimizers(int(sys.argv[1]), sys.argv[2:])
+    signal.signal(signal.SIGTERM, train.stop)
+    regimes.finish(main)

@@ -1,0 +1,260 @@
+"""Adam's and Muon's directions on spheres against float64 references written another way, and the
+comparison that uses them: what it runs, writes, goes on from and prints."""
+
+import csv
+import importlib.util
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import load
+from sphere_step import SphereSGD
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+spec = importlib.util.spec_from_file_location("optimizers", ROOT / "docs" / "optimizers.py")
+optimizers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(optimizers)
+Job = optimizers.Job
+SHAPES = (8, 3, 3, 3), (40, 6), (5, 5)
+
+
+def reference_adam(gradients):
+    """By the sums that the running means stand for."""
+    t = len(gradients)
+    m = sum(0.1 * 0.9 ** (t - 1 - i) * g for i, g in enumerate(gradients)) / (1 - 0.9**t)
+    v = sum(0.05 * 0.95 ** (t - 1 - i) * g**2 for i, g in enumerate(gradients)) / (1 - 0.95**t)
+    return m / (np.sqrt(v) + 1e-8)
+
+
+def reference_muon(gradients):
+    """The polynomial applied to each singular value."""
+    t = len(gradients)
+    momentum = sum(0.05 * 0.95 ** (t - 1 - i) * g for i, g in enumerate(gradients))
+    matrix = (0.05 * gradients[-1] + 0.95 * momentum).reshape(len(momentum), -1)
+    left, s, right = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return ((left * s) @ right).reshape(momentum.shape)
+
+
+def turned(theta, direction, angle):
+    """A point of the sphere, turned by the angle along the great circle against the direction."""
+    axis, norm = theta / np.linalg.norm(theta), np.linalg.norm(theta)
+    tangent = direction - np.sum(direction * axis) * axis
+    tangent = tangent / np.linalg.norm(tangent)
+    return norm * (math.cos(angle) * axis - math.sin(angle) * tangent)
+
+
+@pytest.mark.parametrize("name", ("adam", "muon"))
+def test_each_tensor_turns_by_the_angle_along_the_direction(name):
+    direction, reference = getattr(optimizers, name), globals()[f"reference_{name}"]
+    rng = np.random.default_rng()
+    params = [torch.nn.Parameter(torch.from_numpy(rng.normal(size=s)).float()) for s in SHAPES]
+    expected = [p.detach().double().numpy() for p in params]
+    optimizer = SphereSGD(params, lr=0.1, sphere="tensor", angle=True)
+    states, history = [{} for _ in params], [[] for _ in params]
+    for _ in range(6):
+        for i, p in enumerate(params):
+            g = rng.normal(size=p.shape).astype(np.float32)
+            history[i].append(g.astype(np.float64))
+            p.grad = torch.from_numpy(g)
+            p.grad = direction(p, states[i])
+            expected[i] = turned(expected[i], reference(history[i]), 0.1)
+        optimizer.step()
+    for p, wanted in zip(params, expected, strict=True):
+        # Six steps in float32; Newton and Schulz multiply the rounding of small singular values,
+        # by 3.4 a round.
+        error = np.linalg.norm(p.detach().numpy() - wanted) / np.linalg.norm(wanted)
+        assert error < 2e-4
+    assert torch.allclose(optimizer.stats()["angle"], torch.tensor(0.1).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_directions_are_of_root_mean_square_about_one(shape):
+    for direction in (optimizers.adam, optimizers.muon):
+        p = torch.nn.Parameter(torch.randn(shape))
+        p.grad = 1e-4 * torch.randn(shape)
+        assert 0.5 < direction(p, {}).square().mean().sqrt() < 1.3
+
+
+def test_the_five_lines_of_the_readme_make_the_steps_of_another_optimizer_directions():
+    lines = re.search(r"AdamH.*?```python\n(.*?)```", README, re.S)[1]
+    assert len(lines.splitlines()) == 5
+    start = [torch.randn(s) for s in SHAPES]
+    convs = [torch.nn.Parameter(x.clone()) for x in start]
+    ours = [torch.nn.Parameter(x.clone()) for x in start]
+    how = dict(lr=0.05, sphere="tensor", angle=True)
+    optimizer, other = SphereSGD(convs, **how), SphereSGD(ours, **how)
+    adam, states = torch.optim.Adam(convs, lr=1.0, betas=(0.9, 0.95)), [{} for _ in ours]
+    for _ in range(5):
+        for p, q, state in zip(convs, ours, states, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+            q.grad = optimizers.adam(q, state)
+        net = torch.nn.ParameterList(convs)
+        exec(lines, {"adam": adam, "optimizer": optimizer, "net": net})
+        other.step()
+    for p, q, x in zip(convs, ours, start, strict=True):
+        assert torch.allclose(p, q, atol=1e-5) and (p - x).norm() > 0.05 * x.norm()
+        assert abs(p.norm() / x.norm() - 1) < 1e-6
+
+
+TINY = {
+    "tiny": ["--data", "digits", "--epochs", "1", "--batch-size", "128"],
+    "tiny, MLP": ["--data", "digits", "--epochs", "1", "--batch-size", "128", *optimizers.MLP],
+    "tiny, transformer": ["--data", "modular", "--modulus", "7", "--epochs", "1"],
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(optimizers, "TASKS", TINY)
+    optimizers.prepared.cache_clear()
+    yield
+    optimizers.prepared.cache_clear()
+
+
+@pytest.mark.parametrize("task", TINY)
+def test_every_kind_trains_every_network(tiny, task):
+    for kind in optimizers.KINDS:
+        decay = optimizers.KINDS[kind].decays[-1]
+        error = optimizers.train_one(Job(task, kind, 0.02, decay, 0))
+        assert error == optimizers.train_one(Job(task, kind, 0.02, decay, 0)) and 0 <= error <= 1
+
+
+def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
+    run, directions = optimizers.make_run(Job("tiny, MLP", "muon", 0.1, 0.0, 0))
+    on_spheres, rest = run.sphere.param_groups
+    assert on_spheres["sphere"] == "tensor" and all(p.dim() == 2 for p in on_spheres["params"])
+    assert {directions[p] for p in on_spheres["params"]} == {optimizers.muon}
+    assert {directions[p] for p in rest["params"]} == {optimizers.adam}
+    assert len(directions) == len(list(run.net.parameters()))
+    run, directions = optimizers.make_run(Job("tiny, transformer", "muon", 0.1, 0.0, 0))
+    ways = {name: directions[p].__name__ for name, p in run.net.named_parameters()}
+    assert [name for name in ways if ways[name] == "adam"] == ["embedding", "position", "head"]
+
+
+def test_weight_decay_reaches_both_optimizers(tiny):
+    for kind in ("adamw", "sgd"):
+        run, _ = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0))
+        assert run.plain.param_groups[0]["weight_decay"] == 0.3
+        assert run.plain.param_groups[0]["lr"] == 0.1
+
+
+def made_up(job):
+    """An error that a way and a seed determine; some kinds differ by a constant alone."""
+    rng = np.random.default_rng(job.seed)
+    return 0.1 + 0.01 * rng.random() + list(optimizers.KINDS).index(job.kind) / 100 + job.value / 50
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_path, monkeypatch):
+    out, done = tmp_path / "errors.csv", []
+
+    def train_one(job):
+        if len(done) == 30:
+            done.append(None)
+            raise KeyboardInterrupt
+        done.append(job)
+        return made_up(job)
+
+    monkeypatch.setattr(optimizers, "train_one", train_one)
+    command = ["--tasks", "tiny", "--seeds", "6", "--jobs", "1", "--out", str(out)]
+    monkeypatch.setattr(optimizers, "FEW_DIGITS", tmp_path / "few.npz")
+    assert optimizers.main(command) == 130
+    out.write_text(out.read_text()[:-9])  # as if it had been killed while it wrote
+    assert optimizers.main(command) == 0
+    jobs = [job for job in done if job]
+    assert len(jobs) == len(set(jobs)) + 1  # the row that was cut
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert len(rows) == len(set(jobs))
+    assert float(rows[0]["test_error"]) == pytest.approx(made_up(jobs[0]), rel=1e-8)
+    before = out.read_bytes()
+    assert optimizers.main(command) == 0 and out.read_bytes() == before
+    assert len(done) == 1 + len(jobs)  # nothing was left to do
+
+
+def test_of_many_values_only_the_best_get_all_seeds():
+    errors, rounds = {}, 0
+    while True:
+        new = [j for j in optimizers.wanted(errors, "tiny", "adamw", 7) if j not in errors]
+        if not new:
+            break
+        rounds += 1
+        errors |= {job: made_up(job) + job.decay for job in new}
+    seeds = {}
+    for job in errors:
+        seeds.setdefault((job.value, job.decay), set()).add(job.seed)
+    all_of_them = [value for value, found in seeds.items() if found == set(range(7))]
+    assert rounds == 2 and len(seeds) == 21
+    assert all_of_them == [(1e-4, 0.01), (3e-4, 0.01), (1e-3, 0.01)]
+    assert {len(found) for found in seeds.values()} == {3, 7}
+
+
+def test_the_table_pairs_by_seed():
+    seeds = 5
+    jobs = [Job("tiny", "adamw", 0.01, 0.1, seed) for seed in range(seeds)]
+    jobs += [Job("tiny", "elr", 0.01, 0.0, seed) for seed in range(seeds)]
+    jobs += [Job("tiny", "angle", 0.05, 0.0, seed) for seed in range(seeds)]
+    jobs += [Job("tiny", "angle", 0.1, 0.0, 0)]  # without the other seeds: not shown
+    noise = np.random.default_rng().normal(size=(3, seeds)) / 1000
+    noise[1:] += np.random.default_rng().normal(size=seeds) / 10  # what a seed has in common
+    noise[2] -= 0.02
+    errors = dict(zip(jobs, [*noise.ravel(), 0.5], strict=True))
+    lines = optimizers.table(errors, "tiny", seeds).splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| angle | 0.05 |  | **")
+    cells = [cell.strip() for cell in lines[2].split("|")]
+    mean, error = np.mean(noise[2]), np.std(noise[2], ddof=1) / seeds**0.5
+    assert cells[4] == f"**{mean:.4f} ± {error:.4f}**"
+    pairs = noise[2] - noise[1]
+    assert cells[6] == f"{np.mean(pairs):+.4f} ± {np.std(pairs, ddof=1) / seeds**0.5:.4f} *"
+    assert lines[3].split("|")[6].strip() == "–"  # the best ELR beside itself
+
+
+def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
+    optimizers.few_digits(tmp_path / "ours.npz")
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split("### Any direction\n")[1]
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data" / "digits.npz", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", guide, re.S)[1], {})
+    digits = load("digits")
+    for name in ("ours.npz", "few.npz"):
+        few = load(name)
+        assert len(few.x) == 360 and len(few.test_x) == 1437
+        assert torch.equal(few.x, digits.test_x) and torch.equal(few.test_y, digits.y)
+
+
+@pytest.mark.parametrize(
+    "command, why",
+    [
+        (["--tasks", "chess"], "argument --tasks: invalid choice"),
+        (["--seeds", "0"], "argument --seeds: '0' is not a whole number above 0"),
+    ],
+)
+def test_a_bad_argument_is_one_line(command, why, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        optimizers.main(command)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and why in error and error.count("\n") == 1
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(optimizers, "FEW_DIGITS", tmp_path / "few.npz")
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit):
+        optimizers.main(["--out", str(tmp_path / "mine.csv")])
+    assert "has other columns: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
+    with optimizers.lock(tmp_path / "held.lock"), pytest.raises(SystemExit):
+        optimizers.main(["--out", str(tmp_path / "held.csv")])
+    assert "is in progress" in capsys.readouterr().err and not (tmp_path / "held.csv").exists()
+    with pytest.raises(SystemExit):
+        optimizers.main(["--out", str(tmp_path / "nowhere" / "x.csv")])
+    assert "argument --out: " in capsys.readouterr().err
