@@ -190,6 +190,7 @@ class Run:
         if done < 0:
             before = self.train_epoch()
             self.check_gradient(self.first_steps, before[0]["radial"], tell)
+            del self.first_steps  # with many rows it is large
         columns = list(COLUMNS)
         if options.eval_train:
             columns += measure.FULL_PASS
