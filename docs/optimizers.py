@@ -43,18 +43,21 @@ FEW = ["--data", str(FEW_DIGITS), "--epochs", "40"]
 DIGITS = ["--data", "digits"]
 RESNET = ["--model", "resnet18"]
 MLP = ["--model", f"{Path(__file__).resolve()}:mlp"]
+MODULAR = ["--data", "modular", "--epochs", "200"]
 TASKS = {
     "few digits, convnet": FEW,
     "few digits, resnet18": FEW + RESNET,
     "few digits, MLP": FEW + MLP,
     "digits, half wrong": [*DIGITS, "--label-noise", "0.5"],
-    "modular 31": ["--data", "modular"],
-    "modular 23": ["--data", "modular", "--modulus", "23"],
+    "modular 31": MODULAR,
+    "modular 23": [*MODULAR, "--modulus", "23"],
     "digits, convnet": DIGITS,
     "digits, resnet18": DIGITS + RESNET,
     "digits, MLP": DIGITS + MLP,
 }
 DEFAULT_TASKS = list(TASKS)[:6]
+SLOW, SLOW_SEEDS = ("modular 31", "modular 23"), 8  # a run takes half a minute: fewer seeds
+SLOW = ("modular 31", "modular 23")  # minutes a run: at most SLOW_SEEDS seeds, and a coarser search
 
 
 class Kind(NamedTuple):
@@ -82,8 +85,10 @@ KINDS = {
         (5e-4, 5e-3, 5e-2),
     ),
 }
-# A kind with more values than MANY: each gets FIRST seeds, and only the BEST of them all seeds.
-MANY, FIRST, BEST = 6, 3, 3
+# The search for the best values of a kind: in each round, how many values are left, and how many
+# seeds they get (None: all). Of quick tasks the angles, one of which is to be the default, get all.
+ROUNDS = ((None, 1), (7, 3), (2, None))
+SLOW_ROUNDS = ((None, 1), (4, 2), (1, None))
 
 
 class BadFile(Exception):
@@ -219,20 +224,28 @@ def start_worker() -> None:
     keep_memory()
 
 
+def seeds_of(task: str, seeds: int) -> int:
+    return min(seeds, SLOW_SEEDS) if task in SLOW else seeds
+
+
 def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
     """The jobs of a task and a kind, as far as they are known from those that are done."""
     values = [(task, kind, *pair) for pair in itertools.product(*KINDS[kind][1:])]
-    if len(values) <= MANY or seeds <= FIRST:
-        return [Job(*value, seed) for value in values for seed in range(seeds)]
-    first = [Job(*value, seed) for value in values for seed in range(FIRST)]
-    if any(job not in errors for job in first):
-        return first
+    rounds = SLOW_ROUNDS if task in SLOW else ROUNDS
+    if kind.startswith("angle") and task not in SLOW:
+        rounds = ((None, None),)
+    before = 0  # seeds that every value has that is left
 
     def mean(value):
-        return np.mean([errors[Job(*value, seed)] for seed in range(FIRST)])
+        return np.mean([errors[Job(*value, seed)] for seed in range(before)] or 0)
 
-    best = sorted(values, key=mean)[:BEST]
-    return first + [Job(*value, seed) for value in best for seed in range(FIRST, seeds)]
+    for left, of_each in rounds:
+        values = sorted(values, key=mean)[:left]
+        before = min(of_each or seeds, seeds)
+        jobs = [Job(*value, seed) for value in values for seed in range(before)]
+        if any(job not in errors for job in jobs):
+            break
+    return jobs
 
 
 def measure_all(errors: dict, tasks: list, kinds: list, seeds: int, jobs: int, path: Path) -> None:
@@ -243,7 +256,8 @@ def measure_all(errors: dict, tasks: list, kinds: list, seeds: int, jobs: int, p
         while True:
             todo = []
             for task, kind in itertools.product(tasks, kinds):
-                todo += [job for job in wanted(errors, task, kind, seeds) if job not in errors]
+                of_kind = wanted(errors, task, kind, seeds_of(task, seeds))
+                todo += [job for job in of_kind if job not in errors]
             if not todo:
                 return
             done = pool.imap_unordered(with_error, todo) if pool else map(with_error, todo)
@@ -343,7 +357,7 @@ def main(argv=None) -> int:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     for task in args.tasks:
-        print(f"\n{table(errors, task, args.seeds)}")
+        print(f"\n{table(errors, task, seeds_of(task, args.seeds))}")
     return 0
 
 
