@@ -56,8 +56,8 @@ TASKS = {
     "digits, MLP": DIGITS + MLP,
 }
 DEFAULT_TASKS = list(TASKS)[:6]
-SLOW, SLOW_SEEDS = ("modular 31", "modular 23"), 8  # a run takes half a minute: fewer seeds
-SLOW = ("modular 31", "modular 23")  # minutes a run: at most SLOW_SEEDS seeds, and a coarser search
+SLOW = ("few digits, resnet18", "modular 31", "modular 23")
+SLOW_SEEDS = 8  # of these, whose runs take ten seconds or more
 
 
 class Kind(NamedTuple):
@@ -86,9 +86,9 @@ KINDS = {
     ),
 }
 # The search for the best values of a kind: in each round, how many values are left, and how many
-# seeds they get (None: all). Of quick tasks the angles, one of which is to be the default, get all.
+# seeds they get (None: all). On digits the angles, one of which is to be the default, get all.
 ROUNDS = ((None, 1), (7, 3), (2, None))
-SLOW_ROUNDS = ((None, 1), (4, 2), (1, None))
+MODULAR_ROUNDS = ((None, 1), (4, 2), (1, None))
 
 
 class BadFile(Exception):
@@ -231,8 +231,10 @@ def seeds_of(task: str, seeds: int) -> int:
 def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
     """The jobs of a task and a kind, as far as they are known from those that are done."""
     values = [(task, kind, *pair) for pair in itertools.product(*KINDS[kind][1:])]
-    rounds = SLOW_ROUNDS if task in SLOW else ROUNDS
-    if kind.startswith("angle") and task not in SLOW:
+    rounds = ROUNDS
+    if task.startswith("modular"):
+        rounds = MODULAR_ROUNDS
+    elif kind.startswith("angle"):
         rounds = ((None, None),)
     before = 0  # seeds that every value has that is left
 
