@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import math
 import os
+from inspect import unwrap
 from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
 try:
     import triton
@@ -40,8 +40,8 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 BLOCK, WARPS = 4096, 8  # elements of a tile, and its warps
 PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not accurate
 SMALL = 1024  # so few are summed in float64
-OPTIONS = "params param_names name radii weight_decay".split()
-OF_SGD = dict(weight_decay=0, dampening=0, nesterov=False, maximize=False)  # on no sphere
+KNOWN = "params param_names name lr sphere radius momentum angle weight_decay".split()
+OF_SGD = "dampening nesterov maximize".split()  # on no sphere
 
 
 def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, where, root):
@@ -83,15 +83,15 @@ def _pick(condition, a, b):
     return a if condition else b
 
 
-# The tables of the kernels, which SphereSGD._lay_out makes. A sphere is the sum of its lines
-# (tensors, or rows of one), a line that of its tiles.
+# The tables of the kernels, made by SphereSGD._lay_out and _triton_step. A sphere is the sum of its
+# lines (tensors, or rows of one), a line that of its tiles of at most BLOCK elements.
 #
-#     tiles      [tiles of a type, 5] int64: tensor, start, elements, sphere, number
-#     addresses  [tensors, 3] int64: θ, g, m; 0 for what there is not
+#     tiles      [tiles of a dtype, 5] int64: tensor, start, elements, sphere, number of the tile
+#     addresses  [tensors, 3] int64: of θ, g, m; 0 for what there is not
 #     spheres    [spheres, 3] int64: first tile, tiles, group
-#     many       [spheres of several tiles] int64
-#     radii      [spheres] float64
-#     groups     [groups, 4] float64: η̃ or φ, β, angle?, at its radius?
+#     many       [spheres of several tiles] int64: which
+#     radii      [spheres] float64: ρ
+#     groups     [groups, 4] float64: η̃ or φ, β, 1 if that is an angle, 1 if at radius ρ
 #     partials   [tiles, 6] float64, written: Gram matrices
 #     rule       [spheres, 6] float64, written: k, b, u, η̃, ρ, β
 
@@ -110,63 +110,65 @@ _kernel_formula = jit(_formula)
 
 
 @jit
-def _put(at, values):
+def _store_six(ptr, values):
     for i in tl.static_range(6):
-        tl.store(at + i, values[i])
+        tl.store(ptr + i, values[i])
 
 
 @jit
-def _rule(gram, radius, group, out):
-    """`sphere_rule`: of a sum, and where a sphere has its radius, group and rule."""
-    lr, beta, angle = tl.load(group), tl.load(group + 1), tl.load(group + 2)
-    radius = tl.load(radius) * tl.load(group + 3)
-    turn = tl.where(angle != 0, tl.sin(lr) / tl.cos(lr), -1.0)
+def _rule(gram, radius_ptr, group_ptr, rule_ptr):
+    """`sphere_rule` of a sphere: its Gram matrix, and where its ρ, its group and its rule lie."""
+    lr, beta = tl.load(group_ptr), tl.load(group_ptr + 1)
+    is_angle, at_radius = tl.load(group_ptr + 2), tl.load(group_ptr + 3)
+    radius = tl.load(radius_ptr) * at_radius
+    turn = tl.where(is_angle != 0, tl.sin(lr) / tl.cos(lr), -1.0)
     tt, tg, gg, tm, gm, mm = gram
-    found = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, _where, _root)
-    _put(out, found)
-    return found
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, _where, _root)
+    _store_six(rule_ptr, rule)
+    return rule
 
 
 @jit
 def _load(address, start, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """n elements as float32, then 0; in 128-bit accesses where they are aligned."""
-    at, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
-    if (n == BLOCK) & (at.to(tl.int64) % 16 == 0):
+    ptr, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
+    if (n == BLOCK) & (ptr.to(tl.int64) % 16 == 0):
         aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)  # here alone
         x = tl.load(aligned + offsets)
     else:
-        x = tl.load(at + offsets, mask=offsets < n, other=0.0)
+        x = tl.load(ptr + offsets, mask=offsets < n, other=0.0)
     return x.to(tl.float32)
 
 
 @jit
 def _store(address, start, x, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    at, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
-    if (n == BLOCK) & (at.to(tl.int64) % 16 == 0):
+    ptr, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
+    if (n == BLOCK) & (ptr.to(tl.int64) % 16 == 0):
         aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)
         tl.store(aligned + offsets, x.to(DTYPE))
     else:
-        tl.store(at + offsets, x.to(DTYPE), mask=offsets < n)
+        tl.store(ptr + offsets, x.to(DTYPE), mask=offsets < n)
 
 
 @jit
 def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: tl.constexpr,
                MOVE: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
-    """First, per tile: its Gram matrix; a sphere of one tile is finished at once. Third: the rule
-    applied to the tiles of other spheres, from the last on, which the cache still has. The
-    arguments are the tables above."""
+    """A program per tile of one dtype. FIRST: its Gram matrix; a sphere of one tile is finished at
+    once. Else, after `_rule_pass`: the rule applied to the tiles of other spheres, from the last
+    on, which the cache still has. The arguments are the tables above."""
     # Which tile, of which tensor and sphere
     pid = tl.program_id(0).to(tl.int64)
     if not FIRST:
         pid = tl.num_programs(0) - 1 - pid
-    tile = tiles + 5 * pid
-    address, start = addresses + 3 * tl.load(tile), tl.load(tile + 1)
-    theta_at, g_at, m_at = tl.load(address), tl.load(address + 1), tl.load(address + 2)
-    sphere = tl.load(tile + 3)
-    own, out = spheres + 3 * sphere, rule + 6 * sphere
-    alone = tl.load(own + 1) == 1
-    n = tl.where(g_at == 0, 0, tl.load(tile + 2))  # no gradient
+    tile_ptr = tiles + 5 * pid
+    tensor, start, n = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    sphere, number = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4)
+    theta_at = tl.load(addresses + 3 * tensor)
+    g_at, m_at = tl.load(addresses + 3 * tensor + 1), tl.load(addresses + 3 * tensor + 2)
+    sphere_ptr, rule_ptr = spheres + 3 * sphere, rule + 6 * sphere
+    alone = tl.load(sphere_ptr + 1) == 1
+    n = tl.where(g_at == 0, 0, n)  # no gradient: nothing is read
     if not FIRST:
         n = tl.where(alone, 0, n)  # finished
     n_m = tl.where(m_at == 0, 0, n)
@@ -186,14 +188,16 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
         if MOMENTUM:
             z = m.to(tl.float64)
             gram = gram[0], gram[1], gram[2], tl.sum(x * z), tl.sum(y * z), tl.sum(z * z)
-        _put(partials + 6 * tl.load(tile + 4), gram)
+        _store_six(partials + 6 * number, gram)
         k, u, beta = b * float("nan"), b, b
         if alone:
-            k, b, u, _, _, beta = _rule(gram, radii + sphere, groups + 4 * tl.load(own + 2), out)
+            group_ptr = groups + 4 * tl.load(sphere_ptr + 2)
+            k, b, u, _, _, beta = _rule(gram, radii + sphere, group_ptr, rule_ptr)
     else:
-        k, b, u, beta = tl.load(out), tl.load(out + 1), tl.load(out + 2), tl.load(out + 5)
+        k, b = tl.load(rule_ptr), tl.load(rule_ptr + 1)
+        u, beta = tl.load(rule_ptr + 2), tl.load(rule_ptr + 5)
 
-    # m ← βm + g + uθ, θ ← kθ + bm
+    # m ← βm + g + uθ, θ ← kθ + bm, and store
     if MOVE and k == k:  # not nan
         g += u.to(tl.float32) * theta
         if MOMENTUM:
@@ -206,41 +210,43 @@ def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: 
 
 @jit
 def _rule_pass(many, spheres, radii, groups, partials, rule, BLOCK: tl.constexpr):
-    """Second, per sphere of several tiles: their Gram matrices summed in a fixed order, and the
-    rule. The arguments are the tables above."""
+    """A program per sphere of several tiles: their Gram matrices, summed in a fixed order, BLOCK at
+    a time; then the rule. The arguments are the tables above."""
     # Which sphere, and its tiles
-    sphere, columns = tl.load(many + tl.program_id(0)), tl.arange(0, 8)[None, :]
-    own = spheres + 3 * sphere
-    start, count = tl.load(own), tl.load(own + 1)
+    pid = tl.program_id(0)
+    sphere = tl.load(many + pid)
+    sphere_ptr = spheres + 3 * sphere
+    first, count, group = tl.load(sphere_ptr), tl.load(sphere_ptr + 1), tl.load(sphere_ptr + 2)
 
-    # Sum
+    # Load, and sum
+    columns = tl.arange(0, 8)[None, :]
     sums = tl.zeros([BLOCK, 8], tl.float64)
-    for first in range(0, count, BLOCK):
-        tile = first + tl.arange(0, BLOCK)[:, None]
+    for start in range(0, count, BLOCK):
+        tile = start + tl.arange(0, BLOCK)[:, None]
         mask = (tile < count) & (columns < 6)
-        sums += tl.load(partials + 6 * (start + tile) + columns, mask=mask, other=0.0)
+        sums += tl.load(partials + 6 * (first + tile) + columns, mask=mask, other=0.0)
     gram = ()
     for i in tl.static_range(6):
         gram += (tl.sum(tl.where(columns == i, sums, 0.0)),)
 
     # The rule
-    _rule(gram, radii + sphere, groups + 4 * tl.load(own + 2), rule + 6 * sphere)
+    _rule(gram, radii + sphere, groups + 4 * group, rule + 6 * sphere)
 
 
 class SphereSGD(torch.optim.Optimizer):
     """Gradient descent on spheres at a fixed effective learning rate, or angle.
 
-    params    tensors, or param groups with options of their own; on no sphere those of
-              torch.optim.SGD, too; on a sphere weight_decay has no effect: the norm is fixed
-    lr        the ELR η̃, a float or a 0-d tensor; every torch.optim.lr_scheduler works on it
+    params    tensors, or param groups with options of their own
+    lr        the ELR η̃, a float or a tensor of one; every torch.optim.lr_scheduler works on it
     sphere    what shares a norm: "group", all tensors of the param group; "tensor"; "row", each
-              slice tensor[i] (output filter); None: nothing, torch.optim.SGD
+              slice tensor[i] (output filter); None: nothing, and the group is stepped by
+              torch.optim.SGD and may have its options (weight_decay has no effect on a sphere)
     radius    to which the weights are scaled at once; None: the norms that they have
     momentum  β of the Riemannian heavy ball
     angle     lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
               learning rate η̃ρ² of the spheres (the median)
-    backend   "triton": kernels, at most three launches per type of weights, on a GPU (on the CPU
-              with TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
+    backend   "triton": kernels, at most three launches per dtype, on a GPU (on the CPU with
+              TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
 
     A tensor without a gradient stays out of that step; a sphere that is not finite stays.
     In a CUDA graph: step once before, lr a tensor on the GPU (the last valid angle holds),
@@ -249,8 +255,7 @@ class SphereSGD(torch.optim.Optimizer):
     a sparse gradient.
     """
 
-    _layouts = None  # of the parameters as they are laid out
-    _captured = None  # what a CUDA graph will read
+    _layouts = None  # of the parameters for which the tables were made
 
     def __init__(self, params, lr, sphere="group", radius=None, momentum=0.0, angle=False,
                  backend="auto"):  # fmt: skip
@@ -266,9 +271,8 @@ class SphereSGD(torch.optim.Optimizer):
         try:
             _check_options(group)
             self._check()
-            known = [*OPTIONS, *self.defaults, *(() if group["sphere"] else OF_SGD)]
-            for name in group:
-                if name not in known and not name.endswith("_lr"):
+            for name in set(group) - set(KNOWN if group["sphere"] else KNOWN + OF_SGD):
+                if not name.endswith("_lr"):  # as schedulers leave
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
             if group["sphere"]:
                 group["radii"] = _norms(group)
@@ -287,8 +291,7 @@ class SphereSGD(torch.optim.Optimizer):
         super().__setstate__(state)
         self._layouts = None
         for group in self._on_spheres():  # a list before version 0.3
-            radii = group.get("radii", ())
-            group["radii"] = torch.as_tensor(radii, dtype=torch.float64, device="cpu")
+            group["radii"] = torch.as_tensor(group.get("radii", ()), dtype=torch.float64).cpu()
 
     def load_state_dict(self, state_dict):
         before = dict(self.__dict__)
@@ -307,9 +310,9 @@ class SphereSGD(torch.optim.Optimizer):
         for group in self._on_spheres():
             scales = group["radii"] / _norms(group)
             for p in group["params"]:
-                rows, length = _rows(group, p)
-                new = p.reshape(rows, length) * scales[:rows, None].to(p.device)
-                p.copy_(new.view_as(p))
+                rows, _ = _rows(group, p)
+                shape = [-1, *[1] * p.dim()][: p.dim()]
+                p.mul_(scales[:rows].view(shape).to(p.device))
                 if group["sphere"] != "group":
                     scales = scales[rows:]
 
@@ -322,8 +325,8 @@ class SphereSGD(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def measure(self):
-        """As `step`, at the norms that the weights have, but nothing moves."""
+    def observe(self):
+        """As `step`, at the norms that the weights have, but nothing moves: for `stats`."""
         self._apply(move=False)
 
     @property
@@ -364,7 +367,7 @@ class SphereSGD(torch.optim.Optimizer):
         sphere, tensor = self._lines.T
         tt, g2, angle, _, elr, radius = _described(self.grams(last), last[1][..., sphere, :])
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
-        tt, elr, gamma2, angle, n = _sums(lines, tensor, self._tensors).unbind(-1)
+        tt, elr, gamma2, angle, n = _sums(lines, tensor, int(tensor.max()) + 1).unbind(-1)
         return dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
 
     def _on_spheres(self):
@@ -381,21 +384,16 @@ class SphereSGD(torch.optim.Optimizer):
             raise ValueError(f"backend={self.backend!r}: it must be {what}")
         seen = {}
         for number, (group, p) in enumerate(pairs):
-            order = sorted(range(p.dim()), key=p.stride, reverse=True)  # as they lie in memory
-            if group["sphere"] == "row":
-                order.sort(key=bool)  # row after row
             first = seen.setdefault(p.data_ptr() or p, number)
             m, problem = self.state.get(p, {}).get("momentum_buffer"), None
             if p.device != device or not p.is_floating_point():
                 problem = f"is {p.dtype} on {p.device}, not float on {device}"
             elif first != number:
                 problem = f"is parameter {first} again: give it once"
-            elif group["sphere"] and hasattr(p, "__tensor_flatten__"):
-                problem = f"is a {type(p).__name__}: a sphere takes plain tensors, no shards"
-            elif group["sphere"] and not p.permute(order).is_contiguous():
-                problem = "has holes in memory, or scattered rows: clone it"
             elif m is not None and m.shape != p.shape:
                 problem = f"has a momentum_buffer of shape {tuple(m.shape)}"
+            elif group["sphere"]:
+                problem = _problem(group, p)
             if problem:
                 raise ValueError(f"parameter {number} of shape {tuple(p.shape)} {problem}")
         for group in self._on_spheres():
@@ -407,37 +405,37 @@ class SphereSGD(torch.optim.Optimizer):
         return device, possible and self.backend != "torch"
 
     def _lay_out(self, layouts):
-        """Makes the tables. PyTorch's tiles are its pieces, or their rows."""
+        """Makes the tables. PyTorch's tiles are its pieces, or rows."""
         self._device, self._use_triton = self._check()
-        tiles, spheres, lines, line_of_tile, tensor = {}, [], [], [], -1
+        size = BLOCK if self._use_triton else PIECE
+        tiles, spheres, lines, line_of_tile, tensors = {}, [], [], [], 0
         for i, group in enumerate(self._on_spheres()):
+            whole = group["sphere"] == "row" and not self._use_triton
             for p in group["params"]:
-                tensor += 1
                 rows, length = _rows(group, p)
-                step = BLOCK if self._use_triton else PIECE
-                if group["sphere"] == "row" and not self._use_triton:
-                    step = max(length, 1)
+                step = max(length, size) if whole else size
                 for row in range(rows):
                     if group["sphere"] != "group" or p is group["params"][0]:
                         spheres.append([len(line_of_tile), 0, i])
                     for start in range(0, max(length, 1), step):
-                        place = tensor, row * length + start, min(step, length - start)
+                        place = tensors, row * length + start, min(step, length - start)
                         tile = *place, len(spheres) - 1, len(line_of_tile)
                         tiles.setdefault(p.dtype, []).append(tile)
                         line_of_tile.append(len(lines))
                         spheres[-1][1] += 1
-                    lines.append((len(spheres) - 1, tensor))
-        self._tensors = tensor + 1
+                    lines.append((len(spheres) - 1, tensors))
+                tensors += 1
         self._launches = [(str(x)[6:], self._upload(own, (-1, 5))) for x, own in tiles.items()]
         self._spheres = self._upload(spheres, (-1, 3))
         self._many = self._upload([i for i, sphere in enumerate(spheres) if sphere[1] > 1])
         self._lines = self._upload(lines, (-1, 2))  # [lines, 2] int64: sphere, tensor
         self._line_of_tile = self._upload(line_of_tile)  # [tiles] int64
-        radii = sum([group["radii"].tolist() for group in self._on_spheres()], [])
+        radii = [x for group in self._on_spheres() for x in group["radii"].tolist()]
         self._radii = self._upload(radii, dtype=torch.float64)
         self._partials = self._radii.new_zeros(len(line_of_tile), 6)
         self._rule = self._radii.new_zeros(len(spheres), 6)
         self._groups = self._radii.new_zeros(len(self._on_spheres()), 4)
+        self._sgd = torch.optim.SGD([torch.zeros(0)], lr=0.0)
         self._written, self._copies, self._layouts = None, {}, layouts
 
     def _upload(self, values, shape=-1, dtype=torch.long):
@@ -457,26 +455,25 @@ class SphereSGD(torch.optim.Optimizer):
         apply(move)
 
     def _apply_now(self, move):
-        layouts = [_layout(p) for group in self.param_groups for p in group["params"]]
+        layouts = [[_layout(p) for p in group["params"]] for group in self.param_groups]
         if layouts != self._layouts:
             self._lay_out(layouts)
-        layouts, on_spheres, plain = iter(layouts), [], []
-        for group in self.param_groups:
-            tensors = [self._parts(group, p, next(layouts)) for p in group["params"]]
+        groups = []
+        for group, of_group in zip(self.param_groups, layouts, strict=True):
             if group["sphere"]:
+                pairs = zip(group["params"], of_group, strict=True)
+                tensors = [self._vectors(group, *pair) for pair in pairs]
                 lr = _lr(group, wait=not self._use_triton)
                 # A part of a sphere steps on the norm that it has
                 fixed = move and (group["sphere"] != "group" or all(len(x) > 1 for x in tensors))
-                on_spheres.append((group, tensors, (lr, group["momentum"], group["angle"], fixed)))
-            else:
-                plain.append((group, [parts for parts in tensors if len(parts) > 1]))
-        if on_spheres:
+                groups.append((group, tensors, (lr, group["momentum"], group["angle"], fixed)))
+        if groups:
             step = self._triton_step if self._use_triton else self._torch_step
-            step(on_spheres, move)
-        for group, tensors in plain if move else ():
-            self._plain_step(group, tensors)
+            step(groups, move)
+        if move and len(groups) < len(self.param_groups):
+            self._plain_step()
 
-    def _parts(self, group, p, layout):
+    def _vectors(self, group, p, layout):
         """θ, g and, with momentum, m, which lie in memory as θ does; without a gradient θ."""
         g = p.grad
         if g is None:
@@ -486,54 +483,52 @@ class SphereSGD(torch.optim.Optimizer):
         if _layout(g) != layout:
             g = _copy(g, self._copies.setdefault(p, torch.empty_like(p)))
         if not group["momentum"]:
-            return (p, g) if group["sphere"] else (p, g, None)
+            return p, g
         state = self.state[p]
         m = state.get("momentum_buffer")
-        if m is None and group["sphere"]:
+        if m is None:
             m = state["momentum_buffer"] = torch.zeros_like(p)
-        elif m is not None and _layout(m) != layout:
+        elif _layout(m) != layout:
             m = state["momentum_buffer"] = _copy(m, torch.empty_like(p))
         return p, g, m
 
     def _torch_step(self, groups, move):
-        """Gram matrix and rule of a sphere are numbers or, of a matrix of rows, [6, rows]."""
+        """Gram matrix and rule of a sphere are numbers or, of a group's rows at once, [6, rows]."""
         self._partials, self._rule = [], []
         for group, tensors, (lr, beta, angle, fixed) in groups:
-            spheres = [_pieces(group, parts) for parts in tensors]
-            if group["sphere"] == "group":
-                spheres = [sum(spheres, [])]
-            radii = group["radii"].tolist()
-            if group["sphere"] == "row":
-                spheres = [[piece] for pieces in spheres for piece in pieces]
-                radii = self._radii.new_tensor(radii).split([len(x[0][0]) for x in spheres])
-            for pieces, radius in zip(spheres, radii, strict=False):
+            for pieces, radius in _spheres(group, tensors, self._device):
                 grams = [_gram(beta, *vectors) for vectors in pieces]
                 gram = grams[0]
-                if len(grams) > 1:
+                if group["sphere"] == "row":
+                    gram = torch.cat(grams, dim=1)
+                elif len(grams) > 1:
                     gram = [sum(entry) for entry in zip(*grams, strict=True)]
                 rule = sphere_rule(gram, radius * fixed, lr, beta, angle)
                 self._partials += grams
                 self._rule.append(rule)
-                for vectors in reversed(pieces) if move else ():
-                    _move(rule, *vectors)
+                rules = [rule] * len(pieces)
+                if group["sphere"] == "row":
+                    rules = rule.split([len(vectors[0]) for vectors in pieces], dim=1)
+                for own, vectors in zip(rules[::-1], pieces[::-1], strict=True) if move else ():
+                    _move(own, *vectors)
 
     def _triton_step(self, groups, move):
-        settings = [settings for *_, settings in groups]
-        numbers = [[0.0 if isinstance(lr, Tensor) else lr, *rest] for lr, *rest in settings]
-        on_spheres = [parts for _, tensors, _ in groups for parts in tensors]
-        addresses = [[*(x.data_ptr() for x in parts), 0, 0][:3] for parts in on_spheres]
+        numbers, addresses = [], []
+        for _, tensors, (lr, *rest) in groups:
+            numbers.append([0.0 if isinstance(lr, Tensor) else lr, *rest])
+            addresses += [[*(x.data_ptr() for x in vectors), 0, 0][:3] for vectors in tensors]
         before = self._groups
         if self._written != (numbers, addresses):  # into new memory: a graph may read the old
             self._groups = self._upload(numbers, (-1, 4), torch.float64)
             self._addresses = self._upload(addresses, (-1, 3))
             self._written = numbers, addresses
-        for i, (lr, _, angle, _) in enumerate(settings):
+        for i, (_, _, (lr, _, angle, _)) in enumerate(groups):
             if isinstance(lr, Tensor):
                 if angle:  # or the last valid one
                     lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)
                 self._groups[i, 0] = lr
         tables = self._spheres, self._radii, self._groups, self._partials, self._rule
-        momentum, many = any(beta for _, beta, *_ in settings), len(self._many)
+        momentum, many = any(beta for _, beta, *_ in numbers), len(self._many)
         how = dict(MOVE=move, MOMENTUM=momentum, BLOCK=BLOCK, num_warps=WARPS)
         with torch.cuda.device_of(self._radii):  # else Triton launches on the current one
             for first in (True, False) if move and many else (True,):
@@ -543,36 +538,36 @@ class SphereSGD(torch.optim.Optimizer):
                 if first and many:
                     _rule_pass[(many,)](self._many, *tables, BLOCK=1024, num_warps=WARPS)
         if self._radii.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured = dict(vars(self))  # is kept as long as this optimizer
+            self._captured = dict(vars(self))  # its memory stays as long as this optimizer
 
-    def _plain_step(self, group, tensors):
-        """torch.optim.SGD's."""
-        params, grads, buffers = ([parts[i] for parts in tensors] for i in range(3))
-        lr, on_gpu = _lr(group, wait=False), self._device.type == "cuda"
-        if group["angle"]:
-            rule = self.last[1]
-            lr = (rule[:, 3] * rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
-        if isinstance(lr, Tensor):
-            lr = lr.squeeze() if on_gpu else lr.item()
-        options = {name: group[name] for name in ("momentum", *OF_SGD) if name in group}
-        fused = on_gpu and len({m is None for m in buffers}) == 1
-        sgd(params, grads, buffers, fused=fused, lr=lr, **OF_SGD | options)
-        for p, m in zip(params, buffers, strict=True):
-            if m is not None:
-                self.state[p]["momentum_buffer"] = m
+    def _plain_step(self):
+        """torch.optim.SGD's, without hooks: this optimizer's have been called."""
+        self._sgd.param_groups, self._sgd.state = [], self.state
+        for group in self.param_groups:
+            lr = _lr(group, wait=False)
+            if group["angle"]:
+                rule = self.last[1]
+                lr = (rule[:, 3] * rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
+            on_gpu = isinstance(lr, Tensor) and lr.is_cuda
+            lr = lr.squeeze() if on_gpu else float(lr)
+            if not group["sphere"]:
+                own = self._sgd.defaults | group | dict(lr=lr, fused=on_gpu)
+                self._sgd.param_groups.append(own)
+        unwrap(torch.optim.SGD.step)(self._sgd)
 
 
 def _check_options(group):
-    sphere, radius, momentum = (group.get(x, "") for x in ("sphere", "radius", "momentum"))
-    given = isinstance(radius, Real) and sphere and 0 < radius < math.inf
-    for name, good, what in (
-        ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
-        ("radius", radius is None or given, "positive, on a sphere"),
-        ("momentum", isinstance(momentum, Real) and 0 <= momentum < 1, "in [0, 1)"),
-        ("lr", not math.isnan(_lr(group)), "a number"),
-    ):
-        if not good:
-            raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {what}")
+    """ValueError for an option of a param group that it cannot have."""
+    sphere, radius = group.get("sphere", "missing"), group.get("radius", "missing")
+    momentum = group.get("momentum", "missing")
+    if sphere not in ("group", "tensor", "row", None):
+        raise ValueError(f"sphere={sphere!r}: it must be 'group', 'tensor', 'row' or None")
+    if radius is not None and not (isinstance(radius, Real) and sphere and 0 < radius < math.inf):
+        raise ValueError(f"radius={radius!r}: it must be positive, on a sphere")
+    if not (isinstance(momentum, Real) and 0 <= momentum < 1):
+        raise ValueError(f"momentum={momentum!r}: it must be in [0, 1)")
+    if math.isnan(_lr(group)):
+        raise ValueError(f"lr={group['lr']!r}: it must be a number")
 
 
 def _lr(group, wait=True):
@@ -582,9 +577,21 @@ def _lr(group, wait=True):
         return lr
     number = isinstance(lr, Real) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
-    if value < 0 or value >= (math.pi / 2 if group.get("angle") else math.inf):
+    if value < 0 or value >= (math.pi / 2 if group.get("angle") else math.inf):  # not if it is nan
         raise ValueError(f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
     return value
+
+
+def _problem(group, p):
+    """Why a tensor cannot be on a sphere, or None."""
+    order = sorted(range(p.dim()), key=p.stride, reverse=True)  # as they lie in memory
+    if group["sphere"] == "row":
+        order.sort(key=bool)  # row after row
+    if hasattr(p, "__tensor_flatten__"):
+        return f"is a {type(p).__name__}: a sphere takes plain tensors, no shards"
+    if not p.permute(order).is_contiguous():
+        return "has holes in memory, or scattered rows: clone it"
+    return None
 
 
 def _layout(x):
@@ -599,6 +606,7 @@ def _copy(x, new):
 
 
 def _rows(group, p):
+    """Lines of a tensor, and their length."""
     rows = len(p) if group["sphere"] == "row" and p.dim() else 1
     return rows, p.numel() // max(rows, 1)
 
@@ -639,37 +647,43 @@ def _described(gram, rule):
     return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
 
 
-def _pieces(group, parts):
-    """(θ, g, m) as they lie in memory: vectors, or matrices of rows, of about PIECE elements."""
-    n = parts[0].numel()
-    shape, strides, step = (n,), (1,), PIECE
-    if group["sphere"] == "row":
-        shape = _, length = _rows(group, parts[0])
-        strides, step = (length, 1), max(1, PIECE // max(length, 1))
-    parts = [x.as_strided(shape, strides) for x in parts]
-    if n <= PIECE:
-        return [parts]
-    return list(zip(*(x.split(step) for x in parts), strict=True))
+def _spheres(group, tensors, device):
+    """Per sphere (θ, g, m) in pieces, vectors as they lie in memory, and its radius; where rows are
+    spheres, pieces [rows, length] of all of them, and their radii."""
+    spheres = []
+    for vectors in tensors:
+        rows, length = _rows(group, vectors[0])
+        shape, strides, step = (length,), (1,), PIECE
+        if group["sphere"] == "row":
+            shape, strides, step = (rows, length), (length, 1), max(1, PIECE // max(length, 1))
+        pieces = [[x.as_strided(shape, strides) for x in vectors]]
+        if rows * length > PIECE:
+            pieces = list(zip(*(x.split(step) for x in pieces[0]), strict=True))
+        spheres.append(pieces)
+    if group["sphere"] == "tensor":
+        return zip(spheres, group["radii"].tolist(), strict=True)
+    if not spheres:
+        return []
+    radii = group["radii"]
+    return [(sum(spheres, []), radii.item() if group["sphere"] == "group" else radii.to(device))]
 
 
 def _gram(beta, theta, *others):
     """The Gram matrix of (θ, g, m) as in `sphere_rule`; 0 without a gradient."""
-    vectors = [theta, *others]
+    vectors = [theta, *others] if others else [0 * theta]
     if theta.dim() == 2:
-        return _wide_gram(*vectors) if others else theta.new_zeros(6, len(theta)).double()
-    if not others:
-        return [0.0] * 6
-    small = len(theta) <= SMALL
+        return _wide_gram(vectors)
+    small = len(theta) <= SMALL or not others
     if small or theta.element_size() < 4:
         vectors = [x.double() if small else x.float() for x in vectors]
     gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     gram += [0.0] * (6 - len(gram))
     if small or _exact(gram, 0) and _exact(gram, beta):
         return gram
-    return _wide_gram(*vectors).tolist()
+    return _wide_gram(vectors).tolist()
 
 
-def _wide_gram(*vectors):
+def _wide_gram(vectors):
     """In float64, [6, ...]; summed by pairs, unlike torch.dot."""
     vectors = [x.double() for x in vectors]
     gram = [(x * y).sum(-1) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
@@ -684,24 +698,20 @@ def _exact(gram, beta):
 
 def _move(rule, theta, g=None, m=None):
     """m ← βm + g + uθ, θ ← kθ + bm, in place; nothing where k is nan."""
-    if g is None:
-        return
     k, b, u, _, _, beta = rule
-    if theta.dim() == 2:
-        wide = torch.promote_types(theta.dtype, torch.float32)
-        k, b, u, beta = (x[:, None].type(wide) for x in (k, b, u, beta))
-        new = torch.addcmul(g, theta, u)
-        if m is not None:
-            new.addcmul_(m, beta)
-            m.copy_(torch.where(k.isnan(), m, new))
-        theta.copy_(torch.where(k.isnan(), theta, (k * theta).addcmul_(new, b)))
-    elif math.isnan(k):
+    rows = theta.dim() == 2
+    if g is None or not rows and math.isnan(k):
         return
-    elif theta.element_size() < 4:  # in float32, rounded once
-        vectors = [theta, g] if m is None else [theta, g, m]
-        wide = [x.float() for x in vectors]
-        _move(rule, *wide)
-        torch._foreach_copy_(vectors, wide)
+    if rows or theta.element_size() < 4:  # in float32, rounded once
+        wide = torch.promote_types(theta.dtype, torch.float32)
+        factors = [torch.as_tensor(x, dtype=wide, device=theta.device) for x in (k, b, u, beta)]
+        k, b, u, beta = (x[:, None] for x in factors) if rows else factors
+        x = theta.to(wide)
+        new = torch.addcmul(g.to(wide), x, u)
+        if m is not None:
+            new.addcmul_(m.to(wide), beta)
+            m.copy_(torch.where(k.isnan(), m, new))
+        theta.copy_(torch.where(k.isnan(), x, (k * x).addcmul_(new, b)))
     elif m is None:
         theta.mul_(k + b * u).add_(g, alpha=b)
     else:
