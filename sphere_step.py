@@ -367,7 +367,7 @@ class SphereSGD(torch.optim.Optimizer):
         sphere, tensor = self._lines.T
         tt, g2, angle, _, elr, radius = _described(self.grams(last), last[1][..., sphere, :])
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
-        tt, elr, gamma2, angle, n = _sums(lines, tensor, int(tensor.max()) + 1).unbind(-1)
+        tt, elr, gamma2, angle, n = _sums(lines, tensor, self._tensors).unbind(-1)
         return dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
 
     def _on_spheres(self):
@@ -435,7 +435,7 @@ class SphereSGD(torch.optim.Optimizer):
         self._partials = self._radii.new_zeros(len(line_of_tile), 6)
         self._rule = self._radii.new_zeros(len(spheres), 6)
         self._groups = self._radii.new_zeros(len(self._on_spheres()), 4)
-        self._sgd = torch.optim.SGD([torch.zeros(0)], lr=0.0)
+        self._tensors, self._sgd = tensors, torch.optim.SGD([torch.zeros(0)], lr=0.0)
         self._written, self._copies, self._layouts = None, {}, layouts
 
     def _upload(self, values, shape=-1, dtype=torch.long):

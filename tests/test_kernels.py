@@ -23,7 +23,8 @@ from sphere_step import BLOCK, INTERPRET, SphereSGD
 HERE = Path(__file__)
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
-STEPS = 1000 if GPU or "SLOW" in os.environ else 100
+SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
+STEPS = 1000 if SLOW else 40
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
     reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
@@ -37,7 +38,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; the
 def test_the_kernels_pass_in_the_interpreter():
     """This file and every test of the step again, in another process, with the kernels in the place of PyTorch."""
     files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
-    which = ["-k", "not ten_thousand and not ahead_of_time"]
+    which = ["-k", "not ten_thousand and not ahead_of_time and not compiled"]
     command = [
         sys.executable,
         "-m",
@@ -138,14 +139,14 @@ def pairs(group):
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_seventy_random_cases_agree_with_float64(dtype):
-    """Three types: 210 cases. float32: 1e-6 of each sphere's norm; half precision: one unit in the
+def test_random_cases_agree_with_float64(dtype):
+    """Twelve of each type, on a GPU 70. float32: 1e-6 of each sphere's norm; half precision: one unit in the
     last place of each weight (but plain SGD, which is torch's own and rounds in between). The more
     radial the gradient, the larger the terms that cancel in the step, and their rounding."""
     import numpy as np
 
     rng = np.random.default_rng()
-    for _ in range(70):  # times three types
+    for _ in range(70 if SLOW else 12):
         seed = int(rng.integers(2**31))
         torch.manual_seed(seed)
         groups = random_case(np.random.default_rng(seed), dtype)
@@ -287,7 +288,7 @@ def counted_launches():
 @runs
 def test_a_step_is_at_most_three_launches_and_nothing_else():
     """No other operation means no allocation, no copy and no wait for the device."""
-    for count in (1, 3):
+    for count in (1, 2):
         groups = [group for _ in range(count) for group in several() if group["sphere"]]
         optimizer = SphereSGD(groups, lr=1e-3, momentum=0.9, backend="triton")
         give_gradients(groups)
@@ -407,7 +408,7 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
 
     rng = np.random.default_rng()
     grams, settings = [], []
-    for case in range(300):
+    for case in range(300 if SLOW else 120):
         vectors = rng.standard_normal((3, 5)) * 10.0 ** rng.uniform(-12, 12, (3, 1))
         if case % 5 == 0:
             vectors[1] *= 0  # no gradient
@@ -581,9 +582,18 @@ def compile_ahead(which, target, momentum, half):
     INTERPRET or sphere_step.triton is None,
     reason="compiles, so neither in the interpreter nor without Triton",
 )
-@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-@pytest.mark.parametrize("which", PASSES)
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(
+    "capability, which, momentum",
+    [
+        (90, "first", False),
+        (90, "first", True),
+        (90, "rule", True),
+        (90, "third", False),
+        (90, "third", True),
+        (80, "first", True),
+        (100, "first", True),
+    ],
+)
 def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
     capability, which, momentum, record_property
 ):
@@ -669,7 +679,8 @@ def fake_gpu(calls):
         patch.setattr(torch.Tensor, "pin_memory", lambda x: x)
         # Of these two there is no fake.
         patch.setattr(torch.Tensor, "nanmedian", torch.Tensor.sum)
-        patch.setattr(sphere_step, "sgd", lambda *args, lr, **how: calls.append(lr))
+        plain = lambda sgd: calls.append(sgd.param_groups[0]["lr"])  # noqa: E731
+        patch.setattr(sphere_step, "unwrap", lambda step: plain)
         patch.setattr(torch.Tensor, "data_ptr", lambda x: id(x))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         with FakeTensorMode(allow_non_fake_inputs=True):
