@@ -116,45 +116,44 @@ def of_sweep(runs, path, name=""):
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
-    groups, moving = by_elr(runs), [run for run in runs if run.verdict.moves]
+    groups, moving = by_elr(runs), {}
+    for run in runs:
+        if run.verdict.moves:
+            moving.setdefault(run.name.split(" seed")[0], []).append(run)
     if not groups and not moving:
         return
     fig, axes = subplots([[*"aabbccdd"], [*"eeeeefff"]], (12.5, 7), apart=1.6)
-    elrs = list(groups) or [elr for run in moving for elr in run.log["elr"] if elr > 0] or [1.0]
-    low, high = min(elrs), max(elrs)
+    low, high = min(groups, default=1.0), max(groups, default=1.0)
     if high < 1.01 * low:
         low, high = low / 2, high * 2
-    colour = plt.cm.ScalarMappable(LogNorm(max(low, 1e-300), high), plt.get_cmap("viridis"))
-    lines = [(colour.to_rgba(elr), "-", group) for elr, group in groups.items()]
-    lines += [(tone_of(run, moving), "--", [run]) for run in moving]
-    panels = (("a", "train_loss", "(a) train loss (nats)"), ("b", "test_error", "(b) test error"))
-    panels += (("c", "grad_norm", "(c) effective gradient norm γ"),)
-    for key, column, label in panels:
-        for tone, style, group in lines:
+    colour = plt.cm.ScalarMappable(LogNorm(low, high), plt.get_cmap("viridis"))
+    lines = [(colour.to_rgba(elr), "-", None, group) for elr, group in groups.items()]
+    dashed = [(f"C{i % 10}", "--", *item) for i, item in enumerate(moving.items())]
+    for key, column in (("a", "train_loss"), ("b", "test_error"), ("c", "grad_norm")):
+        for tone, style, label, group in lines + dashed:
             epoch, middle, least, most = over_seeds(group, column)
-            label_of = group[0].name if style == "--" and not group[0].seed else None
-            axes[key].plot(epoch, middle, style, color=tone, label=label_of)
+            axes[key].plot(epoch, middle, style, color=tone, label=label)
             if len(group) > 1:
                 axes[key].fill_between(epoch, least, most, color=tone, alpha=0.2, lw=0)
-        axes[key].set(xlabel="epoch", title=label)
-        if any((run.log.get(column, np.zeros(1)) > 0).any() for run in runs):
-            axes[key].set_yscale("log")
+        axes[key].set(xlabel="epoch", title=f"({key}) {column.replace('_', ' ')}")
+        log_scale(axes[key], "y", [run.log[column] for run in runs if column in run.log])
     errors(axes["b"])
-    if moving:
+    if dashed:
         axes["a"].legend(fontsize=8, loc="lower left")
-    _phase_diagram(axes["d"], runs, lines)
+    _phase_diagram(axes["d"], runs, lines + dashed)
     fig.colorbar(colour, ax=axes["d"], label="ELR", pad=0.02)
-    _along_the_elr(axes["e"], groups, moving)
-    _angles(axes["f"], groups, moving)
+    paths = [(tone, run.log) for tone, _, _, group in dashed for run in group]
+    _along_the_elr(axes["e"], runs, groups, paths)
+    _angles(axes["f"], groups, paths)
     if name:
         fig.suptitle(name)
     save(fig, path)
 
 
-def tone_of(run, moving):
-    """One colour for all seeds of a run whose ELR moved."""
-    names = list(dict.fromkeys(other.name.split(" seed")[0] for other in moving))
-    return f"C{names.index(run.name.split(' seed')[0]) % 10}"
+def log_scale(ax, axis, columns):
+    """Logarithmic where there is something above 0 to show."""
+    if any((values > 0).any() for values in columns):
+        ax.set(**{f"{axis}scale": "log"})
 
 
 def over_seeds(group, column):
@@ -168,65 +167,47 @@ def over_seeds(group, column):
 
 
 def _phase_diagram(ax, runs, lines):
-    for tone, style, group in lines:
+    for tone, style, _, group in lines:
         gamma, loss = over_seeds(group, "grad_norm")[1], over_seeds(group, "train_loss")[1]
         ax.plot(gamma, loss, "." + style, color=tone, lw=0.8, ms=3)
         ax.plot(gamma[-1:], loss[-1:], "o", color=tone, ms=5, mec="black", mew=0.5, zorder=3)
-    with_gamma = [run.log for run in runs if "grad_norm" in run.log]
-    for log in [log for log in with_gamma if regimes.finished(log)[0] == 0]:
-        ax.plot(log["grad_norm"][0], log["train_loss"][0], "*", color="black", ms=9, zorder=4)
+    logs = [run.log for run in runs if "grad_norm" in run.log]
     ax.set(xlabel="effective gradient norm γ", ylabel="train loss (nats)")
-    ax.set_title("(d) phase diagram: ★ start, ○ end")
-    logs = [run.log.get(name, np.zeros(1)) for run in runs for name in ("grad_norm", "train_loss")]
-    if all(np.nanmax(values) > 0 for values in logs):
-        ax.set(xscale="log", yscale="log")
+    ax.set_title("(d) phase diagram, ○ the end")
+    log_scale(ax, "x", [log["grad_norm"] for log in logs])
+    log_scale(ax, "y", [log["train_loss"] for log in logs])
 
 
-def _along_the_elr(ax, groups, moving):
+def _along_the_elr(ax, runs, groups, paths):
     """Final loss (left) and errors (right) against ELR; of the runs whose ELR moved the path."""
     right, elrs, handles = ax.twinx(), list(groups), []
-    series = [(ax, "train_loss", "o-", "black", "train loss")]
-    series += [(right, "train_error", "s--", "#009E73", "train error")]
-    series += [(right, "test_error", "^:", "#D55E00", "test error")]
-    for axis, column, style, tone, label in series if groups else ():
+    series = [(ax, "train_loss", "o-", "black"), (right, "train_error", "s--", "#009E73")]
+    series.append((right, "test_error", "^:", "#D55E00"))
+    for axis, column, style, tone in series:
         values = [[run.final(column) for run in group] for group in groups.values()]
+        label = column.replace("_", " ")
         handles.append(spread(axis, elrs, values, style, color=tone, label=label))
-    for run in moving:
-        elr, loss, tone = run.log["elr"], run.log["train_loss"], tone_of(run, moving)
-        ax.plot(elr, loss, ".--", color=tone)
-        ax.plot(elr[0], loss[0], "*", color=tone, ms=11)
-        ax.plot(elr[-1], loss[-1], "o", color=tone, ms=6, mec="black")
-    runs = [run for group in groups.values() for run in group] + moving
-    if any(run.final("train_loss") > 0 for run in runs):
-        ax.set_yscale("log")
+    for tone, log in paths:
+        ax.plot(log["elr"], log["train_loss"], ".--", color=tone)
+        ax.plot(log["elr"][-1], log["train_loss"][-1], "o", color=tone, ms=6, mec="black")
+    log_scale(ax, "y", [run.log["train_loss"] for run in runs])
     ax.set(xscale="log", xlabel="ELR", ylabel="final train loss (nats)")
-    ax.set_title("(e) regimes along the ELR", pad=28)
+    ax.set_title("(e) regimes along the ELR; hatched: boundaries", pad=28)
     right.set(ylabel="final error", ylim=(-0.03, 1.03))
-    handles = [handle for handle in handles if handle is not None]
     if groups:
         edges = bands(ax, elrs, [majority(group)[0] for group in groups.values()])
-        paths = [elr for run in moving for elr in run.log["elr"] if elr > 0]
-        low, high = min([edges[0], *paths]), max([edges[-1], *paths])
-        ax.set_xlim(max(low, edges[0] / 30), min(high, edges[-1] * 30))
-        _boundaries(ax, runs)
+        if paths:
+            ax.set_xlim(edges[0] / 10, edges[-1] * 10)
+    for boundary in regimes.boundaries(runs):
+        if boundary.seen:
+            look = dict(facecolor="none", edgecolor="black", alpha=0.4, hatch="////", lw=0)
+            ax.axvspan(boundary.low, boundary.high, **look)
+    handles = [handle for handle in handles if handle is not None]
     below = dict(loc="upper right", bbox_to_anchor=(1.02, -0.1), ncol=3, frameon=False)
     ax.legend(handles=handles, fontsize=8, **below)
 
 
-def _boundaries(ax, runs):
-    try:
-        found = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
-    except ValueError:
-        return
-    for boundary in found:
-        look = dict(facecolor="none", edgecolor="black", alpha=0.4, hatch="////", lw=0)
-        ax.axvspan(boundary.low, boundary.high, **look)
-    if found:
-        brackets = [f"{boundary.low:.3g} – {boundary.high:.3g}" for boundary in found]
-        ax.set_title(f"(e) regimes along the ELR; hatched: {', '.join(brackets)}", pad=28)
-
-
-def _angles(ax, groups, moving):
+def _angles(ax, groups, paths):
     ax.set(xscale="log", yscale="log", xlabel="ELR")
     ax.set_title("(f) angular step φ at the end (radians)", pad=28)
     for angle in (0.05, 1.0):  # a single point would leave the axis without a height
@@ -235,9 +216,9 @@ def _angles(ax, groups, moving):
         values = [[run.final("angle") for run in group] for group in groups.values()]
         spread(ax, list(groups), values, "o-", color="black")
         bands(ax, list(groups), [majority(group)[0] for group in groups.values()])
-    for run in moving:
-        if "angle" in run.log:
-            ax.plot(run.log["elr"], run.log["angle"], ".--", color=tone_of(run, moving))
+    for tone, log in paths:
+        if "angle" in log:
+            ax.plot(log["elr"], log["angle"], ".--", color=tone)
 
 
 def of_toy(rows, alphas, path):
@@ -260,8 +241,8 @@ def of_toy(rows, alphas, path):
     axes["a"].axhline(total / 2, color="black", ls=":", label="chance, Σα/2")
     axes["a"].set_ylim(1e-4 * total, 2 * total)
     axes["b"].set_ylim(1e-5, 2)
-    for key, corner in (("a", "lower right"), ("b", "upper right")):
-        axes[key].legend(fontsize=8, loc=corner)
+    for ax in axes.values():
+        ax.legend(fontsize=8)
     fig.suptitle("toy, α = " + ", ".join(f"{a:g}" for a in alphas))
     save(fig, path)
 
@@ -273,18 +254,15 @@ def of_landscape(lines, path, name):
     elrs = sorted({line["elr"] for line in lines})
     groups = [[line for line in lines if line["elr"] == elr] for elr in elrs]
     names = [most_frequent(group) for group in groups]
-    errors_of = dict(test_error="at the end", then_test_error="after the drop")
-    errors_of |= dict(avg_test_error="averaged", then_avg_test_error="after the drop, averaged")
-    sharpness_of = dict(sharpness="at the end", then_sharpness="after the drop")
     panels = {
-        "a": ("test error", errors_of),
-        "b": ("sharpness λ_max on the unit sphere", sharpness_of),
-        "c": ("barrier (train loss)", dict(barrier_to_next="to the next ELR's run")),
+        "a": ("test error", "test_error then_test_error avg_test_error then_avg_test_error"),
+        "b": ("sharpness λ_max on the unit sphere", "sharpness then_sharpness"),
+        "c": ("barrier (train loss)", "barrier_to_next"),
     }
     for key, (label, columns) in panels.items():
-        for (column, what), style in zip(columns.items(), ("o-", "s--", "^:", "d-."), strict=False):
+        for column, style in zip(columns.split(), ("o-", "s--", "^:", "d-."), strict=False):
             values = [[line[column] for line in group] for group in groups]
-            spread(axes[key], elrs, values, style, label=what)
+            spread(axes[key], elrs, values, style, label=column.replace("_", " "))
         bands(axes[key], elrs, names)
         axes[key].set(xlabel="ELR of the first run")
         axes[key].set_title(f"({key}) {label}", pad=28)
@@ -313,12 +291,10 @@ def of_barrier(ways, path, name):
 
 
 def main(argv=None):
-    text = "Draw regimes.png of a folder of logs again, or of several together."
-    parser = regimes.Parser(prog="figures.py", description=text)
-    text = "folder of logs, or log"
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=text)
-    text = "where regimes.png goes (default: the first folder)"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
+    parser = regimes.Parser(prog="figures.py", description="Draw regimes.png of logs again.")
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="folders of logs, or logs")
+    add("--out", type=Path, metavar="DIR", help="for regimes.png (default: the first folder)")
     args = parser.parse_args(argv)
     out = args.out or args.paths[0]
     if not out.is_dir():

@@ -1,15 +1,13 @@
 """Name the training regime of each run from its CSV log.
 
     python regimes.py logs/digits-convnet                a folder: table, boundaries
-    python regimes.py log.csv --chance 2.303 0.9         Keras, ten classes
+    python regimes.py log.csv --chance 2.303             Keras, ten classes
     python regimes.py metrics.csv                        Lightning
-    python regimes.py export.csv --columns epoch=Step    W&B; most names are known
+    python regimes.py export.csv --columns epoch=Step    W&B; most are known
 
-A run converges if its loss surely keeps falling, or is next to nothing. It diverges if neither
-error nor loss can be told from a random point's of the sphere. It is in equilibrium if one of them
-can, the loss is level and the start forgotten. Else it is undecided.
-
-Regimes: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695).
+Convergence: the loss surely keeps falling, or is next to nothing. Divergence: neither error nor
+loss can be told from chance. Equilibrium: one of them can, and the loss is level. Kodryan et
+al., NeurIPS 2022 (arXiv 2209.03695).
 """
 
 import argparse
@@ -30,20 +28,20 @@ from typing import NamedTuple
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
-USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error".split(), "")
-USUAL["epoch"] = "epoch step global_step iteration index"  # what others call it, the best first
+USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
+# What others call them, the best first; of "my-run - train/loss" it is "loss".
+USUAL["epoch"] = "epoch step _step global_step iteration index"
 USUAL["train_loss"] = "loss_epoch loss loss_step"
-USUAL["train_accuracy"] = "accuracy acc"
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
 
-MIN_TAIL = 4  # rows of the tail: with fewer the interval of no slope is finite
+MIN_TAIL = 4  # rows of the last half: with fewer the interval of no slope is finite
 NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried went on falling
 STEEP = -0.5  # slope of a falling loss: 1/epoch has −1, a level 0
 FLAT = 0.1  # slopes this small change a loss by 7 % while the epochs double
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
 TURN = 1.0  # radians: a walk that has turned less remembers its start
 BLOCKS = 600  # whose means stand for more than twice as many rows
-Z99 = 2.576  # standard normal quantile of a two-sided 99 % interval
+Z99 = 2.576  # normal quantile of a two-sided 99 % interval
 
 
 @dataclass
@@ -56,7 +54,13 @@ class Skill:
 
     @property
     def told(self):
-        return self.value - Z99 * self.error >= FLOORS[self.of]
+        """Whether it is better than chance; None where noise hides that."""
+        floor, margin = FLOORS[self.of], Z99 * self.error
+        if self.value - margin >= floor:
+            return True
+        if self.value >= floor or (self.error > floor and self.value + margin > floor):
+            return None
+        return False
 
     def __str__(self):
         return f"{self.of[6:]} {self.value:.0%} ± {self.error:.1%} better than chance"
@@ -73,8 +77,7 @@ class Trend(NamedTuple):
         return no_trend and self.slope >= STEEP
 
     def __str__(self):
-        text = f"slope {self.slope:+.2f}, 99 % interval {self.low:+.2f} to {self.high:+.2f}"
-        return text.replace("inf", "∞")
+        return f"slope {self.slope:+.2f}, 99 % interval {self.low:+.2f} to {self.high:+.2f}"
 
 
 @dataclass
@@ -91,127 +94,114 @@ class Verdict:
     moves: bool = False
 
     def __str__(self):
-        return f"{title(self.regime)}: {self.why}"
-
-    @property
-    def skill(self):
-        """The first that is told from chance, else the first."""
-        none = Skill("", math.nan, math.nan)
-        return max(self.skills, key=lambda skill: skill.told, default=none).value
+        if self.moves:
+            return self.why
+        more = f"; {self.more_epochs} epochs may decide" if self.more_epochs else ""
+        return f"{title(self.regime)}: {self.why}{more}"
 
 
 def classify(log, chance=None):
     """The regime of one run.
 
     log      columns, a row per epoch: `epoch`, `train_loss` in nats; where there are `train_error`
-             or `train_accuracy` in [0, 1], `step`, `angle` in radians
+             in [0, 1], `step`, `angle` in radians
     chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}, at n
              random points of the sphere; without it a row before training stands in
     """
     loss = log["train_loss"]
-    good = np.isfinite(loss)
-    if len(loss) and not good[-1]:
-        return Verdict(why=f"stopped in epoch {log['epoch'][-1]:g}: the loss is not finite")
-    if (loss < 0).any():
-        first = log["epoch"][loss < 0][0]
-        return Verdict(why=f"the loss is negative in epoch {first:g}: no logarithm")
+    for bad, what in ((~np.isfinite(loss), "not finite"), (loss < 0, "negative: no logarithm")):
+        if bad.any():
+            return Verdict(why=f"in epoch {log['epoch'][bad][0]:g} the loss is {what}")
     elrs = [elr for elr in log.get("elr", []) if math.isfinite(elr)]
     if elrs and max(elrs) - min(elrs) > 1e-6 * max(elrs):
-        why = f"the ELR moved from {elrs[0]:.3g} to {elrs[-1]:.3g}, and a regime needs a fixed one"
-        return Verdict(why=why, moves=True)
-    log = {name: x[good] for name, x in (log | {"epoch": finished(log)}).items()}
-    epoch, loss = log["epoch"], log["train_loss"]
-    last = epoch[-1] if len(epoch) else 0
-    n = (epoch > last / 2).sum()
-    verdict = Verdict(more_epochs=max(2 * MIN_TAIL, 2 * math.ceil(last)))
+        return Verdict(why=f"ELR {elrs[0]:.3g} to {elrs[-1]:.3g}, not a fixed one", moves=True)
+
+    epoch, verdict = finished(log), Verdict()
+    late = epoch > epoch[-1] / 4  # the last three quarters; their last n rows are the last half
+    n = (epoch > epoch[-1] / 2).sum()
     note = verdict.notes.append
-    if not good.all():
-        note(f"{(~good).sum()} rows without a finite loss left out")
-    unknown = np.full(len(loss), math.nan)
-    accuracy = log.get("train_accuracy", unknown)
-    if "train_error" not in log and (accuracy <= 1).all():
-        log["train_error"] = 1 - accuracy
-        note("train_error is 1 − train_accuracy")
+    more = max(2 * MIN_TAIL, 2 * math.ceil(epoch[-1]))
     if n < MIN_TAIL:
-        least = f"it takes {verdict.more_epochs} epochs at least"
-        verdict.why = f"too short: {n} rows in the last half; {least}"
-        return verdict
+        return Verdict(why=f"too short: {n} rows in the last half", more_epochs=more)
     if chance is None and epoch[0] == 0:
         chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
         note("no chance reference: the row of epoch 0 stands in")
-    chance = chance or {}
-    # The last three quarters of the epochs, of which the last n rows are the last half.
-    longer = epoch > last / 4
-    x = np.log(epoch[longer])
-    for name in FLOORS:
-        values = log.get(name, unknown)[longer]
-        known = name == "train_loss" or ((values >= 0) & (values <= 1)).all()  # not in percent
-        if known and name in chance and chance[name]["mean"] > 0:
-            verdict.skills.append(_skill(name, x, values, n, chance))
-        elif name == "train_error":
-            note(f"no {'chance of ' if known else ''}train_error: skill from the loss")
+    log = {name: values[late] for name, values in log.items()} | {"epoch": epoch[late]}
+
+    verdict.skills = _skills(log, n, chance or {})
+    if "train_error" not in [skill.of for skill in verdict.skills]:
+        note("no train_error: skill from the loss")
     if "angle" in log and "step" in log:
         verdict.turn = log["angle"][-n:].mean() * math.sqrt(max(log["step"][-1], 0))
-    else:
+    if math.isnan(verdict.turn):
         note("no angle or step: not asked whether the run has left its start")
-    y = np.log(np.maximum(loss, 1e-38 * loss.max() or 1.0))[longer]  # 0 has no logarithm
+    least = 1e-38 * loss.max() or 1.0  # 0 has no logarithm
+    x, y = np.log(log["epoch"]), np.log(np.maximum(log["train_loss"], least))
     verdict.trend = theil_sen(x[-n:], y[-n:])
     level = chance["train_loss"]["mean"] if chance else math.nan
     verdict.regime, verdict.why = _decide(verdict, theil_sen(x, y), loss[-n:], level)
-    if verdict.regime == "undecided":
-        verdict.why += f"; {verdict.more_epochs} epochs may decide"
+    if verdict.regime == "undecided" and verdict.skills:
+        verdict.more_epochs = more
     return verdict
 
 
-def finished(log):
-    """Epochs finished. A row of epoch 0 is before training only where `step` says 0: Keras and
-    others count from 0."""
-    epoch = log["epoch"]
-    if len(epoch) > 1 and epoch[0] == 0 and log.get("step", [1])[0] != 0:
-        return epoch + epoch[1]
-    return epoch
-
-
 def _decide(verdict, longer, loss, chance):
-    """Regime and why. Slow noise may look like a trend, or hide one: so `longer`, that of the last
-    three quarters, is asked, too."""
+    """Regime and why. `loss`: of the last half, and by chance. Slow noise may look like a trend, or
+    hide one: so `longer`, that of the last three quarters, is asked, too."""
     trend, skills = verdict.trend, verdict.skills
+    told = [skill for skill in skills if skill.told]
+    better = " and ".join(map(str, told[:1] or skills))
+
     if np.median(loss) < NEGLIGIBLE * chance:
         share = loss.mean() / chance
         return "convergence", f"the loss has fallen to {share:.2%} of chance ({trend})"
     if np.median(loss) == 0 or not loss[-MIN_TAIL:].any():
         return "convergence", "the loss has reached 0"
-    falls = trend.high < 0 and trend.slope < STEEP and longer.slope < STEEP
-    if falls and (not skills or any(skill.value >= Z99 * skill.error for skill in skills)):
+    steep = trend.high < 0 and trend.slope < STEEP and longer.slope < STEEP
+    if steep and (not skills or any(skill.value >= Z99 * skill.error for skill in skills)):
         return "convergence", f"the loss keeps falling ({trend}), now at {loss[-1]:.3g}"
+
     if not skills:
         return "undecided", f"equilibrium and divergence look alike without --chance ({trend})"
-    told = [skill for skill in skills if skill.told]
-    better = " and ".join(map(str, told[:1] or skills))
     if verdict.turn < TURN:
-        walk = f"a random walk of its steps covers {verdict.turn:.2g} rad"
-        return "undecided", f"{better}, but {walk}: it has hardly left its start"
+        return "undecided", f"{better}, but has hardly left its start ({verdict.turn:.2g} rad)"
+
     if told and (trend.level or longer.level):
         return "equilibrium", f"{better}, and the loss stays at about {loss.mean():.3g} ({trend})"
-    falling = trend.high < 0 and trend.slope < -FLAT and max(skill.value for skill in skills) > 0
-    if told or falling:
+    falls = trend.high < 0 and trend.slope < -FLAT and max(skill.value for skill in skills) > 0
+    if told or falls:
         return "undecided", f"{better}, but the loss is not level ({trend})"
     for skill in skills:
-        floor = FLOORS[skill.of]
-        noisy = skill.error > floor and skill.value + Z99 * skill.error > floor
-        if noisy or skill.value >= floor:
+        if skill.told is None:
             return "undecided", f"too noisy to tell from chance: {skill}"
     return "divergence", f"no better than chance: {better}"
 
 
-def _skill(name, x, values, n, chance):
-    # Around a line: a curve through few rows would take slow noise for a trend.
-    residual, inflation = _around_trend(x, values, degree=1)
-    own = residual.std(ddof=2) * math.sqrt(inflation / n)
-    own *= 1 + 3 / n  # Student's quantiles are farther out
-    mean, points = chance[name]["mean"], chance.get("points", 1)
-    error = math.hypot(own, chance[name]["std"] / math.sqrt(points))
-    return Skill(name, 1 - values[-n:].mean() / mean, error / mean)
+def _skills(log, n, chance):
+    """Of error and loss over the last n rows, where chance is known; what is told first."""
+    skills = []
+    for name in FLOORS:
+        values = log.get(name)
+        if values is None or name not in chance or not chance[name]["mean"] > 0:
+            continue
+        if name == "train_error" and not ((values >= 0) & (values <= 1)).all():  # in percent
+            continue
+        # Around a line: a curve through few rows would take slow noise for a trend.
+        residual, inflation = _around_trend(np.log(log["epoch"]), values, degree=1)
+        own = residual.std(ddof=2) * math.sqrt(inflation / n)
+        own *= 1 + 3 / n  # Student's quantiles are farther out
+        mean, std = chance[name]["mean"], chance[name]["std"]
+        error = math.hypot(own, std / math.sqrt(chance.get("points", 1)))
+        skills.append(Skill(name, 1 - values[-n:].mean() / mean, error / mean))
+    return sorted(skills, key=lambda skill: not skill.told)
+
+
+def finished(log):
+    """Epochs finished: a row of epoch 0 is before training only where `step` says 0."""
+    epoch = log["epoch"]
+    if len(epoch) > 1 and epoch[0] == 0 and log.get("step", [1])[0] != 0:
+        return epoch + epoch[1]
+    return epoch
 
 
 def theil_sen(x, y):
@@ -251,21 +241,23 @@ def title(regime):
 
 @dataclass
 class Run:
-    """A log (column → array), its verdict; `problem`: what was wrong with it."""
+    """A log (column → array) and its verdict."""
 
     path: Path
     elr: float
     seed: int
     log: dict
     verdict: Verdict
-    problem: str = ""
 
     @property
     def name(self):
         return self.path.stem.replace("=", " ").replace(".seed", " seed")
 
+    def __str__(self):
+        return f"{self.name}: {'; '.join([str(self.verdict), *self.verdict.notes])}"
+
     def final(self, column):
-        """Mean of a column over the last tenth of the rows."""
+        """Mean of a column over its last tenth."""
         values = self.log.get(column, np.array([math.nan]))
         return float(values[-max(1, len(values) // 10) :].mean())
 
@@ -275,97 +267,76 @@ def elr_name(elr):
 
 
 def read_log(path, columns=None):
-    """A CSV log as columns, rows of one epoch joined; what is wrong with its last row, or "".
-    `columns`: ours → theirs. Raises ValueError, in one line, where it is no log."""
-    line, problem, table, last = 1, "", {}, 0.0
+    """The columns of a CSV log that we know, rows of one epoch joined; whether its last row is cut
+    off, and left out. `columns`: ours → theirs. Raises ValueError where it is no log."""
+    line, cut, last, joined = 1, False, 0.0, {}
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-        lines = ["" if line.startswith("#") else line for line in lines]
-        delimiter = max(",;\t", key=next(filter(None, lines), "").count)
-        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+        reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
         rows = filter(None, reader)
-        header = [cell.strip() for cell in next(rows, [""])]
-        at, ours = _places(header, columns or {})
+        header = [cell.strip() for cell in next(rows, [])]
+        places = _places(header, columns or {})
         for row in rows:
             line = reader.line_num
-            if len(row) < len(header) and not any(rows):
-                problem = f"{path}: the last row (line {line}) is cut off and left out"
+            cut = len(row) < len(header) and not any(rows)
+            if cut:
                 break
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells, the header has {len(header)}")
-            values = tuple(_number(cell, i in ours) for i, cell in enumerate(row))
-            epoch, loss = values[at["epoch"]], values[at["train_loss"]]
-            if epoch is None and loss is None:
+            cells = {name: row[i] for name, i in places.items() if row[i].strip()}
+            numbers = {name: float(cell) for name, cell in cells.items()}
+            if not numbers.keys() & {"epoch", "train_loss"}:
                 continue
-            if epoch is None or not last <= epoch < math.inf:
+            epoch = numbers.get("epoch", math.nan)
+            if not last <= epoch < math.inf:
                 raise ValueError("no epoch, or not the next one: one run, in order")
-            if epoch in table:
-                old = table[epoch]
-                if None not in (loss, old[at["train_loss"]]):
-                    again = f"epoch {epoch:g} again: keep one row of each"
-                    raise ValueError(f"{again}, or count by --columns epoch=step")
-                both = zip(values, old, strict=True)
-                values = tuple(before if new is None else new for new, before in both)
-            table[epoch], last = values, epoch
+            before, last = joined.setdefault(epoch, {}), epoch
+            if "train_loss" in before and "train_loss" in numbers:
+                raise ValueError(f"epoch {epoch:g} again: drop a row, or say --columns epoch=step")
+            before.update(numbers)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: line {line}: {error}") from None
-    whole = [values for values in table.values() if values[at["train_loss"]] is not None]
+        raise ValueError(f"{path}: line {line}: {str(error)[:400]}") from None
+    whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
     if not whole:
-        raise ValueError(f"{path}: a header, but no whole row with a loss")
-    table = np.array(whole, float).T  # nan where a cell is empty
-    return {name: table[i] for name, i in at.items()}, problem
-
-
-def _number(cell, ours):
-    try:
-        return float(cell.replace("_", "?"))  # Python reads 1_0 as 10
-    except ValueError:
-        if ours and cell.strip().lower() not in ("", "-", "na", "n/a", "none", "null"):
-            raise ValueError(f"{cell[:40]!r} is not a number such as 1234.5") from None
-        return None
+        raise ValueError(f"{path}: no row with a loss")
+    log = {name: [numbers.get(name, math.nan) for numbers in whole] for name in places}
+    return {name: np.array(values) for name, values in log.items()}, cut
 
 
 def _places(header, columns):
-    """Where each column is, by its own name and by ours; which of them are ours."""
-    at = {name: i for i, name in enumerate(header)}
-    for name in filter(None, header):
-        if header.count(name) > 1:
-            raise ValueError(f"two columns are called {name!r}")
-    if "train_runtime" in at:  # Hugging Face's train_loss is one number, at the end
+    """Where each of our columns is."""
+    if "train_runtime" in header:  # Hugging Face's train_loss is one number, at the end
         columns = {"train_loss": "loss"} | columns
-    plain, found = [], {}
-    for name in header:  # W&B: "my-run - train/loss"; pandas does not name the index
-        name = re.sub(r"\W+", "_", name.rpartition(" - ")[2].lower()).strip("_")
-        plain.append(name.removeprefix("train_") or "index")
+    plain, places = [], {}
+    for name in header:
+        name = re.sub(r"\W+", "_", name.rpartition(" - ")[2].lower())
+        plain.append(name.removeprefix("train_") or "index")  # pandas does not name it
     for ours, usual in USUAL.items():
         asked = columns.get(ours, ours)
-        same = [at[asked]] if asked in at else []
+        found = [i for i, name in enumerate(header) if name == asked]
         for name in [] if ours in columns else usual.split():
-            same = same or [i for i, other in enumerate(plain) if other == name]
-        if len(same) > 1 and ours != "epoch":
-            which = " or ".join(header[i] for i in same)
-            raise ValueError(f"is it {which}? Say --columns {ours}=COLUMN")
-        if same:
-            found[ours] = same[0]
-        elif ours in columns or ours in ("epoch", "train_loss"):
-            have = ", ".join(header)[:200]
-            raise ValueError(f"no column {asked} in {have}: say --columns {ours}=COLUMN")
-    return at | found, set(found.values())
+            found = found or [i for i, other in enumerate(plain) if other == name]
+        if len(found) == 1:
+            places[ours] = found[0]
+        elif found or usual or ours in columns:
+            what = f"{len(found) or 'no'} columns {asked} in {', '.join(header)}"
+            raise ValueError(f"{what}: say --columns {ours}=COLUMN")
+    return places
 
 
 def read_chance(folder):
     """The chance references in a folder's config.json, by seed. Raises ValueError if damaged."""
     path = folder / "config.json"
+    if not path.exists():
+        return {}
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
             numbers = [x for name in FLOORS for x in reference[name].values()]
             if not all(0 <= x < math.inf for x in [reference["points"] - 1, *numbers]):
                 raise ValueError
-    except FileNotFoundError:
-        return {}
     except Exception:  # damaged JSON can fail anywhere
         raise ValueError(f"{path} is damaged: it has no chance reference") from None
     return chance
@@ -373,44 +344,36 @@ def read_chance(folder):
 
 def read_run(path, chance, columns=None):
     """Read and classify a log. `chance`: references by seed, or under "" one for all."""
-    log, problem = read_log(path, columns)
-    named = re.search(r"elr=([0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)", path.name)
-    elr = float(named[1]) if named else math.nan
+    log, _ = read_log(path, columns)
+    elr = re.search(r"elr=(\d+(\.\d+)?(e[+-]?\d+)?)", path.name)
+    elr = float(elr[1]) if elr else math.nan
     if "elr" in log:
         elr = float(log["elr"][0])
-    seed = re.search(r"seed=([0-9]{1,18})", path.name)
+    seed = re.search(r"seed=(\d{1,18})", path.name)
     seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed), chance.get("")))
     if not 0 < elr < math.inf or verdict.moves:
         elr = math.nan
-    return Run(path, elr, seed, log, verdict, problem)
+    return Run(path, elr, seed, log, verdict)
 
 
 def gather(paths, columns=None, chance=None):
     """The runs of these folders and logs, by ELR and seed, and what was wrong with them. `chance`:
-    not that in config.json."""
+    instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        if path.is_dir():
-            found = sorted(path.glob("*.csv"))
-            logs += [x for x in found if not any(map(x.match, OURS))]
-        else:
-            logs.append(path)
+        inside = [log for log in sorted(path.glob("*.csv")) if not any(map(log.match, OURS))]
+        logs += inside if path.is_dir() else [path]
     if not logs:
-        problems.append(f"{paths[0]}: no logs here; a log has the columns epoch and train_loss")
+        problems.append(f"{paths[0]}: no logs here")
     for path in logs:
-        known = {}
         try:
             known = {"": chance} if chance else read_chance(path.parent)
-        except ValueError as error:
-            problems.append(str(error))
-        try:
             runs.append(read_run(path, known, columns))
-            problems.append(runs[-1].problem)
         except ValueError as error:
             problems.append(str(error))
     runs.sort(key=lambda run: (math.isnan(run.elr), run.elr, run.seed))
-    return runs, [problem for problem in dict.fromkeys(problems) if problem]
+    return runs, list(dict.fromkeys(problems))
 
 
 def read_folder(folder):
@@ -429,8 +392,7 @@ def by_elr(runs):
 def majority(runs):
     """The regime of over half of the runs, else undecided; the largest share."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
-    share = n / len(runs)
-    return (regime, share) if share > 0.5 else ("undecided", share)
+    return regime if 2 * n > len(runs) else "undecided", n / len(runs)
 
 
 @dataclass
@@ -447,34 +409,24 @@ class Boundary:
         return self.low < self.high
 
     def __str__(self):
-        where = "not seen"
-        if self.seen:
-            where = f"{self.low:.4g} to {self.high:.4g} (×{self.high / self.low:.3g})"
-        elif self.high > 0:
-            where = f"below {self.high:.3g}"
-        elif self.low > 0:
-            where = f"above {self.low:.3g}"
-        return f"{title(self.left)} | {title(self.right)}: {where}"
+        where = f"{self.low:.4g} to {self.high:.4g}".replace("nan", "–")
+        factor = f"×{self.high / self.low:.3g}" if self.seen else "not seen"
+        return f"{title(self.left)} | {title(self.right)}: {where} ({factor})"
 
 
 def boundaries(runs):
-    """Of a sweep, by the majority of seeds. Raises ValueError if regimes are out of order."""
-    decided = [(elr, majority(group)[0]) for elr, group in by_elr(runs).items()]
-    decided = [(elr, name) for elr, name in decided if name in ORDER]
-    for (elr, name), (after, then) in pairwise(decided):
-        if ORDER[then] < ORDER[name]:
-            raise ValueError(f"out of order: {name} at ELR {elr:.3g}, but {then} at {after:.3g}")
+    """Of a sweep, by the majority of seeds."""
+    ranks = {elr: ORDER.get(majority(group)[0], math.nan) for elr, group in by_elr(runs).items()}
     found = []
-    for left, right in pairwise(ORDER):
-        below = [elr for elr, name in decided if ORDER[name] <= ORDER[left]]
-        above = [elr for elr, name in decided if ORDER[name] > ORDER[left]]
+    for left, right in pairwise(ORDER):  # undecided: rank nan, on no side
+        below = [elr for elr, rank in ranks.items() if rank <= ORDER[left]]
+        above = [elr for elr, rank in ranks.items() if rank > ORDER[left]]
         found.append(Boundary(left, right, [math.nan, *below][-1], [*above, math.nan][0]))
     return found
 
 
-COLUMNS = "elr seed regime skill slope train_loss train_error test_error grad_norm angle epochs"
-COLUMNS = COLUMNS.split()
-MEDIANS = COLUMNS[3:-1]
+MEDIANS = "skill slope train_loss train_error test_error grad_norm angle".split()
+COLUMNS = ["elr", "seed", "regime", *MEDIANS, "epochs"]
 
 
 def rows(runs):
@@ -482,14 +434,16 @@ def rows(runs):
     found = []
     for run in sum(by_elr(runs).values(), []):
         verdict = run.verdict
-        values = [run.elr, run.seed, verdict.regime, verdict.skill, verdict.trend.slope]
+        skill = verdict.skills[0].value if verdict.skills else math.nan
+        values = [run.elr, run.seed, verdict.regime, skill, verdict.trend.slope]
         values += [run.final(name) for name in MEDIANS[2:]]
         found.append(dict(zip(COLUMNS, [*values, int(finished(run.log)[-1])], strict=True)))
     return found
 
 
 def table(runs):
-    """The sweep as text: per ELR the regime, its share of the seeds, medians over them."""
+    """The sweep as text: per ELR the regime, its share of the seeds, medians over them; below, the
+    runs without an ELR."""
     lines, groups = [], by_elr(runs)
     for elr, group in groups.items():
         regime, share = majority(group)
@@ -502,28 +456,8 @@ def table(runs):
     if groups:
         heads = [f"{name.replace('_', ' '):>12}" for name in MEDIANS]
         lines.insert(0, f"{'ELR':>10}  {'regime':<20}seeds{''.join(heads)}")
-        try:
-            lines += map(str, boundaries(runs))
-        except ValueError as error:
-            lines.append(f"no boundaries: {error}")
-    return "\n".join(lines + [f"{run.name}: {way(run, runs)}" for run in runs if run.verdict.moves])
-
-
-def way(run, runs):
-    """The regimes that a run went through whose ELR moved: those of the sweep's nearest ELRs."""
-    elrs = run.log["elr"]
-    text = f"ELR {elrs[0]:.3g} to {elrs[-1]:.3g}"
-    sweep = {elr: title(majority(group)[0]) for elr, group in by_elr(runs).items()}
-    if not sweep:
-        return f"{text}; a sweep beside it names the regimes"
-    parts = [""]
-    for epoch, elr in zip(run.log["epoch"], elrs, strict=True):
-        name = "outside the sweep"
-        if min(sweep) <= elr <= max(sweep):
-            name = sweep[min(sweep, key=lambda other: abs(math.log(other / elr)))]
-        if not parts[-1].startswith(name):
-            parts.append(f"{name} from epoch {epoch:g}")
-    return f"{text}: {', '.join(parts[1:])}"
+        lines += map(str, boundaries(runs))
+    return "\n".join(lines + [str(run) for run in runs if math.isnan(run.elr)])
 
 
 def csv_lines(rows):
@@ -546,26 +480,26 @@ def temporary(path):
 
 def write_whole(path, content):
     """Whole or not at all: beside it, then renamed."""
+    beside = temporary(path)
     try:
-        with open(temporary(path), "wb") as file:
+        with open(beside, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary(path), path)
-    except BaseException:
-        temporary(path).unlink(missing_ok=True)
-        raise
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line."""
+    """Errors are one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def finish(main):
-    """Exit as `main` says; silently where the reader has gone away (| head)."""
+    """Exit as `main` says; silently if the reader is gone (| head)."""
     try:
         status = main()
         sys.stdout.flush()
@@ -580,28 +514,28 @@ def main(argv=None):
     parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    add("--explain", action="store_true", help="also each verdict's reasons")
-    text = f"names of columns; ours are {', '.join(USUAL)}"
+    ours = ", ".join(USUAL)
+    text = f"names of columns; ours are {ours}"
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
     text = "of random weights; for C classes mostly above a uniform prediction's ln C and 1 − 1/C"
     add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
-    columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    if not columns.keys() <= USUAL.keys():
-        parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, of {', '.join(USUAL)}")
+    pairs = [word.partition("=")[::2] for word in args.columns]
+    columns = dict(pairs)
+    if len(columns) < len(pairs) or not columns.keys() <= USUAL.keys() or "" in columns.values():
+        parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, each once of {ours}")
     of_loss, of_error = (*args.chance, 1.0, 1.0)[:2]
     if len(args.chance) > 2 or not (0 < of_loss < math.inf and 0 < of_error <= 1):
-        parser.error("argument --chance: it takes LOSS above 0, and ERROR above 0, at most 1")
+        parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
     given = zip(("train_loss", "train_error"), args.chance, strict=False)
     chance = {name: {"mean": mean, "std": 0.0} for name, mean in given}
     runs, problems = gather(args.paths, columns, chance)
-    alone = [run for run in runs if math.isnan(run.elr) and not run.verdict.moves]
-    if len(alone) < len(runs):
-        print(table(runs))
-        if len(args.paths) == 1 and args.paths[0].is_dir():
-            write_csv(args.paths[0] / "regimes.csv", rows(runs))
-    for run in runs if args.explain else alone:
-        print(f"{run.name}: {'; '.join([str(run.verdict), *run.verdict.notes])}")
+    whole = any(path.is_dir() for path in args.paths)
+    text = table(runs) if whole else "\n".join(map(str, runs))
+    if text:
+        print(text)
+    if whole and len(args.paths) == 1 and runs:
+        write_csv(args.paths[0] / "regimes.csv", rows(runs))
     for problem in problems:
         print(f"regimes.py: error: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -6,11 +6,11 @@ F(θ) = Σ α_i x_i²/(x_i² + y_i²), with all groups (x_i, y_i) on one sphere,
 group is scale invariant, as a layer is. Gradient descent can converge if and only if the ELR η̃ is
 below η̃* = 1/Σα; a random point has E F = Σα/2. Above η̃* there is an orbit of period 2:
 
-    A group's own ELR is η̃_i = η̃/r_i². Its step turns it onto its mirror image, x_i/y_i → −x_i/y_i,
-    if 2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
+    A group's own ELR is η̃_i = η̃/r_i². A step mirrors it, x_i/y_i → −x_i/y_i, if
+    2F_i = α_i − 1/η̃_i. All groups must grow alike, so r_i² = α_i/Σα, hence 1/η̃_i = α_i η̃*/η̃:
     F_i = (α_i/2)(1 − η̃*/η̃),    F = (Σα − 1/η̃)/2,    skill = 1 − F/(Σα/2) = η̃*/η̃.
 
-Means over a run are these to five digits up to 1.5 η̃*; above, the path is chaotic. Source: Kodryan
+Means over a run are these to five digits up to 1.5 η̃*; above, the path is chaotic. Kodryan
 et al., NeurIPS 2022 (arXiv 2209.03695); the orbit is ours.
 """
 
@@ -22,10 +22,10 @@ import numpy as np
 import figures
 import regimes
 
-ROWS = 200  # of a run's log
+ROWS = 200  # of a log
 
 
-def step(theta, alphas, elr):
+def descend(theta, alphas, elr):
     """One step of all runs: theta [..., groups, 2] of norm 1, elr [..., 1, 1]. Returns the new
     theta, F_i [..., groups] before the step, and its angle φ [...]."""
     x, y = theta[..., 0], theta[..., 1]
@@ -46,13 +46,13 @@ def simulate(alphas, elrs, seeds, steps):
     theta = np.tile(np.stack(starts), (len(elrs), 1, 1, 1))  # [elrs, seeds, groups, 2]
     theta /= np.sqrt((theta * theta).sum((-1, -2), keepdims=True))
     elr = np.array(elrs)[:, None, None, None]
-    first = step(theta, alpha, elr)[1].sum(-1)
+    first = descend(theta, alpha, elr)[1].sum(-1)
     ends = np.linspace(0, steps, min(ROWS, steps) + 1).astype(int)
     losses, angles = [first], [np.zeros_like(first)]
     for begin, end in zip(ends, ends[1:], strict=False):
         loss, angle = 0.0, 0.0
         for _ in range(begin, end):
-            theta, of_groups, turn = step(theta, alpha, elr)
+            theta, of_groups, turn = descend(theta, alpha, elr)
             loss, angle = loss + of_groups.sum(-1), angle + turn
         losses.append(loss / (end - begin))
         angles.append(angle / (end - begin))
@@ -78,12 +78,12 @@ def row_of(run, total):
 
 
 def main(argv=None):
-    text = "The paper's toy at many ELRs, beside its exact theory: toy.csv, toy.png."
+    text = "The paper's toy, beside its theory: toy.csv, toy.png."
     parser = regimes.Parser(prog="toy.py", description=text)
     add = parser.add_argument
     add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument
-    which("--elr", nargs="+", type=float, help="these ELRs")
+    which("--elr", nargs="+", type=float, help="ELRs")
     how = dict(nargs=3, type=float, default=[1e-2, 1e2, 13], metavar=("LO", "HI", "N"))
     which("--sweep", **how, help="log-spaced (default: 1e-2 1e2 13)")
     add("--seeds", type=int, default=1, metavar="K", help="starts (default: 1)")

@@ -288,8 +288,6 @@ def train(options, data, pair, tell, patient):
             if run.verdict.regime == "undecided":
                 more = min(run.verdict.more_epochs or 0, options.max_epochs or 0)
         text = str(run.verdict)
-        if run.verdict.moves:
-            text = regimes.way(run, regimes.read_folder(options.out))
         text += f"; test error {run.log['test_error'][-1]:.3f}"
         if options.then:
             init = runs.load_checkpoint(pt, None, options.device)

@@ -5,11 +5,8 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +23,7 @@ CHANCE = {
     "train_loss": {"mean": 6.0, "std": 1.0},
     "train_error": {"mean": 0.9, "std": 0.08},
 }
-DRAWS = 100
+DRAWS = 50
 
 
 def noise(rng, n, sd, r):
@@ -98,43 +95,23 @@ EXPERT = [
 
 
 @pytest.mark.parametrize(("kind", "expected"), EXPERT, ids=lambda x: getattr(x, "__name__", x))
-def test_the_verdict_is_the_experts_in_98_of_100_draws(kind, expected):
+def test_the_verdict_is_the_experts_in_49_of_50_draws(kind, expected):
     rng = np.random.default_rng(0)
     verdicts = []
     for _ in range(DRAWS):
         t = np.arange(1, rng.integers(60, 200) + 1, dtype=float)
         verdicts.append(classify(with_error(rng, kind(rng, t)), CHANCE))
     wrong = [v for v in verdicts if v.regime != expected]
-    assert len(wrong) <= 2, wrong[:5]
-
-
-@pytest.mark.parametrize(("kind", "expected"), EXPERT, ids=lambda x: getattr(x, "__name__", x))
-def test_one_nan_row_changes_nothing_but_a_note(kind, expected):
-    rng = np.random.default_rng(0)
-    right = 0
-    for _ in range(DRAWS):
-        log = with_error(rng, kind(rng, np.arange(1, 101, dtype=float)))
-        log["train_loss"][rng.integers(1, 100)] = math.nan
-        verdict = classify(log, CHANCE)
-        right += verdict.regime == expected
-        assert "1 rows without a finite loss left out" in verdict.notes
-    assert right >= 98
+    assert len(wrong) <= 1, wrong[:5]
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in EXPERT])
 def test_three_rows_never_get_a_verdict(kind):
     rng = np.random.default_rng(0)
-    for _ in range(DRAWS):
-        log = {
-            name: column[:3]
-            for name, column in with_error(rng, kind(rng, np.arange(1, 41, dtype=float))).items()
-        }
-        verdict = classify(log, CHANCE)
-        assert (
-            verdict.regime == "undecided"
-            and "too short" in verdict.why
-            and verdict.more_epochs >= 8
-        )
+    log = with_error(rng, kind(rng, np.arange(1, 41, dtype=float)))
+    verdict = classify({name: column[:3] for name, column in log.items()}, CHANCE)
+    assert verdict.regime == "undecided" and "too short" in verdict.why
+    assert verdict.more_epochs >= 8 and f"{verdict.more_epochs} epochs may decide" in str(verdict)
 
 
 def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
@@ -148,9 +125,10 @@ def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
         assert verdict.more_epochs > 40
         verdict = classify({**log, "angle": np.full(41, 0.5)}, CHANCE)
         assert verdict.regime == expected and verdict.turn == pytest.approx(0.5 * 3600**0.5)
-        verdict = classify(log, CHANCE)
-        assert verdict.regime == expected
-        assert "no angle or step: not asked whether the run has left its start" in verdict.notes
+        for missing in (log, {**log, "angle": np.full(41, math.nan)}):
+            verdict = classify(missing, CHANCE)
+            assert verdict.regime == expected
+            assert "no angle or step: not asked whether the run has left its start" in verdict.notes
 
 
 def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
@@ -163,8 +141,11 @@ def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
     log["train_error"] = 30 / 31 + rng.normal(0, 0.005, n + 1)
     verdict = classify({**log, "angle": np.full(n + 1, 0.3)}, chance)
     assert verdict.regime == "equilibrium" and verdict.why.startswith("loss 28% ±")
-    assert [skill.told for skill in verdict.skills] == [False, True]
-    assert verdict.skill == pytest.approx(1 - np.log(31) / 4.78, abs=0.01)
+    assert [(skill.of, skill.told) for skill in verdict.skills] == [
+        ("train_loss", True),
+        ("train_error", False),
+    ]
+    assert verdict.skills[0].value == pytest.approx(1 - np.log(31) / 4.78, abs=0.01)
     assert classify({**log, "angle": np.full(n + 1, 1e-3)}, chance).regime == "undecided"
 
 
@@ -190,17 +171,19 @@ def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
         assert "no train_error: skill from the loss" in verdict.notes
         assert "no chance reference: the row of epoch 0 stands in" in verdict.notes
         log = {name: column[1:] for name, column in log.items()}
-        assert classify(log).regime == ("convergence" if expected == "convergence" else "undecided")
+        verdict = classify(log)
+        assert verdict.regime == ("convergence" if expected == "convergence" else "undecided")
+        assert verdict.more_epochs is None and "may decide" not in str(verdict)
 
 
-def test_a_run_that_ended_in_nan_is_undecided():
-    log = with_error(
-        np.random.default_rng(0),
-        equilibrium(np.random.default_rng(0), np.arange(1, 41, dtype=float)),
-    )
-    log["train_loss"][-1] = math.nan
+@pytest.mark.parametrize("row", [10, 40])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_undecided_and_named(row, loss):
+    log = with_error(np.random.default_rng(0), np.full(40, 1.5))
+    log["train_loss"][row] = loss
     verdict = classify(log, CHANCE)
-    assert verdict.regime == "undecided" and "not finite" in verdict.why
+    assert verdict.regime == "undecided" and "may decide" not in str(verdict)
+    assert verdict.why == f"in epoch {row} the loss is not finite"
 
 
 def test_theil_sen_interval_covers_the_true_slope_and_ignores_outliers():
@@ -241,16 +224,15 @@ def run(*arguments):
 
 
 @pytest.mark.draws
-def test_a_folder_gives_table_boundaries_csv_and_figure(sweep, capsys):
+def test_a_folder_gives_table_boundaries_rows_and_figure(sweep, capsys):
     assert run(sweep) == 0
     out, err = capsys.readouterr()
     assert "convergence | chaotic equilibrium: 0.002 to 0.005 (×2.5)" in out
     assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out and not err
     with open(sweep / "regimes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["regime"] for row in rows] == ["convergence"] * 3 + ["equilibrium"] * 2 + [
-        "divergence"
-    ] * 2
+    expected = ["convergence"] * 3 + ["equilibrium"] * 2 + ["divergence"] * 2
+    assert [row["regime"] for row in rows] == expected
     assert [float(row["elr"]) for row in rows] == [1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0]
     assert run(sweep) == 0  # its own files are no logs
     assert figures.main([str(sweep)]) == 0
@@ -274,18 +256,19 @@ def test_damaged_files_are_named_and_the_others_still_reported(sweep, capsys):
     assert run(sweep, sweep / "nowhere.csv") == 2
     out, err = capsys.readouterr()
     lines = err.splitlines()
-    assert len(lines) == len(bad) + 3
-    for name in [*bad, "elr=9.csv", "elr=1e-02.csv", "nowhere.csv"]:
+    assert len(lines) == len(bad) + 2
+    for name in [*bad, "elr=9.csv", "nowhere.csv"]:
         assert sum(name in line for line in lines) == 1
-    assert "last row (line 62) is cut off" in err and "Traceback" not in err
     assert out.count("convergence ") >= 3 and "    1e-02  chaotic equilibrium" in out
+    log, cut = regimes.read_log(sweep / "elr=1e-02.csv")  # its last row is left out
+    assert cut and log["epoch"][-1] == 59
 
 
 def test_a_log_may_be_named_twice(sweep, capsys):
     """Two runs of one name were compared, array by array, and that ended in a traceback."""
     path = sweep / "elr=1e-02.csv"
     assert run(path, path) == 0
-    assert " 2/2 " in capsys.readouterr().out
+    assert capsys.readouterr().out.count("elr 1e-02: chaotic equilibrium: ") == 2
 
 
 def test_an_empty_folder_is_one_line(tmp_path, capsys):
@@ -299,11 +282,12 @@ def test_an_empty_folder_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text", ["nonsense", '{"chance": 3}', '{"chance": {"0": {"points": 0}}}', "[" * 100_000, "\x00"]
 )
-def test_a_damaged_config_is_named_and_the_runs_still_classified(sweep, capsys, text):
+def test_a_damaged_config_is_named_and_no_run_classified_by_another_chance(sweep, capsys, text):
     (sweep / "config.json").write_text(text)
     assert run(sweep) == 2
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "config.json" in err and "divergence" in out
+    assert err.count("\n") == 1 and "config.json is damaged" in err and not out.strip()
+    assert run(sweep, "--chance", "6") == 0 and "divergence" in capsys.readouterr().out
 
 
 def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
@@ -317,130 +301,79 @@ def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
     assert "convergence | chaotic equilibrium: 0.005 to 0.01 (×2)" in out
 
 
-def test_regimes_out_of_order_have_no_boundaries(sweep, capsys):
-    shutil.copy(sweep / "elr=1e+00.csv", sweep / "elr=2e-05.csv")
+def test_a_boundary_whose_sides_are_out_of_order_is_not_seen(sweep, capsys):
+    shutil.copy(sweep / "elr=1e-02.csv", sweep / "elr=1e-03.csv")
     assert run(sweep) == 0
-    assert (
-        "no boundaries: out of order: divergence at ELR 2e-05, but convergence at 0.0001"
-        in capsys.readouterr().out
-    )
-
-
-def test_it_works_alone_in_an_empty_folder_on_anybodys_csv(tmp_path):
-    shutil.copy(Path(regimes.__file__), tmp_path)
-    rng = np.random.default_rng(0)
-    loss = power_law(rng, np.arange(1, 41, dtype=float))
-    write(tmp_path / "mine.csv", ("epoch", "train_loss"), enumerate(loss, 1))
-    result = subprocess.run(
-        [sys.executable, "regimes.py", "mine.csv"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and result.stdout.startswith("mine: convergence: ")
-    assert "no train_error" in result.stdout and sorted(p.name for p in tmp_path.iterdir()) == [
-        "mine.csv",
-        "regimes.py",
-    ]
+    out = capsys.readouterr().out
+    assert "convergence | chaotic equilibrium: 0.002 to 0.001 (not seen)" in out
+    assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out
+    for path in sweep.glob("elr=1e*.csv"):
+        path.unlink()
+    assert run(sweep) == 0
+    assert "chaotic equilibrium | divergence: 0.005 to – (not seen)" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------------- the evidence
 
 
-def test_explain_prints_the_numbers_behind_each_verdict(tmp_path, capsys):
-    rng, t = (
-        np.random.default_rng(0),
-        np.arange(1, 41),
-    )  # the same logs each time: the report is asked, not the rule
+def test_a_log_gets_its_verdict_with_the_numbers_behind_it(tmp_path, capsys):
+    rng, t = np.random.default_rng(0), np.arange(1, 41)
     levels = {
         "1e-03": power_law(rng, t),
         "1e-02": 1.5 * np.exp(noise(rng, 40, 0.1, 0.5)),
         "1e-01": 6 * np.exp(noise(rng, 40, 0.02, 0)),
     }
     for elr, loss in levels.items():
-        log = with_error(rng, loss)
-        angle = 0.001 if elr == "1e-03" else 0.5
-        log |= {
-            "step": 90 * log["epoch"],
-            "grad_norm": log["train_loss"] * 5,
-            "angle": np.full(41, angle),
-            "distance": np.full(41, 1.57),
-        }
-        lines = [
-            ",".join(log),
-            *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True)),
-        ]
-        (tmp_path / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
+        log = with_error(rng, loss) | {"angle": np.full(41, 0.001 if elr == "1e-03" else 0.5)}
+        write(tmp_path / f"elr={elr}.csv", log, zip(*log.values(), strict=True))
     (tmp_path / "config.json").write_text(json.dumps({"chance": {"0": CHANCE}}))
-    assert regimes.main([str(tmp_path), "--explain"]) == 0
-    falling, level, lost = capsys.readouterr().out.split("\nelr 1e-0")[1:]
-    assert falling.startswith("3: convergence: the loss ") and "slope " in falling
-    assert level.startswith("2: chaotic equilibrium: error ") and "slope " in level
-    assert lost.startswith("1: divergence: no better than chance: error ") and "and loss " in lost
-    assert "better than chance, and the loss stays at about " in level
+    assert run(*(tmp_path / f"elr={elr}.csv" for elr in levels)) == 0
+    falling, level, lost = capsys.readouterr().out.splitlines()
+    assert falling.startswith("elr 1e-03: convergence: the loss ") and "slope " in falling
+    assert level.startswith("elr 1e-02: chaotic equilibrium: error ") and "slope " in level
+    assert lost.startswith("elr 1e-01: divergence: no better than chance: error ")
+    assert "better than chance, and the loss stays at about " in level and "and loss " in lost
 
 
-def test_several_seeds_are_summed_up_by_median_spread_and_majority(tmp_path, capsys):
-    rng, t = (
-        np.random.default_rng(0),
-        np.arange(1, 41),
-    )  # the same logs each time: the report is asked, not the rule
-    for elr in ("1e-03", "1e-02"):
-        for seed in (0, 1, 2):
-            loss = (
-                power_law(rng, t)
-                if elr == "1e-03" or seed == 2
-                else 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
-            )
-            log = with_error(rng, loss)
-            lines = [
-                ",".join(log),
-                *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True)),
-            ]
-            (tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv").write_text(
-                "\n".join(lines) + "\n"
-            )
-    (tmp_path / "config.json").write_text(
-        json.dumps({"chance": {str(seed): CHANCE for seed in range(3)}})
-    )
-    assert regimes.main([str(tmp_path)]) == 0
+def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, capsys):
+    rng, t = np.random.default_rng(0), np.arange(1, 41)
+    for elr, seed in product(("1e-03", "1e-02"), (0, 1, 2)):
+        loss = 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
+        if elr == "1e-03" or seed == 2:
+            loss = power_law(rng, t)
+        log = with_error(rng, loss)
+        path = tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv"
+        write(path, log, zip(*log.values(), strict=True))
+    chance = {"chance": {str(seed): CHANCE for seed in range(3)}}
+    (tmp_path / "config.json").write_text(json.dumps(chance))
+    assert run(tmp_path) == 0
     out = capsys.readouterr().out
     assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in out and " 2/3 " in out
-    with open(tmp_path / "regimes.csv") as file:
-        found = list(csv.DictReader(file))
-    losses = [float(row["train_loss"]) for row in found if row["elr"] == "0.01"]
+    found = regimes.rows(regimes.read_folder(tmp_path))
+    losses = [row["train_loss"] for row in found if row["elr"] == 0.01]
     assert len(losses) == 3 and f" {np.median(losses):.4g} " in out
 
 
 @pytest.mark.draws
-def test_a_run_whose_elr_moves_has_no_regime_but_a_way_through_those_of_a_sweep(tmp_path, capsys):
+def test_a_run_whose_elr_moves_has_no_regime_but_a_path_in_the_figure(tmp_path, capsys):
     sweep, whole = tmp_path / "sweep", tmp_path / "whole"
     sweep.mkdir(), whole.mkdir()
-    rng, t = (
-        np.random.default_rng(0),
-        np.arange(1, 41),
-    )  # the same logs each time: the report is asked, not the rule
-    for elr, loss in (
-        ("1e-03", power_law(rng, t)),
-        ("1e-02", 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))),
-    ):
+    rng, t = np.random.default_rng(0), np.arange(1, 41)
+    level = 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
+    for elr, loss in (("1e-03", power_law(rng, t)), ("1e-02", level)):
         log = with_error(rng, loss)
-        lines = [
-            ",".join(log),
-            *(",".join(f"{x:.6g}" for x in row) for row in zip(*log.values(), strict=True)),
-        ]
-        (sweep / f"elr={elr}.csv").write_text("\n".join(lines) + "\n")
-    rows = [
-        f"{epoch},{epoch},{elr},{loss}"
-        for epoch, (elr, loss) in enumerate(
-            [(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)]
-        )
-    ]
-    (whole / "lr=1e-01.csv").write_text("epoch,step,elr,train_loss\n" + "\n".join(rows) + "\n")
-    assert regimes.main([str(sweep), str(whole)]) == 0
-    out = capsys.readouterr().out
-    expected = "ELR 0.1 to 0.001: outside the sweep from epoch 0, chaotic equilibrium from epoch 1, convergence from epoch 3"
-    assert out.splitlines()[-1] == f"lr 1e-01: {expected}"
-    assert figures.main([str(sweep), str(whole), "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "regimes.png").stat().st_size > 10_000
-    assert regimes.main([str(whole)]) == 0 and "a sweep beside it" in capsys.readouterr().out
+        write(sweep / f"elr={elr}.csv", log, zip(*log.values(), strict=True))
+    values = [(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)]
+    rows = [(epoch, epoch, *pair) for epoch, pair in enumerate(values)]
+    for seed in ("", ".seed=1"):
+        write(whole / f"lr=1e-01{seed}.csv", ("epoch", "step", "elr", "train_loss"), rows)
+    assert run(sweep, whole) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "lr 1e-01: ELR 0.1 to 0.001, not a fixed one" in out[-2:]
+    for folders in ([sweep, whole], [whole]):
+        assert figures.main([*map(str, folders), "--out", str(tmp_path)]) == 0
+        assert (tmp_path / "regimes.png").stat().st_size > 10_000
+    assert regimes.rows(regimes.read_folder(whole)) == []
 
 
 # ------------------------------------------------------------------------- other people's logs
@@ -506,8 +439,8 @@ def test_other_peoples_logs_are_read_and_their_epoch_0_is_no_chance(tmp_path, ca
     """A level loss of 1.5 with chance at 2.3 was "divergence", a run stuck at ln 2 "equilibrium"."""
     (tmp_path / "log.csv").write_text(make(LOSSES))
     columns = {"train_loss": "Value"} if make is tensorboard else {}
-    log, problem = regimes.read_log(tmp_path / "log.csv", columns)
-    assert np.array_equal(log["train_loss"], LOSSES) and not problem
+    log, cut = regimes.read_log(tmp_path / "log.csv", columns)
+    assert np.array_equal(log["train_loss"], LOSSES) and not cut
     assert len(np.unique(np.diff(log["epoch"]))) == 1
     words = [f"{ours}={theirs}" for ours, theirs in columns.items()]
     words = ["--columns", *words] if words else []
@@ -532,7 +465,6 @@ def test_epoch_0_is_before_training_only_where_step_says_0():
         later = {name: x for name, x in log.items() if name != "step"} | steps
         verdict = classify(later)
         assert verdict.regime == "undecided" and "--chance" in verdict.why
-        assert verdict.more_epochs == 82  # of 41, the first of which is epoch 0
         counted = classify({**later, "epoch": later["epoch"] + 1}, CHANCE)
         assert numbers_of(classify(later, CHANCE)) == numbers_of(counted)
 
@@ -542,15 +474,12 @@ VARIANTS = {
     "tabs": lambda text: text.replace(",", "\t"),
     "byte order mark": lambda text: "\ufeff" + text,
     "carriage returns": lambda text: text.replace("\n", "\r\n"),
-    "comments and blank lines": lambda text: (
-        "# a, run; 7\n\n" + text.replace("\n3,", "\n# here\n\n3,")
-    ),
+    "blank lines": lambda text: text.replace("\n3,", "\n\n3,"),
     "spaces": lambda text: text.replace(",", " , "),
     "quotes": lambda text: "".join(
         ",".join(f'"{cell}"' for cell in line.split(",")) + "\n" for line in text.splitlines()
     ),
     "no newline in the end": str.rstrip,
-    "words for nothing": lambda text: text.replace(",0.5,", ",None,").replace(",0.4,", ",NA,"),
     "an index": lambda text: "\n".join(f"{i},{x}" for i, x in enumerate(text.split("\n"))).replace(
         "0,epoch", ",epoch"
     )[:-3],
@@ -564,33 +493,31 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_csv_file_may_be_written_in_many_ways(tmp_path, variant):
     (tmp_path / "log.csv").write_bytes(VARIANTS[variant](keras(LOSSES)).encode())
-    log, problem = regimes.read_log(tmp_path / "log.csv")
-    assert np.array_equal(log["train_loss"], LOSSES) and not problem
+    log, cut = regimes.read_log(tmp_path / "log.csv")
+    assert np.array_equal(log["train_loss"], LOSSES) and not cut
     assert np.array_equal(log["epoch"], np.arange(24.0))
 
 
 REFUSED = [
-    ("epoch,loss,loss\n1,2,3\n", "two columns are called 'loss'"),
-    ("Step,a - loss,b - loss\n1,2,3\n", "is it a - loss or b - loss? Say --columns train_loss="),
-    ("Wall time,Step,Value\n1,2,3\n", "no column train_loss in Wall time, Step, Value: say --col"),
-    ("loss\n1\n", "no column epoch in loss: say --columns epoch="),
-    ('epoch,loss\n1,"1,234"\n', "line 2: '1,234' is not a number such as 1234.5"),
-    ("epoch;loss\n1;2,303\n", "line 2: '2,303' is not a number such as 1234.5"),
-    ("epoch,loss\n1,2\n2,1_0\n", "line 3: '1_0' is not a number"),
-    ("epoch,loss\n1,2\n1/10,3\n", "line 3: '1/10' is not a number"),
+    ("epoch,loss,loss\n1,2,3\n", "2 columns train_loss in epoch, loss, loss: say --columns"),
+    ("epoch,epoch,loss\n1,2,3\n", "2 columns epoch in epoch, epoch, loss: say --columns epoch="),
+    ("epoch,loss,train_error,train_error\n1,2,0,1\n", "2 columns train_error in epoch, loss"),
+    ("Step,a - loss,b - loss\n1,2,3\n", "2 columns train_loss in Step, a - loss, b - loss: say"),
+    ("Wall time,Step,Value\n1,2,3\n", "no columns train_loss in Wall time, Step, Value: say --c"),
+    ("loss\n1\n", "no columns epoch in loss: say --columns epoch="),
+    ('epoch,loss\n1,"1,234"\n', "line 2: could not convert string to float: '1,234'"),
+    ("epoch;loss\n1;2,303\n", "line 2: could not convert string to float: '2,303'"),
+    ("epoch,loss\n1,2\n1/10,3\n", "line 3: could not convert string to float: '1/10'"),
     ("epoch,loss\n1,2\nnan,3\n", "line 3: no epoch, or not the next one"),
     ("epoch,loss\n1,2\n,3\n", "line 3: no epoch, or not the next one"),
     ("epoch,loss\n-1,2\n0,3\n", "line 2: no epoch, or not the next one"),
-    ("epoch,loss\n0,3\n1,2\n# again\n0,3\n1,2\n", "line 5: no epoch, or not the next one"),
-    (
-        "epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n",
-        "line 4: epoch 1 again: keep one row of each, or count by --columns epoch=step",
-    ),
-    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: epoch 0 again: keep one"),
-    ("epoch,loss\n0,\n1,\n", "a header, but no whole row with a loss"),
+    ("epoch,loss\n0,3\n1,2\n0,3\n1,2\n", "line 4: no epoch, or not the next one"),
+    ("epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n", "line 4: epoch 1 again: drop a row, or say --columns"),
+    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: epoch 0 again: drop a row"),
+    ("epoch,loss\n0,\n1,\n", "no row with a loss"),
     ("epoch,loss\n0,1,2\n1,2\n", "line 2: 3 cells, the header has 2"),
     ("epoch,loss\n0\n1,2\n", "line 2: 1 cells, the header has 2"),
-    ("epoch,step,loss,angle\n0,1,2,0.1\n1,2,3,x\n", "line 3: 'x' is not a number"),
+    ("epoch,step,loss,angle\n0,1,2,0.1\n1,2,3,x\n", "line 3: could not convert string to float"),
 ]
 
 
@@ -599,7 +526,8 @@ def test_what_cannot_be_read_is_refused_in_one_line_with_the_cure(tmp_path, caps
     (tmp_path / "log.csv").write_text(text)
     assert regimes.main([str(tmp_path / "log.csv")]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and f"log.csv: {message}" in err.replace("line 1: ", "")
+    assert not out.strip() and err.count("\n") == 1
+    assert f"log.csv: {message}" in err.replace("line 1: ", "")
 
 
 def test_columns_are_named_on_the_command_line(tmp_path, capsys):
@@ -613,7 +541,7 @@ def test_columns_are_named_on_the_command_line(tmp_path, capsys):
     log = regimes.read_log(tmp_path / "log.csv", columns)[0]
     assert np.array_equal(log["step"], log["epoch"]) and log["grad_norm"][3] == 2 * LOSSES[3]
     assert regimes.main([*command, "train_loss=c"]) == 2
-    assert "no column c in Epoch, it, a - loss, b - loss, g: say" in capsys.readouterr().err
+    assert "no columns c in Epoch, it, a - loss, b - loss, g: say" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -621,6 +549,9 @@ def test_columns_are_named_on_the_command_line(tmp_path, capsys):
     [
         ["--columns", "loss=train_loss"],
         ["--columns", "log.csv"],
+        ["--columns", "train_loss"],
+        ["--columns", "train_loss="],
+        ["--columns", "train_loss=a", "train_loss=b"],
         ["--chance", "x"],
         ["--chance", "0"],
         ["--chance", "nan"],
@@ -644,26 +575,21 @@ def test_the_help_has_a_line_for_keras_lightning_and_wandb(capsys):
         assert sum("python regimes.py " in line and name in line for line in lines) == 1
 
 
-def test_an_accuracy_is_an_error_unless_it_is_in_percent(tmp_path):
-    rng = np.random.default_rng(0)
-    error = 0.5 + rng.normal(0, 0.01, 24)
-    log = {"epoch": np.arange(24.0), "train_loss": LEVEL, "train_accuracy": 1 - error}
+def test_an_error_in_percent_or_without_chance_is_left_out():
+    error = 0.5 + np.random.default_rng(0).normal(0, 0.01, 24)
+    log = {"epoch": np.arange(24.0), "train_loss": LEVEL, "train_error": error}
     chance = {"train_error": {"mean": 0.9, "std": 0.0}, "train_loss": {"mean": 2.3, "std": 0.0}}
-    verdict, told = classify(log, chance), classify({**log, "train_error": error}, chance)
-    assert verdict.skills[0].value == pytest.approx(told.skills[0].value)
-    assert "train_error is 1 − train_accuracy" in verdict.notes and len(told.skills) == 2
-    for name, percent in (("train_accuracy", 100 - 100 * error), ("train_error", 100 * error)):
-        verdict = classify({**log, name: percent}, chance)
-        assert [skill.of for skill in verdict.skills] == ["train_loss"]
-        assert "no train_error: skill from the loss" in verdict.notes
-    verdict = classify(log, {"train_loss": chance["train_loss"]})
-    assert "no chance of train_error: skill from the loss" in verdict.notes
+    assert len(classify(log, chance).skills) == 2
+    of_loss = {"train_loss": chance["train_loss"]}
+    for less in (classify({**log, "train_error": 100 * error}, chance), classify(log, of_loss)):
+        assert [skill.of for skill in less.skills] == ["train_loss"]
+        assert "no train_error: skill from the loss" in less.notes
 
 
 def test_a_negative_loss_has_its_own_word():
     loss = np.concatenate([LOSSES, [-0.3, -0.5]])
     verdict = classify({"epoch": np.arange(26.0), "train_loss": loss})
-    assert verdict.regime == "undecided" and "negative in epoch 24" in verdict.why
+    assert verdict.regime == "undecided" and "in epoch 24 the loss is negative" in verdict.why
     assert "finite" not in verdict.why
 
 
@@ -685,18 +611,19 @@ def test_a_loss_that_has_reached_0_is_convergence(start, zeros):
 
 def test_theil_and_sens_pairs_are_bounded(monkeypatch):
     """20,000 rows took 4.4 GB."""
+    monkeypatch.setattr(regimes, "BLOCKS", 200)
     sizes, pairs = [], np.triu_indices
     monkeypatch.setattr(np, "triu_indices", lambda n, k: sizes.append(n) or pairs(n, k))
-    for n in (1600, 2500, 10**6):
+    for n in (600, 1000, 10**5):
         log = {name: np.resize(x, n + 1) for name, x in made("equilibrium", 50, 0).items()}
         classify({**log, "epoch": np.arange(n + 1.0)}, CHANCE)
-    assert sizes == [800, 1200, 600, 600, 600, 600]  # our longest logs are as they were
+    assert sizes == [300, 200, 200, 200, 200, 200]
 
 
 @pytest.mark.parametrize("kind", ORDER)
 def test_blocks_do_not_change_the_regime_of_a_long_log(monkeypatch, kind):
-    for seed in range(3):
-        log = made(kind, 4000, seed)
+    for seed in range(2):
+        log = made(kind, 2600, seed)
         one = classify(log, CHANCE)
         with monkeypatch.context() as patch:
             patch.setattr(regimes, "BLOCKS", 10**6)
@@ -707,14 +634,14 @@ def test_blocks_do_not_change_the_regime_of_a_long_log(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ORDER)
 def test_a_log_of_ten_thousand_rows_gets_its_regime(kind):
-    for seed in range(10):
+    for seed in range(4):
         assert classify(made(kind, 10_000, seed), CHANCE).regime == kind
 
 
 # ------------------------------------------------------------------- properties, over made logs
 
 SLOW = "SLOW" in os.environ
-many = settings(max_examples=1000 if SLOW else 100, deadline=None, derandomize=not SLOW)
+many = settings(max_examples=1000 if SLOW else 50, deadline=None, derandomize=not SLOW)
 
 
 def made(kind, n, seed):
@@ -800,7 +727,7 @@ def test_a_made_regime_is_never_called_one_of_the_other_two(kind, n, seed):
 def test_how_often_a_made_regime_is_undecided(rows, most):
     """Printed by `-s`; the bounds are some twice what was seen."""
     for kind in ORDER:
-        seeds = range(1000 if SLOW else 200)
+        seeds = range(1000 if SLOW else 100)
         found = [classify(made(kind, rows, seed), CHANCE).regime for seed in seeds]
         share = found.count("undecided") / len(found)
         print(f"{kind}, {rows} rows: undecided {share:.1%}")
@@ -828,13 +755,17 @@ def test_the_regimes_are_told_apart_in_grey():
 
 
 @pytest.mark.draws
-def test_a_single_short_run_is_drawn_without_a_warning(tmp_path):
+@pytest.mark.parametrize("share", [1.0, math.nan])
+def test_a_single_short_run_is_drawn_without_a_warning(tmp_path, share):
+    """Or one that has nothing but nan."""
     log = {"epoch": [0, 1, 2], "step": [0, 9, 18], "elr": [1e-3] * 3, "train_loss": [6.0, 2, 1]}
     log |= {
         "grad_norm": [261.0, 42, 29],
         "angle": [0.255400128, 0.0422811919, 0.029313165],
         "test_error": [0.9, 0.2, 0.1],
     }
+    for name in ("train_loss", "grad_norm", "angle", "test_error"):
+        log[name] = [share * value for value in log[name]]
     write(tmp_path / "elr=1e-03.csv", log, zip(*log.values(), strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -338,7 +338,7 @@ def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_go
     out, err = capsys.readouterr()
     assert (
         err.count("is not finite in epoch 0") == 2
-        and out.count("undecided: stopped in epoch 0") == 2
+        and out.count("undecided: in epoch 0 the loss is not finite") == 2
         and len(calls) == 1
     )
     assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
