@@ -1,5 +1,8 @@
-"""Draw docs/modular.png and docs/angle.png, and print the tables of the README and the guide, from
-the logs of the commands in the guide: python docs/draw.py LOGS"""
+"""Draw the pictures in docs/, and print the tables of the guide.
+
+python docs/draw.py          step.png; angle.png and its tables, from benchmarks/optimizers.csv
+python docs/draw.py logs     modular.png, too, and the tables of the logs of the guide's commands
+"""
 
 import csv
 import math
@@ -14,24 +17,21 @@ sys.path.insert(0, str(ROOT))
 import figures  # noqa: E402
 import regimes  # noqa: E402
 
+OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
 EPOCHS = 400  # of modular addition; what went on is looked at after LONG, too
 EARLY, LONG = 100, 1600
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
-TASKS = {  # folder with angles and constant ELRs; with -cos after it the cosines
-    "digits, convnet": "digits3",
-    "digits, resnet18": "r8",
-    "digits, half wrong": "noise",
-    "digits, MLP": "mlp",
-    "modular 31": "mod31",
-}
 KINDS = {  # of training: style and colour of the line, label
-    "angle": ("o-", "#D55E00", "cosine from the angle φ₀"),
-    "cosine": ("s--", "#0072B2", "cosine from an ELR"),
-    "constant": ("^:", "#009E73", "constant ELR"),
+    "angle": ("o-", "#D55E00", "angle, one sphere"),
+    "angle, layer": ("o--", "#E69F00", "angle, a sphere per layer"),
+    "adam": ("^-", "#009E73", "Adam's direction"),
+    "muon": ("v-", "#56B4E9", "Muon's direction"),
+    "elr": ("s--", "#0072B2", "cosine ELR"),
     "adamw": ("d-.", "#000000", "AdamW"),
-    "sgd": ("v-.", "#999999", "SGD, momentum"),
+    "sgd": ("x-.", "#999999", "SGD"),
 }
+ON_ALL_TASKS = ("angle", "angle, layer")  # each value is shown, as one is to serve all tasks
 SIZES = {"mod23": "modulus 23", "mod43": "modulus 43", "mod31d32": "modulus 31, width 32"}
 WITH_BOUNDARIES = {
     "digits3": "digits, convnet of width 8",
@@ -41,13 +41,6 @@ WITH_BOUNDARIES = {
     "mod31": "modular 31, transformer of width 64, five seeds",
     "mod23": "modular 23",
     "mod31d32": "modular 31, width 32",
-}
-OTHERS = {  # what else the guide tells in a sentence
-    "mod31-then": "modulus 31, --then 1e-4",
-    "noise-flat": "half wrong, constant angle",
-    "noise-layer": "half wrong, a sphere per layer",
-    "mod23": "modulus 23, angles",
-    "mod43": "modulus 43, angles",
 }
 
 
@@ -71,6 +64,64 @@ def middle(values):
 def value_of(path):
     """ELR, angle or learning rate of a log, from its name."""
     return float(path.stem.split("=")[1].removesuffix(".seed").removesuffix(".then"))
+
+
+# ------------------------------------------------------------------------------- the step
+
+
+def step():
+    """The step: projection on the tangent space, the turn by φ, renormalization."""
+    fig, axes = figures.subplots([["a"]], (7.4, 4.3))
+    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99)
+    ax, phi = axes["a"], 0.56
+    origin, theta, tangent = np.zeros(2), np.array([0.0, 1.0]), np.array([1.0, 0.0])
+    moved = theta + np.tan(phi) * tangent
+    new = moved / np.linalg.norm(moved)
+    gradient = theta + np.array([0.34, 0.21])
+    projected = theta + 0.34 * tangent
+    orange, blue, green, grey = "#D55E00", "#0072B2", "#009E73", "#777777"
+
+    def arrow(start, end, tone, width=2.0):
+        look = dict(arrowstyle="-|>", color=tone, lw=width, shrinkA=0, shrinkB=0, mutation_scale=13)
+        ax.annotate("", end, start, arrowprops=look)
+
+    def dashed(start, end, tone=grey):
+        ax.plot(*zip(start, end, strict=True), "--", color=tone, lw=1)
+
+    def arc(radius, start, end, **look):
+        turn = np.linspace(start, end, 100)
+        ax.plot(radius * np.sin(turn), radius * np.cos(turn), **look)
+
+    arc(1, -0.75, 1.15, color="black", lw=1)
+    arc(0.3, 0, phi, color="black", lw=1)
+    ax.plot([-0.55, 0.95], [1, 1], color=grey, lw=0.8)
+    dashed(origin, moved)
+    dashed(gradient, projected)
+    arrow(origin, theta, "black")
+    arrow(origin, new, blue)
+    arrow(theta, moved, orange)
+    arrow(theta, gradient, grey)
+    arrow(theta, projected, green, 3)
+    arrow(moved, new, blue, 1.5)
+    ax.plot(0, 0, "o", color="black", ms=4)
+
+    def text(x, y, words, tone="black", **look):
+        ax.text(x, y, words, color=tone, fontsize=10, **look)
+
+    text(-0.03, 0.5, "θ, of norm ρ", ha="right")
+    text(0.075, 0.2, "φ", ha="center")
+    text(0.36, 1.22, "−g", grey)
+    text(0.17, 0.93, "$−g_t$", green, ha="center", va="top")
+    text(0.37, 1.05, "step: −η̃ρ²$g_t$", orange)
+    text(0.63, 0.9, "back to norm ρ", blue)
+    text(0.36, 0.46, "the new θ", blue)
+    text(-0.54, 1.02, "tangent space", grey)
+    text(0.94, 0.4, "sphere of radius ρ")
+    text(0.36, 0.14, "tan φ = η̃ρ²‖$g_t$‖/‖θ‖")
+    ax.set(xlim=(-0.8, 1.3), ylim=(-0.05, 1.3))
+    ax.set_aspect("equal")
+    ax.axis("off")
+    figures.save(fig, ROOT / "docs" / "step.png")
 
 
 # ---------------------------------------------------------------- modular addition, along the ELR
@@ -162,60 +213,124 @@ def draw_modular(of_elr, names):
     figures.save(fig, ROOT / "docs" / "modular.png")
 
 
-# ------------------------------------------------------- tasks: angle, ELR, learning rate of others
+# ----------------------------------------- angles and other optimizers, from docs/optimizers.py
 
 
-def errors_of(task, logs, optimizers):
-    """Kind of training → its values → test errors of the seeds at the end of the task's epochs, or
-    where the loss was no longer finite."""
-    found = {kind: {} for kind in KINDS}
-    for folder in (TASKS[task], f"{TASKS[task]}-cos"):
-        for run in regimes.read_folder(logs / folder):
-            kind = "angle" if run.path.name.startswith("angle") else "constant"
-            if folder.endswith("-cos"):
-                kind = "cosine"
-            up_to_end = run.log["epoch"] <= (EPOCHS if task == "modular 31" else 20)
-            error = float(run.log["test_error"][up_to_end][-1])
-            found[kind].setdefault(value_of(run.path), []).append(error)
-    for row in optimizers:
-        if row["task"] == task:
-            error = float(row["test_error"])
-            found[row["optimizer"]].setdefault(float(row["lr"]), []).append(error)
-    return {kind: dict(sorted(of_value.items())) for kind, of_value in found.items()}
+def read_errors():
+    """Task → kind and values → seed → test error."""
+    tasks = {}
+    with open(OPTIMIZERS, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            way = row["kind"], float(row["value"]), float(row["decay"])
+            of_seed = tasks.setdefault(row["task"], {}).setdefault(way, {})
+            of_seed[int(row["seed"])] = float(row["test_error"])
+    return tasks
 
 
-def best(of_value):
-    """The least median over the seeds, and where."""
-    value = min(of_value, key=lambda v: (np.median(of_value[v]), np.mean(of_value[v]), v))
-    return f"{np.median(of_value[value]):.3f} ({value:g})"
+def best(ways, kind):
+    """Of the values of a kind that have the most seeds, the one with the least mean."""
+    of_kind = {way: list(ways[way].values()) for way in ways if way[0] == kind}
+    most = max(map(len, of_kind.values()), default=0)
+    whole = [way for way in of_kind if len(of_kind[way]) == most]
+    return min(whole, key=lambda way: np.mean(of_kind[way]), default=None)
 
 
-def angle(logs):
-    """Test error at the end against φ₀, ELR and learning rate, task by task."""
-    with open(next((ROOT / "benchmarks").glob("optimizers-*.csv")), newline="") as file:
-        optimizers = list(csv.DictReader(file))
-    fig, axes = figures.subplots([list("abcde")], (13, 3.4), apart=0.35)
-    written = []
-    names = ["best cosine ELR", "best constant ELR", "AdamW", "SGD"]
-    heads("task", "φ₀ = 0.01", *(f"{value:g}" for value in ANGLES[1:]), *names)
-    for key, task in zip("abcde", TASKS, strict=True):
-        found, ax = errors_of(task, logs, optimizers), axes[key]
-        for kind, of_value in found.items():
-            style, tone, label = KINDS[kind]
-            errors = list(of_value.values())
-            figures.spread(ax, list(of_value), errors, style, color=tone, label=label)
-            for value, of_seeds in of_value.items():
-                row = {"task": task, "kind": kind, "value": value}
-                written += [row | {"test_error": error} for error in of_seeds]
-        ax.set(xscale="log", title=task, xlabel="φ₀, ELR or learning rate")
-        figures.errors(ax)
-        cells = [f"{np.median(found['angle'][value]):.3f}" for value in ANGLES]
-        line(task, *cells, *(best(found[kind]) for kind in list(KINDS)[1:]))
+def standard_error(x):
+    """Of a mean; nan of a single value."""
+    return np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+
+
+def mean_and_error(x, form=".4f"):
+    """Mean ± its standard error, and whether that is surely not 0."""
+    if len(x) == 1:
+        return f"{x[0]:{form}}".replace("-", "−"), False
+    error = standard_error(x)
+    return f"{np.mean(x):{form}} ± {error:.4f}".replace("-", "−"), abs(np.mean(x)) > 2 * error
+
+
+def error_cell(ways, way, seeds):
+    """Test error of a way, and the number of its seeds where it has fewer than others."""
+    if way not in ways:
+        return "–"
+    errors = list(ways[way].values())
+    text, _ = mean_and_error(errors)
+    return text if len(errors) == seeds else f"{text} ({len(errors)})"
+
+
+def difference_cell(ways, way, other):
+    """Test error of a way above that of another, seed by seed. A star: more than two errors."""
+    if way not in ways or other is None or way == other:
+        return "–"
+    common = ways[way].keys() & ways[other].keys()
+    differences = [ways[way][seed] - ways[other][seed] for seed in common]
+    text, sure = mean_and_error(differences, "+.4f")
+    if sure:
+        text += " *"
+    return text if len(common) == len(ways[other]) else f"{text} ({len(common)})"
+
+
+def optimizers():
+    """Test errors of each angle and of the best of each other kind; differences between them."""
+    tasks = read_errors()
+    draw_optimizers(tasks)
+    rows = []
+    for kind in ON_ALL_TASKS:
+        for value in ANGLES:
+            rows.append((f"{KINDS[kind][2]}, {value:g}", dict.fromkeys(tasks, (kind, value, 0.0))))
+    others = [kind for kind in KINDS if kind not in ON_ALL_TASKS]
+    for kind in others:
+        ways = {task: best(tasks[task], kind) for task in tasks}
+        rows.append((f"{KINDS[kind][2]}, best", ways))
+    seeds = {task: max(map(len, ways.values())) for task, ways in tasks.items()}
+    heads("test error", *(f"{task}, {seeds[task]} seeds" for task in tasks))
+    for label, of_task in rows:
+        line(label, *(error_cell(tasks[task], way, seeds[task]) for task, way in of_task.items()))
+    heads("at the value, weight decay", *tasks)
+    for label, of_task in rows[-len(others) :]:
+        cells = []
+        for way in of_task.values():
+            text = f"{way[1]:g}" if way else "–"
+            cells.append(f"{text}, {way[2]:g}" if way and way[2] else text)
+        line(label, *cells)
+    for kind in ("adamw", "elr"):
+        heads(f"− {KINDS[kind][2]}, best", *tasks)
+        for label, of_task in rows:
+            cells = []
+            for task, way in of_task.items():
+                cells.append(difference_cell(tasks[task], way, best(tasks[task], kind)))
+            line(label, *cells)
+
+
+def draw_optimizers(tasks):
+    """Mean test errors against φ₀, ELR and learning rate; of each learning rate the best decay."""
+    fig, axes = figures.subplots([list("abc"), list("def")], (12.5, 7.2), apart=0.25)
+    for key in "abcdef"[len(tasks) :]:
+        axes[key].axis("off")
+    for key, (task, ways) in zip("abcdef"[: len(tasks)], tasks.items(), strict=True):
+        ax, lowest = axes[key], 1.0
+        for kind, (style, tone, label) in KINDS.items():
+            values = sorted({way[1] for way in ways if way[0] == kind})
+            means, bars = [], []
+            for value in values:
+                at_value = {way: x for way, x in ways.items() if way[1] == value}
+                errors = list(at_value[best(at_value, kind)].values())
+                means.append(np.mean(errors))
+                bars.append(standard_error(errors))
+            lowest = min([lowest, *means])
+            look = dict(color=tone, label=label, ms=4, capsize=2)
+            ax.errorbar(values, means, yerr=np.nan_to_num(bars), fmt=style, **look)
+        ax.set(xscale="log", title=f"({key}) {task}")
+        ax.set(xlabel="φ₀, ELR or learning rate", ylabel="test error")
+        if lowest < 0.005:
+            figures.errors(ax)
+        else:
+            ax.set_yscale("log")
+            low, high = ax.get_ylim()
+            ticks = [x for x in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5) if low <= x <= high]
+            ax.set_yticks(ticks, [f"{x:g}" for x in ticks])
     handles, labels = axes["a"].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="upper center", ncol=5, bbox_to_anchor=(0.5, 0.93))
-    fig.suptitle("test error at the end, medians of three seeds, least and greatest")
+    fig.legend(handles, labels, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 0.99))
     figures.save(fig, ROOT / "docs" / "angle.png")
-    regimes.write_csv(ROOT / "benchmarks" / "angle.csv", written)
 
 
 # ------------------------------------------------------------------- tables of the guide alone
@@ -263,29 +378,35 @@ def boundary_angles(logs):
         line(name, cells[0], ", ".join(cells[1:]))
 
 
-def others(logs):
-    heads("task", "value: test error at the end, median (range) over the seeds")
-    for folder, name in OTHERS.items():
-        pattern = "*.then=*.csv" if folder.endswith("then") else "angle=*.csv"
-        found = {}
-        for path in sorted((logs / folder).glob(pattern)):
-            if not path.name.endswith(".layers.csv"):
-                error = regimes.read_log(path)[0]["test_error"][-1]
-                found.setdefault(value_of(path), []).append(error)
-        line(name, "; ".join(f"{value:g}: {middle(x)}" for value, x in sorted(found.items())))
+def second_runs(logs):
+    """Modular addition after a drop of the ELR to 1e-4."""
+    heads("first ELR", "test error after --then 1e-4, median (range) over the seeds")
+    found = {}
+    for path in sorted((logs / "mod31-then").glob("*.then=*.csv")):
+        if not path.name.endswith(".layers.csv"):
+            first = float(path.name.split("=")[1].split(".seed")[0].split(".then")[0])
+            found.setdefault(first, []).append(regimes.read_log(path)[0]["test_error"][-1])
+    for first, errors in sorted(found.items()):
+        line(f"{first:g}", middle(errors))
 
 
-def main():
+def main(argv=None):
     parser = regimes.Parser(prog="draw.py", description=__doc__)
-    parser.add_argument("logs", type=Path, metavar="LOGS", help="the folder of the guide's logs")
-    logs = parser.parse_args().logs
-    folders = {*TASKS.values(), *(f"{name}-cos" for name in TASKS.values()), *SIZES, *OTHERS}
-    for name in sorted(folders | {*WITH_BOUNDARIES, "mod31-wd2", "mod31-wd3"}):
+    text = "the folder of the guide's logs; without it, what needs no logs"
+    parser.add_argument("logs", type=Path, nargs="?", metavar="LOGS", help=text)
+    logs = parser.parse_args(argv).logs
+    folders = {"mod31", "mod31-then", "mod31-wd2", "mod31-wd3", *SIZES, *WITH_BOUNDARIES}
+    for name in sorted(folders if logs else ()):
         if not (logs / name).is_dir():
             parser.error(f"argument LOGS: {logs / name} is not there: its command is in the guide")
-    for part in (modular, angle, sizes, whole_space, boundary_angles, others):
-        part(logs)
+    if not OPTIMIZERS.exists():
+        parser.error(f"{OPTIMIZERS} is not there: python docs/optimizers.py makes it")
+    step()
+    optimizers()
+    if logs:
+        for part in (modular, sizes, whole_space, boundary_angles, second_runs):
+            part(logs)
 
 
 if __name__ == "__main__":
-    main()
+    regimes.finish(main)
