@@ -61,11 +61,13 @@ SLOW_SEEDS = 8  # of these, whose runs take five seconds or more
 
 
 class Kind(NamedTuple):
-    """A way to train: options of train.py, whose own value is replaced; values; weight decays."""
+    """A way to train: options of train.py, whose own value is replaced; values; weight decays; and
+    of which share of the epochs on the angle falls linearly to 0, instead of along a cosine."""
 
     options: list
     values: tuple
     decays: tuple = (0.0,)
+    falls_from: float | None = None
 
 
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -73,6 +75,8 @@ ANGLE, COSINE = ["--angle", "1"], ["--schedule", "cosine"]
 KINDS = {
     "angle": Kind(ANGLE, ANGLES),
     "angle, layer": Kind([*ANGLE, "--sphere", "layer"], ANGLES),
+    "angle, linear": Kind(ANGLE, ANGLES[2:], falls_from=0.0),
+    "angle, constant, then linear": Kind(ANGLE, ANGLES[2:], falls_from=0.6),
     "adam": Kind(ANGLE, ANGLES),
     "muon": Kind(ANGLE, ANGLES),
     "elr": Kind(["--elr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
@@ -205,6 +209,11 @@ def train_one(job: Job) -> float:
     for epoch in range(options.epochs):
         run.epoch = epoch
         run.set_lr()
+        falls_from = KINDS[job.kind].falls_from
+        if falls_from is not None:
+            left = (1 - epoch / options.epochs) / (1 - falls_from)
+            for group in run.sphere.param_groups:
+                group["lr"] = job.value * min(1, left)
         for index in train.batches(len(data.x), options.batch_size, run.order):
             optimizer.zero_grad()
             F.cross_entropy(run.net(data.inputs(index)), data.y[index]).backward()
@@ -230,7 +239,8 @@ def seeds_of(task: str, seeds: int) -> int:
 
 def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
     """The jobs of a task and a kind, as far as they are known from those that are done."""
-    values = [(task, kind, *pair) for pair in itertools.product(*KINDS[kind][1:])]
+    pairs = itertools.product(KINDS[kind].values, KINDS[kind].decays)
+    values = [(task, kind, *pair) for pair in pairs]
     rounds = ROUNDS
     if task.startswith("modular"):
         rounds = MODULAR_ROUNDS
