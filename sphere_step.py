@@ -322,7 +322,7 @@ class SphereSGD(torch.optim.Optimizer):
         return loss
 
     @torch.no_grad()
-    def measure(self):
+    def observe(self):
         """As `step`, at the norms that the weights have, but nothing moves."""
         self._apply(move=False)
 

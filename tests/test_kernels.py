@@ -310,7 +310,7 @@ def test_a_replay_after_measure_steps_on_the_same_radii():
     with torch.no_grad():
         for t in weights(groups):
             t.mul_(1.5)
-    optimizer.measure()
+    optimizer.observe()
     assert not torch.allclose(optimizer.stats()["radius"].cpu(), torch.tensor(radii).double())
     for launch in replay:
         launch()
@@ -694,7 +694,7 @@ def test_a_step_mixes_no_devices_and_waits_for_no_number(angle, monkeypatch):
                 group["lr"] = lr
             calls.clear()
             optimizer.step()
-            optimizer.measure()
+            optimizer.observe()
             assert len(calls) == 3 + 1 + 2
             pace = calls.pop(3)  # of what is on no sphere
             assert isinstance(pace, float) or pace.device.type == "cuda"

@@ -128,7 +128,7 @@ def shares(net, groups, dtype, seed=0, data=None, sphere="group"):
         net.zero_grad()
         logits = measure.logits_of(net, data.inputs(index), dtype)
         F.cross_entropy(logits, data.y[index]).backward()
-        meter.measure()
+        meter.observe()
         kept.append((None, None, *meter.last))
     return measure.radial_shares(kept, meter, groups)
 

@@ -311,7 +311,7 @@ def test_measure_reports_what_step_would_without_moving_anything():
         [t.detach().clone() for t in theta],
         {k: v["momentum_buffer"].clone() for k, v in optimizer.state.items()},
     )
-    optimizer.measure()
+    optimizer.observe()
     measured = optimizer.stats()
     assert all(torch.equal(a, b) for a, b in zip(theta, before, strict=True))
     assert all(torch.equal(optimizer.state[k]["momentum_buffer"], m) for k, m in state.items())
@@ -453,7 +453,7 @@ def test_measure_is_a_meter_of_weights_that_something_else_moves():
             t.mul_(3.7)
     before = [t.detach().clone() for t in theta]
     other_loss(theta).backward()
-    meter.measure()
+    meter.observe()
     stats, layers = meter.stats(), meter.layer_stats()
     x, g = (torch.cat([t.flatten() for t in ts]) for ts in (before, [t.grad for t in theta]))
     across = g - x * (x @ g) / (x @ x)
@@ -855,7 +855,7 @@ def test_a_copy_of_network_and_optimizer_goes_on_as_the_original(how, steps):
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter is not compiled")
-@pytest.mark.parametrize("what", ["step", "function", "measure"])
+@pytest.mark.parametrize("what", ["step", "function", "observe"])
 def test_the_first_step_of_all_may_be_a_compiled_one(what):
     torch._dynamo.reset()
     nets = [torch.nn.Linear(5, 4) for _ in range(2)]
@@ -867,8 +867,8 @@ def test_the_first_step_of_all_may_be_a_compiled_one(what):
 
     def step(net, optimizer):
         net(x).square().sum().backward()
-        if what == "measure":
-            optimizer.measure()
+        if what == "observe":
+            optimizer.observe()
         optimizer.step()
 
     compiled = torch.compile(step, backend="eager")
@@ -897,7 +897,7 @@ def test_groups_without_tensors_are_no_trouble(sphere):
         optimizer = SphereSGD([dict(group) for group in groups], lr=0.1, momentum=0.9)
         p.grad, before = torch.randn(5, 2), p.detach().clone()
         optimizer.step()
-        optimizer.measure()
+        optimizer.observe()
         optimizer.normalize()
         assert torch.equal(p, before) == (len(groups) == 1)
         if len(groups) > 1:
