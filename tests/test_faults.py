@@ -169,13 +169,12 @@ def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
 
     def count():
         runs.os = regimes.os = DyingOs(calls)
-        figures.of_sweep = lambda *_: counter.write_text(
-            str(calls - runs.os.left)
-        )  # the last that is written
+        # The figure is the last that is written.
+        figures.of_sweep = lambda *_: counter.write_text(str(calls - runs.os.left))
 
     assert end_of(start(*ONE, "--out", tmp_path / "counted", before=count))[0] == 0
     total = int(counter.read_text())
-    assert total > 30
+    assert total > 20
     for n in range(1, total + 1):
         folder = tmp_path / str(n)
         status, output = end_of(start(*ONE, "--out", folder, before=lambda n=n: die_at(n)))
@@ -222,7 +221,7 @@ def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
 
 
 def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp_path):
-    command = ["--elr", 0.01, "--width", 2, "--epochs", 3, "--batch-size", 16]
+    command = ["--elr", 0.01, "--width", 2, "--epochs", 3, "--batch-size", 32]
     command += ["--momentum", 0.9, "--augment"]
     checkpoint = tmp_path / "parts" / "elr=1e-02.pt"
     assert end_of(start(*command, "--out", tmp_path / "whole"))[0] == 0
@@ -262,23 +261,9 @@ def test_a_second_process_is_kept_out_of_a_run_and_told_who_is_in_it(tmp_path):
         pass
 
 
-def test_a_sweep_started_twice_shares_the_work(tmp_path):
-    command = ["--elr", 0.01, 0.02, 0.04, 0.08, "--width", 2, "--epochs", 2, "--batch-size", 64]
-    command += ["--jobs", 1]
-    children = [start(*command, "--out", tmp_path / "shared") for _ in range(2)]
-    outputs = [end_of(child) for child in children]
-    assert [status for status, _ in outputs] == [0, 0], outputs
-    text = "".join(output for _, output in outputs)
-    assert (
-        text.count("(already done)") == 4 and text.count("elr 4e-02") == 2
-    )  # each is done once and reported twice
-    assert end_of(start(*command, "--out", tmp_path / "alone"))[0] == 0
-    equal_sweeps(tmp_path / "alone", tmp_path / "shared")
-
-
 # ------------------------------------------------------------------------------------------------------- many runs at a time
 
-MANY = ["--elr", "0.01", "0.02", "0.04", "--width", "2", "--epochs", "6", "--batch-size", "64"]
+MANY = ["--elr", "0.01", "0.02", "0.04", "--width", "2", "--epochs", "4", "--batch-size", "64"]
 MANY += ["--threads", "1"]
 
 
@@ -287,6 +272,15 @@ def one_by_one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_by_one")
     assert end_of(start(*MANY, "--out", folder))[0] == 0
     return folder
+
+
+def test_a_sweep_started_twice_shares_the_work(tmp_path, one_by_one):
+    children = [start(*MANY, "--jobs", 1, "--out", tmp_path) for _ in range(2)]
+    outputs = [end_of(child) for child in children]
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    text = "".join(output for _, output in outputs)  # each is done once and reported twice
+    assert text.count("(already done)") == 3 and text.count("elr 4e-02") == 2
+    equal_sweeps(one_by_one, tmp_path)
 
 
 def test_jobs_stop_together_and_a_killed_one_does_not_take_the_others_along(tmp_path, one_by_one):
