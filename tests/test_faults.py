@@ -35,11 +35,8 @@ import runs
 import train
 
 ROOT = Path(__file__).parent.parent
-MADE = ["--data", "made.npz", "--model", "made.py:net", "--epochs", "1", "--batch-size", "8"]
-MADE += ["--elr", "0.1", "0.5", "--jobs", "1", "--threads", "1"]
-ONE = [*MADE[: MADE.index("--elr")], "--elr", "0.5"]
-NET = "from torch import nn\ndef net(example, classes):\n    "
-NET += "return nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, classes))\n"
+SUMS = ["--data", "modular", "--modulus", "5", "--width", "4", "--epochs", "1", "--batch-size", "8"]
+SUMS += ["--jobs", "1", "--threads", "1", "--elr", "0.5", "0.1"]
 CALLS = ("open", "write", "fsync", "replace", "close", "ftruncate")
 
 
@@ -143,43 +140,36 @@ def equal_sweeps(a, b):
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed(tmp_path_factory):
     """A small sweep; in this process, so that what torch imports late is there when children are
-    forked. Two numbers to learn from, and a network of six weights."""
+    forked."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    before = os.getcwd()
-    os.chdir(folder)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(24, 2))
-    y = (x[:, 0] > 0).astype(int)
-    np.savez(folder / "made.npz", x=x, y=y, test_x=x, test_y=y)
-    (folder / "made.py").write_text(NET)
+    points, measure.POINTS = measure.POINTS, 4  # it is the files that count here
     draw, figures.of_sweep = figures.of_sweep, lambda *_: None
-    assert train.main([*MADE, "--out", str(folder)]) == 0
+    assert train.main([*SUMS, "--out", str(folder)]) == 0
     figures.of_sweep = draw
     yield folder
-    os.chdir(before)
+    measure.POINTS = points
 
 
 def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
-    tmp_path, undisturbed, monkeypatch
+    tmp_path,
 ):
     counter, calls = tmp_path / "calls", 10**9
-    monkeypatch.setattr(measure, "POINTS", 4)  # it is the files that count here
     whole = tmp_path / "whole"
-    assert end_of(start(*ONE, "--out", whole))[0] == 0
+    assert end_of(start(*SUMS[:-1], "--out", whole))[0] == 0
 
     def count():
         runs.os = regimes.os = DyingOs(calls)
         # The figure is the last that is written.
         figures.of_sweep = lambda *_: counter.write_text(str(calls - runs.os.left))
 
-    assert end_of(start(*ONE, "--out", tmp_path / "counted", before=count))[0] == 0
+    assert end_of(start(*SUMS[:-1], "--out", tmp_path / "counted", before=count))[0] == 0
     total = int(counter.read_text())
     assert total > 20
     for n in range(1, total + 1):
         folder = tmp_path / str(n)
-        status, output = end_of(start(*ONE, "--out", folder, before=lambda n=n: die_at(n)))
+        status, output = end_of(start(*SUMS[:-1], "--out", folder, before=lambda n=n: die_at(n)))
         assert status == -signal.SIGKILL, output
-        status, output = end_of(start(*ONE, "--out", folder))
+        status, output = end_of(start(*SUMS[:-1], "--out", folder))
         assert status == 0 and "Traceback" not in output, (n, output)
         equal_sweeps(whole, folder)
         shutil.rmtree(folder)
@@ -377,7 +367,7 @@ def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
     folder, command = (
         tmp_path / "small",
-        ["--elr", 0.01, "--width", 8, "--batch-size", 64, "--momentum", 0.9],
+        ["--elr", 0.01, "--width", 4, "--batch-size", 256, "--momentum", 0.9],
     )
     folder.mkdir()
     mounted = (
@@ -449,7 +439,7 @@ def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monke
         return real(options, data, job, epochs, tell)
 
     monkeypatch.setattr(train, "continue_to_epoch", failing)
-    command = [*MADE[: MADE.index("--elr")], "--elr", "0.01", "0.1", "1", "--jobs", "1"]
+    command = [*SUMS, "1"]
     command += ["--out", str(tmp_path)]
     assert train.main(command) == 1
     out, err = capsys.readouterr()
@@ -458,7 +448,7 @@ def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monke
         and err.startswith("train.py: error: elr 1e-01: ")
         and str(error).splitlines()[0] in err
     )
-    assert [row["elr"] for row in read(tmp_path / "regimes.csv")] == ["0.01", "1"]
+    assert [row["elr"] for row in read(tmp_path / "regimes.csv")] == ["0.5", "1"]
     monkeypatch.undo()
     assert train.main(command) == 0 and len(read(tmp_path / "regimes.csv")) == 3
 
@@ -468,14 +458,14 @@ def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monke
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys):
     for name, more in (("a", []), ("b", ["--momentum", "0.5"])):
-        assert end_of(start(*MADE, *more, "--out", tmp_path / name))[0] == 0
+        assert end_of(start(*SUMS, *more, "--out", tmp_path / name))[0] == 0
     a = tmp_path / "a"
     for source, what in (
         (a / "elr=1e-01.pt", "value is 0.1 there, 0.5 here"),
         (tmp_path / "b" / "elr=5e-01.pt", "momentum is 0.5 there, None here"),
     ):
         shutil.copy(source, a / "elr=5e-01.pt")
-        assert train.main([*MADE, "--out", str(a), "--epochs", "3"]) == 1
+        assert train.main([*SUMS, "--out", str(a), "--epochs", "3"]) == 1
         err = capsys.readouterr().err
         assert (
             err.count("\n") == 1
