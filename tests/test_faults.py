@@ -367,7 +367,7 @@ def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
     folder, command = (
         tmp_path / "small",
-        ["--elr", 0.01, "--width", 4, "--batch-size", 256, "--momentum", 0.9],
+        ["--elr", 0.01, "--width", 4, "--batch-size", 256, "--momentum", 0.9, "--threads", 1],
     )
     folder.mkdir()
     mounted = (

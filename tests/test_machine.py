@@ -113,7 +113,18 @@ def test_what_is_not_orthogonal_to_its_gradient_in_a_network_of_ones_own_is_a_no
 
 
 def test_rows_of_a_residual_stream_are_not_scale_invariant_and_that_is_a_note(tmp_path, capsys):
-    more = ["--model", "resnet18", "--width", 1, "--batch-size", 256, "--out", tmp_path]
+    more = [
+        "--model",
+        "resnet18",
+        "--width",
+        1,
+        "--batch-size",
+        256,
+        "--threads",
+        1,
+        "--out",
+        tmp_path,
+    ]
     assert run("--elr", 0.01, "--epochs", 1, "--sphere", "row", *more) == 0
     err = capsys.readouterr().err
     assert err.count("note:") == 1 and "rows are not scale invariant" in err

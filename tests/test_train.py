@@ -469,6 +469,8 @@ def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
             1,
             "--batch-size",
             256,
+            "--threads",
+            1,
             "--sphere",
             "layer",
             "--out",
@@ -484,7 +486,20 @@ def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
 def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_its_elr(
     tmp_path, model
 ):
-    command = ["--model", model, "--elr", 0.01, "--width", 2, "--epochs", 2, "--batch-size", 256]
+    command = [
+        "--model",
+        model,
+        "--elr",
+        0.01,
+        "--width",
+        2,
+        "--epochs",
+        2,
+        "--batch-size",
+        256,
+        "--threads",
+        1,
+    ]
     assert run(*command, "--out", tmp_path / "fixed") == 0
     assert run(*command, "--affine", "--train-head", "--out", tmp_path / "both") == 0
     before, after = log(tmp_path / "fixed"), log(tmp_path / "both")
@@ -982,6 +997,6 @@ def test_an_extreme_number_is_one_line_or_taken(tmp_path_factory, option, number
 
 @pytest.mark.parametrize("elr", ["1.2e-38", "3.3e38"])
 def test_the_ends_of_what_float32_holds_run_without_a_traceback(tmp_path, capsys, elr):
-    more = ["--width", 2, "--epochs", 1, "--batch-size", 256, "--out", tmp_path]
+    more = ["--width", 2, "--epochs", 1, "--batch-size", 256, "--threads", 1, "--out", tmp_path]
     assert run("--elr", elr, "0.1", *more) == 0
     assert "Traceback" not in capsys.readouterr().err
