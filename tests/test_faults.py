@@ -3,6 +3,7 @@
 `python -m pytest tests/test_faults.py --kills 50` kills a sweep at 50 random moments instead of 3.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -32,6 +33,7 @@ import figures
 import measure
 import regimes
 import runs
+import speed
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -411,6 +413,41 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
     finally:
         if mounted:
             subprocess.run(["umount", folder], check=True)
+
+
+def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def function():
+        os.dup2(writer, 1)
+        regimes.finish(lambda: train.main([*SUMS, "--out", str(tmp_path)]))
+
+    assert end_of(fork(function)) == (0, "")
+
+
+def pages_fetched():
+    """While 15 times 40 MB are used and freed."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        _ = [torch.ones(10**7) for _ in range(3)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this C library has no mallopt")
+
+    def function():
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 65536), mallopt(-1, 2**17)  # as at the start of a process
+        usually = pages_fetched()
+        speed.keep_memory()
+        pages_fetched()
+        print(usually, pages_fetched())
+
+    usually, kept = map(int, end_of(fork(function))[1].split())
+    assert usually > 20 * kept
 
 
 def test_a_folder_removed_during_a_run_is_one_line(tmp_path):

@@ -1,13 +1,10 @@
 """The command line as a user runs it."""
 
 import csv
-import ctypes
 import io
 import json
 import math
 import os
-import subprocess
-import sys
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from speed import Captured
 
 SLOW = "SLOW" in os.environ
 ROOT = Path(__file__).parent.parent
-QUICK = ["--width", "2", "--epochs", "2", "--batch-size", "64"]
+QUICK = ["--width", "2", "--epochs", "2", "--batch-size", "128", "--threads", "1"]
 
 
 def read(path):
@@ -59,7 +56,9 @@ def test_the_three_regimes_are_named(tmp_path, capsys, seed):
 
 
 def test_a_short_run_at_a_tiny_elr_is_not_called_equilibrium_or_divergence(tmp_path, capsys):
-    assert run("--elr", 1e-5, "--epochs", 4, "--batch-size", 64, "--out", tmp_path) == 0
+    assert (
+        run("--elr", 1e-5, "--epochs", 4, "--width", 2, "--batch-size", 64, "--out", tmp_path) == 0
+    )
     assert "elr 1e-05: undecided: too short" in capsys.readouterr().out
 
 
@@ -85,8 +84,8 @@ def test_a_run_writes_the_files_of_the_contract(tmp_path):
     )
     assert [row["epoch"] for row in rows] == ["0", "1", "2"] and [row["step"] for row in rows] == [
         "0",
+        "11",
         "22",
-        "44",
     ]
     for row in rows:
         assert all(math.isfinite(float(cell)) for cell in row.values())
@@ -342,13 +341,6 @@ def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are
     lines = out.splitlines()
     assert err == "" and len(lines) == 2
     assert lines[1] == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
-
-
-def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
-    script = f"{sys.executable} train.py --elr 0.01 {' '.join(QUICK)} --out {tmp_path}"
-    whole = ["bash", "-c", f"set -o pipefail; {script} | true"]
-    result = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True)
-    assert result.stderr == "" and result.returncode == 0
 
 
 NETWORK = """
@@ -614,7 +606,7 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
     sgd = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
     for row in rows:
         implied = []
-        for index in batches(1437, 64, order):
+        for index in batches(1437, 128, order):
             implied.append(0.05 / 0.1 / sum(w.double().square().sum().item() for w in weights))
             sgd.zero_grad()
             torch.nn.functional.cross_entropy(net(digits.inputs(index)), digits.y[index]).backward()
@@ -831,33 +823,13 @@ def test_with_and_without_the_cuda_graph_training_is_the_same_to_rounding(tmp_pa
             assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3), column
 
 
-def test_freed_memory_is_kept_for_the_next_step():
-    code = """
-import resource, torch, speed
-speed.keep_memory()
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(8):
-    before = faults() if i == 3 else 0 if i < 3 else before
-    x = [torch.ones(10**7) for _ in range(3)]
-    del x
-print(faults() - before)
-"""
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("this C library has no mallopt")
-    whole = [sys.executable, "-c", code]
-    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=True)
-    # The last five times: 15 times 40 MB, more than glibc keeps by itself, 146,000 pages.
-    assert int(done.stdout) < 1000
-
-
 # --------------------------------------------------------------- the angle, max-epochs, jobs, next
 
 
 def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path, capsys):
     assert run("--elr", 0.001, *QUICK, "--out", tmp_path) == 0
     capsys.readouterr()
-    more = ["--width", 2, "--batch-size", 64, "--epochs", 5]
-    assert run("--angle", 0.1, *more, "--out", tmp_path) == 0
+    assert run("--angle", 0.1, *QUICK, "--epochs", 5, "--out", tmp_path) == 0
     out = capsys.readouterr().out
     assert out.startswith("angle 1e-01: ") and "test error " in out.splitlines()[0]
     rows = log(tmp_path, "angle=1e-01")
