@@ -1,6 +1,4 @@
-"""What is measured of a network: loss and error on a set, chance, averaged weights, and the points
-on the spheres with the angles between them.
-"""
+"""What is measured of a network: loss, error, chance, averaged weights, points on the spheres."""
 
 from copy import deepcopy
 
@@ -12,9 +10,9 @@ from data import batches, chunks
 from own import told
 
 POINTS = 512  # at which chance is measured
-CHUNK = 512  # inputs at once where nothing is trained
-# Which share of a gradient may point along scale-invariant weights: by rounding (of ours at most
-# 1.2e-6, 1.3e-4, 3e-3 were seen), by the eps of others' normalizations (1e-3 in 300 networks).
+CHUNK = 512  # inputs at once outside of training
+# What share of a gradient may point along the weights: by rounding, and by the eps of others'
+# normalizations. docs/guide.md has the measurements.
 ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
 EPS_SHARE = 3e-3
 ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
@@ -22,8 +20,7 @@ ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invaria
 
 def logits_of(net, x, dtype="fp32"):
     """The output for a batch, computed in --dtype, in float32."""
-    but = [RuntimeError] if x.is_cuda else []  # for which the capture of a CUDA graph waits
-    with told("the network cannot be run", *but):
+    with told("the network cannot be run"):
         if dtype == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
                 return net(x).float()
@@ -36,8 +33,7 @@ OF_LAYERS = "norm elr grad_norm angle".split()
 
 def of_steps(kept, sphere, plain):
     """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6], over spheres the
-    norm of γ, else the mean; OF_LAYERS [tensors, 4]. Where a `plain` optimizer moves the weights,
-    with the ELR that this implies."""
+    norm of γ, else the mean; OF_LAYERS [tensors, 4]. Of a `plain` optimizer the implied ELR."""
     losses, wrong, *last = zip(*kept, strict=True)
     last = [torch.stack(x) for x in last]
     stats, layers = sphere.stats(last), sphere.layer_stats(last)
@@ -56,13 +52,10 @@ def of_steps(kept, sphere, plain):
 
 
 def radial_shares(kept, sphere, layer_groups):
-    """By the names of each layer group, which share of its gradient points along the weights:
-    |Σ⟨θ,g⟩|/√(Σ‖θ‖²Σ‖g‖²), the root mean square over the steps in `kept`.
-
-    Of a scale-invariant set Σ⟨θ,g⟩ = 0, whatever the data. So the share is rounding, or the
-    gradient is wrong, or the set is not scale invariant. The gradient of a set without effect is
-    rounding itself: shares are of a tenth of the largest √(Σ‖θ‖²Σ‖g‖²) at least.
-    """
+    """By layer group, which share of its gradient points along the weights:
+    |Σ⟨θ,g⟩|/√(Σ‖θ‖²Σ‖g‖²), the root mean square over steps. Where the set is scale invariant,
+    Σ⟨θ,g⟩ = 0: the share is rounding, or the gradient is wrong. That of a set without effect is
+    rounding itself: shares are of a tenth of the largest √(Σ‖θ‖²Σ‖g‖²) at least."""
     last = zip(*(last for _, _, *last in kept), strict=True)
     grams = sphere.grams([torch.stack(x) for x in last])
     lines = [1 for group in layer_groups for _ in group]
@@ -75,6 +68,26 @@ def radial_shares(kept, sphere, layer_groups):
     along, size = tg.norm(dim=1), (tt * gg).sum(1).sqrt()
     shares = (along / size.clamp(min=0.1 * size.max())).tolist()
     return {" + ".join(group): x for group, x in zip(layer_groups, shares, strict=True)}
+
+
+def check_gradient(run, radial, tell):
+    """Raises ValueError where the gradient by a layer group of ours is not orthogonal to it. Those
+    of other networks, and single rows, may not be scale invariant: a note."""
+    options, where = run.options, torch.backends.cpu.get_cpu_capability()
+    if options.device != "cpu":
+        where = torch.cuda.get_device_name()
+    shares = radial_shares(run.first_steps, run.sphere, options.layer_groups)
+    name = max(shares, key=shares.get)
+    what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
+    wrong = f"torch {torch.__version__} computes it wrong on this processor ({where})"
+    if ":" in options.model:
+        if shares[name] > ROUNDING[options.dtype] + EPS_SHARE:
+            tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
+    elif shares[name] > ROUNDING[options.dtype]:
+        raise ValueError(f"{what}, and none may: {wrong}. See python bench.py check")
+    if options.sphere == "row" and radial > ROWS:
+        what = f"{radial:.2g} of the rows' gradients points along them"
+        tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
 
 
 @torch.no_grad()
@@ -102,48 +115,10 @@ def on_train_set(net, data, dtype):
     return total
 
 
-FULL_PASS = "full_train_loss full_train_error full_grad_norm batch_grad_norm".split()
-FULL_PASS += ["batch_grad_norm_std"]
-
-
-def full_pass(net, data, sphere, options):
-    """Over the whole training set, with the weights held still and no augmentation: loss, error, γ
-    of the mean gradient; mean and deviation of the batches' γ. Leaves no trace in the network."""
-    net.train()
-    buffers = [buffer.clone() for buffer in net.buffers()]
-    params = [p for p in net.parameters() if p.requires_grad]
-    means, gammas, loss_sum, wrong_sum = {}, [], 0.0, 0.0
-    devices = [data.x.device] if data.x.is_cuda else []
-    with torch.random.fork_rng(devices):
-        for index in chunks(len(data.x), options.batch_size, data.x.device):
-            y, share = data.y[index], len(index) / len(data.x)
-            logits = logits_of(net, data.inputs(index), options.dtype)
-            loss = F.cross_entropy(logits, y)
-            net.zero_grad(set_to_none=not options.graph)
-            loss.backward()
-            for p in params:
-                if p.grad is None:  # a layer may be left out at random
-                    p.grad = torch.zeros_like(p)
-                means[p] = means.get(p, 0) + p.grad * share
-            sphere.measure()
-            gammas.append(sphere.stats()["grad_norm"].norm())
-            loss_sum = loss_sum + loss.detach().double() * share
-            wrong_sum = wrong_sum + (logits.argmax(1) != y).double().mean() * share
-    for p, mean in means.items():
-        p.grad.copy_(mean)  # in place: a CUDA graph knows gradients by their addresses
-    sphere.measure()
-    gamma = sphere.stats()["grad_norm"].norm()
-    for buffer, before in zip(net.buffers(), buffers, strict=True):
-        buffer.copy_(before)
-    spread = torch.stack(gammas)
-    values = [loss_sum, wrong_sum, gamma, spread.mean(), spread.std(correction=0)]
-    return dict(zip(FULL_PASS, torch.stack(values).tolist(), strict=True))
-
-
 @torch.no_grad()
 def chance(net, sphere, data, options, seed):
-    """Mean and standard deviation of loss and error on a batch, over random points of the spheres,
-    to which the network is moved."""
+    """Mean and deviation of loss and error on a batch, over random points of the spheres, to which
+    the network is moved."""
     net.train()
     generator, values = torch.Generator().manual_seed(seed), []
     tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
@@ -166,14 +141,13 @@ def on_average(averaged, net, spheres, data, dtype):
     """Train loss and test error of the mean of weights, put back on the spheres of `net`."""
     mean = deepcopy(averaged.module)
     for sphere, x, y in zip(spheres, vectors(mean, spheres), vectors(net, spheres), strict=True):
-        put(mean, sphere, x * y.norm(dim=1, keepdim=True) / x.norm(dim=1, keepdim=True))
+        put(mean, sphere, F.normalize(x) * y.norm(dim=1, keepdim=True))
     loss = on_train_set(mean, data, dtype)
     return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
 
 
 def spheres_of(layer_groups, sphere):
-    """What is on which sphere: for each the `names` of its tensors; with `rows` each row of its one
-    tensor is a sphere."""
+    """The spheres: the `names` of their tensors; with `rows` each row of the one is a sphere."""
     names = [name for group in layer_groups for name in group]
     if sphere == "row":
         return [{"names": [name], "rows": True} for name in names]
@@ -196,7 +170,7 @@ def vectors(net, spheres):
 
 @torch.no_grad()
 def put(net, sphere, points):
-    """The inverse of `vectors`, for one entry: write the points into the network's weights."""
+    """The inverse of `vectors`, for one entry: write the points into the weights."""
     tensors = [net.get_parameter(name) for name in sphere["names"]]
     parts = points.reshape(-1).split([x.numel() for x in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
@@ -204,10 +178,9 @@ def put(net, sphere, points):
 
 
 def angles(some, others):
-    """The angle between each sphere's two points, as `vectors` gives them, [spheres] in radians;
-    exact near 0 and π, too."""
+    """The angle between each sphere's two points, as `vectors` gives them, [spheres] in radians."""
     found = []
     for x, y in zip(some, others, strict=True):
-        x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+        x, y = F.normalize(x), F.normalize(y)
         found.append(2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1)))
     return torch.cat(found)

@@ -2,8 +2,9 @@
 
 import math
 import os
-import shlex
+import sys
 from pathlib import Path
+from timeit import repeat
 
 import torch
 
@@ -15,9 +16,7 @@ from speed import choose_threads, cores, find_device
 
 # What all runs of a folder have in common.
 IDENTITY = """space wd momentum data modulus label_noise augment model width affine train_head
-    sphere batch_size eval_train average dtype""".split()
-# Which runs, and how they are done: what `next:` leaves out.
-WHICH = "elr sweep angle lr wd refine max_epochs seeds then average schedule jobs threads force"
+    sphere batch_size average dtype""".split()
 
 
 class Refused(Exception):
@@ -32,7 +31,7 @@ def parser():
     few, share, angle = number(int, 0, 1025), number(float, 0, 1), number(float, 0, math.pi / 2)
 
     add = parser.add_argument_group("which runs").add_argument
-    add("--elr", nargs="+", type=real, metavar="ELR", help="a run at each of these ELRs")
+    add("--elr", nargs="+", type=real, metavar="ELR", help="runs at these ELRs")
     text = "N ELRs, log-spaced (alone: 1e-4 1 13; modular: 1e-5 1e-1 13)"
     add("--sweep", nargs="*", type=real, metavar="LO HI N", help=text)
     add("--angle", nargs="+", type=angle, metavar="PHI", help="radians of a step, falling to 0")
@@ -66,15 +65,14 @@ def parser():
     add("--batch-size", type=whole, default=16, help="default: 16")
     add("--label-noise", type=share, metavar="P", help="share of training labels made wrong")
     add("--augment", **flag, help="random crops and flips of the training images")
-    add("--eval-train", **flag, help="measure on the whole training set, too")
 
     add = parser.add_argument_group("the machine and the files").add_argument
     add("--jobs", type=few, metavar="N", help="runs at a time (default: CPU one per core, GPU 1)")
     add("--threads", type=few, metavar="T", help="CPU threads of a run (default: what helps)")
     text = "of the arithmetic, not of the weights (default: fp32)"
     add("--dtype", choices=("fp32", "tf32", "bf16"), default="fp32", help=text)
-    add("--graph", **flag, help="GPU: capture each step in a CUDA graph and replay it")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there, else cpu)")
+    add("--graph", **flag, help="GPU: replay each step as a CUDA graph")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there)")
     add("--out", type=Path, metavar="DIR", help="folder of the logs (default: logs/<data>-<model>)")
     add("--force", **flag, help="remove the runs in --out first")
     return parser
@@ -159,15 +157,25 @@ def choose_machine(options):
     options.ranks = int(os.environ.get("WORLD_SIZE", 1))
     if options.force and options.ranks > 1:
         raise Refused("force", "the ranks of torchrun share the folder: remove it by hand")
-    torch.set_num_threads(1)  # until a single run is sure to gain from more; jobs fork from one
+    torch.set_num_threads(1)  # jobs fork from one
     try:
         options.device = find_device(options.device)
     except ValueError as error:
         raise Refused("device", str(error)) from None
+    slowness = bf16_slowness() if options.dtype == "bf16" and options.device == "cpu" else 1
+    if slowness > 2:
+        print(f"note: bf16 takes {slowness:.0f} × the time of fp32 here", file=sys.stderr)
     if options.jobs is None:
         alone = options.ranks > 1 or options.device != "cpu"
         options.jobs = 1 if alone else cores()
     options.jobs = min(options.jobs, len(options.values) * options.seeds)
+
+
+def bf16_slowness():
+    """How many times as long a product takes in bfloat16 as in float32, on the CPU."""
+    x, y = torch.ones(256, 256, dtype=torch.bfloat16), torch.ones(256, 256)
+    slow, fast = repeat(lambda: x @ x, number=1), repeat(lambda: y @ y, number=1)
+    return min(slow) / min(fast)
 
 
 def read_data(options):
@@ -179,9 +187,7 @@ def read_data(options):
         said = f"{len(data.labels)} labels, {data.labels[0]} to {data.labels[-1]}"
         print(f"{said}, are the classes 0 to {data.classes - 1}: see config.json")
     if data.tokens and options.data != "modular":
-        print(
-            "whole numbers [N, T] are taken for tokens: if they are numbers, save x.astype(float)"
-        )
+        print("whole numbers [N, T] are read as tokens: if they are numbers, save x.astype(float)")
     if options.augment and data.x.dtype != torch.uint8:
         raise Refused("augment", "this is for images: leave it out")
     n, noise = len(data.x), options.label_noise
@@ -221,13 +227,3 @@ def open_out(options, given):
         options.chance = regimes.read_chance(options.out)
     except ValueError as error:
         raise Refused("out", str(error)) from None
-
-
-def again(options, *instead):
-    """The command with other options in the place of those that said which runs."""
-    words = ["python", "train.py", *instead]
-    for name, value in options.given.items():
-        if name not in WHICH.split():
-            words.append(f"--{name.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
-    return shlex.join(words)

@@ -1,8 +1,7 @@
 """Runs on disk, and many of them: folder, rows, checkpoint and lock; grid, bisection, jobs, ranks.
 
 Files are replaced whole or not at all, rows are whole or absent. A lock, which the system releases
-when its process dies, keeps a second process out of a run. How to do one run is a function that it
-is handed.
+when its process dies, keeps a second process out of a run.
 """
 
 import argparse
@@ -40,9 +39,9 @@ class Busy(Exception):
 
 
 def open_folder(out, options, force=False):
-    """Make the folder, or find that its runs have these very options; returns its config. With
-    `force` what was there of ours is removed. Raises ValueError, having changed nothing, where it
-    cannot be written, its runs have other options, or with `force` are in progress."""
+    """Make the folder, or find that its runs have these very options; returns its config. `force`
+    removes what was there of ours. Raises ValueError, having changed nothing, where the folder
+    cannot be written, or its runs have other options or are in progress."""
     path = out / "config.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -60,19 +59,24 @@ def open_folder(out, options, force=False):
         if not path.exists():
             return {"options": options}
         config = json.loads(path.read_text(encoding="utf-8"))
-        there = config["options"]
-        different = [key for key in {**options, **there} if there.get(key) != options.get(key)]
+        what = _difference(config["options"], options)
     except Busy as busy:
         raise ValueError(f"{busy}: wait for it, or choose another --out") from None
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: choose another --out, or --force") from None
-    if different:
-        key = different[0]
-        what = f"{key} is {there.get(key)!r} there, {options.get(key)!r} here"
+    if what:
         raise ValueError(f"{out} holds runs with other options ({what}): another --out, or --force")
     return config
+
+
+def _difference(there, here):
+    """In words, the first entry that differs; "" if none does."""
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+    return ""
 
 
 def write_config(out, config):
@@ -102,10 +106,9 @@ def load_checkpoint(path, identity, device):
         there = dict(state["identity"])
     except Exception:  # what is no checkpoint can fail anywhere
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
-    for key in {**identity, **there} if identity is not None else ():
-        if identity.get(key) != there.get(key):
-            what = f"{key} is {there.get(key)!r} there, {identity.get(key)!r} here"
-            raise ValueError(f"{path} is the checkpoint of another run ({what}): {again}")
+    what = "" if identity is None else _difference(there, identity)
+    if what:
+        raise ValueError(f"{path} is the checkpoint of another run ({what}): {again}")
     return state | {"checksum": checksum.hex()}
 
 
@@ -134,14 +137,12 @@ def lock(path, patient=False):
             if not patient:
                 holder = os.read(file, 200).decode(errors="replace") or "another process"
                 os.close(file)
-                name = path.name.removesuffix(".lock")
-                raise Busy(f"{name} is in progress: {holder} holds {path}") from None
+                raise Busy(f"{path.stem} is in progress: {holder} holds {path}") from None
             time.sleep(0.2)
         os.close(file)
     try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}, since {since},".encode())
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -206,7 +207,7 @@ def bisect(out, values):
     runs = [run for run in regimes.read_folder(out) if run.elr in values]
     try:
         seen = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
-    except ValueError:  # out of order: there is no one boundary, and the table says so
+    except ValueError:  # there is no one boundary, and the table says so
         return []
     new = []
     for boundary in seen:  # between its sides are those that the seeds leave undecided
@@ -221,16 +222,14 @@ def bisect(out, values):
 
 
 class Watch:
-    """What one sees of runs: on a terminal bars; else a line per finished run and, of a run of
-    more than a minute, a line a minute."""
+    """What one sees of runs: on a terminal bars; else a line per finished run, and one a minute of
+    a run that takes longer."""
 
     def __init__(self, jobs, total, renew, quiet=False):
         self.renew, self.quiet, self.reported, self.failed = renew, quiet, set(), False
-        self.bars, self.last = {}, {}
-        self.terminal = sys.stderr.isatty()
-        if self.terminal and total > 1:
-            how = dict(unit="run", position=jobs, leave=False)
-            self.bars["all"] = tqdm(total=total, desc="runs", **how)
+        self.bars, self.last, self.terminal = {}, {}, sys.stderr.isatty()
+        hidden = not self.terminal or total == 1
+        self.done = tqdm(desc="runs", total=total, position=jobs, leave=False, disable=hidden)
 
     def tell(self, job, what, name, *more):
         """A run's message: "epoch" (epoch, epochs, text); "finished", "note", "busy", "failed"."""
@@ -245,8 +244,7 @@ class Watch:
                 name += " (already done)" if nothing_to_do else ""
                 tqdm.write(f"{name}: {text}", file=sys.stdout)
                 sys.stdout.flush()
-                if "all" in self.bars:
-                    self.bars["all"].update()
+                self.done.update()
                 self.renew()
         elif what == "failed":
             self.failed = True
@@ -260,8 +258,7 @@ class Watch:
             self.last[job] = name
             if job in self.bars:
                 self.bars[job].close()
-            how = dict(unit="epoch", position=job, leave=False)
-            self.bars[job] = tqdm(desc=name, initial=epoch, **how)
+            self.bars[job] = tqdm(desc=name, initial=epoch, position=job, leave=False)
         bar = self.bars[job]
         bar.total = epochs
         bar.update(epoch - bar.n)
@@ -274,7 +271,7 @@ class Watch:
             self.last[name] = time.monotonic()
 
     def close(self):
-        for bar in self.bars.values():
+        for bar in (self.done, *self.bars.values()):
             bar.close()
 
 
@@ -282,8 +279,7 @@ def run_all(do, pairs, options, renew):
     """Do these runs, options.jobs at a time. Returns whether one failed.
 
     do      ((value, seed), tell, patient) → name of the run, verdict in words, whether there was
-            nothing to do. It tells its epochs (Watch). Where another process is at the run it
-            raises Busy or, if `patient`, waits
+            nothing to do. Where another process is at the run it waits if `patient`, or is Busy
     renew   called whenever a run is finished
     """
     jobs = min(options.jobs, len(pairs))
@@ -292,7 +288,7 @@ def run_all(do, pairs, options, renew):
         if jobs > 1:
             _side_by_side(do, pairs, jobs, options, watch)
             remove_leftovers(options.out)
-        # All of them, or what a job that died has left. What another process is at comes last.
+        # All, or what a job that died has left; what another process is at comes last.
         tell = partial(watch.tell, 0)
         left = [pair for pair in pairs if not attempt(do, pair, options, tell)]
         if left and len(pairs) == options.ranks == 1:
@@ -330,7 +326,7 @@ def attempt(do, pair, options, tell, patient=False):
 
 def _side_by_side(do, pairs, jobs, options, watch):
     """The runs in processes of their own, each of which takes what none has taken yet. On Linux
-    they fork, with what this process has imported and read, from its single thread."""
+    they fork, with what this process has imported and read."""
     fork = sys.platform == "linux" and options.device == "cpu"
     context = multiprocessing.get_context("fork" if fork else "spawn")
     processes, pipes = [], {}
@@ -359,7 +355,7 @@ def _side_by_side(do, pairs, jobs, options, watch):
 
 
 def _job(do, pairs, options, pipe):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C; the parent sees it, too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent sees it, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -377,5 +373,3 @@ def _job(do, pairs, options, pipe):
 def _end_with_parent():
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)  # which cleans up
-    time.sleep(10)
-    os._exit(1)

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,15 +31,15 @@ import regimes
 import runs
 from data import batches
 from models import build
-from options import again, parse
-from speed import Captured, bf16_slowness, keep_memory, machine, start_quickly, use
+from options import parse
+from speed import Captured, keep_memory, start_quickly, use
 from sphere_step import SphereSGD
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
     seconds distance""".split()
 AVERAGE_COLUMNS = ["avg_train_loss", "avg_test_error"]
 LAYER_COLUMNS = ["epoch", "layer", *measure.OF_LAYERS]
-STATE = ("epoch", "seconds", "ended", "start")  # in a checkpoint, beside a run's parts
+STATE = ("epoch", "seconds", "ended", "start")  # in a checkpoint, beside the parts
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
 
 
@@ -71,7 +71,7 @@ class Run:
         self.start = measure.vectors(self.net, self.spheres)
         self.order = torch.Generator().manual_seed(job.seed)
         self.averaged = AveragedModel(self.net) if options.average else None
-        self.one_step = Captured(self.step) if options.graph else self.step
+        self.one_step = Captured(self.train_step) if options.graph else self.train_step
         self.epoch, self.epochs, self.seconds, self.ended = -1, options.epochs, 0.0, False
 
     def make_optimizer(self):
@@ -82,25 +82,25 @@ class Run:
         for sphere in self.spheres:
             params = [net.get_parameter(name) for name in sphere["names"]]
             groups.append(dict(params=params, sphere="row" if sphere["rows"] else "group", lr=lr))
-        self.on_spheres = on_spheres = [p for group in groups for p in group["params"]]
+        self.on_spheres = [p for group in groups for p in group["params"]]
         trained = [p for p in net.parameters() if p.requires_grad]
         momentum, angle = options.momentum or 0.0, options.mode == "angle"
         self.plain = None
         if options.mode == "lr":
-            more = dict(momentum=momentum, weight_decay=options.wd or 0.0)
-            self.plain = torch.optim.SGD(trained, lr=lr, **more)
-            self.sphere = SphereSGD(on_spheres, lr=0.0)
+            self.plain = torch.optim.SGD(trained, lr, momentum, weight_decay=options.wd or 0.0)
+            self.sphere = SphereSGD(self.on_spheres, lr=0.0)
             return
-        rest = [p for p in trained if all(p is not q for q in on_spheres)]
+        known = set(self.on_spheres)
+        rest = [p for p in trained if p not in known]
         if rest:  # at the learning rate that matches the sphere of the whole network, η = η̃ρ²
-            square = sum(p.detach().square().sum().item() for p in on_spheres)
+            square = sum(p.detach().square().sum().item() for p in self.on_spheres)
             groups.append(dict(params=rest, sphere=None, lr=lr if angle else lr * square))
         if options.graph:  # which reads the learning rates from the device's memory
             for group in groups:
                 group["lr"] = torch.tensor(group["lr"], device=options.device)
         self.sphere = SphereSGD(groups, lr=lr, momentum=momentum, angle=angle)
 
-    def step(self, index):
+    def train_step(self, index):
         """One step of training. To change what a step does, change this."""
         x, y = self.data.inputs(index, self.options.augment), self.data.y[index]
         logits = measure.logits_of(self.net, x, self.options.dtype)
@@ -111,7 +111,7 @@ class Run:
             if p.grad is None:  # a layer may be left out at random
                 p.grad = torch.zeros_like(p)
         if self.epoch < 0 or self.plain:  # epoch 0 stands still: the row before training
-            self.sphere.measure()
+            self.sphere.observe()
         if self.epoch >= 0:
             optimizer = self.plain or self.sphere
             optimizer.step()
@@ -122,7 +122,7 @@ class Run:
         row, and per tensor on a sphere the means of norm, ELR, γ and φ."""
         self.net.train()
         lr = self.set_lr()
-        step = self.step if self.epoch < 0 else self.one_step
+        step = self.train_step if self.epoch < 0 else self.one_step
         x, size = self.data.x, self.options.batch_size
         steps = batches(len(x), size, self.order, x.device)
         sums, layers = 0, 0
@@ -152,12 +152,10 @@ class Run:
                 group["lr"] = first * factor
         return self.job.value * factor
 
-    def measure(self, row):
+    def evaluate(self, row):
         """The columns of a row that are measured after the epoch."""
         options, net, data = self.options, self.net, self.data
         row |= measure.on_test_set(net, data, options.dtype)
-        if options.eval_train:
-            row |= measure.full_pass(net, data, self.sphere, options)
         now = measure.vectors(net, self.spheres)
         row["distance"] = measure.angles(self.start, now).mean().item()
         if self.averaged:
@@ -166,59 +164,32 @@ class Run:
                 self.averaged.update_parameters(net)
                 row |= measure.on_average(self.averaged, net, self.spheres, data, options.dtype)
 
-    def check_gradient(self, kept, radial, tell):
-        """Raises ValueError where the gradient by scale-invariant weights of one of our networks is
-        not orthogonal to them. Weights of other networks, and single rows, may not be invariant."""
-        options, own = self.options, ":" in self.options.model
-        shares = measure.radial_shares(kept, self.sphere, options.layer_groups)
-        name = max(shares, key=shares.get)
-        what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
-        wrong = f"torch {torch.__version__} computes it wrong on {machine(options.device)}"
-        wide = shares[name] > measure.ROUNDING[options.dtype] + own * measure.EPS_SHARE
-        if wide and not own:
-            raise ValueError(f"{what}, and none may: {wrong}. See python bench.py check")
-        if wide:
-            tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
-        elif options.sphere == "row" and radial > measure.ROWS:
-            what = f"{radial:.2g} of the rows' gradients points along them"
-            tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
-
-    def train(self, tell):
+    def loop_over_epochs(self, tell):
         """The epochs that are left, each with its rows in the logs and a checkpoint."""
-        options, path, done, before = self.options, self.job.path, self.epoch, None
+        path, done, before = self.job.path, self.epoch, None
         began = time.perf_counter() - self.seconds
         if done < 0:
             before = self.train_epoch()
-            self.check_gradient(self.first_steps, before[0]["radial"], tell)
+            measure.check_gradient(self, before[0]["radial"], tell)
             del self.first_steps  # with many rows it is large
-        columns = list(COLUMNS)
-        if options.eval_train:
-            columns += measure.FULL_PASS
-        if options.average:
-            columns += AVERAGE_COLUMNS
-        layers = [name for group in options.layer_groups for name in group]
-        rows = runs.Rows(path, columns, done)
-        layer_rows = runs.Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, done)
-        try:
+        columns = COLUMNS + AVERAGE_COLUMNS if self.averaged else COLUMNS
+        layers = [name for group in self.options.layer_groups for name in group]
+        log = runs.Rows(path, columns, done)
+        layer_log = runs.Rows(path.with_suffix(".layers.csv"), LAYER_COLUMNS, done)
+        with closing(log), closing(layer_log):
             while self.epoch < self.epochs and not self.ended:
                 row, of_layers = before or self.train_epoch()
                 before = None
-                self.measure(row)
+                self.evaluate(row)
                 self.seconds = row["seconds"] = time.perf_counter() - began
-                rows.add([row[column] for column in columns])
+                log.add([row[column] for column in columns])
                 named = zip(layers, of_layers, strict=True)
-                layer_rows.add(*([self.epoch, layer, *values] for layer, values in named))
+                layer_log.add(*([self.epoch, layer, *values] for layer, values in named))
                 loss, error, gamma = row["train_loss"], row["train_error"], row["grad_norm"]
                 self.ended = not math.isfinite(loss + gamma)
                 self.save()
                 shown = f"loss {loss:.3g}, error {error:.3g}, γ {gamma:.3g}"
                 tell("epoch", self.job.name, self.epoch, self.epochs, shown)
-        finally:
-            rows.close()
-            layer_rows.close()
-        if self.ended:
-            what = f"stopped: loss or gradient is not finite in epoch {self.epoch}"
-            tell("note", f"{self.job.name} stopped", f"{self.job.name}: {what}")
 
     def parts(self):
         parts = dict(net=self.net, sphere=self.sphere, plain=self.plain, averaged=self.averaged)
@@ -257,53 +228,41 @@ class Run:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.options.device)
 
 
-def train_one(options, data, job, epochs, tell):
-    """A run up to this epoch, from where it is. Returns whether there was work to do."""
-    if job.init is None and not job.path.with_suffix(".pt").exists():
-        with suppress(ValueError):  # a log without a checkpoint may hold the whole run
-            log, problem = regimes.read_log(job.path)
-            if not problem and log["epoch"][-1] >= epochs:
-                return False
+def continue_to_epoch(options, data, job, epochs, tell):
+    """A run up to this epoch, from its checkpoint. Returns whether there was work to do."""
     run = Run(options, data, job)
     run.epochs = epochs
     run.load()
     if run.epoch >= epochs or run.ended:
         return False
-    run.train(tell)
+    run.loop_over_epochs(tell)
     return True
 
 
-def train(options, data, pair, tell, patient):
+def run_to_verdict(options, data, pair, tell, patient):
     """One run (value, seed) to its verdict, and with --then a second one from its end. Returns its
     name, the verdict in words, and whether all was done before. Raises Busy where another process
     is at it, unless `patient`."""
     path, name = runs.name_of(options, pair)
-    job, pt = Job(*pair, path, name), path.with_suffix(".pt")
+    job = Job(*pair, path, name)
     with runs.lock(path.with_suffix(".lock"), patient):
         epochs, more, worked = 0, options.epochs, False
         while more > epochs:
             epochs = more
-            worked = train_one(options, data, job, epochs, tell) or worked
+            worked = continue_to_epoch(options, data, job, epochs, tell) or worked
             run = regimes.read_run(path, options.chance)
             if run.verdict.regime == "undecided":
                 more = min(run.verdict.more_epochs or 0, options.max_epochs or 0)
-        text = str(run.verdict)
-        text += f"; test error {run.log['test_error'][-1]:.3f}"
+        text = f"{run.verdict}; test error {run.log['test_error'][-1]:.3f}"
         if options.then:
-            init = runs.load_checkpoint(pt, None, options.device)
-            if init is None:
-                raise ValueError(f"{pt.name} is gone: remove {path.name}, and it is made again")
-            path = second(path, options.then)
+            init = runs.load_checkpoint(path.with_suffix(".pt"), None, options.device)
+            path = path.with_suffix(f".then={regimes.elr_name(options.then)}.csv")
             job = Job(options.then, job.seed, path, f"{name}, then {options.then:g}", init)
-            worked = train_one(options, data, job, options.epochs, tell) or worked
+            worked = continue_to_epoch(options, data, job, options.epochs, tell) or worked
             log = regimes.read_log(path)[0]
             text += f"; then at {options.then:g}: train loss {log['train_loss'][-1]:.3g}"
             text += f", test error {log['test_error'][-1]:.3f}"
     return name, text, not worked
-
-
-def second(path, value):
-    return path.with_suffix(f".then={regimes.elr_name(value)}.csv")
 
 
 def measure_chance(options, data, seed):
@@ -313,35 +272,19 @@ def measure_chance(options, data, seed):
     return measure.chance(run.net, run.sphere, data, options, seed)
 
 
-def what_next(options, found):
-    """The paper's advice: start just above the boundary of convergence, go on well below it. Then
-    the angle, which needs no sweep."""
-    lines = []
-    with suppress(ValueError):
-        boundary = regimes.boundaries(found)[0]
-        if boundary.seen:
-            then = ("--then", f"{boundary.low / 10:.2g}")
-            lines.append(again(options, "--elr", f"{boundary.high:g}", *then))
-    if options.mode != "angle":
-        lines.append(again(options, "--angle", "0.05"))
-    return lines
-
-
 def stop(number, _):
     raise KeyboardInterrupt(number)
 
 
 def main(argv=None):
-    options, data = parse(sys.argv[1:] if argv is None else argv)
+    options, data = parse(argv)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     keep_memory()
     start_quickly()
-    if options.dtype == "bf16" and options.device == "cpu" and bf16_slowness() > 2:
-        print(f"note: bf16 takes {bf16_slowness():.0f} × the time of fp32 here", file=sys.stderr)
     values, new, failed = [], options.values, False
     seeds = range(options.seed, options.seed + options.seeds)
-    do, report = partial(train, options, data), figures.Report(options)
+    do, report = partial(run_to_verdict, options, data), figures.Report(options)
     try:
         for seed in seeds:
             if str(seed) not in options.chance:
@@ -368,8 +311,10 @@ def main(argv=None):
         if len(values) * len(seeds) > 1:
             print(regimes.table(found))
         print(f"written: {options.out / 'regimes.csv'}, {options.out / 'regimes.png'}")
-        for command in what_next(options, found):
-            print(f"next: {command}")
+        with suppress(ValueError):  # there may be no one boundary
+            boundary = regimes.boundaries(found)[0]
+            if boundary.seen:  # the paper's advice: start just above it, go on well below it
+                print(f"next: --elr {boundary.high:g} --then {boundary.low / 10:.2g}")
     return 1 if failed else 0
 
 

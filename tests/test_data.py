@@ -314,7 +314,7 @@ def test_whole_numbers_are_said_to_be_tokens(tmp_path, capsys):
         model = f"{tmp_path / 'mine.py'}:net"
         train.main(["--data", str(tmp_path / "mine.npz"), "--elr", "1", "--model", model])
     out, err = capsys.readouterr()
-    assert "taken for tokens: if they are numbers, save x.astype(float)\n" in out and err
+    assert "read as tokens: if they are numbers, save x.astype(float)\n" in out and err
 
 
 @pytest.mark.parametrize("kind", [bool, np.uint8, np.uint64, np.int8, ">i4"])

@@ -120,7 +120,7 @@ def test_an_output_without_logits_is_one_line(ask, output, message):
 def test_a_network_with_a_tuple_is_trained_averaged_and_looked_at(ask, tmp_path, data, capsys):
     (tmp_path / "mine.py").write_text(TOP + FORWARD.format("logits, hidden"))
     more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz")]
-    more += ["--elr", "0.001", "--epochs", "2", "--average", "1", "--eval-train"]
+    more += ["--elr", "0.001", "--epochs", "2", "--average", "1"]
     assert train.main([*more, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path / "out")]) == 0
     ends = [str(tmp_path / "out" / f"elr=1e-03{seed}.pt") for seed in ("", ".seed=1")]
     capsys.readouterr()
@@ -639,7 +639,6 @@ class net(Base):
     command += [
         "--epochs",
         "3",
-        "--eval-train",
         "--data",
         f"{data}/numbers.npz",
         "--out",
@@ -683,7 +682,7 @@ def test_a_network_that_writes_into_its_input_leaves_the_data(ask, tmp_path, dat
     assert ask(code) == {"1.0.weight + 1.0.bias"}
     command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:net", "--out", f"{tmp_path}/out"]
     options, numbers = parse([*command, "--data", f"{data}/numbers.npz"])
-    train.Run(options, numbers, train.Job(0.01, 0, tmp_path, "")).measure({})
+    train.Run(options, numbers, train.Job(0.01, 0, tmp_path, "")).evaluate({})
     before = load(f"{data}/numbers.npz")
     assert torch.equal(numbers.x, before.x) and torch.equal(numbers.test_x, before.test_x)
 

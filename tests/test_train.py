@@ -1,18 +1,12 @@
 """The command line as a user runs it."""
 
 import csv
-import ctypes
 import io
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +25,7 @@ from speed import Captured
 
 SLOW = "SLOW" in os.environ
 ROOT = Path(__file__).parent.parent
-QUICK = ["--width", "2", "--epochs", "2", "--batch-size", "64"]
+QUICK = ["--width", "2", "--epochs", "2", "--batch-size", "128", "--threads", "1"]
 
 
 def read(path):
@@ -62,13 +56,14 @@ def test_the_three_regimes_are_named(tmp_path, capsys, seed):
 
 
 def test_a_short_run_at_a_tiny_elr_is_not_called_equilibrium_or_divergence(tmp_path, capsys):
-    assert run("--elr", 1e-5, "--epochs", 4, "--out", tmp_path) == 0
+    assert (
+        run("--elr", 1e-5, "--epochs", 4, "--width", 2, "--batch-size", 64, "--out", tmp_path) == 0
+    )
     assert "elr 1e-05: undecided: too short" in capsys.readouterr().out
 
 
 @pytest.mark.draws
-def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measure, "POINTS", 512)
+def test_a_run_writes_the_files_of_the_contract(tmp_path):
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
     rows = read(tmp_path / "elr=1e-02.csv")
     assert list(rows[0]) == (
@@ -89,8 +84,8 @@ def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys, monkeypatch):
     )
     assert [row["epoch"] for row in rows] == ["0", "1", "2"] and [row["step"] for row in rows] == [
         "0",
+        "11",
         "22",
-        "44",
     ]
     for row in rows:
         assert all(math.isfinite(float(cell)) for cell in row.values())
@@ -117,10 +112,10 @@ def test_a_run_writes_the_files_of_the_contract(tmp_path, capsys, monkeypatch):
     assert config["command"]["epochs"] == 2 and config["command"]["elr"] == [0.01]
     assert (
         config["options"]["width"] == 2
-        and config["chance"]["0"]["points"] == 512
+        and config["chance"]["0"]["points"] == measure.POINTS
         and "torch" in config["versions"]
     )
-    assert abs(config["chance"]["0"]["train_error"]["mean"] - 0.9) < 0.02
+    assert abs(config["chance"]["0"]["train_error"]["mean"] - 0.9) < 0.05
     checkpoint = torch.load(tmp_path / "elr=1e-02.pt", weights_only=True)
     assert checkpoint["epoch"] == 2 and "conv1.weight" in checkpoint["net"]
     assert len(read(tmp_path / "regimes.csv")) == 1 and (tmp_path / "regimes.png").exists()
@@ -336,62 +331,17 @@ def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_go
     monkeypatch.setattr(train, "measure_chance", poison)
     assert run("--elr", 0.01, 0.1, *QUICK, "--out", tmp_path) == 0
     out, err = capsys.readouterr()
-    assert (
-        err.count("is not finite in epoch 0") == 2
-        and out.count("undecided: in epoch 0 the loss is not finite") == 2
-        and len(calls) == 1
-    )
+    told = "undecided: in epoch 0 the loss is not finite"
+    assert not err and out.count(told) == 2 and len(calls) == 1
     assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
 
 
-def test_interrupt_leaves_whole_rows_and_exit_status_130(tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        "--elr",
-        "0.01",
-        "--epochs",
-        "1000",
-        "--out",
-        str(tmp_path),
-    ]
-    # Without coverage: it has a lock, which an exception of a signal may leave locked.
-    env = {name: x for name, x in os.environ.items() if not name.startswith("COVERAGE")}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
-    log = tmp_path / "elr=1e-02.csv"
-    for _ in range(600):
-        if log.exists() and log.read_text().count("\n") > 3:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.count("\n") == 1 and "interrupted" in err and "Traceback" not in err
-    text = log.read_text()
-    assert text.endswith("\n") and {line.count(",") for line in text.splitlines()} == {11}
-
-
-def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are(tmp_path):
-    command = [sys.executable, "train.py", "--elr", "0.01", *QUICK, "--out", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == ""
-    lines = result.stdout.splitlines()
-    more = f"--epochs 2 --width 2 --batch-size 64 --out {tmp_path}"
-    assert len(lines) == 3 and lines[1].startswith("written: ")
-    assert lines[2] == f"next: python train.py --angle 0.05 {more}"
-
-
-def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
-    command = f"{sys.executable} train.py --elr 0.01 {' '.join(QUICK)} --out {tmp_path}"
-    for script in (command, f"{sys.executable} regimes.py {tmp_path}"):
-        result = subprocess.run(
-            ["bash", "-c", f"set -o pipefail; {script} | true"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert result.stderr == "" and result.returncode == 0
+def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are(tmp_path, capsys):
+    assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == "" and len(lines) == 2
+    assert lines[1] == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
 
 
 NETWORK = """
@@ -501,7 +451,24 @@ AT_THE_START = ["train_loss", "train_error", "test_loss", "test_error"]
 
 def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
     assert (
-        run("--model", "resnet18", "--elr", 0.001, *QUICK, "--sphere", "layer", "--out", tmp_path)
+        run(
+            "--model",
+            "resnet18",
+            "--elr",
+            0.001,
+            "--width",
+            2,
+            "--epochs",
+            1,
+            "--batch-size",
+            256,
+            "--threads",
+            1,
+            "--sphere",
+            "layer",
+            "--out",
+            tmp_path,
+        )
         == 0
     )
     layers = {row["layer"] for row in read(tmp_path / "elr=1e-03.layers.csv")}
@@ -510,9 +477,22 @@ def test_resnet18_runs_through_the_same_loop(tmp_path, capsys):
 
 @pytest.mark.parametrize("model", ["convnet", "resnet18"])
 def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_its_elr(
-    tmp_path, plain, model
+    tmp_path, model
 ):
-    command = ["--model", model, "--elr", 0.01, *QUICK]
+    command = [
+        "--model",
+        model,
+        "--elr",
+        0.01,
+        "--width",
+        2,
+        "--epochs",
+        2,
+        "--batch-size",
+        256,
+        "--threads",
+        1,
+    ]
     assert run(*command, "--out", tmp_path / "fixed") == 0
     assert run(*command, "--affine", "--train-head", "--out", tmp_path / "both") == 0
     before, after = log(tmp_path / "fixed"), log(tmp_path / "both")
@@ -564,8 +544,10 @@ def test_schedules_set_the_elr_of_each_epoch(tmp_path, plain):
     )
 
 
-def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(tmp_path, monkeypatch):
-    """On made logs, whose boundary is at ELR 0.02."""
+def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(
+    tmp_path, monkeypatch, capsys
+):
+    """On made logs, whose boundary is at ELR 0.02; and what is best done next."""
 
     def made(options, data, pair, tell, patient):
         path, name = runs.name_of(options, pair)
@@ -576,8 +558,10 @@ def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(tmp_path,
         path.write_text("\n".join(rows) + "\n")
         return name, "made", False
 
-    monkeypatch.setattr(train, "train", made)
+    monkeypatch.setattr(train, "run_to_verdict", made)
     command = ["--elr", 1e-3, 1e-1, "--jobs", 1, *QUICK, "--out", tmp_path]
+    assert run(*command, "--force") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: --elr 0.1 --then 0.0001"
     for rounds, expected in ((1, ["0.001", "0.01", "0.1"]), (3, ["0.0178", "0.0316"])):
         assert run(*command, "--refine", rounds, "--max-epochs", 50, "--force") == 0
         found = [row["elr"] for row in read(tmp_path / "regimes.csv")]
@@ -587,7 +571,7 @@ def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(tmp_path,
 def test_label_noise_is_learned_and_leaves_the_test_set(tmp_path, plain):
     assert run("--elr", 0.001, *QUICK, "--label-noise", 0.25, "--out", tmp_path) == 0
     rows = log(tmp_path, "elr=1e-03")
-    more = ["--epochs", 4, "--label-noise", 0.25, "--out", tmp_path / "wide"]
+    more = ["--epochs", 4, "--batch-size", 32, "--label-noise", 0.25, "--out", tmp_path / "wide"]
     assert run("--elr", 0.001, *more) == 0
     wide = log(tmp_path / "wide", "elr=1e-03")[4]
     assert wide["train_error"] > wide["test_error"] + 0.1  # a quarter of its labels is wrong
@@ -607,73 +591,10 @@ def test_augment_changes_the_training_images_alone(tmp_path, plain):
     assert chance[0] == chance[1]
 
 
-def test_eval_train_adds_columns_and_changes_no_other(tmp_path, plain):
-    assert run("--elr", 0.01, *QUICK, "--eval-train", "--out", tmp_path) == 0
-    rows = log(tmp_path)
-    assert same(rows, log(plain), [*LEARNED, "epoch", "step", "elr", "distance"])
-    assert read(tmp_path / "elr=1e-02.layers.csv") == read(plain / "elr=1e-02.layers.csv")
-    ours, other = net_of(tmp_path), net_of(plain)
-    assert all(torch.equal(ours[key], other[key]) for key in ours)
-    # Against float64, autograd and the definition of γ, at the end of the run.
-    net, digits = MODELS["convnet"](1, 10, 2), load("digits")
-    net.load_state_dict(ours)
-    net.double().train()
-    weights = [net.get_parameter(name) for (name,) in net.layer_groups]
-    theta = torch.cat([w.detach().flatten() for w in weights])
-
-    def gamma(grads):
-        g = torch.cat([g.flatten() for g in grads])
-        return (theta.norm() * (g - theta * (theta @ g) / (theta @ theta)).norm()).item()
-
-    total, gammas = 0, []
-    for index in torch.arange(1437).tensor_split(23):
-        loss = torch.nn.functional.cross_entropy(
-            net(digits.inputs(index).double()), digits.y[index]
-        )
-        gammas.append(gamma(torch.autograd.grad(loss, weights, retain_graph=True)))
-        total = total + loss * len(index) / 1437
-    assert rows[2]["full_train_loss"] == pytest.approx(total.item(), rel=1e-5)
-    assert rows[2]["full_grad_norm"] == pytest.approx(
-        gamma(torch.autograd.grad(total, weights)), rel=1e-3
-    )  # a ReLU's input that changes sign by rounding changes it, too
-    gammas = torch.tensor(gammas)
-    assert rows[2]["batch_grad_norm"] == pytest.approx(gammas.mean().item(), rel=1e-3)
-    assert rows[2]["batch_grad_norm_std"] == pytest.approx(
-        gammas.std(correction=0).item(), rel=1e-2
-    )
-
-
-def test_eval_train_of_a_network_with_a_tensor_without_effect(tmp_path):
-    idle = """
-class idle(nn.Module):
-    def __init__(self, channels, classes):
-        super().__init__()
-        self.net, self.unused = net(channels, classes), nn.Linear(2, 2)
-
-    def forward(self, x):
-        return self.net(x)
-"""
-    (tmp_path / "mine.py").write_text(NETWORK + idle)
-    command = [
-        "--model",
-        f"{tmp_path}/mine.py:idle",
-        "--elr",
-        0.01,
-        "--epochs",
-        1,
-        "--batch-size",
-        256,
-        "--eval-train",
-    ]
-    assert run(*command, "--out", tmp_path / "out") == 0
-    rows = log(tmp_path / "out")
-    assert len(rows) == 2 and all(math.isfinite(row["full_grad_norm"]) for row in rows)
-
-
 def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain, capsys):
     more = ["--lr", 0.05, "--wd", 0.01, "--momentum", 0.9]
     assert run(*QUICK, *more, "--out", tmp_path) == 0
-    assert ": ELR 0." in capsys.readouterr().out
+    assert "lr 5e-02: undecided: the ELR moved from 0.0" in capsys.readouterr().out
     rows = log(tmp_path, "lr=5e-02")
     assert same(rows[:1], log(plain)[:1], AT_THE_START)
     torch.manual_seed(0)
@@ -686,7 +607,7 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
     sgd = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
     for row in rows:
         implied = []
-        for index in batches(1437, 64, order):
+        for index in batches(1437, 128, order):
             implied.append(0.05 / 0.1 / sum(w.double().square().sum().item() for w in weights))
             sgd.zero_grad()
             torch.nn.functional.cross_entropy(net(digits.inputs(index)), digits.y[index]).backward()
@@ -768,7 +689,6 @@ def equal_runs(a, b, name="elr=1e-02"):
 @pytest.mark.parametrize(
     "more",
     [
-        [],
         ["--momentum", 0.9, "--augment", "--affine"],
         ["--lr", 0.01, "--wd", 1e-3, "--momentum", 0.9],
     ],
@@ -776,8 +696,8 @@ def equal_runs(a, b, name="elr=1e-02"):
 def test_a_run_that_goes_on_is_the_run_it_would_have_been(tmp_path, more):
     which = [] if "--lr" in more else ["--elr", 0.01]
     command = [*which, "--width", 2, "--batch-size", 64, *more]
-    assert run(*command, "--epochs", 4, "--out", tmp_path / "whole") == 0
-    for epochs in (2, 4):
+    assert run(*command, "--epochs", 3, "--out", tmp_path / "whole") == 0
+    for epochs in (1, 3):
         assert run(*command, "--epochs", epochs, "--out", tmp_path / "parts") == 0
     equal_runs(
         tmp_path / "whole", tmp_path / "parts", "lr=1e-02" if "--lr" in more else "elr=1e-02"
@@ -785,7 +705,7 @@ def test_a_run_that_goes_on_is_the_run_it_would_have_been(tmp_path, more):
 
 
 def test_rows_beyond_the_checkpoint_and_a_cut_off_row_are_dropped(tmp_path):
-    command = ["--elr", 0.01, "--width", 2, "--batch-size", 64]
+    command = ["--elr", 0.01, "--width", 2, "--batch-size", 128]
     assert run(*command, "--epochs", 3, "--out", tmp_path / "whole") == 0
     assert run(*command, "--epochs", 2, "--out", tmp_path / "parts") == 0
     for name, row in (
@@ -844,11 +764,11 @@ def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeyp
     """As a CUDA graph needs it; here, without one. At an ELR far below the boundary, where what float32
     rounds off the ELR does not grow along the way."""
     monkeypatch.setattr(train, "Captured", lambda step: step)
-    more = ["--elr", "1e-06", "--schedule", "cosine", "--affine", "--eval-train", "--out"]
+    more = ["--elr", "1e-06", "--schedule", "cosine", "--affine", "--out"]
     for name in ("number", "tensor"):
         parsed, data = parse([*QUICK, *more, str(tmp_path / name)])
         parsed.graph, parsed.chance = name == "tensor", {"0": None}
-        train.train(parsed, data, (1e-6, 0), lambda *message: None, False)
+        train.run_to_verdict(parsed, data, (1e-6, 0), lambda *message: None, False)
         checkpoint = torch.load(tmp_path / name / "elr=1e-06.pt", weights_only=True)
         lrs = [group["lr"] for group in checkpoint["sphere"]["param_groups"]]
         assert len(lrs) == 2 and all(isinstance(lr, torch.Tensor) == parsed.graph for lr in lrs)
@@ -866,14 +786,9 @@ class Graph:
         self.captured.out[0].copy_(self.captured.function(self.captured.index)[0])
 
 
-@contextmanager
-def nothing(*_, **__):
-    yield
-
-
 @pytest.mark.parametrize("refuses", [False, True])
-def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(
-    monkeypatch, capsys, refuses
+def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_one_line_says_so(
+    monkeypatch, refuses
 ):
     @contextmanager
     def capture(graph, stream):
@@ -882,107 +797,80 @@ def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_too(
         graph.captured = captured
         yield
 
-    fake = {
-        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-        "stream": nothing,
-        "graph": capture,
-    }
-    fake |= {"CUDAGraph": Graph, "current_stream": fake["Stream"]}
-    for name, value in fake.items():
+    fakes = {"graph": capture, "CUDAGraph": Graph}
+    for name in ("Stream", "current_stream", "set_stream", "synchronize"):
+        fakes[name] = lambda *_: None
+    for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, value)
     captured = Captured(lambda index: (index * 2,))
-    for i in range(6):
+    for i in range(3 if refuses else 6):
         assert captured(torch.tensor([i, 3]))[0].tolist() == [2 * i, 6]
-    assert (captured.graph is None) == refuses
-    assert (
-        capsys.readouterr().err
-        == "no CUDA graph, going on without: operation not permitted when stream is capturing\n"
-        * refuses
-    )
+    if refuses:
+        with pytest.raises(
+            ValueError,
+            match="^no CUDA graph: leave --graph out .operation not permitted.*capturing.$",
+        ):
+            captured(torch.tensor([4, 3]))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_with_and_without_the_cuda_graph_training_is_the_same_to_rounding(tmp_path):
     for name, more in (("eager", []), ("graph", ["--graph"])):
-        assert (
-            run(
-                "--elr", 0.001, *QUICK, "--augment", "--eval-train", *more, "--out", tmp_path / name
-            )
-            == 0
-        )
+        assert run("--elr", 0.001, *QUICK, "--augment", *more, "--out", tmp_path / name) == 0
     eager, graph = (read(tmp_path / name / "elr=1e-03.csv") for name in ("eager", "graph"))
     for one, other in zip(eager, graph, strict=True):
-        for column in ("train_loss", "grad_norm", "angle", "full_train_loss"):
+        for column in ("train_loss", "grad_norm", "angle", "test_loss"):
             assert float(other[column]) == pytest.approx(float(one[column]), rel=1e-3), column
-
-
-def test_freed_memory_is_kept_for_the_next_step():
-    code = """
-import resource, torch, train
-train.keep_memory()
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for i in range(25):
-    before = faults() if i == 20 else 0 if i < 20 else before
-    x = [torch.ones(10**7) for _ in range(3)]
-    del x
-print(faults() - before)
-"""
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("this C library has no mallopt")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert (
-        int(done.stdout) < 1000
-    )  # the last five times: 15 times 40 MB, more than glibc keeps by itself, 146,000 pages
 
 
 # --------------------------------------------------------------- the angle, max-epochs, jobs, next
 
 
 def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path, capsys):
-    assert run("--elr", 0.001, 0.3, "--width", 2, "--epochs", 8, "--out", tmp_path) == 0
+    assert run("--elr", 0.001, *QUICK, "--out", tmp_path) == 0
     capsys.readouterr()
-    assert run("--angle", 0.05, "--width", 2, "--epochs", 8, "--out", tmp_path) == 0
+    assert run("--angle", 0.1, *QUICK, "--epochs", 5, "--out", tmp_path) == 0
     out = capsys.readouterr().out
-    assert out.startswith("angle 5e-02: ELR ") and "test error " in out.splitlines()[0]
-    rows = log(tmp_path, "angle=5e-02")
+    assert out.startswith("angle 1e-01: ") and "test error " in out.splitlines()[0]
+    rows = log(tmp_path, "angle=1e-01")
     for epoch, row in enumerate(rows):
-        expected = 0.05 * (1 + math.cos(math.pi * max(epoch - 1, 0) / 8)) / 2
+        expected = 0.1 * (1 + math.cos(math.pi * max(epoch - 1, 0) / 5)) / 2
         assert row["angle"] == pytest.approx(expected, rel=1e-6)
         assert row["elr"] == pytest.approx(math.tan(row["angle"]) / row["grad_norm"], rel=1e-6)
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 3
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
     table = [row["elr"] for row in read(tmp_path / "regimes.csv")]
-    assert table == ["0.001", "0.3"]  # a run whose ELR moved has no row
+    assert table == ["0.001"]  # a run whose ELR moved has no row
     flags = ["--schedule", "constant", "--sphere", "layer", "--affine", "--out", tmp_path / "more"]
     assert run("--angle", 0.1, *QUICK, *flags, "--then", 0.01) == 0
+    assert "; then at 0.01: train loss " in capsys.readouterr().out
     assert {round(row["angle"], 9) for row in log(tmp_path / "more", "angle=1e-01")} == {0.1}
     then = log(tmp_path / "more", "angle=1e-01.then=1e-02")
     assert {round(row["angle"], 9) for row in then} == {0.01}
 
 
-def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long(tmp_path, capsys):
-    command = ["--elr", 0.001, "--width", 2, "--epochs", 2, "--batch-size", 64]
+def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long(
+    tmp_path, capsys, monkeypatch
+):
+    """On made logs."""
+
+    def made(options, data, job, epochs, tell):
+        rows = [f"{e},{e},{3 / (1 + e) ** 2},{0.9 / (1 + e)},0" for e in range(epochs + 1)]
+        text = "epoch,step,train_loss,train_error,test_error\n" + "\n".join(rows) + "\n"
+        there = job.path.exists() and job.path.read_text() == text
+        job.path.write_text(text)
+        return not there
+
+    monkeypatch.setattr(train, "continue_to_epoch", made)
+    command = ["--elr", 0.001, *QUICK]
     assert run(*command, "--max-epochs", 5, "--out", tmp_path / "short") == 0
     assert len(log(tmp_path / "short", "elr=1e-03")) == 6  # it asks for 8
-    assert run(*command, "--max-epochs", 40, "--out", tmp_path / "long") == 0
-    verdict = capsys.readouterr().out.splitlines()[-3]
-    rows = log(tmp_path / "long", "elr=1e-03")
-    assert "undecided" not in verdict and 8 < len(rows) <= 41
-    assert run(*command, "--max-epochs", 40, "--out", tmp_path / "long") == 0
-    assert "(already done)" in capsys.readouterr().out
-
-
-def test_a_finished_sweep_says_what_to_do_next(tmp_path, capsys):
-    command = ["--elr", 0.001, 0.3, "--epochs", 16, "--width", 4, "--out", tmp_path]
-    assert run(*command) == 0
-    *_, one, two = capsys.readouterr().out.splitlines()
-    more = f"--epochs 16 --width 4 --out {tmp_path}"
-    assert one == f"next: python train.py --elr 0.3 --then 0.0001 {more}"
-    assert two == f"next: python train.py --angle 0.05 {more}"
-    assert run(*one.split()[3:]) == 0
-    assert "; then at 0.0001: train loss" in capsys.readouterr().out
+    assert run(*command, "--max-epochs", 400, "--out", tmp_path / "long") == 0
+    assert "elr 1e-03: convergence: " in capsys.readouterr().out
+    length = len(log(tmp_path / "long", "elr=1e-03"))
+    assert 8 < length < 400
+    assert run(*command, "--max-epochs", 400, "--out", tmp_path / "long") == 0
+    assert len(log(tmp_path / "long", "elr=1e-03")) == length
 
 
 def test_threads_and_jobs_are_chosen_by_the_work_and_kept_in_the_config(tmp_path):
@@ -1060,7 +948,7 @@ NUMBERS |= st.sampled_from(["3.4e38", "1.2e-38", "9" * 17, "", "x", "0x10", "1_0
 NUMBERS |= st.floats().map(repr) | st.integers().map(str) | st.text(max_size=5)
 
 
-@settings(max_examples=4000 if SLOW else 250, deadline=None, derandomize=not SLOW)
+@settings(max_examples=4000 if SLOW else 120, deadline=None, derandomize=not SLOW)
 @given(st.sampled_from(OPTIONS), st.lists(NUMBERS, min_size=3, max_size=3))
 def test_an_extreme_number_is_one_line_or_taken(tmp_path_factory, option, numbers):
     """All scripts check before they do anything, so that the check alone is asked here."""
@@ -1082,6 +970,6 @@ def test_an_extreme_number_is_one_line_or_taken(tmp_path_factory, option, number
 
 @pytest.mark.parametrize("elr", ["1.2e-38", "3.3e38"])
 def test_the_ends_of_what_float32_holds_run_without_a_traceback(tmp_path, capsys, elr):
-    assert run("--elr", elr, *QUICK, "--out", tmp_path / "one") == 0
-    assert run("--elr", elr, "0.1", *QUICK, "--out", tmp_path / "two") == 0
+    more = ["--width", 2, "--epochs", 1, "--batch-size", 256, "--threads", 1, "--out", tmp_path]
+    assert run("--elr", elr, "0.1", *more) == 0
     assert "Traceback" not in capsys.readouterr().err
