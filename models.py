@@ -22,6 +22,7 @@ from own import load, logits, measuring, rehearse, seed_all, told
 # BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant. Ten times a layer's
 # weights changes the logits by 5e-5 with torch's default of 1e-5, by 5e-8 with this (relative).
 EPS = 1e-8
+MAX_EPS = 0.1  # of what others call a normalization
 
 
 def convnet(channels, classes, width=8, affine=False, train_head=False):
@@ -214,7 +215,7 @@ def layer_groups(options, data):
         names = ", ".join(" + ".join(group) for group in whole)
         why = f"no rows are scale invariant, but only as a whole {names}"
         if not whole:
-            why = "no scale-invariant weights: is there a normalization layer?"
+            why = "no scale-invariant weights: is there a normalization, of eps at most 0.1?"
         if found:
             why = f"of norm zero, without direction, is {names}"
         raise ValueError(why)
@@ -227,83 +228,78 @@ def layer_groups(options, data):
     return net, x, usable
 
 
-def scale_invariant_groups(model, inputs, tolerance=1e-6, build=None, rows=False):
+def scale_invariant_groups(model, inputs, build=None, rows=False):
     """The minimal sets of trainable parameters that are jointly scale invariant, by name.
 
     A set S is so if multiplying all its tensors by one c > 0 changes no logit in training mode: if
     and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the logits. Measured in
     float64, without the eps of normalizations, at random batches and directions, these radial
     derivatives make a matrix with a column per tensor. Its null space holds the indicator vector of
-    every such set (and rescaling symmetries, whose signs are mixed).
+    every such set (and rescaling symmetries, whose signs are mixed). To verify a set it is
+    multiplied by 0.5 and 3.
 
-    model      any network; it is left as it is, its buffers and the random state, too
-    inputs     one batch of at least two examples, or a tuple of arguments
-    tolerance  of the logits, relative, when a set is multiplied by 0.5 and 3 to verify it
-    build      makes the network to measure; without it a copy is measured
-    rows       take sets of matrices each of whose rows may have a factor of its own
+    model   any network; it is left as it is, its buffers and the random state, too
+    inputs  one batch of at least two examples, or a tuple of arguments
+    build   makes the network to measure; without it a copy is measured
+    rows    take sets of matrices each of whose rows may have a factor of its own
 
-    Where float64 fails it is float32, to a tolerance of 1e-3, and says so. Returns lists of names,
-    disjoint: of sets that overlap the smallest, then the largest tensors. A tensor without effect
-    is a set of its own; one that never has a gradient is in none.
+    Where float64 fails it is float32, less sharp, and says so. Returns lists of names, disjoint: of
+    sets that overlap the smallest, then the largest tensors. A tensor without effect is a set of
+    its own; one that never has a gradient is in none.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     build = build or (lambda: deepcopy(model))
     with measuring(model):
         try:
-            return _find(build().to(torch.float64), inputs, tolerance, rows)
+            return _find(build().to(torch.float64), inputs, rows)
         except Exception as error:
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({why})")
-            return _find(build().to(torch.float32), inputs, 1e-3, rows)
+            return _find(build().to(torch.float32), inputs, rows)
 
 
-def _find(net, inputs, tolerance, rows):
+def _find(net, inputs, rows):
     torch.manual_seed(0)
     trained = [(name, p) for name, p in net.train().named_parameters() if p.requires_grad]
     names, params = zip(*trained, strict=True)
     dtype = params[0].dtype
-    with torch.no_grad():
-        for p in params:  # to a generic point: a bias of 0 would hide what depends on it
-            p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
-    for module in net.modules():
-        for name, x in {**vars(module), **module._buffers}.items():
-            if "eps" in name and isinstance(x, Tensor):
-                x.fill_(1e-18)
+    noise, tolerance = (1e-7, 1e-6) if dtype == torch.float64 else (2e-5, 1e-3)
+    for p in params:  # to a generic point: a bias of 0 would hide what depends on it
+        p.data += 0.1 * torch.randn_like(p) * (p.data.square().mean().sqrt() + 0.1)
 
-    def outputs(seed):
+    def outputs(seed, backward=False):
         seed_all(seed)  # dropout, if any, drops the same
-        with _Sharp(dtype):
+        with _Sharp(dtype) as sharp:
             out = logits(net, (), net(*(_mixed(x) for x in inputs)))
-            if out.requires_grad:
+            sharp.forward = False
+            if backward and out.requires_grad:
                 out.backward(torch.randn_like(out))
         return out.detach()
 
     matrix, used = [], set()
     for seed in range(len(params) + 8):
         net.zero_grad()
-        outputs(seed)
+        outputs(seed, backward=True)
         used |= {i for i, p in enumerate(params) if p.grad is not None}
         pairs = [(p.detach().double(), 0 * p if p.grad is None else p.grad) for p in params]
         radial = torch.stack([(p * g).sum() for p, g in pairs])
         largest = torch.stack([p.norm() * g.norm() for p, g in pairs]).sum()
         matrix.append((radial / largest.clamp(min=1e-300)).detach().cpu())
     _, singular, right = torch.linalg.svd(torch.stack(matrix))
-    noise = 1e-7 if dtype == torch.float64 else 2e-5
 
-    @torch.no_grad()
     def unchanged(chosen):
         group, before = [params[i] for i in chosen], outputs(0)
         if rows and any(p.dim() < 2 for p in group):
             return False
         for factor in (0.5, 3.0):
-            olds = [p.clone() for p in group]
+            olds = [p.detach().clone() for p in group]
             for p in group:
                 torch.manual_seed(1)
                 power = torch.rand(len(p), *[1] * (p.dim() - 1)) if rows else torch.ones(())
-                p.mul_(factor ** power.to(p))
+                p.data *= factor ** power.to(p)
             after = outputs(0)
             for p, old in zip(group, olds, strict=True):
-                p.copy_(old)
+                p.data.copy_(old)
             if not (after - before).norm() <= tolerance * before.norm():
                 return False
         return True
@@ -330,28 +326,43 @@ def _mixed(x):
 
 
 class _Sharp(TorchDispatchMode):
-    """Without what blurs scale invariance: small numbers that are added, as the eps of a
-    normalization is, become next to 0; all arithmetic is in one type."""
+    """Without what blurs scale invariance: the eps of normalizations is next to 0, whatever it is
+    called, and all arithmetic is in one type."""
 
     def __init__(self, dtype):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.forward = dtype, True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, mutable = function.overloadpacket.__name__, function._schema.is_mutable
-        blurs = "_norm" in name or (name in ("add", "add_") and "alpha" not in (kwargs or {}))
+        if name.rstrip("_") in ("add", "sub", "maximum", "clamp", "clamp_min", "hypot"):
+            # As in a normalization that is written out: x / (norm + eps).
+            a, b, *more = args
+            args = [self.without_eps(a, b), self.without_eps(b, a), *more]
+        elif "_norm" in name and name != "linalg_vector_norm":
+            args = [1e-18 if isinstance(x, float) and 0 < x <= MAX_EPS else x for x in args]
 
-        def sharp(x):
+        def cast(x):
             if isinstance(x, Tensor) and x.is_floating_point() and not mutable:
                 return x.to(self.dtype)
             if isinstance(x, torch.dtype) and x.is_floating_point:
                 return self.dtype
-            if blurs and isinstance(x, float) and 0 < x <= 0.01:
-                return 1e-18
             return x
 
-        args, kwargs = tree_map(sharp, (args, kwargs or {}))
-        return tree_map(sharp, function(*args, **kwargs))
+        args, kwargs = tree_map(cast, (args, kwargs or {}))
+        return tree_map(cast, function(*args, **kwargs))
+
+    def without_eps(self, x, other):
+        """An eps is a small constant beside what is nowhere negative."""
+        value = x
+        constant = isinstance(x, Tensor) and self.forward and not x.requires_grad
+        if constant and len(x.unique()) == 1:
+            value = x.max().item()
+        if not isinstance(value, float) or not 0 < abs(value) <= MAX_EPS:
+            return x
+        if not isinstance(other, Tensor) or other.is_complex() or (other < 0).any():
+            return x
+        return torch.full_like(x, 1e-18) if isinstance(x, Tensor) else 1e-18
 
 
 def _smallest(null, numel, holds):
