@@ -260,7 +260,7 @@ def net(channels, classes):
         ),
         ("def net(c, k): return nn.Flatten()", "no parameter that is trained"),
         ("def net(c, k): return " + MLP.format("c", "k") + ".half()", "cannot be run on the data"),
-        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer?"),
+        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.1?"),
     ],
 )
 def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
@@ -409,14 +409,14 @@ class net(nn.Module):
         "(h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1e-3)",
         "(h - h.mean(0)) / torch.sqrt(h.var(0) + self.eps)",
         "F.rms_norm(h, (8,), eps=1e-3)",
-        "F.normalize(h, dim=-1, eps=0.05)",
+        "F.normalize(h, dim=-1, eps=1e-4)",
         "F.group_norm(h, 2, eps=0.1)",
         "F.instance_norm(h[:, None], eps=0.02).flatten(1)",
         "h / (h.norm(dim=-1, keepdim=True) - -0.03)",
         "h / (torch.tensor(1e-3) + h.abs().amax(-1, keepdim=True))",
         "h / (h.norm(dim=-1, keepdim=True) - self.still)",
         "h / h.var(-1, keepdim=True).add_(self.many).sqrt()",
-        "h / torch.maximum(h.norm(dim=-1, keepdim=True), torch.full((len(h), 1), 0.09))",
+        "h / (torch.full((len(h), 1), 0.09) + h.norm(dim=-1, keepdim=True))",
         "h / torch.hypot(h.norm(dim=-1, keepdim=True), self.eps)",
     ],
 )
@@ -498,10 +498,10 @@ class llama(net):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("nn.Linear(c, 8), nn.LayerNorm(8)", "only as a whole 0.weight + 0.bias"),
-        ("nn.Linear(c, 8, bias=False), nn.LayerNorm(8)", "only as a whole 0.weight"),
+        ("nn.Linear(c, 8), nn.LayerNorm(8)", "no scale-invariant rows: "),
+        ("nn.Linear(c, 8, bias=False), nn.LayerNorm(8)", "Else take --sphere layer"),
         ("zero(nn.Linear(c, 8, bias=False)), nn.BatchNorm1d(8)", "of norm zero, without direction"),
-        ("nn.Linear(c, 8), nn.Identity()", "is there a normalization layer?"),
+        ("nn.Linear(c, 8), nn.Identity()", "is there a normalization of single channels"),
     ],
 )
 def test_why_there_are_no_rows(ask, layers, message):
