@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from own import load, logits, measuring, rehearse, seed_all, told
 
@@ -322,24 +321,25 @@ class _Sharp(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, mutable = function.overloadpacket.__name__, function._schema.is_mutable
         if name.rstrip("_") in ("add", "sub", "hypot"):
-            # As in a normalization that is written out: x / (norm + eps).
             a, b, *more = args
             args = [self.without_eps(a, b), self.without_eps(b, a), *more]
         elif "_norm" in name and name != "linalg_vector_norm":
             args = [1e-18 if isinstance(x, float) and 0 < x <= MAX_EPS else x for x in args]
 
         def cast(x):
+            if isinstance(x, list | tuple):
+                return type(x)(cast(part) for part in x)
             if isinstance(x, Tensor) and x.is_floating_point() and not mutable:
                 return x.to(self.dtype)
             if isinstance(x, torch.dtype) and x.is_floating_point:
                 return self.dtype
             return x
 
-        args, kwargs = tree_map(cast, (args, kwargs or {}))
-        return tree_map(cast, function(*args, **kwargs))
+        kwargs = {name: cast(x) for name, x in (kwargs or {}).items()}
+        return cast(function(*cast(args), **kwargs))
 
     def without_eps(self, x, other):
-        """An eps is a small constant beside what is nowhere negative."""
+        """As in x / (norm + eps): a small constant beside what is nowhere negative."""
         constant = isinstance(x, float)
         if isinstance(x, Tensor) and self.forward and not x.requires_grad:
             constant = len(x.unique()) == 1
