@@ -11,25 +11,29 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
 from tqdm import tqdm
 
 import figures
 import measure
 import regimes
-from curvature import largest, operators, trace
-from data import Data, add_label_noise, load
+from data import Data, add_label_noise, chunks, load
 from models import build
 from runs import load_checkpoint, number
 from speed import cores, find_device, use
+
+CHUNK = 512  # inputs at once, over which BatchNorm normalizes
 
 
 @dataclass
@@ -44,14 +48,6 @@ class Point:
 
     def vectors(self):
         return measure.vectors(self.net, self.spheres)
-
-    def copy(self):
-        """The network once more. Somebody's own is built anew: not all of them can be copied."""
-        if ":" not in self.options["model"]:
-            return deepcopy(self.net)
-        net = build(self.options, self.data).to(self.data.x.device)
-        net.load_state_dict(self.net.state_dict())
-        return net
 
 
 def read(path, device="cpu"):
@@ -88,9 +84,10 @@ def between(a, b, t, way):
     """The network at t in [0, 1] on the way from a to b: a straight "line" between the weights, or
     the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
     straight). At 0 and 1 exactly a and b."""
+    net = build(a.options, a.data).to(a.data.x.device)  # not every network can be copied
+    net.load_state_dict((b if t == 1 else a).net.state_dict())
     if t in (0, 1):
-        return (b if t else a).copy()
-    net = a.copy()
+        return net
     for p, q in zip(net.parameters(), b.net.parameters(), strict=True):
         p.data.lerp_(q.data, t)
     if way == "line":
@@ -138,14 +135,89 @@ def distances(points):
     return found
 
 
-def curvature(point, k=1, samples=None, probes=20):
-    """The k largest eigenvalues and the traces of `operators`; `edge`, 2/λ_max, above which
-    gradient descent on a quadratic is unstable."""
-    found = {}
-    for name, operator in operators(point, samples).items():
-        found[name] = largest(operator, k)
-        found[f"{name}_trace"] = trace(operator, probes)
-    return found | {"edge": 2 / found["hessian"][0]}
+def operators(point, samples=None):
+    """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
+    `ggn`, which for the cross-entropy is the Fisher matrix; over so many training inputs.
+
+    Second derivatives by the weights on spheres, each times its radius: D H D with D = diag(ρ), in
+    training mode, in chunks of the set. Raises ValueError where there are none.
+    """
+    net, data = point.net.train(), point.data
+    weights = [net.get_parameter(name) for sphere in point.spheres for name in sphere["names"]]
+    radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
+    radius, n = torch.cat(radius).cpu().numpy(), min(samples or len(data.x), len(data.x))
+    buffers, batches = [(x, x.clone()) for x in net.buffers()], []
+    devices = [weights[0].device] if weights[0].is_cuda else []
+    for index in chunks(n, CHUNK, data.x.device):
+        x = data.inputs(index)
+        batches.append((x.to(weights[0]) if x.is_floating_point() else x, data.y[index]))
+
+    def product(kind, v):
+        v, total = torch.from_numpy(radius * v.ravel()).to(weights[0]), 0
+        for x, y in batches:
+            with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+                torch.manual_seed(0)  # the same dropout in each product
+                logits = net(x)
+                check_twice(logits)
+                total = total + kind(logits, y, weights, v) * len(y) / n
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return radius * total.double().cpu().numpy()
+
+    shape = (len(radius), len(radius))
+    kinds = {"hessian": hessian_times, "ggn": ggn_times}
+    how = {name: partial(product, kind) for name, kind in kinds.items()}
+    return {name: LinearOperator(shape, times, dtype=np.float64) for name, times in how.items()}
+
+
+def gradient(of, by, *directions, again=False):
+    """By a list of tensors, as one vector; `again` if it is to be differentiated itself."""
+    how = dict(create_graph=again, retain_graph=True, materialize_grads=True)
+    return torch.cat([x.reshape(-1) for x in torch.autograd.grad(of, by, *directions, **how)])
+
+
+def hessian_times(logits, y, weights, v):
+    """The Hessian of a batch's loss, times v: the gradient of ⟨gradient, v⟩."""
+    return gradient(gradient(F.cross_entropy(logits, y), weights, again=True) @ v, weights)
+
+
+def ggn_times(logits, y, weights, v):
+    """Jᵀ H J v with the Jacobian J of the logits and the Hessian H of the loss by the logits; Jv is
+    the gradient of ⟨Jᵀu, v⟩ by u."""
+    u, p = torch.zeros_like(logits, requires_grad=True), logits.detach().softmax(1)
+    jv = gradient(gradient(logits, weights, u, again=True) @ v, [u]).view_as(p)
+    return gradient(logits, weights, p * (jv - (p * jv).sum(1, keepdim=True)) / len(y))
+
+
+def check_twice(logits):
+    """Raise ValueError where a function on the way has no second derivative, which autograd would
+    leave out without a word, or a wrong one."""
+    nodes, seen = [logits.grad_fn], {None}
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+            function = getattr(node, "_forward_cls", None)  # a torch.autograd.Function
+            once = hasattr(getattr(function, "backward", None), "__wrapped__")
+            if once or function is CheckpointFunction:  # which takes use_reentrant=False
+                raise ValueError(f"{function.__name__} has no second derivative: no curvature")
+            if "WeightNorm" in node.name():  # wrong from torch 2.7 to 2.14
+                raise ValueError("weight_norm has no right second derivative: no curvature")
+
+
+def largest(operator, k):
+    """The k largest eigenvalues, by ARPACK, to 0.1 %."""
+    n = operator.shape[0]
+    start, how = np.random.default_rng(0).standard_normal(n), dict(which="LA", tol=1e-3)
+    values = eigsh(operator, min(k, n - 1), return_eigenvectors=False, v0=start, **how)
+    return np.sort(values)[::-1]
+
+
+def trace(operator, probes=20):
+    """Hutchinson's estimate."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (probes, operator.shape[0]))
+    return float(np.mean([z @ (operator @ z) for z in signs]))
 
 
 COLUMNS = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
@@ -186,19 +258,6 @@ def table(rows):
         cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
         lines.append("".join(f"{cell.replace('nan', '–'):>12}" for cell in cells))
     return "\n".join(lines)
-
-
-def best(rows):
-    """From which ELR the median test error after the drop is least."""
-    values = {}
-    for row in rows:
-        if math.isfinite(row["then_test_error"]):
-            values.setdefault(row["elr"], []).append(row["then_test_error"])
-    if not values:
-        return "no second runs: --then 1e-3 makes them"
-    elr = min(values, key=lambda elr: (np.median(values[elr]), np.mean(values[elr])))
-    text = f"best test error after the drop: {np.median(values[elr]):.4f}, from ELR {elr:.3g}"
-    return f"{text} (median of {len(values[elr])})"
 
 
 def parser():
@@ -256,7 +315,6 @@ def show_summary(args):
     regimes.write_csv(args.folder / "landscape.csv", rows)
     figures.of_landscape(rows, args.folder / "landscape.png", str(args.folder))
     print(table(rows))
-    print(best(rows))
     print(f"written: {args.folder / 'landscape.csv'}, {args.folder / 'landscape.png'}")
 
 
@@ -280,14 +338,17 @@ def show_distances(args, points):
 
 def show_curvature(args, points):
     for point in points:
-        found = curvature(point, args.k, args.samples)
         print(f"{point.path}, on the unit sphere")
-        for name in ("hessian", "ggn"):
-            values = ", ".join(f"{value:.5g}" for value in found[name])
-            total = found[f"{name}_trace"]
-            print(f"  {name}: largest eigenvalues {values}; trace {total:.5g}")
+        for name, operator in operators(point, args.samples).items():
+            values = largest(operator, args.k)
+            if name == "hessian":
+                edge = 2 / values[0]
+            shown = ", ".join(f"{value:.5g}" for value in values)
+            print(f"  {name}: largest eigenvalues {shown}; trace {trace(operator):.5g}")
         mode, value = point.options["mode"], point.options["value"]
-        print(f"  2/λ_max = {found['edge']:.4g}; trained at {mode} {value:g}")
+        print(
+            f"  2/λ_max = {edge:.4g}, above which descent is unstable; trained at {mode} {value:g}"
+        )
 
 
 if __name__ == "__main__":

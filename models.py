@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from own import load, logits, measuring, rehearse, seed_all, told
 
-# BatchNorm divides by sqrt(variance + eps), which is not quite scale invariant. Ten times a layer's
-# weights changes the logits by 5e-5 with torch's default of 1e-5, by 5e-8 with this (relative).
+# BatchNorm's eps breaks scale invariance: ten times a layer's weights changes the logits by 5e-5
+# with torch's default of 1e-5, by 5e-8 with this (relative).
 EPS = 1e-8
+MAX_EPS = 0.1  # of what others call a normalization
 
 
 def convnet(channels, classes, width=8, affine=False, train_head=False):
@@ -201,7 +201,6 @@ def layer_groups(options, data):
         return net, x, net.layer_groups
     with told(f"{model} cannot be measured"):
         found = scale_invariant_groups(net, x, build=make, rows=rows)
-        whole = found or scale_invariant_groups(net, x, build=make)
     tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
     norms, usable = {name: p.norm().item() for name, p in tensors.items()}, []
     for group in found:
@@ -211,12 +210,12 @@ def layer_groups(options, data):
         if least > 0:
             usable.append(group)
     if not usable:
-        names = ", ".join(" + ".join(group) for group in whole)
-        why = f"no rows are scale invariant, but only as a whole {names}"
-        if not whole:
-            why = "no scale-invariant weights: is there a normalization layer?"
+        why = f"no scale-invariant weights: is there a normalization layer, of eps ≤ {MAX_EPS}?"
+        if rows:
+            what = "is there a normalization of single channels, as BatchNorm?"
+            why = f"no scale-invariant rows: {what} Else take --sphere layer"
         if found:
-            why = f"of norm zero, without direction, is {names}"
+            why = f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
         raise ValueError(why)
     print(f"{'norm':>9}  sphere")
     for group in usable:
@@ -227,131 +226,127 @@ def layer_groups(options, data):
     return net, x, usable
 
 
-def scale_invariant_groups(model, inputs, tolerance=1e-6, build=None, rows=False):
+def scale_invariant_groups(model, inputs, build=None, rows=False):
     """The minimal sets of trainable parameters that are jointly scale invariant, by name.
 
-    A set S is so if multiplying all its tensors by one c > 0 changes no logit in training mode: if
-    and only if Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the logits. Measured in
-    float64, without the eps of normalizations, at random batches and directions, these radial
-    derivatives make a matrix with a column per tensor. Its null space holds the indicator vector of
-    every such set (and rescaling symmetries, whose signs are mixed).
+    A set S is so if multiplying all its tensors by one c > 0 changes no logit in training mode:
+    then Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the logits. At random ones these
+    radial derivatives, in float64 and without eps, make a matrix with a column per tensor. In its
+    null space is the indicator vector of every such set. Sets are verified by multiplying them.
 
-    model      any network; it is left as it is, its buffers and the random state, too
-    inputs     one batch of at least two examples, or a tuple of arguments
-    tolerance  of the logits, relative, when a set is multiplied by 0.5 and 3 to verify it
-    build      makes the network to measure; without it a copy is measured
-    rows       take sets of matrices each of whose rows may have a factor of its own
+    model   any network; it is left as it is, its buffers and the random state, too
+    inputs  a batch of at least two examples
+    build   makes the network to measure; without it a copy is measured
+    rows    take sets of matrices each of whose rows may have a factor of its own
 
-    Where float64 fails it is float32, to a tolerance of 1e-3, and says so. Returns lists of names,
-    disjoint: of sets that overlap the smallest, then the largest tensors. A tensor without effect
-    is a set of its own; one that never has a gradient is in none.
+    Where float64 fails it is float32, and says so. Returns lists of names, disjoint: of sets that
+    overlap the smallest, then the largest tensors. A tensor without effect is a set of its own; one
+    that never has a gradient is in none.
     """
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     build = build or (lambda: deepcopy(model))
     with measuring(model):
         try:
-            return _find(build().to(torch.float64), inputs, tolerance, rows)
+            return _find(build().to(torch.float64), inputs, rows)
         except Exception as error:
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({why})")
-            return _find(build().to(torch.float32), inputs, 1e-3, rows)
+            return _find(build().to(torch.float32), inputs, rows)
 
 
-def _find(net, inputs, tolerance, rows):
+def _find(net, inputs, rows):
     torch.manual_seed(0)
     trained = [(name, p) for name, p in net.train().named_parameters() if p.requires_grad]
     names, params = zip(*trained, strict=True)
     dtype = params[0].dtype
-    with torch.no_grad():
-        for p in params:  # to a generic point: a bias of 0 would hide what depends on it
-            p.add_(0.1 * torch.randn_like(p) * (p.square().mean().sqrt() + 0.1))
-    for module in net.modules():
-        for name, x in {**vars(module), **module._buffers}.items():
-            if "eps" in name and isinstance(x, Tensor):
-                x.fill_(1e-18)
+    noise, tolerance = (1e-7, 1e-6) if dtype == torch.float64 else (2e-5, 1e-3)
+    for p in params:  # to a generic point: a bias of 0 would hide what depends on it
+        p.data += 0.1 * torch.randn_like(p) * (p.data.square().mean().sqrt() + 0.1)
 
-    def outputs(seed):
+    def outputs(seed, backward=False):
         seed_all(seed)  # dropout, if any, drops the same
-        with _Sharp(dtype):
-            out = logits(net, (), net(*(_mixed(x) for x in inputs)))
-            if out.requires_grad:
+        with _Sharp(dtype) as sharp:  # each number of x is that of another example, at random
+            x = inputs.gather(0, torch.randint(len(inputs), inputs.shape, device=inputs.device))
+            out = logits(net, (), net(x))
+            sharp.forward = False
+            if backward and out.requires_grad:
                 out.backward(torch.randn_like(out))
         return out.detach()
 
     matrix, used = [], set()
     for seed in range(len(params) + 8):
         net.zero_grad()
-        outputs(seed)
-        used |= {i for i, p in enumerate(params) if p.grad is not None}
-        pairs = [(p.detach().double(), 0 * p if p.grad is None else p.grad) for p in params]
-        radial = torch.stack([(p * g).sum() for p, g in pairs])
-        largest = torch.stack([p.norm() * g.norm() for p, g in pairs]).sum()
-        matrix.append((radial / largest.clamp(min=1e-300)).detach().cpu())
+        outputs(seed, backward=True)
+        radial, size = torch.zeros(len(params), dtype=torch.float64), 1e-300
+        for i, p in enumerate(params):
+            if p.grad is not None:
+                used.add(i)
+                radial[i] = (p.detach().double() * p.grad).sum()
+                size += p.detach().norm().item() * p.grad.norm().item()
+        matrix.append(radial / size)
     _, singular, right = torch.linalg.svd(torch.stack(matrix))
-    noise = 1e-7 if dtype == torch.float64 else 2e-5
 
-    @torch.no_grad()
     def unchanged(chosen):
-        group, before = [params[i] for i in chosen], outputs(0)
-        if rows and any(p.dim() < 2 for p in group):
+        if rows and any(params[i].dim() < 2 for i in chosen):
             return False
+        before, olds = outputs(0), [(params[i], params[i].detach().clone()) for i in chosen]
+        changes = []
         for factor in (0.5, 3.0):
-            olds = [p.clone() for p in group]
-            for p in group:
+            for p, old in olds:
                 torch.manual_seed(1)
                 power = torch.rand(len(p), *[1] * (p.dim() - 1)) if rows else torch.ones(())
-                p.mul_(factor ** power.to(p))
-            after = outputs(0)
-            for p, old in zip(group, olds, strict=True):
-                p.copy_(old)
-            if not (after - before).norm() <= tolerance * before.norm():
-                return False
-        return True
+                p.data.copy_(old * factor ** power.to(p))
+            changes.append((outputs(0) - before).norm())
+        for p, old in olds:
+            p.data.copy_(old)
+        return all(change <= tolerance * before.norm() for change in changes)
 
     null = right[singular < noise * len(matrix) ** 0.5].numpy()
     found = _smallest(null, np.array([p.numel() for p in params]), unchanged)
-    # A layer that is so when multiplied has a wrong gradient: the check before training tells.
-    layers = {}
-    for i, name in enumerate(names):
-        if all(i not in chosen for chosen in found):
-            layers.setdefault(name.rpartition(".")[0], []).append(i)
-    for layer in layers.values():
-        weights = [i for i in layer if params[i].dim() > 1]
-        found += [chosen for chosen in (weights, layer) if weights and unchanged(chosen)][:1]
+    # A weight that is so when multiplied has a wrong gradient: the check before training tells.
+    for i, p in enumerate(params):
+        if p.dim() > 1 and all(i not in chosen for chosen in found) and unchanged([i]):
+            found.append([i])
     found = [sorted(chosen) for chosen in sorted(found, key=min) if used.issuperset(chosen)]
     return [[names[i] for i in chosen] for chosen in found]
 
 
-def _mixed(x):
-    """A batch each of whose numbers is that of another example, at random."""
-    if not isinstance(x, Tensor) or x.dtype == torch.bool:
-        return x
-    return x.gather(0, torch.randint(len(x), x.shape, device=x.device))
-
-
 class _Sharp(TorchDispatchMode):
-    """Without what blurs scale invariance: small numbers that are added, as the eps of a
-    normalization is, become next to 0; all arithmetic is in one type."""
+    """Without what blurs scale invariance: the eps of normalizations is next to 0, whatever it is
+    called, and all arithmetic is in one type."""
 
     def __init__(self, dtype):
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.forward = dtype, True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, mutable = function.overloadpacket.__name__, function._schema.is_mutable
-        blurs = "_norm" in name or (name in ("add", "add_") and "alpha" not in (kwargs or {}))
+        if name.rstrip("_") in ("add", "sub", "hypot"):
+            a, b, *more = args
+            args = [self.without_eps(a, b), self.without_eps(b, a), *more]
+        elif "_norm" in name and name != "linalg_vector_norm":
+            args = [1e-18 if isinstance(x, float) and 0 < x <= MAX_EPS else x for x in args]
 
-        def sharp(x):
+        def cast(x):
+            if isinstance(x, list | tuple):
+                return type(x)(cast(part) for part in x)
             if isinstance(x, Tensor) and x.is_floating_point() and not mutable:
                 return x.to(self.dtype)
             if isinstance(x, torch.dtype) and x.is_floating_point:
                 return self.dtype
-            if blurs and isinstance(x, float) and 0 < x <= 0.01:
-                return 1e-18
             return x
 
-        args, kwargs = tree_map(sharp, (args, kwargs or {}))
-        return tree_map(sharp, function(*args, **kwargs))
+        kwargs = {name: cast(x) for name, x in (kwargs or {}).items()}
+        return cast(function(*cast(args), **kwargs))
+
+    def without_eps(self, x, other):
+        """As in x / (norm + eps): a small constant beside what is nowhere negative."""
+        constant = isinstance(x, float)
+        if isinstance(x, Tensor) and self.forward and not x.requires_grad:
+            constant = len(x.unique()) == 1
+        small = constant and 0 < torch.as_tensor(x).abs().max() <= MAX_EPS
+        if small and isinstance(other, Tensor) and not other.is_complex() and (other >= 0).all():
+            return 0 * x + 1e-18
+        return x
 
 
 def _smallest(null, numel, holds):

@@ -8,8 +8,8 @@ import sys
 import traceback
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -26,10 +26,7 @@ def load(model, data):
     """The network, on the device of the data, whose output are its logits. The file runs anew each
     time. Raises ValueError where that cannot be."""
     file, _, name = model.rpartition(":")
-    path = Path(file).resolve()
-    if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"no file {file}: it takes a Python file, path/to/file.py:function")
-    x = data.normalized(data.x[:2])
+    x, path = data.normalized(data.x[:2]), Path(file).resolve()
     devices = [x.device] if x.is_cuda else []
     known = dict(channels=x.shape[1], classes=data.classes, example=x[0].cpu())
     if data.tokens is not None:
@@ -37,44 +34,38 @@ def load(model, data):
     with _beside(path):
         # A seed that the file sets is not that of the run.
         with told(f"{file} cannot be imported"), torch.random.fork_rng(devices):
-            module = module_from_spec(spec_from_file_location(f"_{path.stem}", path))
+            module = ModuleType(f"_{path.stem}")
+            module.__file__ = str(path)
             sys.modules[module.__name__] = module  # where dataclasses look for it
-            module.__spec__.loader.exec_module(module)
+            exec(compile(path.read_bytes(), path, "exec"), vars(module))
         function = getattr(module, name, None)
         if not callable(function):
             raise ValueError(f"{file} has no function {name!r}")
         with told(f"{model} cannot be called"):
             net = function if isinstance(function, nn.Module) else _call(function, known)
-        if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
-            raise ValueError(f"{model} returns {type(net).__name__}, not a torch.nn.Module")
         with told(f"{model} cannot be run on the data"), torch.no_grad():
             net.to(x.device).eval()(x)  # what is lazy is made now
-    net.register_forward_hook(logits)
+            net.register_forward_hook(logits)
     return net.train()
 
 
 def _call(function, known):
     """Call it with what it names of `known`, or with (channels, classes)."""
     signature = inspect.signature(function)
-    parameters = signature.parameters.values()
-    starred = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    needed = {p.name for p in parameters if p.default is p.empty and p not in starred}
-    if "tokens" in needed - set(known):
-        raise ValueError("it asks for tokens, and these data have none")
-    asked = signature.bind_partial()
-    asked.arguments |= {name: known[name] for name in signature.parameters if name in known}
-    if needed <= set(known) and (asked.arguments or not starred):
-        return function(*asked.args, **asked.kwargs)
-    return function(known["channels"], known["classes"])
+    named = {name: known[name] for name in signature.parameters if name in known}
+    try:
+        signature.bind(**named)
+    except TypeError:
+        return function(known["channels"], known["classes"])
+    return function(**named)
 
 
 def logits(net, inputs, output):
     """Of an output of several parts that which is called logits, or the first."""
-    if isinstance(output, dict) and "logits" in output:
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list) and output:
+    if isinstance(output, dict):
+        output = output.get("logits", output)
+    output = getattr(output, "logits", output)
+    if isinstance(output, tuple | list) and output:
         output = output[0]
     if not isinstance(output, Tensor):
         raise TypeError(f"the output is a {type(output).__name__} without logits")
@@ -84,24 +75,19 @@ def logits(net, inputs, output):
 def rehearse(make, data, options):
     """A network, made by `make`. Raises ValueError where it cannot be run as it will be."""
     net, model, device = make(), options["model"], data.x.device
-    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError(f"{model} has no parameter that is trained: all are frozen")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options["dtype"] == "bf16")
-    for size in (min(32, len(data.x)), options["batch_size"]):
-        x, y = data.inputs(torch.arange(size, device=device)), data.y[:size]
-        with told(f"{model} cannot be trained on a batch of {size}"):
-            with autocast:
-                out = net(x).float()
-            if out.shape != (size, data.classes):
-                shape = f"{list(out.shape)}, not [{size}, {data.classes} classes]"
-                raise ValueError(f"the network's output is {shape}")
-            if not out.isfinite().all():
-                raise ValueError("the network's output is not finite")
-            F.cross_entropy(out, y).backward()
-            for name, p in trained:
-                if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
-                    raise ValueError(f"{name} is complex, or its gradient sparse")
+    size = options["batch_size"]
+    x, y = data.inputs(torch.arange(size, device=device)), data.y[:size]
+    with told(f"{model} cannot be trained on a batch of {size}"):
+        with autocast:
+            out = net(x).float()
+        if out.shape != (size, data.classes):
+            wanted = f"[{size}, {data.classes} classes]"
+            raise ValueError(f"the network's output is {list(out.shape)}, not {wanted}")
+        F.cross_entropy(out, y).backward()
+        for p in net.parameters():
+            if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
+                raise ValueError("a parameter is complex, or its gradient sparse")
     if ":" not in model:
         return net
     last, other = data.test_x.split(512)[-1], make()  # the last batch of measure.on_test_set
@@ -126,14 +112,11 @@ def told(what, *but):
     except (KeyboardInterrupt, BrokenPipeError, *but):
         raise
     except BaseException as error:  # sys.exit, too
-        places = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, SyntaxError):
-            places.append((error.filename or "<", error.lineno))
-        theirs = [place for place in places if not place[0].startswith(LIBRARIES)]
-        why = next(iter(str(error).strip().splitlines()), "")
-        why = f"{type(error).__name__}: {why}"[:300]
-        if theirs:
-            why += f"; {theirs[-1][0]}, line {theirs[-1][1]}"
+        why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+        for frame in traceback.extract_tb(error.__traceback__)[::-1]:
+            if not frame.filename.startswith(LIBRARIES):
+                why += f"; {frame.filename}, line {frame.lineno}"
+                break
         raise ValueError(f"{what} ({why})") from error
 
 
@@ -164,10 +147,8 @@ def _beside(path):
     """While somebody's file runs, modules of its folder come first, even those with the names of
     ours, and the command line is its own."""
     folder, before, argv, places = path.parent, dict(sys.modules), sys.argv, list(sys.path)
-    for ours in HERE.glob("*.py") if folder != HERE else ():
-        if (folder / ours.name).exists() or (folder / ours.stem).is_dir():
-            sys.modules.pop(ours.stem, None)
-            sys.path[:] = [place for place in sys.path if Path(place).resolve() != HERE]
+    for ours in HERE.glob("*.py"):
+        sys.modules.pop(ours.stem, None)
     sys.path.insert(0, str(folder))
     sys.argv = [str(path)]
     try:

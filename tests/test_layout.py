@@ -24,8 +24,7 @@ IMPORTS = {
     "runs": {"regimes"},
     "figures": {"regimes"},
     "toy": {"regimes", "figures"},
-    "curvature": {"data"},
-    "landscape": {"curvature", "measure", "runs", "data", "models", "figures", "regimes", "speed"},
+    "landscape": {"measure", "runs", "data", "models", "figures", "regimes", "speed"},
     "bench": OURS,
 }
 

@@ -398,11 +398,11 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
 @pytest.mark.parametrize(
     ("model", "more", "message"),
     [
-        ("{}/none.py:net", [], "--model: no file"),
+        ("{}/none.py:net", [], "none.py cannot be imported (FileNotFoundError"),
         ("{}/mine.py:none", [], "has no function 'none'"),
         ("{}/mine.py:number", [], "has no function 'number'"),
         ("{}/mine.py:plain", [], "no scale-invariant weights"),
-        ("{}/mine.py:narrow", [], "the network's output is [32, 3], not [32, 10 classes]"),
+        ("{}/mine.py:narrow", [], "the network's output is [16, 3], not [16, 10 classes]"),
         ("{}/mine.py:broken", [], "cannot be run on the data"),
         ("{}/mine.py:other", [], "other() takes 1 positional argument"),
         ("{}/bad.py:net", [], "cannot be imported (SyntaxError"),
