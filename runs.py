@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -32,6 +33,9 @@ import regimes
 OURS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
 STOPS = (signal.SIGINT, signal.SIGTERM)
 OURS += ["config.json", "regimes.csv", "regimes.png"]
+ANGLE = "0.05"  # what to try without a sweep
+# Options that say which runs, and how they are done: what `next:` leaves out.
+WHICH = "elr sweep angle lr wd refine max_epochs seeds then average schedule jobs threads force"
 
 
 class Busy(Exception):
@@ -204,13 +208,11 @@ def grid(low, high, n):
 def bisect(out, values):
     """For each boundary that was seen among these ELRs one between its sides: the middle, in the
     logarithm, of the widest gap, in as few digits as tell it from both ends."""
-    runs = [run for run in regimes.read_folder(out) if run.elr in values]
-    try:
-        seen = [boundary for boundary in regimes.boundaries(runs) if boundary.seen]
-    except ValueError:  # there is no one boundary, and the table says so
-        return []
-    new = []
-    for boundary in seen:  # between its sides are those that the seeds leave undecided
+    runs, new = [run for run in regimes.read_folder(out) if run.elr in values], []
+    for boundary in regimes.boundaries(runs):
+        if not boundary.seen:
+            continue
+        # Between its sides are those that the seeds leave undecided
         inside = [elr for elr in regimes.by_elr(runs) if boundary.low <= elr <= boundary.high]
         low, high = max(pairwise(inside), key=lambda gap: gap[1] / gap[0])
         for digits in range(3, 7):
@@ -305,6 +307,23 @@ def name_of(options, pair):
     value, seed = pair
     stem = f"{options.mode}={regimes.elr_name(value)}" + (f".seed={seed}" if seed else "")
     return options.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
+
+
+def what_next(options, found):
+    """The paper's advice: start just above the boundary of convergence, go on well below it. Then
+    the angle, which needs no sweep. Commands with the options of this one."""
+    ways, more = [], []
+    boundary = regimes.boundaries(found)[0]
+    if boundary.seen:
+        ways.append(["--elr", f"{boundary.high:g}", "--then", f"{boundary.low / 10:.2g}"])
+    if options.mode != "angle":
+        ways.append(["--angle", ANGLE])
+    for name, value in options.given.items():
+        if name not in WHICH.split():
+            more.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                more.append(str(value))
+    return [shlex.join(["python", "train.py", *way, *more]) for way in ways]
 
 
 def attempt(do, pair, options, tell, patient=False):

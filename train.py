@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -311,10 +311,8 @@ def main(argv=None):
         if len(values) * len(seeds) > 1:
             print(regimes.table(found))
         print(f"written: {options.out / 'regimes.csv'}, {options.out / 'regimes.png'}")
-        with suppress(ValueError):  # there may be no one boundary
-            boundary = regimes.boundaries(found)[0]
-            if boundary.seen:  # the paper's advice: start just above it, go on well below it
-                print(f"next: --elr {boundary.high:g} --then {boundary.low / 10:.2g}")
+        for command in runs.what_next(options, found):
+            print(f"next: {command}")
     return 1 if failed else 0
 
 

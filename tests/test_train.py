@@ -561,7 +561,10 @@ def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(
     monkeypatch.setattr(train, "run_to_verdict", made)
     command = ["--elr", 1e-3, 1e-1, "--jobs", 1, *QUICK, "--out", tmp_path]
     assert run(*command, "--force") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "next: --elr 0.1 --then 0.0001"
+    *_, then, angle = capsys.readouterr().out.splitlines()
+    same_options = f"--epochs 2 --width 2 --batch-size 128 --out {tmp_path}"
+    assert then == f"next: python train.py --elr 0.1 --then 0.0001 {same_options}"
+    assert angle == f"next: python train.py --angle {runs.ANGLE} {same_options}"
     for rounds, expected in ((1, ["0.001", "0.01", "0.1"]), (3, ["0.0178", "0.0316"])):
         assert run(*command, "--refine", rounds, "--max-epochs", 50, "--force") == 0
         found = [row["elr"] for row in read(tmp_path / "regimes.csv")]
