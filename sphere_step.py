@@ -542,17 +542,18 @@ class SphereSGD(torch.optim.Optimizer):
 
     def _plain_step(self):
         """torch.optim.SGD's, without hooks: this optimizer's have been called."""
-        self._sgd.param_groups, self._sgd.state = [], self.state
+        plain = []
         for group in self.param_groups:
+            if group["sphere"]:
+                continue
             lr = _lr(group, wait=False)
             if group["angle"]:
                 rule = self.last[1]
                 lr = (rule[:, 3] * rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
             on_gpu = isinstance(lr, Tensor) and lr.is_cuda
             lr = lr.squeeze() if on_gpu else float(lr)
-            if not group["sphere"]:
-                own = self._sgd.defaults | group | dict(lr=lr, fused=on_gpu)
-                self._sgd.param_groups.append(own)
+            plain.append(self._sgd.defaults | group | dict(lr=lr, fused=on_gpu))
+        self._sgd.param_groups, self._sgd.state = plain, self.state
         unwrap(torch.optim.SGD.step)(self._sgd)
 
 
