@@ -336,11 +336,12 @@ def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_go
     assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
 
 
-def test_quiet_when_not_on_a_terminal_and_the_last_line_says_where_the_files_are(tmp_path, capsys):
+def test_quiet_when_not_on_a_terminal_and_the_last_lines_say_where_the_files_are_and_what_is_next(tmp_path, capsys):
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert err == "" and len(lines) == 2
+    assert err == "" and len(lines) == 3
+    assert lines[2].startswith("next: python train.py --angle")
     assert lines[1] == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
 
 
@@ -597,7 +598,7 @@ def test_augment_changes_the_training_images_alone(tmp_path, plain):
 def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain, capsys):
     more = ["--lr", 0.05, "--wd", 0.01, "--momentum", 0.9]
     assert run(*QUICK, *more, "--out", tmp_path) == 0
-    assert "lr 5e-02: undecided: the ELR moved from 0.0" in capsys.readouterr().out
+    assert "lr 5e-02: ELR 0.0" in capsys.readouterr().out
     rows = log(tmp_path, "lr=5e-02")
     assert same(rows[:1], log(plain)[:1], AT_THE_START)
     torch.manual_seed(0)
