@@ -85,10 +85,11 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
 
 def standardized(x, test_x):
     """Numbers [N, M] as float32 of mean 0 and deviation 1 in x; a constant column as 0."""
-    # Time stamps differ in late digits: the first is subtracted. Quarters cannot overflow.
+    least = 1e-15 * x.abs().amax(0)  # below is rounding
+    # Of time stamps only the last digits differ. Quarters cannot overflow.
     x, test_x = x / 4 - x[0] / 4, test_x / 4 - x[0] / 4
     scale = x.abs().amax(0)
-    scale = torch.where(scale > 0, scale, torch.inf)
+    scale[scale <= least] = torch.inf
     x, test_x = x / scale, test_x / scale
     mean, std = x.mean(0), x.std(0).clamp(min=1e-300)
     return ((x - mean) / std).float(), ((test_x - mean) / std).float()

@@ -53,9 +53,15 @@ def _call(function, known):
     """Call it with what it names of `known`, or with (channels, classes)."""
     signature = inspect.signature(function)
     named = {name: known[name] for name in signature.parameters if name in known}
+    starred = any(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
+    )
+    positional = starred and not named
     try:
         signature.bind(**named)
     except TypeError:
+        positional = True
+    if positional:
         return function(known["channels"], known["classes"])
     return function(**named)
 
@@ -147,6 +153,7 @@ def _beside(path):
     """While somebody's file runs, modules of its folder come first, even those with the names of
     ours, and the command line is its own."""
     folder, before, argv, places = path.parent, dict(sys.modules), sys.argv, list(sys.path)
+    here = os.getcwd()
     for ours in HERE.glob("*.py"):
         sys.modules.pop(ours.stem, None)
     sys.path.insert(0, str(folder))
@@ -154,9 +161,12 @@ def _beside(path):
     try:
         yield
     finally:
-        sys.path[:], sys.argv = places, argv
+        sys.path[:] = dict.fromkeys([*places, str(folder)])  # last: forward may import, too
+        sys.argv = argv
+        os.chdir(here)
         for name in set(sys.modules) - set(before):
             file = getattr(sys.modules[name], "__file__", None) or "<"
-            if file.startswith(str(folder)) and not file.startswith(LIBRARIES):
+            theirs = file.startswith(str(folder)) and not file.startswith(LIBRARIES)
+            if theirs and file != str(path):  # what type hints name is looked up in it
                 del sys.modules[name]
         sys.modules.update(before)

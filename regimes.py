@@ -323,6 +323,8 @@ def _places(header, columns):
         elif found or usual or ours in columns:
             what = f"{len(found) or 'no'} columns {asked} in {', '.join(header)}"
             raise ValueError(f"{what}: say --columns {ours}=COLUMN")
+    if places.get("step") == places["epoch"]:  # its 0 does not say that it is before training
+        del places["step"]
     return places
 
 
@@ -499,13 +501,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def finish(main):
-    """Exit as `main` says; silently if the reader is gone (| head)."""
+    """Exit as `main` says; silently if the reader is gone (| head), or at Ctrl-C."""
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except KeyboardInterrupt:
+        status = 130
     sys.exit(status)
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,7 +193,7 @@ class Run:
 
     def parts(self):
         parts = dict(net=self.net, sphere=self.sphere, plain=self.plain, averaged=self.averaged)
-        return {name: part for name, part in parts.items() if part}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def identity(self):
         """What a checkpoint must share with this run."""
@@ -304,8 +304,10 @@ def main(argv=None):
         return 128 + signalled.args[0]
     except BrokenPipeError:
         raise
-    except (OSError, runs.Busy) as error:
+    except (OSError, ValueError, runs.Busy) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
+        with suppress(OSError):
+            options.out.rmdir()  # if nothing is there
         return 1
     if found and not options.rank:
         if len(values) * len(seeds) > 1:

@@ -356,8 +356,10 @@ def test_a_column_of_time_stamps_keeps_its_digits_and_large_numbers_do_not_overf
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.7e9, -3e300])
 def test_a_constant_column_of_numbers_becomes_0(tmp_path, value):
+    """One that is constant but for a rounding, too."""
     found = arrays()
     found["x"][:, 2] = value
+    found["x"][3, 2] = np.nextafter(value, 2 * value)
     found["test_x"] = found["x"][:10].copy()
     found["test_x"][0, 2] = 7.0
     np.savez(tmp_path / "mine.npz", **found)

@@ -1,5 +1,6 @@
 """Somebody's own network, FILE.py:FUNCTION: what people have is taken, or refused in one line."""
 
+import os
 import re
 import shutil
 import sys
@@ -45,7 +46,9 @@ def data(tmp_path_factory):
         rng.normal(size=(160, 6)) + 2 * np.eye(3, 6)[y],
         rng.integers(7, size=(160, 5)),
     )
-    for name, x in (("numbers", numbers), ("tokens", tokens)):
+    marked = rng.integers(6, size=(160, 5))
+    marked[np.arange(160), rng.integers(5, size=160)] = 6
+    for name, x in (("numbers", numbers), ("tokens", tokens), ("marked", marked)):
         parts = dict(x=x[:120], y=y[:120], test_x=x[120:], test_y=y[120:])
         np.savez(folder / f"{name}.npz", **parts)
     return folder
@@ -151,6 +154,10 @@ def test_a_network_with_a_tuple_is_trained_averaged_and_looked_at(ask, tmp_path,
         "def net(in_channels, classes): return " + MLP.format("in_channels", "classes"),
         "net = " + MLP.format(6, 3),  # the network itself
         "def net(): return " + MLP.format(6, 3),
+        "def net(*args): return " + MLP.format("args[0]", "args[1]"),
+        "def make(c, k): return "
+        + MLP.format("c", "k")
+        + "\ndef net(*a, **k): return make(*a, **k)",
     ],
 )
 def test_a_function_gets_what_it_names_and_its_other_defaults_stay(ask, function):
@@ -264,7 +271,7 @@ def net(channels, classes):
             "output is [16, 2, 3], not [16, 3 classes]",
         ),
         ("def net(c, k): return " + MLP.format("c", "k") + ".half()", "cannot be run on the data"),
-        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.1?"),
+        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01?"),
     ],
 )
 def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
@@ -413,11 +420,11 @@ NORMS = [
     "F.normalize(h, dim=-1, eps=1e-4)",
     "F.group_norm(h, 2, eps=0.1)",
     "F.instance_norm(h[:, None], eps=0.02).flatten(1)",
-    "h / (h.norm(dim=-1, keepdim=True) - -0.03)",
+    "h / (h.norm(dim=-1, keepdim=True) - -0.01)",
     "h / (torch.tensor(1e-3) + h.abs().amax(-1, keepdim=True))",
     "h / (h.norm(dim=-1, keepdim=True) - self.still)",
     "h / h.var(-1, keepdim=True).add_(self.many).sqrt()",
-    "h / (torch.full((len(h), 1), 0.09) + h.norm(dim=-1, keepdim=True))",
+    "h / (torch.full((len(h), 1), 0.009) + h.norm(dim=-1, keepdim=True))",
     "h / torch.hypot(h.norm(dim=-1, keepdim=True), self.eps)",
 ]
 
@@ -619,18 +626,44 @@ class net(Base):
     assert ask(code) == BASE
 
 
-@pytest.mark.parametrize("shift", ["- 0.05", "+ self.shift"])
+@pytest.mark.parametrize("shift", ["- 0.005", "+ self.shift"])
 def test_a_small_constant_beside_numbers_of_both_signs_is_no_eps(ask, shift):
     code = f"""
 class net(Base):
     def __init__(self, channels, classes):
         super().__init__(channels, classes)
-        self.register_buffer("shift", torch.full((8,), 0.05))
+        self.register_buffer("shift", torch.full((8,), 0.005))
 
     def forward(self, x):
         return self.last(F.normalize(self.first(x) {shift}, dim=-1).relu())
 """
     assert "no scale-invariant weights" in ask(code)
+
+
+@pytest.mark.parametrize("bounded", ["h / (h.abs() + 0.05)", "h / (h * h + 0.1).sqrt()"])
+def test_a_bounded_activation_is_no_normalization(ask, bounded):
+    code = f"""
+class net(Base):
+    def forward(self, x):
+        h = self.first(x)
+        return self.last({bounded})
+"""
+    assert "no scale-invariant weights" in ask(code)
+
+
+def test_inputs_that_only_whole_examples_can_be(ask):
+    """One token in each example is a 6, of which something is made."""
+    code = """
+class net(Base):
+    def __init__(self, tokens, classes):
+        super().__init__(8, classes)
+        self.embedding = nn.Embedding(tokens, 8)
+
+    def forward(self, x):
+        marked = self.embedding(x)[x == 6].view(len(x), 8)
+        return self.last(self.norm(self.first(marked)).relu())
+"""
+    assert ask(code, x="marked") == BASE
 
 
 def test_a_parameter_that_is_a_single_number_may_be_invariant(ask):
@@ -806,3 +839,56 @@ class weight(Base):
     name = {"once": "Once", "reentrant": "CheckpointFunction", "weight": "weight_norm"}[kind]
     assert exit.value.code == 2 and err.count("\n") == 1
     assert re.search(rf"{name} has no (right )?second derivative", err)
+
+
+LATE = """
+class net(Base):
+    def __len__(self):
+        return 0
+
+    def forward(self, x):
+        from neighbour import same
+
+        return self.last(self.norm(self.first(same(x))).relu())
+"""
+
+
+def test_a_network_of_length_0_that_imports_in_forward_goes_on_from_its_checkpoint(tmp_path, data):
+    (tmp_path / "mine.py").write_text("import os\nos.chdir('/')\n" + TOP + LATE)
+    (tmp_path / "neighbour.py").write_text("def same(x):\n    return x\n")
+    more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz")]
+    more += ["--elr", "0.001", "--jobs", "1"]
+    here = os.getcwd()
+    for epochs, out in ((1, "a"), (2, "a"), (2, "b")):
+        command = [*more, "--epochs", str(epochs), "--out", str(tmp_path / out)]
+        assert train.main(command) == 0
+    logs = [(tmp_path / out / "elr=1e-03.layers.csv").read_bytes() for out in "ab"]
+    assert logs[0] == logs[1] and os.getcwd() == here
+
+
+def test_a_network_that_fails_on_some_inputs_alone_is_one_line(tmp_path, data, capsys):
+    """Such as no trial meets: the last in the training set."""
+    code = """
+class net(Base):
+    def forward(self, x):
+        if (x[:, 0] > 5).any():
+            raise IndexError("too large")
+        return self.last(self.norm(self.first(x)).relu())
+"""
+    (tmp_path / "mine.py").write_text(TOP + code)
+    with np.load(data / "numbers.npz") as file:
+        arrays = dict(file)
+    arrays["x"][-1, 0] = 1e3
+    np.savez(tmp_path / "outlier.npz", **arrays)
+    command = [
+        "--elr",
+        "0.01",
+        "--model",
+        f"{tmp_path}/mine.py:net",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert train.main([*command, "--data", str(tmp_path / "outlier.npz")]) == 1
+    error = capsys.readouterr().err
+    assert "IndexError: too large; " in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

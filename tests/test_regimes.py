@@ -771,3 +771,19 @@ def test_a_single_short_run_is_drawn_without_a_warning(tmp_path, share):
         warnings.simplefilter("error", RuntimeWarning)
         assert figures.main([str(tmp_path)]) == 0
     assert (tmp_path / "regimes.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "head, more",
+    [("step,loss", ()), ("epoch,step,train_loss_step", ("--columns", "epoch=step"))],
+)
+def test_a_step_that_stands_in_for_the_epoch_tells_of_no_row_before_training(
+    tmp_path, capsys, head, more
+):
+    noise = 1.5 + 0.01 * np.random.default_rng().normal(size=40)
+    lines = [head]
+    for i, loss in enumerate(noise):
+        lines.append(f"{i},{loss}" if head == "step,loss" else f"{i // 9},{i},{loss}")
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    assert run(tmp_path / "log.csv", *more) == 0
+    assert "undecided: equilibrium and divergence look alike" in capsys.readouterr().out

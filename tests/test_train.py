@@ -336,7 +336,9 @@ def test_a_non_finite_loss_ends_the_run_with_a_row_that_says_so_and_the_sweep_go
     assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
 
 
-def test_quiet_when_not_on_a_terminal_and_the_last_lines_say_where_the_files_are_and_what_is_next(tmp_path, capsys):
+def test_quiet_when_not_on_a_terminal_and_the_last_lines_say_where_the_files_are_and_what_is_next(
+    tmp_path, capsys
+):
     assert run("--elr", 0.01, *QUICK, "--out", tmp_path) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
