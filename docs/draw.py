@@ -378,6 +378,44 @@ def boundary_angles(logs):
         line(name, cells[0], ", ".join(cells[1:]))
 
 
+def law(logs):
+    """Where the convergence boundary lies on few digits, and the angle just above it, by width and
+    batch size."""
+    fig, axes = figures.subplots([["a", "b"]], (9.0, 3.6))
+    heads("width", "batch size", "boundary, ELR", "φ just above it, by seed")
+    for width, tone in ((4, "#56B4E9"), (8, "#0072B2"), (16, "#000000")):
+        sizes, lows, highs, angles = [], [], [], []
+        for batch in (8, 16, 32, 64):
+            folder = logs / "law" / f"w{width}-b{batch}"
+            runs = regimes.read_folder(folder) if folder.is_dir() else []
+            boundary = regimes.boundaries(runs)[0]
+            if not boundary.seen:
+                continue
+            above = regimes.by_elr(runs)[boundary.high]
+            phis = sorted(run.final("angle") for run in above)
+            text = ", ".join(f"{phi:.2g}" for phi in phis)
+            line(f"{width}", f"{batch}", f"{boundary.low:.2g} to {boundary.high:.2g}", text)
+            sizes.append(batch * (1 + (width - 8) / 100))  # side by side
+            lows.append(boundary.low)
+            highs.append(boundary.high)
+            angles.append(phis)
+        look = dict(color=tone, label=f"width {width}")
+        axes["a"].vlines(sizes, lows, highs, lw=4, **look)
+        for size, phis in zip(sizes, angles, strict=True):
+            axes["b"].plot([size] * len(phis), phis, "o", color=tone, ms=5)
+    axes["a"].plot([8, 64], [3e-3, 2.4e-2], ":", color="#777777", label="in proportion")
+    axes["a"].set(title="(a) convergence boundary", ylabel="ELR")
+    axes["b"].set(title="(b) just above it", ylabel="angle φ of a step")
+    for ax in axes.values():
+        ax.set(xscale="log", yscale="log", xlabel="batch size")
+        ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
+        ax.minorticks_off()
+    axes["a"].set_yticks([0.002, 0.005, 0.01, 0.02], ["0.002", "0.005", "0.01", "0.02"])
+    axes["b"].set_yticks([0.1, 0.2, 0.5], ["0.1", "0.2", "0.5"])
+    axes["a"].legend(loc="lower right")
+    figures.save(fig, ROOT / "docs" / "law.png")
+
+
 def second_runs(logs):
     """Modular addition after a drop of the ELR to 1e-4."""
     heads("first ELR", "test error after --then 1e-4, median (range) over the seeds")
@@ -395,7 +433,7 @@ def main(argv=None):
     text = "the folder of the guide's logs; without it, what needs no logs"
     parser.add_argument("logs", type=Path, nargs="?", metavar="LOGS", help=text)
     logs = parser.parse_args(argv).logs
-    folders = {"mod31", "mod31-then", "mod31-wd2", "mod31-wd3", *SIZES, *WITH_BOUNDARIES}
+    folders = {"law", "mod31", "mod31-then", "mod31-wd2", "mod31-wd3", *SIZES, *WITH_BOUNDARIES}
     for name in sorted(folders if logs else ()):
         if not (logs / name).is_dir():
             parser.error(f"argument LOGS: {logs / name} is not there: its command is in the guide")
@@ -404,7 +442,7 @@ def main(argv=None):
     step()
     optimizers()
     if logs:
-        for part in (modular, sizes, whole_space, boundary_angles, second_runs):
+        for part in (modular, sizes, whole_space, boundary_angles, law, second_runs):
             part(logs)
 
 
