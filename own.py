@@ -110,12 +110,12 @@ def rehearse(make, data, options):
 
 
 @contextmanager
-def told(what, *but):
-    """Whatever goes wrong in somebody's code, `but` for some types, as a ValueError of one line,
-    with the last line of their own that it passed."""
+def told(what):
+    """Whatever goes wrong in somebody's code, as a ValueError of one line, with the last line of
+    their own that it passed."""
     try:
         yield
-    except (KeyboardInterrupt, BrokenPipeError, *but):
+    except (KeyboardInterrupt, BrokenPipeError):
         raise
     except BaseException as error:  # sys.exit, too
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
