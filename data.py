@@ -86,7 +86,7 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
 def standardized(x, test_x):
     """[N, M] as float32 of mean 0 and deviation 1 in x; a constant column as 0."""
     least = 1e-15 * x.abs().amax(0)  # rounding
-    # Of time stamps only the last digits differ; quarters do not overflow.
+    # Of time stamps only the last digits differ; quarters fit float64.
     x, test_x = x / 4 - x[0] / 4, test_x / 4 - x[0] / 4
     scale = x.abs().amax(0)
     scale[scale <= least] = torch.inf

@@ -264,10 +264,10 @@ def _find(net, inputs, rows):
     def outputs(seed, backward=False):
         seed_all(seed)  # dropout, if any, drops the same
         order = torch.randint(len(inputs), inputs.shape, device=inputs.device)
-        x = inputs.gather(0, order)  # each number from another example
-        if dtype == torch.float32:  # without float64, or such inputs
-            x = inputs[order.flatten(1)[:, 0]]
         with _Sharp(dtype) as sharp:
+            x = inputs.gather(0, order)  # numbers of other examples
+            if dtype == torch.float32:  # no float64, or no such inputs
+                x = inputs[order.flatten(1)[:, 0]]
             out = logits(net, (), net(x))
             sharp.forward = False
             if backward and out.requires_grad:

@@ -323,7 +323,8 @@ def _places(header, columns):
         elif found or usual or ours in columns:
             what = f"{len(found) or 'no'} columns {asked} in {', '.join(header)}"
             raise ValueError(f"{what}: say --columns {ours}=COLUMN")
-    if places.get("step") == places["epoch"]:  # its 0 does not say that it is before training
+    # Of a step that stands in for the epoch, 0 does not say that it is before training.
+    if places.get("step") == places["epoch"] and "step" not in columns:
         del places["step"]
     return places
 

@@ -20,6 +20,7 @@ import regimes  # noqa: E402
 OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
 EPOCHS = 400  # of modular addition; what went on is looked at after LONG, too
 EARLY, LONG = 100, 1600
+SEEDS = 8  # that each comparison has at least
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 KINDS = {  # of training: style and colour of the line, label
@@ -217,14 +218,14 @@ def draw_modular(of_elr, names):
 
 
 def read_errors():
-    """Task → kind and values → seed → test error."""
+    """Task → kind and values → seed → test error, of tasks that have been searched to the end."""
     tasks = {}
     with open(OPTIMIZERS, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             way = row["kind"], float(row["value"]), float(row["decay"])
             of_seed = tasks.setdefault(row["task"], {}).setdefault(way, {})
             of_seed[int(row["seed"])] = float(row["test_error"])
-    return tasks
+    return {task: ways for task, ways in tasks.items() if max(map(len, ways.values())) >= SEEDS}
 
 
 def best(ways, kind):
@@ -303,8 +304,11 @@ def optimizers():
 
 def draw_optimizers(tasks):
     """Mean test errors against φ₀, ELR and learning rate; of each learning rate the best decay."""
-    fig, axes = figures.subplots([list("abc"), list("def")], (12.5, 7.2), apart=0.25)
-    for key in "abcdef"[len(tasks) :]:
+    layout, size = [list("ab"), list("cd")], (9.0, 7.2)
+    if len(tasks) > 4:
+        layout, size = [list("abc"), list("def")], (12.5, 7.2)
+    fig, axes = figures.subplots(layout, size, apart=0.25)
+    for key in list(axes)[len(tasks) :]:
         axes[key].axis("off")
     for key, (task, ways) in zip("abcdef"[: len(tasks)], tasks.items(), strict=True):
         ax, lowest = axes[key], 1.0

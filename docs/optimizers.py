@@ -352,7 +352,8 @@ def main(argv=None) -> int:
     add = parser.add_argument
     few = dict(nargs="+", metavar="NAME")
     add("--tasks", choices=TASKS, default=DEFAULT_TASKS, **few, help=f"of {'; '.join(TASKS)}")
-    add("--kinds", choices=KINDS, default=list(KINDS), **few, help=f"of {'; '.join(KINDS)}")
+    usual = [kind for kind in KINDS if KINDS[kind].falls_from is None]
+    add("--kinds", choices=KINDS, default=usual, **few, help=f"of {'; '.join(KINDS)}")
     add("--seeds", type=number(int), default=16, metavar="K", help="default: 16")
     add("--jobs", type=number(int), default=2, metavar="N", help="runs at a time (default: 2)")
     out = ROOT / "benchmarks" / "optimizers.csv"
