@@ -8,7 +8,7 @@ g the gradient, m the momentum (without it β = 0), η̃ the ELR. One step is
     θ ← ρ (θ − η̃ρ²m) / ‖θ − η̃ρ²m‖                     step and renormalization
     γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖            effective gradient norm, angular step
 
-or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ, g, m), a plain sum over
+or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ, g, m), a sum over
 tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm.
 
 Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch; Triton for the kernels.
@@ -637,7 +637,7 @@ def _rest(gram, beta):
 
 
 def _described(gram, rule):
-    """‖θ‖², ‖g_t‖², φ, radial, η̃ and ρ from Gram matrices and what the rule made, [..., 6] each."""
+    """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ from Gram matrices and what the rule made, [..., 6] each."""
     tt, tg, gg, tm, _, _ = gram = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
     k, b, u, elr, radius, beta = rule.unbind(-1)
     g2, whole = _rest(gram, 0)
