@@ -38,8 +38,13 @@ def subplots(layout, size, apart=0.3):
 
 def save(fig, path):
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     for ax in fig.axes:
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            if isinstance(axis.get_major_locator(), LogLocator) and high < 20 * low:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten are too few
+                axis.set_major_formatter("{x:g}")
         ax.minorticks_off()  # they take half of the time
     picture = io.BytesIO()
     fig.savefig(picture, dpi=110, format="png")
