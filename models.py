@@ -258,15 +258,19 @@ def _find(net, inputs, rows):
     names, params = zip(*trained, strict=True)
     dtype = params[0].dtype
     noise, tolerance = (1e-7, 1e-6) if dtype == torch.float64 else (2e-5, 1e-3)
-    for p in params:  # to a generic point: a bias of 0 would hide what depends on it
+    for p in params:  # a bias of 0 would hide what depends on it
         p.data += 0.1 * torch.randn_like(p) * (p.data.square().mean().sqrt() + 0.1)
+
+    state = [(buffer, buffer.clone()) for buffer in net.buffers()]
 
     def outputs(seed, backward=False):
         seed_all(seed)  # dropout, if any, drops the same
+        for buffer, first in state:
+            buffer.data.copy_(first)
         order = torch.randint(len(inputs), inputs.shape, device=inputs.device)
         with _Sharp(dtype) as sharp:
-            x = inputs.gather(0, order)  # numbers of other examples
-            if dtype == torch.float32:  # no float64, or no such inputs
+            x = inputs.gather(0, order)  # mixed
+            if dtype == torch.float32:  # or whole examples
                 x = inputs[order.flatten(1)[:, 0]]
             out = logits(net, (), net(x))
             sharp.forward = False
@@ -313,8 +317,7 @@ def _find(net, inputs, rows):
 
 
 class _Sharp(TorchDispatchMode):
-    """Without what blurs scale invariance: the eps of normalizations is next to 0, whatever it is
-    called, and all arithmetic is in one type."""
+    """Without what blurs scale invariance: eps is next to 0, and all arithmetic in one type."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -355,8 +358,8 @@ def _smallest(null, numel, holds):
     """The sets that hold of those whose vectors of zeros and ones lie in a space, given by a basis
     [dimension, n]: disjoint, the smallest first, then that of more numbers.
 
-    In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others', so
-    that a vector's entries there are its coordinates. The rest is integer programming.
+    In the reduced echelon form each basis vector has a 1 at its own pivot and 0 at the others':
+    there a vector has its coordinates. The rest is integer programming.
     """
     from scipy.linalg import qr  # which takes a moment
     from scipy.optimize import Bounds, LinearConstraint, milp

@@ -651,6 +651,20 @@ class net(Base):
     assert "no scale-invariant weights" in ask(code)
 
 
+def test_a_buffer_that_remembers_earlier_inputs(ask):
+    code = """
+class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        self.register_buffer("mean", torch.zeros(channels))
+
+    def forward(self, x):
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.last(self.norm(self.first(x - self.mean)).relu())
+"""
+    assert ask(code) == BASE
+
+
 def test_inputs_that_only_whole_examples_can_be(ask):
     """One token in each example is a 6, of which something is made."""
     code = """
