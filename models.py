@@ -258,13 +258,13 @@ def _find(net, inputs, rows):
     names, params = zip(*trained, strict=True)
     dtype = params[0].dtype
     noise, tolerance = (1e-7, 1e-6) if dtype == torch.float64 else (2e-5, 1e-3)
-    for p in params:  # a bias of 0 would hide what depends on it
+    for p in params:  # a bias of 0 would hide something
         p.data += 0.1 * torch.randn_like(p) * (p.data.square().mean().sqrt() + 0.1)
 
     state = [(buffer, buffer.clone()) for buffer in net.buffers()]
 
     def outputs(seed, backward=False):
-        seed_all(seed)  # dropout, if any, drops the same
+        seed_all(seed)  # dropout drops the same
         for buffer, first in state:
             buffer.data.copy_(first)
         order = torch.randint(len(inputs), inputs.shape, device=inputs.device)
