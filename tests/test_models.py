@@ -32,9 +32,9 @@ def scaled(weight, factor):
 @pytest.mark.parametrize(("channels", "classes", "size"), [(1, 10, 8), (3, 100, 32), (2, 3, 19)])
 def test_scaling_a_layer_by_ten_leaves_the_logits(channels, classes, size):
     net = convnet(channels, classes, width=4).double()
-    x = torch.randn(32, channels, size, size, dtype=torch.float64)
+    x = torch.randn(8, channels, size, size, dtype=torch.float64)
     logits = net(x)
-    assert logits.shape == (32, classes)
+    assert logits.shape == (8, classes)
     for (name,) in net.layer_groups:
         scaled(net.get_parameter(name), 10)
         print(f"{name}: {relative(net(x), logits):.1e}")
@@ -98,10 +98,10 @@ def second_resnet18(weights, x):
     return norm(x).clamp(min=0).mean((2, 3)) @ weights["head.weight"].t()
 
 
-@pytest.mark.parametrize(("width", "size"), [(4, 8), (8, 8), (8, 32), (16, 16), (64, 8)])
+@pytest.mark.parametrize(("width", "size"), [(4, 8), (8, 16), (64, 8)])
 def test_resnet18_is_the_papers_network_written_a_second_time(width, size):
     net = resnet18(3, 10, width=width).double()
-    x = torch.randn(6, 3, size, size, dtype=torch.float64)
+    x = torch.randn(3, 3, size, size, dtype=torch.float64)
     logits, weights = net(x).detach(), dict(net.named_parameters())
     assert relative(second_resnet18(weights, x).detach(), logits) < 1e-12
 
@@ -182,7 +182,7 @@ def as_sets(groups):
     return {frozenset(group) for group in groups}
 
 
-@pytest.mark.parametrize("build", [convnet, resnet18])
+@pytest.mark.parametrize("build", [convnet, pytest.param(resnet18, marks=slow)])
 def test_the_sets_found_are_those_that_our_networks_declare(build):
     net = build(3, 10, width=4)
     assert as_sets(scale_invariant_groups(net, torch.randn(8, 3, 16, 16))) == as_sets(

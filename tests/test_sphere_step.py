@@ -480,11 +480,11 @@ def test_measure_is_a_meter_of_weights_that_something_else_moves():
 @pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
 def test_each_sphere_turns_by_the_given_angle(sphere, momentum, dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
-    theta = [torch.randn(4, 3, 3, dtype=dtype), torch.randn(5, 7, dtype=dtype)]
+    theta = [torch.randn(4, 3, 3, dtype=dtype), torch.randn(2, 7, dtype=dtype)]
     theta = [t.requires_grad_() for t in theta]
     for phi in (1e-3, 0.05, 1.2):
         optimizer = SphereSGD(theta, lr=phi, sphere=sphere, momentum=momentum, angle=True)
-        for _ in range(3):
+        for _ in range(2):
             before = [x.detach().double().clone() for x in spheres_of(theta, sphere)]
             optimizer.zero_grad()
             sum(invariant_loss([x]) for x in spheres_of(theta, sphere)).backward()
