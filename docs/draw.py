@@ -33,7 +33,17 @@ KINDS = {  # of training: style and colour of the line, label
     "sgd": ("x-.", "#999999", "SGD"),
 }
 ON_ALL_TASKS = ("angle", "angle, layer")  # each value is shown, as one is to serve all tasks
+SCHEDULES = {  # of the angle on one sphere, other than the cosine
+    "angle, linear": "linear",
+    "angle, constant, then linear": "constant, then linear",
+}
 SIZES = {"mod23": "modulus 23", "mod43": "modulus 43", "mod31d32": "modulus 31, width 32"}
+LAW = {  # folders of logs/law: label, colour
+    "w4": ("few digits, width 4", "#56B4E9"),
+    "w8": ("few digits, width 8", "#0072B2"),
+    "w16": ("few digits, width 16", "#000000"),
+    "mod23": ("modular 23", "#D55E00"),
+}
 WITH_BOUNDARIES = {
     "digits3": "digits, convnet of width 8",
     "r8": "digits, resnet18 of width 8",
@@ -300,6 +310,12 @@ def optimizers():
             for task, way in of_task.items():
                 cells.append(difference_cell(tasks[task], way, best(tasks[task], kind)))
             line(label, *cells)
+    heads("− cosine from the same φ₀", *tasks)
+    for kind, label in SCHEDULES.items():
+        for value in ANGLES[2:]:
+            way, cosine = (kind, value, 0.0), ("angle", value, 0.0)
+            cells = [difference_cell(ways, way, cosine) for ways in tasks.values()]
+            line(f"{label}, {value:g}", *cells)
 
 
 def draw_optimizers(tasks):
@@ -383,14 +399,13 @@ def boundary_angles(logs):
 
 
 def law(logs):
-    """Where the convergence boundary lies on few digits, and the angle just above it, by width and
-    batch size."""
-    fig, axes = figures.subplots([["a", "b"]], (9.0, 3.6))
-    heads("width", "batch size", "boundary, ELR", "φ just above it, by seed")
-    for width, tone in ((4, "#56B4E9"), (8, "#0072B2"), (16, "#000000")):
+    """Where the convergence boundary lies, and the angle just above it, by task and batch size."""
+    fig, axes = figures.subplots([["a", "b"]], (9.0, 3.8))
+    heads("task", "batch size", "boundary, ELR", "φ just above it, by seed")
+    for number, (name, (label, tone)) in enumerate(LAW.items()):
         sizes, lows, highs, angles = [], [], [], []
         for batch in (8, 16, 32, 64):
-            folder = logs / "law" / f"w{width}-b{batch}"
+            folder = logs / "law" / f"{name}-b{batch}"
             runs = regimes.read_folder(folder) if folder.is_dir() else []
             boundary = regimes.boundaries(runs)[0]
             if not boundary.seen:
@@ -398,12 +413,12 @@ def law(logs):
             above = regimes.by_elr(runs)[boundary.high]
             phis = sorted(run.final("angle") for run in above)
             text = ", ".join(f"{phi:.2g}" for phi in phis)
-            line(f"{width}", f"{batch}", f"{boundary.low:.2g} to {boundary.high:.2g}", text)
-            sizes.append(batch * (1 + (width - 8) / 100))  # side by side
+            line(label, f"{batch}", f"{boundary.low:.2g} to {boundary.high:.2g}", text)
+            sizes.append(batch * (0.94 + 0.04 * number))  # side by side
             lows.append(boundary.low)
             highs.append(boundary.high)
             angles.append(phis)
-        look = dict(color=tone, label=f"width {width}")
+        look = dict(color=tone, label=label)
         axes["a"].vlines(sizes, lows, highs, lw=4, **look)
         for size, phis in zip(sizes, angles, strict=True):
             axes["b"].plot([size] * len(phis), phis, "o", color=tone, ms=5)

@@ -90,8 +90,9 @@ KINDS = {
     ),
 }
 # The search for the best values of a kind: in each round, how many values are left, and how many
-# seeds they get (None: all). On digits the angles, one of which is to be the default, get all.
-ROUNDS = ((None, 1), (7, 3), (2, None))
+# seeds they get (None: all). Angles on one sphere, of which one is to be the default, get all; on
+# digits, other angles, too.
+ROUNDS = ((None, 1), (7, 3), (3, None))
 MODULAR_ROUNDS = ((None, 1), (4, 2), (1, None))
 
 
@@ -241,10 +242,9 @@ def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
     """The jobs of a task and a kind, as far as they are known from those that are done."""
     pairs = itertools.product(KINDS[kind].values, KINDS[kind].decays)
     values = [(task, kind, *pair) for pair in pairs]
-    rounds = ROUNDS
-    if task.startswith("modular"):
-        rounds = MODULAR_ROUNDS
-    elif kind.startswith("angle"):
+    modular = task.startswith("modular")
+    rounds = MODULAR_ROUNDS if modular else ROUNDS
+    if kind == "angle" or (kind.startswith("angle") and not modular):
         rounds = ((None, None),)
     before = 0  # seeds that every value has that is left
 

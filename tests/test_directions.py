@@ -184,11 +184,12 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
 @pytest.mark.parametrize(
     "task, kind, seeds, of_round",
     [
-        ("tiny", "adamw", 7, [21, 7 * 2, 2 * 4]),
+        ("tiny", "adamw", 7, [21, 7 * 2, 3 * 4]),
         ("tiny", "adamw", 2, [21, 7 * 1]),
-        ("tiny", "muon", 7, [5, 5 * 2, 2 * 4]),
+        ("tiny", "muon", 7, [5, 5 * 2, 3 * 4]),
         ("tiny", "angle, layer", 7, [5 * 7]),
-        ("modular 31", "angle", 8, [5, 4 * 1, 1 * 6]),
+        ("modular 31", "angle", 8, [5 * 8]),
+        ("modular 31", "angle, layer", 8, [5, 4 * 1, 1 * 6]),
     ],
 )
 def test_of_many_values_only_the_best_get_all_seeds(task, kind, seeds, of_round):
