@@ -400,7 +400,8 @@ def boundary_angles(logs):
 
 def law(logs):
     """Where the convergence boundary lies, and the angle just above it, by task and batch size."""
-    fig, axes = figures.subplots([["a", "b"]], (9.0, 3.8))
+    fig, axes = figures.subplots([["a", "b"]], (9.0, 3.6))
+    fig.subplots_adjust(left=0.1, right=0.99, top=0.92, bottom=0.28, wspace=0.22)
     heads("task", "batch size", "boundary, ELR", "φ just above it, by seed")
     for number, (name, (label, tone)) in enumerate(LAW.items()):
         sizes, lows, highs, angles = [], [], [], []
@@ -429,9 +430,12 @@ def law(logs):
         ax.set(xscale="log", yscale="log", xlabel="batch size")
         ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
         ax.minorticks_off()
-    axes["a"].set_yticks([0.002, 0.005, 0.01, 0.02], ["0.002", "0.005", "0.01", "0.02"])
-    axes["b"].set_yticks([0.1, 0.2, 0.5], ["0.1", "0.2", "0.5"])
-    axes["a"].legend(loc="lower right")
+    axes["a"].set_yticks([0.0005, 0.001, 0.002, 0.005, 0.01, 0.02])
+    axes["b"].set_yticks([0.05, 0.1, 0.2, 0.5, 1])
+    for ax in axes.values():
+        ax.yaxis.set_major_formatter("{x:g}")
+    handles, labels = axes["a"].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncol=5)
     figures.save(fig, ROOT / "docs" / "law.png")
 
 
