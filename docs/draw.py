@@ -18,8 +18,7 @@ import figures  # noqa: E402
 import regimes  # noqa: E402
 
 OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
-EPOCHS = 400  # of modular addition; what went on is looked at after LONG, too
-EARLY, LONG = 100, 1600
+EARLY, EPOCHS = 100, 400  # of modular addition
 SEEDS = 8  # that each comparison has at least
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -158,7 +157,7 @@ def converged(run, epoch, chance):
 
 def modular_row(run, chance):
     row = {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
-    for epoch in (EARLY, EPOCHS, LONG):
+    for epoch in (EARLY, EPOCHS):
         row[f"test_error_{epoch}"] = after(run, epoch)
     for epoch in (EARLY, EPOCHS):
         row[f"converged_{epoch}"] = float(converged(run, epoch, chance))
@@ -176,14 +175,14 @@ def modular(logs):
     rows = [row for rows in of_elr.values() for row in rows]
     regimes.write_csv(ROOT / "benchmarks" / "modular.csv", rows)
     heads("ELR", "converged after 400 epochs", "test error of those, median (range)", "of all",
-          "train error < 5 % at", "test error < 5 % at", "of all after 1,600")  # fmt: skip
+          "train error < 5 % at", "test error < 5 % at")  # fmt: skip
     for elr, rows in of_elr.items():
         good = [row["test_error_400"] for row in rows if row["converged_400"]]
         cells = [f"{elr:g}", f"{len(good)} of {len(rows)}", middle(good)]
         cells.append(f"{np.median([row['test_error_400'] for row in rows]):.3f}")
         for column in ("train_below_5", "test_below_5"):
             cells.append(f"{np.median([row[column] for row in rows]):g}".replace("inf", "–"))
-        line(*cells, middle([row["test_error_1600"] for row in rows]))
+        line(*cells)
     names = [regimes.majority(group)[0] for group in groups.values()]
     draw_modular(of_elr, names)
 
@@ -192,10 +191,9 @@ def draw_modular(of_elr, names):
     fig, axes = figures.subplots([["a", "b"]], (12.5, 5))
     fig.subplots_adjust(bottom=0.23)
     error, time = axes["a"], axes["b"]
-    for epoch, style, tone in ((EARLY, "o:", "#56B4E9"), (LONG, "^--", "#D55E00")):
-        name, label = f"test_error_{epoch}", f"after {epoch:,} epochs, median"
-        medians = [np.median([row[name] for row in rows]) for rows in of_elr.values()]
-        error.plot(list(of_elr), medians, style, color=tone, label=label)
+    medians = [np.median([row[f"test_error_{EARLY}"] for row in rows]) for rows in of_elr.values()]
+    look = dict(color="#56B4E9", label=f"after {EARLY} epochs, median")
+    error.plot(list(of_elr), medians, "o:", **look)
     rows = [row for rows in of_elr.values() for row in rows]
     for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
         some = [row for row in rows if row["converged_400"] == wanted]
