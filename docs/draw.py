@@ -310,7 +310,7 @@ def optimizers():
             line(label, *cells)
     heads("− cosine from the same φ₀", *tasks)
     for kind, label in SCHEDULES.items():
-        for value in ANGLES[2:]:
+        for value in ANGLES[2:4]:
             way, cosine = (kind, value, 0.0), ("angle", value, 0.0)
             cells = [difference_cell(ways, way, cosine) for ways in tasks.values()]
             line(f"{label}, {value:g}", *cells)

@@ -75,8 +75,8 @@ ANGLE, COSINE = ["--angle", "1"], ["--schedule", "cosine"]
 KINDS = {
     "angle": Kind(ANGLE, ANGLES),
     "angle, layer": Kind([*ANGLE, "--sphere", "layer"], ANGLES),
-    "angle, linear": Kind(ANGLE, ANGLES[2:], falls_from=0.0),
-    "angle, constant, then linear": Kind(ANGLE, ANGLES[2:], falls_from=0.6),
+    "angle, linear": Kind(ANGLE, ANGLES[2:4], falls_from=0.0),
+    "angle, constant, then linear": Kind(ANGLE, ANGLES[2:4], falls_from=0.6),
     "adam": Kind(ANGLE, ANGLES),
     "muon": Kind(ANGLE, ANGLES),
     "elr": Kind(["--elr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
