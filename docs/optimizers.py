@@ -1,7 +1,7 @@
 """Test errors of angles, ELRs, Adam's and Muon's directions on spheres, AdamW and SGD: the same
-networks, data, batches and epochs, all along a cosine. Writes a row per run into --out, and goes on
-where it was interrupted; then prints means and, seed by seed, the differences to the best AdamW and
-to the best ELR.
+networks, data, batches and epochs, along a cosine unless the kind says otherwise. Writes a row per
+run into --out, and goes on where it was interrupted; then prints means and, seed by seed, the
+differences to the best AdamW and to the best ELR.
 
     python docs/optimizers.py --tasks "few digits, convnet" --seeds 16 --jobs 2
 """
