@@ -233,7 +233,7 @@ def time_step(repetitions):
 
 
 def ways_to_step(shapes):
-    elr = 1e-9  # so small that the weights stay what they are, however often
+    elr = 1e-13  # so small that the weights stay what they are, however often
     params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
