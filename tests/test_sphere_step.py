@@ -476,7 +476,7 @@ def test_measure_is_a_meter_of_weights_that_something_else_moves():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.9] if INTERPRET else [0.0, 0.9])
 @pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
 def test_each_sphere_turns_by_the_given_angle(sphere, momentum, dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
