@@ -93,6 +93,7 @@ KINDS = {
 # seeds they get (None: all). Angles on one sphere, of which one is to be the default, get all; on
 # digits, other angles, too.
 ROUNDS = ((None, 1), (7, 3), (3, None))
+SLOW_ROUNDS = ((None, 1), (5, 2), (2, None))
 MODULAR_ROUNDS = ((None, 1), (4, 2), (1, None))
 
 
@@ -147,7 +148,8 @@ def muon(p: Tensor, state: dict, beta: float = 0.95, steps: int = 5) -> Tensor:
     x = x / x.norm().clamp(min=1e-30)
     for _ in range(steps):
         square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+        polynomial = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, polynomial, x, beta=3.4445)
     x = x.T if tall else x
     return (max(x.shape) ** 0.5 * x).reshape(p.shape)
 
@@ -243,7 +245,9 @@ def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
     pairs = itertools.product(KINDS[kind].values, KINDS[kind].decays)
     values = [(task, kind, *pair) for pair in pairs]
     modular = task.startswith("modular")
-    rounds = MODULAR_ROUNDS if modular else ROUNDS
+    rounds = SLOW_ROUNDS if task in SLOW else ROUNDS
+    if modular:
+        rounds = MODULAR_ROUNDS
     if kind == "angle" or (kind.startswith("angle") and not modular):
         rounds = ((None, None),)
     before = 0  # seeds that every value has that is left

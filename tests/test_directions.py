@@ -189,6 +189,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
         ("tiny", "adamw", 2, [21, 7 * 1]),
         ("tiny", "muon", 7, [5, 5 * 2, 3 * 4]),
         ("tiny", "angle, layer", 7, [5 * 7]),
+        ("digits, half wrong", "sgd", 8, [21, 5 * 1, 2 * 6]),
         ("modular 31", "angle", 8, [5 * 8]),
         ("modular 31", "angle, layer", 8, [5, 4 * 1, 1 * 6]),
     ],
