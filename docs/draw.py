@@ -233,7 +233,12 @@ def read_errors():
             way = row["kind"], float(row["value"]), float(row["decay"])
             of_seed = tasks.setdefault(row["task"], {}).setdefault(way, {})
             of_seed[int(row["seed"])] = float(row["test_error"])
-    return {task: ways for task, ways in tasks.items() if max(map(len, ways.values())) >= SEEDS}
+    return {task: ways for task, ways in tasks.items() if all(found(ways, kind) for kind in KINDS)}
+
+
+def found(ways, kind):
+    """Whether the search of a kind has come to its end."""
+    return any(len(of_seed) >= SEEDS for way, of_seed in ways.items() if way[0] == kind)
 
 
 def best(ways, kind):

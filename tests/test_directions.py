@@ -185,9 +185,9 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
 @pytest.mark.parametrize(
     "task, kind, seeds, of_round",
     [
-        ("tiny", "adamw", 7, [21, 7 * 2, 3 * 4]),
-        ("tiny", "adamw", 2, [21, 7 * 1]),
-        ("tiny", "muon", 7, [5, 5 * 2, 3 * 4]),
+        ("tiny", "adamw", 7, [28, 10 * 2, 4 * 4]),
+        ("tiny", "adamw", 2, [28, 10 * 1]),
+        ("tiny", "muon", 7, [5, 5 * 2, 4 * 4]),
         ("tiny", "angle, layer", 7, [5 * 7]),
         ("digits, half wrong", "sgd", 8, [21, 5 * 1, 2 * 6]),
         ("modular 31", "angle", 8, [5 * 8]),
@@ -255,6 +255,14 @@ def test_a_bad_argument_is_one_line(command, why, capsys):
         optimizers.main(command)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and why in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ("", "task,kind,val"))
+def test_a_file_that_was_interrupted_at_once_is_begun_anew(text, tmp_path):
+    (tmp_path / "errors.csv").write_text(text)
+    assert optimizers.read(tmp_path / "errors.csv") == {}
+    head = (tmp_path / "errors.csv").read_text()
+    assert head.startswith("task,kind,value") and head.count("\n") == 1
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, monkeypatch):
