@@ -722,4 +722,4 @@ def _move(rule, theta, g=None, m=None):
 
 if __name__ == "__main__":
     print("SphereSGD: steps on a sphere at a fixed ELR or angle. Copy this one file.")
-    print("Is it right on this machine? python bench.py check")
+    print("Is it right on this machine? python -m lab.bench check")

@@ -25,14 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-import figures
-import measure
 import regimes
-import runs
-from data import batches
+from lab import figures, measure, runs
+from lab.data import batches
+from lab.machine import Captured, keep_memory, start_quickly, use
+from lab.options import parse
 from models import build
-from options import parse
-from speed import Captured, keep_memory, start_quickly, use
 from sphere_step import SphereSGD
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error

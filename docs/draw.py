@@ -14,8 +14,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import figures  # noqa: E402
 import regimes  # noqa: E402
+from lab import figures  # noqa: E402
 
 OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
 EARLY, EPOCHS = 100, 400  # of modular addition

@@ -29,13 +29,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench  # noqa: E402
-import measure  # noqa: E402
 import regimes  # noqa: E402
 import train  # noqa: E402
-from options import parse  # noqa: E402
-from runs import Busy, lock, number  # noqa: E402
-from speed import keep_memory  # noqa: E402
+from lab import bench, measure  # noqa: E402
+from lab.machine import keep_memory  # noqa: E402
+from lab.options import parse  # noqa: E402
+from lab.runs import Busy, lock, number  # noqa: E402
 from sphere_step import SphereSGD  # noqa: E402
 
 FEW_DIGITS = ROOT / "logs" / "few.npz"

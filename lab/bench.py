@@ -1,8 +1,8 @@
 """Is this machine right, and how fast is it?
 
-    python bench.py check          is it right? the step, gradients, the GPU
-    python bench.py step           the optimizer's step, beside torch's SGD and a mere copy
-    python bench.py iteration      an iteration of the default run, and what it is made of
+    python -m lab.bench check          is it right? the step, gradients, the GPU
+    python -m lab.bench step           the optimizer's step, beside torch's SGD and a mere copy
+    python -m lab.bench iteration      an iteration of the default run, and what it is made of
 
 All ways of a case take turns, and medians are printed: ratios hold on a shared machine.
 """
@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import measure
 import regimes
 import train
+from lab import measure
+from lab.machine import keep_memory, use
+from lab.options import parse
+from lab.runs import number
 from models import MODELS
-from options import parse
-from runs import number
-from speed import keep_memory, use
 from sphere_step import INTERPRET, SphereSGD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,7 +287,7 @@ def time_iteration(repetitions):
 
 def main():
     text = "Is this machine right, and how fast is it?"
-    parser = regimes.Parser(prog="bench.py", description=text)
+    parser = regimes.Parser(prog="lab.bench", description=text)
     ways = dict(step=time_step, iteration=time_iteration)
     parser.add_argument("what", choices=("check", *ways), help="what to check or to time")
     text = "medians are over so many (default: %(default)s)"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIGITS = Path(__file__).parent / "data" / "digits.npz"
+DIGITS = Path(__file__).parents[1] / "data" / "digits.npz"
 NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 
 

@@ -1,7 +1,7 @@
 """Every picture, in one style.
 
-python figures.py logs/digits-convnet                             a sweep again, from its CSVs
-python figures.py logs/digits-convnet logs/digits-convnet-whole --out logs/both    two together
+python -m lab.figures logs/digits-convnet                             a sweep again, from its CSVs
+python -m lab.figures logs/digits-convnet logs/digits-convnet-whole --out logs/both    two together
 """
 
 import io
@@ -296,7 +296,7 @@ def of_barrier(ways, path, name):
 
 
 def main(argv=None):
-    parser = regimes.Parser(prog="figures.py", description="Draw regimes.png of logs again.")
+    parser = regimes.Parser(prog="lab.figures", description="Draw regimes.png of logs again.")
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="folders of logs, or logs")
     add("--out", type=Path, metavar="DIR", help="for regimes.png (default: the first folder)")
@@ -306,7 +306,7 @@ def main(argv=None):
         parser.error(f"argument --out: {out} is no folder: make it first")
     runs, problems = regimes.gather(args.paths)
     for problem in problems:
-        print(f"figures.py: error: {problem}", file=sys.stderr)
+        print(f"lab.figures: error: {problem}", file=sys.stderr)
     if runs:
         of_sweep(runs, out / "regimes.png", ", ".join(str(path) for path in args.paths))
         print(f"written: {out / 'regimes.png'}")

@@ -1,9 +1,9 @@
 """What the loss looks like around and between the ends of runs, from their checkpoints alone.
 
-    python landscape.py barrier A.pt B.pt                the loss on the way from one to the other
-    python landscape.py distance A.pt B.pt C.pt          angles between them, of each layer, too
-    python landscape.py curvature A.pt --k 5             eigenvalues and traces of Hessian and GGN
-    python landscape.py summary logs/digits-convnet      all of it for every ELR of a sweep
+    python -m lab.landscape barrier A.pt B.pt          the loss on the way from one to the other
+    python -m lab.landscape distance A.pt B.pt C.pt    angles between them, of each layer, too
+    python -m lab.landscape curvature A.pt --k 5       eigenvalues and traces of Hessian and GGN
+    python -m lab.landscape summary logs/digits-convnet    all of it for every ELR of a sweep
 
 Distances and curvature are those on the unit sphere: angles, and second derivatives times ρ².
 BatchNorm's statistics are computed anew at every point. Better optima just above the convergence
@@ -25,13 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction
 from tqdm import tqdm
 
-import figures
-import measure
 import regimes
-from data import Data, add_label_noise, chunks, load
+from lab import figures, measure
+from lab.data import Data, add_label_noise, chunks, load
+from lab.machine import cores, find_device, use
+from lab.runs import load_checkpoint, number
 from models import build
-from runs import load_checkpoint, number
-from speed import cores, find_device, use
 
 CHUNK = 512  # inputs at once, over which BatchNorm normalizes
 
@@ -262,8 +261,8 @@ def table(rows):
 
 def parser():
     text = "What the loss looks like around and between the ends of runs, from their checkpoints."
-    example = "example: python landscape.py summary logs/digits-convnet"
-    parser = regimes.Parser(prog="landscape.py", description=text, epilog=example)
+    example = "example: python -m lab.landscape summary logs/digits-convnet"
+    parser = regimes.Parser(prog="lab.landscape", description=text, epilog=example)
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     what = parser.add_subparsers(dest="what", required=True)
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
-from data import batches, chunks
-from own import told
+from lab.data import batches, chunks
+from lab.own import told
 
 POINTS = 512  # at which chance is measured
 CHUNK = 512  # inputs at once outside of training
@@ -84,7 +84,7 @@ def check_gradient(run, radial, tell):
         if shares[name] > ROUNDING[options.dtype] + EPS_SHARE:
             tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
     elif shares[name] > ROUNDING[options.dtype]:
-        raise ValueError(f"{what}, and none may: {wrong}. See python bench.py check")
+        raise ValueError(f"{what}, and none may: {wrong}. See python -m lab.bench check")
     if options.sphere == "row" and radial > ROWS:
         what = f"{radial:.2g} of the rows' gradients points along them"
         tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")

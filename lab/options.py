@@ -9,10 +9,10 @@ from timeit import repeat
 import torch
 
 import regimes
-from data import NAMES, add_label_noise, load
+from lab.data import NAMES, add_label_noise, load
+from lab.machine import choose_threads, cores, find_device
+from lab.runs import grid, number, open_folder
 from models import MODELS, layer_groups
-from runs import grid, number, open_folder
-from speed import choose_threads, cores, find_device
 
 # What all runs of a folder have in common.
 IDENTITY = """space wd momentum data modulus label_noise augment model width affine train_head

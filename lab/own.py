@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 # Of whose lines nobody is told.
 LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
-LIBRARIES += (str(HERE / "own.py"), str(HERE / "models.py"))
+LIBRARIES += (str(ROOT / "lab"), str(ROOT / "models.py"))
+
+
+OURS = ("train", "sphere_step", "models", "regimes", "lab")
 
 
 def load(model, data):
@@ -154,8 +157,8 @@ def _beside(path):
     ours, and the command line is its own."""
     folder, before, argv, places = path.parent, dict(sys.modules), sys.argv, list(sys.path)
     here = os.getcwd()
-    for ours in HERE.glob("*.py"):
-        sys.modules.pop(ours.stem, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]
     sys.path.insert(0, str(folder))
     sys.argv = [str(path)]
     try:

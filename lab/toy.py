@@ -1,6 +1,6 @@
 """The paper's toy, whose regimes are known exactly: all ELRs, seeds and groups in one array.
 
-    python toy.py --alphas 1 2 4 --seeds 3 --refine 4
+    python -m lab.toy --alphas 1 2 4 --seeds 3 --refine 4
 
 F(θ) = Σ α_i x_i²/(x_i² + y_i²), with all groups (x_i, y_i) on one sphere, here of radius 1. Each
 group is scale invariant, as a layer is. Gradient descent can converge if and only if the ELR η̃ is
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
 import regimes
+from lab import figures
 
 ROWS = 200  # of a log
 
@@ -79,7 +79,7 @@ def row_of(run, total):
 
 def main(argv=None):
     text = "The paper's toy, beside its theory: toy.csv, toy.png."
-    parser = regimes.Parser(prog="toy.py", description=text)
+    parser = regimes.Parser(prog="lab.toy", description=text)
     add = parser.add_argument
     add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 def pytest_configure():
-    import measure
+    from lab import measure
 
     measure.POINTS = 64  # random points are enough for what the tests ask of chance
 
@@ -28,6 +28,6 @@ def quick_figures(request, monkeypatch):
     """Drawing takes longer than most runs of the tests: those that look at pictures ask for it."""
     if "draws" in request.keywords:
         return
-    import figures
+    from lab import figures
 
     monkeypatch.setattr(figures, "of_sweep", lambda runs, path, name="": path.write_bytes(b"PNG"))

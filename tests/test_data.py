@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from data import DIGITS, add_label_noise, batches, crop_and_flip, load
+from lab.data import DIGITS, add_label_noise, batches, crop_and_flip, load
 
 
 def test_digits_are_the_files_own_split_normalized_by_the_training_set():

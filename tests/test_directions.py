@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import load
+from lab.data import load
 from sphere_step import SphereSGD
 
 ROOT = Path(__file__).parent.parent

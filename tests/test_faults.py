@@ -29,12 +29,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import equal_runs, read, without_seconds
 
-import figures
-import measure
 import regimes
-import runs
-import speed
 import train
+from lab import figures, machine, measure, runs
 
 ROOT = Path(__file__).parent.parent
 SUMS = ["--data", "modular", "--modulus", "5", "--width", "4", "--epochs", "1", "--batch-size", "8"]
@@ -442,7 +439,7 @@ def test_freed_memory_is_kept_for_the_next_step():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 65536), mallopt(-1, 2**17)  # as at the start of a process
         usually = pages_fetched()
-        speed.keep_memory()
+        machine.keep_memory()
         pages_fetched()
         print(usually, pages_fetched())
 

@@ -67,7 +67,7 @@ def test_the_kernels_pass_in_the_interpreter():
 
 @runs
 def test_the_check_of_bench_py_finds_the_kernels_equal_to_float64():
-    import bench
+    from lab import bench
 
     kernels = {name: x for name, x in bench.checks().items() if "triton" in name}
     assert len(kernels) >= 9

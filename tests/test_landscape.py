@@ -11,17 +11,14 @@ import torch.nn.functional as F
 from test_train import log, read
 from torch import nn
 
-import bench
-import figures
-import landscape
-import measure
 import regimes
 import train
-from data import load
-from landscape import Point, barrier, between, distances, evaluate, largest, operators, trace
-from measure import vectors
+from lab import bench, figures, landscape, measure
+from lab.data import load
+from lab.landscape import Point, barrier, between, distances, evaluate, largest, operators, trace
+from lab.measure import vectors
+from lab.options import parse
 from models import fixed_head
-from options import parse
 
 SMALL = ["--width", "1", "--batch-size", "256", "--epochs", "1", "--jobs", "1"]
 
@@ -281,7 +278,7 @@ def test_an_extreme_number_of_repetitions_is_one_line(capsys, monkeypatch):
 
 
 def test_a_reader_that_goes_away_ends_it_silently(monkeypatch, capfd, ends):
-    """As in `python landscape.py distance … | head -1`."""
+    """As in `python -m lab.landscape distance … | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as gone:

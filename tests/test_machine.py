@@ -12,15 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-import bench
-import landscape
-import measure
 import models
-import options
-import speed
 import sphere_step
 import train
-from data import batches, load
+from lab import bench, landscape, machine, measure, options
+from lab.data import batches, load
 from models import MODELS, scale_invariant_groups
 from sphere_step import SphereSGD
 
@@ -70,7 +66,7 @@ def test_a_wrong_gradient_of_our_networks_ends_a_run_before_it_trains(
     assert run("--elr", 0.01, "--epochs", 2, "--out", tmp_path) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "conv3.weight" in err and torch.__version__ in err
-    assert torch.backends.cpu.get_cpu_capability() in err and "bench.py check" in err
+    assert torch.backends.cpu.get_cpu_capability() in err and "lab.bench check" in err
     assert not list(tmp_path.glob("elr*"))
 
 
@@ -298,9 +294,9 @@ def precision():
 def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys):
     assert run("--elr", 0.1, "--epochs", 1, "--width", 2, "--out", tmp_path) == 0
     assert precision() == [False, False]
-    speed.use("cpu", "tf32")
+    machine.use("cpu", "tf32")
     assert precision() == [True, True]
-    speed.use("cpu", "bf16")
+    machine.use("cpu", "bf16")
     assert precision() == [False, False]
     assert json.loads((tmp_path / "config.json").read_text())["options"]["dtype"] == "fp32"
     with pytest.raises(SystemExit):
@@ -312,8 +308,8 @@ def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys)
 def test_cores_are_those_that_one_may_use(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert speed.cores() == 1
-    monkeypatch.setattr("options.cores", lambda: 3)
+    assert machine.cores() == 1
+    monkeypatch.setattr("lab.options.cores", lambda: 3)
     parsed, _ = train.parse(["--sweep", "--out", str(tmp_path / "out")])
     assert parsed.jobs == 3
 

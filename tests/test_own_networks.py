@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import landscape
 import train
-from data import load
-from options import parse
+from lab import landscape
+from lab.data import load
+from lab.options import parse
 
 ROOT = Path(__file__).parent.parent
 TOP = """
@@ -560,8 +560,6 @@ def test_a_file_imports_its_neighbours_even_those_with_the_names_of_ours(ask, tm
     (tmp_path / "models" / "small.py").write_text("width = 8\n")
     (tmp_path / "data.py").write_text("from torch import nn\nnorm = nn.LayerNorm\n")
     (tmp_path / "blocks.py").write_text("def block():\n    raise ValueError('here')\n")
-    import data
-
     code = f"""
 from models.small import width
 from data import norm
@@ -577,7 +575,7 @@ def other(channels, classes):
     assert ask(code) == FIRST
     assert "ValueError: here" in ask(code, name="other")
     assert f"{tmp_path}/blocks.py, line 2" in ask(code, name="other")
-    assert sys.modules["data"] is data and str(tmp_path) not in sys.path[:-1]
+    assert "data" not in sys.modules and str(tmp_path) not in sys.path[:-1]
     assert "blocks" not in sys.modules and "models.small" not in sys.modules
 
 

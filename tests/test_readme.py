@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import options
 import regimes
 import train
-from data import batches, load
+from lab import options
+from lab.data import batches, load
 from models import convnet
 
 ROOT = Path(__file__).parent.parent

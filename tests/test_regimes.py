@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-import figures
 import regimes
+from lab import figures
 from regimes import ORDER, classify
 
 CHANCE = {

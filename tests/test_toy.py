@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import regimes
-import toy
+from lab import toy
 from sphere_step import SphereSGD
 
 STEPS = 15_000

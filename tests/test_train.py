@@ -13,15 +13,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import measure
-import runs
-import speed
 import train
-from data import batches, load
+from lab import machine, measure, runs
+from lab.data import batches, load
+from lab.machine import Captured
+from lab.options import parse
+from lab.runs import Rows, open_folder
 from models import MODELS
-from options import parse
-from runs import Rows, open_folder
-from speed import Captured
 
 SLOW = "SLOW" in os.environ
 ROOT = Path(__file__).parent.parent
@@ -880,7 +878,7 @@ def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long
 
 
 def test_threads_and_jobs_are_chosen_by_the_work_and_kept_in_the_config(tmp_path):
-    cores = speed.cores()
+    cores = machine.cores()
     for name, arguments, jobs, threads in (
         ("one", ["--elr", "0.1"], 1, 1),
         ("wide", ["--elr", "0.1", "--width", "64", "--batch-size", "64"], 1, cores),
