@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,9 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 import regimes  # noqa: E402
 import train  # noqa: E402
-from lab import bench, measure  # noqa: E402
+from lab import bench, runs  # noqa: E402
 from lab.machine import keep_memory  # noqa: E402
-from lab.options import parse  # noqa: E402
+from lab.options import Experiment, parse, prepare  # noqa: E402
 from lab.runs import Busy, lock, number  # noqa: E402
 from sphere_step import SphereSGD  # noqa: E402
 
@@ -60,13 +59,11 @@ SLOW_SEEDS = 8  # of these, whose runs take five seconds or more
 
 
 class Kind(NamedTuple):
-    """A way to train: options of train.py, whose own value is replaced; values; weight decays; and
-    of which share of the epochs on the angle falls linearly to 0, instead of along a cosine."""
+    """A way to train: options of train.py, whose own value is replaced; values; weight decays."""
 
     options: list
     values: tuple
     decays: tuple = (0.0,)
-    falls_from: float | None = None
 
 
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -74,8 +71,8 @@ ANGLE, COSINE = ["--angle", "1"], ["--schedule", "cosine"]
 KINDS = {
     "angle": Kind(ANGLE, ANGLES),
     "angle, layer": Kind([*ANGLE, "--sphere", "layer"], ANGLES),
-    "angle, linear": Kind(ANGLE, ANGLES[2:4], falls_from=0.0),
-    "angle, constant, then linear": Kind(ANGLE, ANGLES[2:4], falls_from=0.6),
+    "angle, linear": Kind([*ANGLE, "--schedule", "linear"], ANGLES[2:4]),
+    "angle, constant, then linear": Kind([*ANGLE, "--schedule", "wsd"], ANGLES[2:4]),
     "adam": Kind(ANGLE, ANGLES),
     "muon": Kind(ANGLE, ANGLES),
     "elr": Kind(["--elr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
@@ -88,6 +85,7 @@ KINDS = {
         (5e-4, 5e-3, 5e-2),
     ),
 }
+SCHEDULES = ("angle, linear", "angle, constant, then linear")  # only when asked for
 # The search for the best values of a kind: in each round, how many values are left, and how many
 # seeds they get (None: all). Angles on one sphere, of which one is to be the default, get all; on
 # digits, other angles, too.
@@ -153,12 +151,12 @@ def muon(p: Tensor, state: dict, beta: float = 0.95, steps: int = 5) -> Tensor:
     return (max(x.shape) ** 0.5 * x).reshape(p.shape)
 
 
-def hyperball(run: train.Run, direction) -> dict:
+def hyperball(run: train.Run, direction) -> SphereSGD:
     """AdamH and MuonH (arXiv 2606.16899), with projection and an exact angle: each matrix on a
     sphere of its own. The rest moves along Adam's direction, at the learning rate that follows;
-    so do, on their spheres, embeddings and the head. Returns parameter → its direction."""
+    so do, on their spheres, embeddings and the head."""
     on_spheres = {name for sphere in run.spheres for name in sphere["names"]}
-    matrices, rest, directions = [], [], {}
+    matrices, rest, directions, states = [], [], {}, defaultdict(dict)
     for name, p in run.net.named_parameters():
         if not p.requires_grad:
             continue
@@ -172,58 +170,50 @@ def hyperball(run: train.Run, direction) -> dict:
     groups = [dict(params=matrices, sphere="tensor")]
     if rest:
         groups.append(dict(params=rest, sphere=None))
-    run.sphere = SphereSGD(groups, lr=run.job.value, angle=True)
-    return directions
+    optimizer = SphereSGD(groups, lr=run.value, angle=True)
+
+    def change_direction(*_):
+        for p, direction in directions.items():
+            if p.grad is not None:
+                p.grad = direction(p, states[p])  # what lies there is the direction
+
+    optimizer.register_step_pre_hook(change_direction)
+    return optimizer
 
 
 # ------------------------------------------------------------------------------------- runs
 
 
 @cache
-def prepared(task: str, kind: str):
-    """The options of train.py and the data."""
+def prepared(task: str, kind: str) -> Experiment:
+    """Options, data and spheres of train.py."""
     argv = [*TASKS[task], *KINDS[kind].options, "--threads", "1"]
     with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()):
-        return parse([*argv, "--out", out])
+        return prepare(parse([*argv, "--out", out]))
 
 
-def make_run(job: Job) -> tuple[train.Run, dict]:
-    """The run, not yet trained, and parameter → direction where that is not the gradient."""
-    options, data = prepared(job.task, job.kind)
-    options.wd = job.decay
-    run = train.Run(options, data, train.Job(job.value, job.seed, Path(), ""))
+def make_run(job: Job, out: str) -> train.Run:
+    """The run, not yet trained, whose log is in `out`."""
+    experiment = prepared(job.task, job.kind)
+    experiment.config.wd = job.decay
+    log = Path(out) / "log.csv"
+    run = train.Run(experiment, runs.Job(job.value, job.seed, log, job.kind))
     if job.kind == "adamw":
         params = run.plain.param_groups[0]["params"]
         run.plain = torch.optim.AdamW(params, lr=job.value, weight_decay=job.decay)
     if job.kind == "adam":
-        return run, hyperball(run, adam)
+        run.plain = hyperball(run, adam)
     if job.kind == "muon":
-        return run, hyperball(run, muon)
-    return run, {}
+        run.plain = hyperball(run, muon)
+    return run
 
 
 def train_one(job: Job) -> float:
     """The test error after the task's epochs."""
-    run, directions = make_run(job)
-    options, data, optimizer = run.options, run.data, run.plain or run.sphere
-    states = defaultdict(dict)
-    run.net.train()
-    for epoch in range(options.epochs):
-        run.epoch = epoch
-        run.set_lr()
-        falls_from = KINDS[job.kind].falls_from
-        if falls_from is not None:
-            left = (1 - epoch / options.epochs) / (1 - falls_from)
-            for group in run.sphere.param_groups:
-                group["lr"] = job.value * min(1, left)
-        for index in train.batches(len(data.x), options.batch_size, run.order):
-            optimizer.zero_grad()
-            F.cross_entropy(run.net(data.inputs(index)), data.y[index]).backward()
-            for p, direction in directions.items():
-                if p.grad is not None:
-                    p.grad = direction(p, states[p])  # what lies there is the direction
-            optimizer.step()
-    return measure.on_test_set(run.net, data, "fp32")["test_error"]
+    with tempfile.TemporaryDirectory() as out:
+        run = make_run(job, out)
+        train.train(run, tell=lambda *_, **__: None)
+        return float(runs.last_row(run.path)["test_error"])
 
 
 def with_error(job: Job) -> tuple[Job, float]:
@@ -357,7 +347,7 @@ def main(argv=None) -> int:
     add = parser.add_argument
     few = dict(nargs="+", metavar="NAME")
     add("--tasks", choices=TASKS, default=DEFAULT_TASKS, **few, help=f"of {'; '.join(TASKS)}")
-    usual = [kind for kind in KINDS if KINDS[kind].falls_from is None]
+    usual = [kind for kind in KINDS if kind not in SCHEDULES]
     add("--kinds", choices=KINDS, default=usual, **few, help=f"of {'; '.join(KINDS)}")
     add("--seeds", type=number(int), default=16, metavar="K", help="default: 16")
     add("--jobs", type=number(int), default=2, metavar="N", help="runs at a time (default: 2)")

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 from lab.data import batches, chunks
-from lab.own import told
 
 POINTS = 512  # at which chance is measured
 CHUNK = 512  # inputs at once outside of training
@@ -15,49 +14,85 @@ CHUNK = 512  # inputs at once outside of training
 # normalizations. docs/guide.md has the measurements.
 ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
 EPS_SHARE = 3e-3
+OF_STEPS = "elr train_loss train_error grad_norm angle radial".split()
+OF_LAYERS = "norm elr grad_norm angle".split()
+KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
 ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
 
 
 def logits_of(net, x, dtype="fp32"):
     """The output for a batch, computed in --dtype, in float32."""
-    with told("the network cannot be run"):
-        if dtype == "bf16":
-            with torch.autocast(x.device.type, torch.bfloat16):
-                return net(x).float()
-        return net(x)
+    if dtype == "bf16":
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return net(x).float()
+    return net(x)
 
 
-OF_STEPS = "train_loss train_error elr grad_norm angle radial".split()
-OF_LAYERS = "norm elr grad_norm angle".split()
+class Means:
+    """What an epoch's steps were like on average. The statistics of many steps are computed at
+    once, so that the host seldom waits for the device.
+
+    sphere   a SphereSGD, whose `last` each step leaves
+    plain    the optimizer that makes the steps, where `sphere` only measures
+    """
+
+    def __init__(self, sphere, plain=None):
+        self.sphere, self.plain = sphere, plain
+        self.kept, self.first, self.steps = [], None, 0
+        self.sums, self.layer_sums = 0, 0
+
+    def add(self, *step):
+        """loss, wrong [batch], and what `sphere.last` was."""
+        self.kept.append(step)
+        if len(self.kept) == KEPT:
+            self._sum_up()
+
+    def _sum_up(self):
+        if not self.kept:
+            return
+        losses, wrong, *last = (torch.stack(x) for x in zip(*self.kept, strict=True))
+        if self.first is None:
+            self.first = last
+        self.steps += len(self.kept)
+        self.kept = []
+        stats, layers = self.sphere.stats(last), self.sphere.layer_stats(last)
+        if self.plain:
+            group = self.plain.param_groups[0]
+            pace = group["lr"] / (1 - group.get("momentum", 0))
+            stats["elr"], layers["elr"] = pace / stats["radius"] ** 2, pace / layers["norm"] ** 2
+            for found in (stats, layers):
+                found["angle"] = (found["elr"] * found["grad_norm"]).atan()
+        if self.sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
+            elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
+            stats["elr"] = elr.expand_as(stats["elr"])
+        columns = [stats["elr"].mean(1), losses.double(), wrong.double().mean(1)]
+        columns += [stats["grad_norm"].norm(dim=1), stats["angle"].mean(1)]
+        columns += [stats["radial"].abs().mean(1)]
+        self.sums = self.sums + torch.stack(columns).sum(1)
+        of_layers = torch.stack([layers[name] for name in OF_LAYERS], -1)
+        self.layer_sums = self.layer_sums + of_layers.sum(0)
+
+    def row(self):
+        """Column → mean: over spheres the norm of γ, of the others the mean."""
+        self._sum_up()
+        return dict(zip(OF_STEPS, (self.sums / self.steps).tolist(), strict=True))
+
+    def layers(self, names):
+        """The same of each tensor on a sphere, a row per name."""
+        self._sum_up()
+        rows = []
+        for name, values in zip(names, (self.layer_sums / self.steps).tolist(), strict=True):
+            rows.append({"layer": name, **dict(zip(OF_LAYERS, values, strict=True))})
+        return rows
 
 
-def of_steps(kept, sphere, plain):
-    """Sums over steps that each left (loss, wrong, *sphere.last): OF_STEPS [6], over spheres the
-    norm of γ, else the mean; OF_LAYERS [tensors, 4]. Of a `plain` optimizer the implied ELR."""
-    losses, wrong, *last = zip(*kept, strict=True)
-    last = [torch.stack(x) for x in last]
-    stats, layers = sphere.stats(last), sphere.layer_stats(last)
-    if plain:
-        pace = plain.param_groups[0]["lr"] / (1 - plain.param_groups[0]["momentum"])
-        stats["elr"], layers["elr"] = pace / stats["radius"] ** 2, pace / layers["norm"] ** 2
-        for found in (stats, layers):
-            found["angle"] = (found["elr"] * found["grad_norm"]).atan()
-    if sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
-        stats["elr"] = stats["angle"].tan().mean() / stats["grad_norm"].mean() + 0 * stats["elr"]
-    columns = [torch.stack(losses).double(), torch.stack(wrong).double().mean(1)]
-    columns += [stats["elr"].mean(1), stats["grad_norm"].norm(dim=1)]
-    columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
-    of_layers = torch.stack([layers[name] for name in OF_LAYERS], -1)
-    return torch.stack(columns).sum(1), of_layers.sum(0)
-
-
-def radial_shares(kept, sphere, layer_groups):
+def radial_shares(last, sphere, layer_groups):
     """By layer group, which share of its gradient points along the weights:
-    |Σ⟨θ,g⟩|/√(Σ‖θ‖²Σ‖g‖²), the root mean square over steps. Where the set is scale invariant,
-    Σ⟨θ,g⟩ = 0: the share is rounding, or the gradient is wrong. That of a set without effect is
-    rounding itself: shares are of a tenth of the largest √(Σ‖θ‖²Σ‖g‖²) at least."""
-    last = zip(*(last for _, _, *last in kept), strict=True)
-    grams = sphere.grams([torch.stack(x) for x in last])
+    |Σ⟨θ,g⟩|/√(Σ‖θ‖²Σ‖g‖²), the root mean square over steps, of which `last` are the sums. Where the
+    set is scale invariant, Σ⟨θ,g⟩ = 0: the share is rounding, or the gradient is wrong. That of a
+    set without effect is rounding itself: shares are of a tenth of the largest √(Σ‖θ‖²Σ‖g‖²) at
+    least."""
+    grams = sphere.grams(last)
     lines = [1 for group in layer_groups for _ in group]
     if sphere.param_groups[0]["sphere"] == "row":  # each tensor has a group, each row a matrix
         lines = [len(group["params"][0]) for group in sphere.param_groups if group["sphere"]]
@@ -70,22 +105,23 @@ def radial_shares(kept, sphere, layer_groups):
     return {" + ".join(group): x for group, x in zip(layer_groups, shares, strict=True)}
 
 
-def check_gradient(run, radial, tell):
+def check_gradient(run, means, tell):
     """Raises ValueError where the gradient by a layer group of ours is not orthogonal to it. Those
     of other networks, and single rows, may not be scale invariant: a note."""
-    options, where = run.options, torch.backends.cpu.get_cpu_capability()
-    if options.device != "cpu":
+    config, where = run.config, torch.backends.cpu.get_cpu_capability()
+    if config.device != "cpu":
         where = torch.cuda.get_device_name()
-    shares = radial_shares(run.first_steps, run.sphere, options.layer_groups)
+    radial = means.row()["radial"]
+    shares = radial_shares(means.first, run.sphere, run.layer_groups)
     name = max(shares, key=shares.get)
     what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
     wrong = f"torch {torch.__version__} computes it wrong on this processor ({where})"
-    if ":" in options.model:
-        if shares[name] > ROUNDING[options.dtype] + EPS_SHARE:
+    if ":" in config.model:
+        if shares[name] > ROUNDING[config.dtype] + EPS_SHARE:
             tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
-    elif shares[name] > ROUNDING[options.dtype]:
+    elif shares[name] > ROUNDING[config.dtype]:
         raise ValueError(f"{what}, and none may: {wrong}. See python -m lab.bench check")
-    if options.sphere == "row" and radial > ROWS:
+    if config.sphere == "row" and radial > ROWS:
         what = f"{radial:.2g} of the rows' gradients points along them"
         tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
 
@@ -116,18 +152,18 @@ def on_train_set(net, data, dtype):
 
 
 @torch.no_grad()
-def chance(net, sphere, data, options, seed):
-    """Mean and deviation of loss and error on a batch, over random points of the spheres, to which
-    the network is moved."""
-    net.train()
+def chance(run, seed):
+    """Mean and deviation of loss and error on a batch, over random points of the run's spheres, to
+    which its network is moved."""
+    run.net.train()
+    data, device, size = run.data, run.config.device, run.config.batch_size
     generator, values = torch.Generator().manual_seed(seed), []
-    tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
     for _ in range(POINTS):
-        for p in tensors:
+        for p in run.on_spheres:
             p.copy_(torch.randn(p.shape, generator=generator))
-        sphere.normalize()
-        index = batches(len(data.x), options.batch_size, generator, data.x.device)[0]
-        logits, y = logits_of(net, data.inputs(index), options.dtype), data.y[index]
+        run.sphere.normalize()
+        index = batches(len(data.x), size, generator, device)[0]
+        logits, y = logits_of(run.net, data.inputs(index), run.config.dtype), data.y[index]
         wrong = (logits.argmax(1) != y).double().mean()
         values.append(torch.stack([F.cross_entropy(logits, y).double(), wrong]))
     loss, error = torch.stack(values).unbind(1)
@@ -184,3 +220,8 @@ def angles(some, others):
         x, y = F.normalize(x), F.normalize(y)
         found.append(2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1)))
     return torch.cat(found)
+
+
+def distance(start, net, spheres):
+    """The mean angle between the points `start` and where the network is now, in radians."""
+    return angles(start, vectors(net, spheres)).mean().item()

@@ -1,174 +1,289 @@
-"""The command line of train.py: what can be asked, what is refused, and why."""
+"""The command line of train.py: `Config` has every option; below, what is refused, and why."""
 
 import math
 import os
+import shlex
 import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from timeit import repeat
+from typing import NamedTuple
 
 import torch
 
 import regimes
-from lab.data import NAMES, add_label_noise, load
+from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
-from lab.runs import grid, number, open_folder
-from models import MODELS, layer_groups
+from lab.runs import contents, grid, number, open_folder
+from models import MODELS
+from models import layer_groups as layer_groups_of
 
-# What all runs of a folder have in common.
-IDENTITY = """space wd momentum data modulus label_noise augment model width affine train_head
-    sphere batch_size average dtype""".split()
+# By what ELR, angle or learning rate are multiplied, after t in [0, 1) of the epochs. To add a
+# schedule, add its line.
+SCHEDULES = {
+    "constant": lambda t, cooldown: 1.0,
+    "cosine": lambda t, cooldown: (1 + math.cos(math.pi * t)) / 2,
+    "linear": lambda t, cooldown: 1 - t,
+    "wsd": lambda t, cooldown: min(1.0, (1 - t) / cooldown),
+}
+
+# Options that choose runs, or say how they are done: no part of what a run is.
+WHICH = """elr sweep angle lr refine max_epochs seed seeds epochs then
+    device jobs threads graph out force""".split()
+GROUPS = {"elr": "which runs", "sphere": "the step", "model": "the network", "data": "the data"}
+GROUPS["dtype"] = "the machine and the files"
+FLAG = dict(action="store_true")
+REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, 0, math.pi / 2)
+WHOLE, FEW, WIDTH = number(int), number(int, 0, 1025), number(int, 0, 2**14)
+SEED, MODULUS = number(int, -1, 2**30), number(int, 2, 1025)
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """An option, by name, and why it cannot be."""
+
+    def __str__(self):
+        name, why = self.args
+        return f"argument --{name.replace('_', '-')}: {why}" if name else why
+
+
+def option(default, text, **how):
+    """A field of Config; `how`: the arguments of argparse's add_argument."""
+    return field(default=default, metadata=dict(help=text, **how))
+
+
+@dataclass
+class Config:
+    """What one asked for. Each field is the option of its name; --label-noise is label_noise."""
+
+    # Which runs
+    elr: list = option(None, "runs at these ELRs", nargs="+", type=REAL)
+    sweep: list = option(
+        None, "N ELRs, log-spaced (alone: 1e-4 1 13; modular: 1e-5 1e-1 13)", nargs="*", type=REAL
+    )
+    angle: list = option(None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
+    lr: list = option(None, "ordinary training at these learning rates", nargs="+", type=REAL)
+    refine: int = option(0, "then bisect both boundaries N times", type=FEW)
+    max_epochs: int = option(None, "undecided runs go on, up to N epochs", type=WHOLE)
+    seed: int = option(0, "of start and order (default: 0)", type=SEED)
+    seeds: int = option(1, "so many, from --seed on (default: 1)", type=WHOLE)
+    epochs: int = option(None, "default: 20; modular: 400", type=WHOLE)
+    then: float = option(None, "from each end a second run at this ELR or angle", type=REAL)
+    # The step
+    sphere: str = option(
+        "network",
+        "which tensors share a norm (default: network)",
+        choices=("network", "layer", "row"),
+    )
+    momentum: float = option(None, "β of the heavy ball (default: none)", type=SHARE)
+    wd: float = option(None, "weight decay, with --lr (default: none)", type=REAL)
+    schedule: str = option(None, "default: constant; with --angle cosine", choices=SCHEDULES)
+    warmup: int = option(0, "epochs in which it first rises", type=WHOLE)
+    cooldown: float = option(0.4, "share of the epochs in which wsd falls (0.4)", type=SHARE)
+    average: int = option(None, "test the mean weights of the last K epochs", type=WHOLE)
+    # The network
+    model: str = option(
+        None, f"{', '.join(MODELS)}, FILE.py:FUNCTION (default: convnet; tokens: transformer)"
+    )
+    width: int = option(None, "of ours (default: 8; transformer: 64)", type=WIDTH)
+    affine: bool = option(False, "train the BatchNorms' scales and shifts, too", **FLAG)
+    train_head: bool = option(False, "train the last layer, too", **FLAG)
+    # The data
+    data: str = option("digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt (default: digits)")
+    modulus: int = option(31, "addition modulo P, for --data modular (default: 31)", type=MODULUS)
+    batch_size: int = option(16, "default: 16", type=WHOLE)
+    label_noise: float = option(None, "share of training labels made wrong", type=SHARE)
+    augment: bool = option(False, "random crops and flips of the training images", **FLAG)
+    # The machine and the files
+    dtype: str = option(
+        "fp32",
+        "of the arithmetic, not of the weights (default: fp32)",
+        choices=("fp32", "tf32", "bf16"),
+    )
+    device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there)")
+    jobs: int = option(None, "runs at a time (default: CPU one per core, GPU 1)", type=FEW)
+    threads: int = option(None, "CPU threads of a run (default: what helps)", type=FEW)
+    graph: bool = option(False, "GPU: replay each step as a CUDA graph", **FLAG)
+    out: Path = option(None, "folder of the logs (default: named after the options)", type=Path)
+    force: bool = option(False, "remove the runs in --out first", **FLAG)
+
+    def __post_init__(self):
+        defaults = {one.name: one.default for one in fields(self)}
+        self.given = {name: x for name, x in vars(self).items() if x != defaults[name]}
+        modular = self.data == "modular"
+        tokens = modular or self.data.endswith(".txt")
+        self.usual_epochs = 400 if modular else 20
+        self.model = self.model or ("transformer" if tokens else "convnet")
+        self.epochs = self.epochs or self.usual_epochs
+        self.schedule = self.schedule or ("cosine" if self.angle else "constant")
+        self.rank = int(os.environ.get("RANK", 0))  # of torchrun
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if self.sweep == []:
+            self.sweep = [1e-5, 0.1, 13] if modular else [1e-4, 1.0, 13]
+        if self.refine and not self.max_epochs and not self.average:
+            self.max_epochs = 4 * self.epochs
+
+    @property
+    def mode(self):
+        """What is held fixed: "elr", "angle", or "lr", that of ordinary training."""
+        if self.lr:
+            return "lr"
+        return "angle" if self.angle else "elr"
+
+    @property
+    def title(self):
+        """What a figure is of."""
+        width = f" of width {self.width}" if self.width else ""
+        space = "whole space" if self.mode == "lr" else f"sphere: {self.sphere}"
+        return f"{self.data}, {self.model}{width}, {space}"
+
+    @property
+    def constant(self):
+        """Whether a run that goes on has the same beginning."""
+        return self.schedule == "constant" and not self.warmup
+
+    @property
+    def values(self):
+        """ELRs, angles or learning rates, as 9 digits say them, for so do logs."""
+        values = self.elr or self.angle or self.lr or grid(*self.sweep)
+        return list(dict.fromkeys(float(f"{value:.9g}") for value in values))
+
+    def factor(self, epoch, epochs):
+        """By what the value is multiplied in this epoch, 0, 1, …, of so many."""
+        if epoch < self.warmup:
+            return (epoch + 1) / (self.warmup + 1)
+        t = (epoch - self.warmup) / (epochs - self.warmup)
+        return SCHEDULES[self.schedule](t, self.cooldown)
+
+    def identity(self):
+        """What all runs of a folder have in common: every option but those of WHICH."""
+        found = {one.name: getattr(self, one.name) for one in fields(self)}
+        found = {name: value for name, value in found.items() if name not in WHICH}
+        found["schedule"] = self.given.get("schedule")  # angles fall, and ELRs beside them do not
+        for name in ("data", "model"):
+            found[name] = Path(found[name]).as_posix()  # ./mine.npz is mine.npz
+        found["space"] = "whole" if self.mode == "lr" else "sphere"
+        if self.epochs != self.usual_epochs and (self.average or not self.constant):
+            found["epochs"] = self.epochs
+        found["device"] = (self.device or find_device(None)).partition(":")[0]
+        return found
+
+    def folder(self):
+        """Where the logs are: --out, or a name that follows from the options."""
+        if self.out:
+            return self.out
+        usual = Config(data=self.data, model=self.model).identity()
+        name = f"{Path(self.data).stem}-{self.model.rpartition(':')[2]}"
+        for option, value in self.identity().items():
+            if value != usual.get(option):
+                name += f"-{option}" if value is True else f"-{option}={value}"
+        return Path("logs") / name
+
+
+class Experiment(NamedTuple):
+    """What all runs of a command share. layer_groups: names of the tensors that are scale invariant
+    together, as own.layer_groups finds them; contents: what runs.contents made of the files."""
+
+    config: Config
+    data: Data
+    layer_groups: list[list[str]]
+    contents: dict[str, str]
 
 
 def parser():
     text = "Train on the sphere at a fixed effective learning rate (ELR), and name the regime."
     example = "example: python train.py --sweep 1e-4 1 13 --epochs 40"
     parser = regimes.Parser("train.py", description=text, epilog=example, allow_abbrev=False)
-    flag, whole, real = dict(action="store_true"), number(int), number(float)
-    few, share, angle = number(int, 0, 1025), number(float, 0, 1), number(float, 0, math.pi / 2)
-
-    add = parser.add_argument_group("which runs").add_argument
-    add("--elr", nargs="+", type=real, metavar="ELR", help="runs at these ELRs")
-    text = "N ELRs, log-spaced (alone: 1e-4 1 13; modular: 1e-5 1e-1 13)"
-    add("--sweep", nargs="*", type=real, metavar="LO HI N", help=text)
-    add("--angle", nargs="+", type=angle, metavar="PHI", help="radians of a step, falling to 0")
-    add("--lr", nargs="+", type=real, help="ordinary training at these learning rates")
-    add("--wd", type=real, help="weight decay, with --lr (default: none)")
-    add("--refine", type=few, default=0, metavar="N", help="then bisect both boundaries N times")
-    add("--max-epochs", type=whole, metavar="N", help="undecided runs go on, up to N epochs")
-    add("--seed", type=number(int, -1, 2**30), default=0, help="of start and order (default: 0)")
-    add("--seeds", type=whole, default=1, metavar="K", help="from --seed on (default: 1)")
-    add("--epochs", type=whole, help="default: 20; modular: 400")
-    add("--then", type=real, metavar="ELR", help="from each end a second run at this ELR or angle")
-    add("--average", type=whole, metavar="K", help="test the mean weights of the last K epochs")
-
-    add = parser.add_argument_group("the step").add_argument
-    text = "which tensors share a norm (default: network)"
-    add("--sphere", choices=("network", "layer", "row"), default="network", help=text)
-    add("--momentum", type=share, help="β of the heavy ball (default: none)")
-    add("--schedule", choices=("constant", "cosine"), help="default: constant; with --angle cosine")
-
-    add = parser.add_argument_group("the network").add_argument
-    text = f"{', '.join(MODELS)}, FILE.py:FUNCTION (default: convnet; modular: transformer)"
-    add("--model", help=text)
-    add("--width", type=number(int, 0, 2**14), help="of ours (default: 8; transformer: 64)")
-    add("--affine", **flag, help="train the BatchNorms' scales and shifts, too")
-    add("--train-head", **flag, help="train the last layer, too")
-
-    add = parser.add_argument_group("the data").add_argument
-    add("--data", default="digits", help=f"{', '.join(NAMES)}, FILE.npz (default: digits)")
-    modulus = dict(type=number(int, 2, 1025), default=31, metavar="P")
-    add("--modulus", **modulus, help="addition modulo P, for --data modular (default: 31)")
-    add("--batch-size", type=whole, default=16, help="default: 16")
-    add("--label-noise", type=share, metavar="P", help="share of training labels made wrong")
-    add("--augment", **flag, help="random crops and flips of the training images")
-
-    add = parser.add_argument_group("the machine and the files").add_argument
-    add("--jobs", type=few, metavar="N", help="runs at a time (default: CPU one per core, GPU 1)")
-    add("--threads", type=few, metavar="T", help="CPU threads of a run (default: what helps)")
-    text = "of the arithmetic, not of the weights (default: fp32)"
-    add("--dtype", choices=("fp32", "tf32", "bf16"), default="fp32", help=text)
-    add("--graph", **flag, help="GPU: replay each step as a CUDA graph")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there)")
-    add("--out", type=Path, metavar="DIR", help="folder of the logs (default: logs/<data>-<model>)")
-    add("--force", **flag, help="remove the runs in --out first")
+    for one in fields(Config):
+        if one.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[one.name])
+        flag = "--" + one.name.replace("_", "-")
+        group.add_argument(flag, default=one.default, **one.metadata)
     return parser
 
 
-def parse(argv):
-    """The options, checked, with what follows from them, and the data. Refuses in one line, with
-    exit status 2, before anything is written."""
-    cli = parser()
-    options = cli.parse_args(argv)
-    given = {name: x for name, x in vars(options).items() if x != cli.get_default(name)}
-    options.given = given
-    modular = options.data == "modular"
-    options.model = options.model or ("transformer" if modular else "convnet")
-    options.epochs = options.epochs or (400 if modular else 20)
+def parse(argv=None):
+    """The options of a command line. Ends in one line, with exit status 2, where they cannot be."""
     try:
-        choose_values(options, given)
-        choose_machine(options)
-        check(options, given)
-        data = read_data(options)
-        find_spheres(options, data)
-        open_out(options, given)
+        config = Config(**vars(parser().parse_args(argv)))
+        check(config)
     except Refused as refused:
-        name, why = refused.args
-        cli.error(f"argument --{name.replace('_', '-')}: {why}" if name else why)
-    return options, data
+        parser().error(str(refused))
+    return config
 
 
-def check(options, given):
-    """Which options go together."""
-    whole, turn, tokens = bool(options.lr), bool(options.angle), options.data == "modular"
-    options.space = "whole" if whole else "sphere"
-    options.schedule = options.schedule or ("cosine" if turn else "constant")
-    fixed = options.mode == "elr" and options.schedule == "constant"
-    several = "sweep" in given or len(options.elr or []) > 1
-    most, average = options.max_epochs or options.epochs, options.average or 0
+def check(config):
+    """Raises Refused where options do not go together, or not with this machine."""
+    said = [name for name in ("elr", "sweep", "angle", "lr") if name in config.given]
+    if len(said) != 1:
+        ways = "--elr ELR, --sweep, --angle PHI, --lr LR"
+        raise Refused("", f"one of {ways} must say which runs, and only one")
+    if config.sweep:
+        low, high, n = (*config.sweep, 0, 0)[:3]
+        if len(config.sweep) != 3 or low >= high or n not in range(2, 10_001):
+            what = "LO HI N with LO < HI and 2 ≤ N ≤ 10000, as in --sweep 1e-4 1 13"
+            raise Refused("sweep", f"it takes {what}")
+        config.sweep[2] = int(n)
+    try:
+        config.device = find_device(config.device)
+    except ValueError as error:
+        raise Refused("device", str(error)) from None
+
+    whole, turn, average = config.mode == "lr", config.mode == "angle", config.average or 0
+    fixed = config.mode == "elr" and config.constant
+    several = config.sweep or len(config.values) > 1
+    most = config.max_epochs or config.epochs
+    modular = config.data == "modular"
+    runs = len(config.values) * config.seeds
     rules = [
         ("wd", whole, "this is for --lr"),
         ("sphere", not whole, "in the whole space, --lr, there is no sphere"),
         ("refine", several and fixed, "it takes --sweep, or several constant ELRs"),
         ("max_epochs", fixed and not average, "it takes constant ELRs, and no --average"),
-        ("max_epochs", most >= options.epochs, f"it is less than --epochs {options.epochs}"),
-        ("average", average <= options.epochs, f"there are {options.epochs} epochs"),
+        ("max_epochs", most >= config.epochs, f"it is less than --epochs {config.epochs}"),
+        ("average", average <= config.epochs, f"there are {config.epochs} epochs"),
+        ("warmup", config.warmup < config.epochs, f"there are {config.epochs} epochs"),
+        ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),
         ("then", fixed or turn, "it takes a constant ELR"),
-        ("then", not turn or (options.then or 0) < math.pi / 2, "it is no angle below π/2"),
-        ("graph", not whole and "cuda" in options.device, "it takes a GPU, and no --lr"),
-        ("dtype", options.dtype != "tf32" or options.device != "cpu", "tf32 takes a GPU"),
-        ("modulus", tokens, "this is for --data modular"),
-        ("augment", not tokens, "tokens are no images"),
+        ("then", not turn or (config.then or 0) < math.pi / 2, "it is no angle below π/2"),
+        ("graph", not whole and "cuda" in config.device, "it takes a GPU, and no --lr"),
+        ("dtype", config.dtype != "tf32" or config.device != "cpu", "tf32 takes a GPU"),
+        ("modulus", modular, "this is for --data modular"),
+        ("augment", not modular, "tokens are no images"),
+        ("force", config.ranks == 1, "the ranks of torchrun share the folder"),
+        ("seeds", runs <= 10**5, f"{len(config.values)} × {config.seeds} runs are too many"),
     ]
     for name in ("width", "affine", "train_head"):
-        rules.append((name, ":" not in options.model, "a network of your own has its own"))
+        rules.append((name, ":" not in config.model, "a network of your own has its own"))
     for name, good, why in rules:
-        if name in given and not good:
+        if name in config.given and not good:
             raise Refused(name, f"{why}: change that, or leave it out")
-    if options.refine and not options.max_epochs and not average:
-        options.max_epochs = 4 * options.epochs
 
 
-def choose_values(options, given):
-    """Which ELRs, angles or learning rates."""
-    said = [name for name in ("elr", "sweep", "angle", "lr") if name in given]
-    if len(said) != 1:
-        ways = "--elr ELR, --sweep, --angle PHI, --lr LR"
-        raise Refused("", f"one of {ways} must say which runs, and only one")
-    options.mode = "lr" if options.lr else "angle" if options.angle else "elr"
-    values = given[said[0]]
-    if said == ["sweep"]:
-        values = values or ([1e-5, 0.1, 13] if options.data == "modular" else [1e-4, 1.0, 13])
-        if len(values) != 3 or values[0] >= values[1] or values[2] not in range(2, 10_001):
-            what = "LO HI N with LO < HI and 2 ≤ N ≤ 10000, as in --sweep 1e-4 1 13"
-            raise Refused("sweep", f"it takes {what}")
-        values = grid(values[0], values[1], int(values[2]))
-    options.values = list(dict.fromkeys(float(f"{value:.9g}") for value in values))  # as logs do
-    if len(options.values) * options.seeds > 10**5:
-        raise Refused("seeds", f"{len(options.values)} × {options.seeds} runs are too many")
-
-
-def choose_machine(options):
-    """Device, jobs, and which of torchrun's ranks this is."""
-    options.rank = int(os.environ.get("RANK", 0))
-    options.ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if options.force and options.ranks > 1:
-        raise Refused("force", "the ranks of torchrun share the folder: remove it by hand")
+def prepare(config):
+    """What takes a look at the data, the network and the folder; says what is refused there, and
+    opens the folder. Raises Refused."""
     torch.set_num_threads(1)  # jobs fork from one
+    if config.dtype == "bf16" and config.device == "cpu" and bf16_slowness() > 2:
+        print(f"note: bf16 takes {bf16_slowness():.0f} × the time of fp32 here", file=sys.stderr)
+    if config.jobs is None:
+        alone = config.ranks > 1 or config.device != "cpu"
+        config.jobs = 1 if alone else cores()
+    config.jobs = min(config.jobs, len(config.values) * config.seeds)
+    data = read_data(config)
     try:
-        options.device = find_device(options.device)
+        net, x, layer_groups = layer_groups_of(vars(config), data)
+    except (ValueError, MemoryError, RuntimeError) as error:
+        raise Refused("model", str(error).splitlines()[0]) from None
+    choose_threads(config, net, x)
+    made_by = contents(config.model, data)
+    config.out = config.folder()
+    try:
+        told = open_folder(config.out, config.identity(), made_by, config.force)
     except ValueError as error:
-        raise Refused("device", str(error)) from None
-    slowness = bf16_slowness() if options.dtype == "bf16" and options.device == "cpu" else 1
-    if slowness > 2:
-        print(f"note: bf16 takes {slowness:.0f} × the time of fp32 here", file=sys.stderr)
-    if options.jobs is None:
-        alone = options.ranks > 1 or options.device != "cpu"
-        options.jobs = 1 if alone else cores()
-    options.jobs = min(options.jobs, len(options.values) * options.seeds)
+        raise Refused("out", str(error)) from None
+    if told:
+        print(told)
+    return Experiment(config, data, layer_groups, made_by)
 
 
 def bf16_slowness():
@@ -178,52 +293,47 @@ def bf16_slowness():
     return min(slow) / min(fast)
 
 
-def read_data(options):
+def read_data(config):
+    """The data set, with label noise. Raises Refused."""
     try:
-        data = load(options.data, options.modulus, options.device)
+        data = load(config.data, config.modulus, config.device)
     except ValueError as error:
         raise Refused("data", str(error)) from None
     if data.labels:
         said = f"{len(data.labels)} labels, {data.labels[0]} to {data.labels[-1]}"
         print(f"{said}, are the classes 0 to {data.classes - 1}: see config.json")
-    if data.tokens and options.data != "modular":
+    if data.tokens and config.data.endswith(".npz"):
         print("whole numbers [N, T] are read as tokens: if they are numbers, save x.astype(float)")
-    if options.augment and data.x.dtype != torch.uint8:
+    if config.augment and data.x.dtype != torch.uint8:
         raise Refused("augment", "this is for images: leave it out")
-    n, noise = len(data.x), options.label_noise
+    n, noise = len(data.x), config.label_noise
     if noise and not round(noise * n):
         raise Refused("label_noise", f"{noise:g} of {n} training inputs is none")
     if noise:
         add_label_noise(data, noise)
-    if options.batch_size > n:
-        raise Refused("batch_size", f"{options.batch_size} is more than the {n} training inputs")
+    if config.batch_size > n:
+        raise Refused("batch_size", f"{config.batch_size} is more than the {n} training inputs")
     return data
 
 
-def find_spheres(options, data):
-    """What is on which sphere, and the threads that this takes."""
-    try:
-        net, x, options.layer_groups = layer_groups(vars(options), data)
-    except (ValueError, MemoryError, RuntimeError) as error:
-        raise Refused("model", str(error).splitlines()[0]) from None
-    choose_threads(options, net, x)
-
-
-def open_out(options, given):
-    """The folder to write into, whose runs must have the same options, and the figure's title."""
-    name = f"{Path(options.data).stem}-{options.model.rpartition(':')[2]}"
-    space = f"sphere: {options.sphere}"
-    if options.mode == "lr":
-        name, space = f"{name}-whole", "whole space"
-    options.out = options.out or Path("logs") / name
-    width = f" of width {options.width}" if options.width else ""
-    options.title = f"{options.data}, {options.model}{width}, {space}"
-    identity = {name: getattr(options, name) for name in IDENTITY}
-    identity |= {"schedule": given.get("schedule"), "device": options.device.split(":")[0]}
-    if options.schedule == "cosine" and options.mode != "angle" or options.average:
-        identity["epochs"] = options.epochs
-    try:
-        options.config = open_folder(options.out, identity, options.force)
-        options.chance = regimes.read_chance(options.out)
-    except ValueError as error:
-        raise Refused("out", str(error)) from None
+def what_next(config, found):
+    """The paper's advice: start just above the boundary of convergence, go on well below it. Then
+    the angle, which needs no sweep. Commands with the options of this one that they can have."""
+    ways, commands = [], []
+    boundary = regimes.boundaries(found)[0]
+    if boundary.seen:
+        ways.append(["--elr", f"{boundary.high:g}", "--then", f"{boundary.low / 10:.2g}"])
+    if config.mode != "angle":
+        ways.append(["--angle", "0.05"])
+    for words in ways:
+        for name, value in config.given.items():
+            if name in WHICH or name in ("wd", "schedule", "warmup", "cooldown", "average"):
+                continue
+            words.append("--" + name.replace("_", "-"))
+            if value is not True:
+                words.append(str(value))
+        kept = [*words, "--out", str(config.given.get("out"))]
+        if "out" in config.given and parse(words).identity() == config.identity():
+            words = kept
+        commands.append(shlex.join(["python", "train.py", *words]))
+    return commands

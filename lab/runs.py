@@ -5,6 +5,7 @@ when its process dies, keeps a second process out of a run.
 """
 
 import argparse
+import ast
 import errno
 import fcntl
 import hashlib
@@ -13,16 +14,16 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,49 +31,189 @@ from tqdm import tqdm
 
 import regimes
 
-OURS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
+# The files of runs, and those of their folder.
+LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
+OURS = [*LOGS, "config.json", "regimes.csv", "regimes.png"]
+ROOT = Path(__file__).resolve().parents[1]
+# The scripts that make a run's numbers.
+SCRIPTS = "train.py sphere_step.py models.py lab/data.py lab/measure.py".split()
 STOPS = (signal.SIGINT, signal.SIGTERM)
-OURS += ["config.json", "regimes.csv", "regimes.png"]
-ANGLE = "0.05"  # what to try without a sweep
-# Options that say which runs, and how they are done: what `next:` leaves out.
-WHICH = "elr sweep angle lr wd refine max_epochs seeds then average schedule jobs threads force"
 
 
 class Busy(Exception):
     """The run is in progress in another process."""
 
 
-def open_folder(out, options, force=False):
-    """Make the folder, or find that its runs have these very options; returns its config. `force`
-    removes what was there of ours. Raises ValueError, having changed nothing, where the folder
-    cannot be written, or its runs have other options or are in progress."""
-    path = out / "config.json"
+@dataclass
+class Job:
+    """A run to do: its ELR, angle or learning rate, seed, log and name; the checkpoint that it
+    starts from, if any."""
+
+    value: float
+    seed: int
+    path: Path
+    name: str
+    init: dict | None = None
+
+
+def jobs_of(config, values, seeds):
+    """The jobs: elr=1e-02.seed=1.csv is the log of "elr 1e-02 seed 1"."""
+    jobs = []
+    for seed in seeds:
+        for value in values:
+            stem = f"{config.mode}={regimes.elr_name(value)}"
+            if seed:
+                stem += f".seed={seed}"
+            name = stem.replace("=", " ").replace(".seed", " seed")
+            jobs.append(Job(value, seed, config.out / f"{stem}.csv", name))
+    return jobs
+
+
+def second_job(job, value, device):
+    """The job of --then: from the end of another one, at another value."""
+    init = load_checkpoint(job.path.with_suffix(".pt"), device)
+    path = job.path.with_suffix(f".then={regimes.elr_name(value)}.csv")
+    return Job(value, job.seed, path, f"{job.name}, then {value:g}", init)
+
+
+def verdict_of(path):
+    return regimes.read_run(path, regimes.read_chance(path.parent)).verdict
+
+
+def last_row(path):
+    """The last row of a log, column → number."""
+    log = regimes.read_log(path)[0]
+    return {name: values[-1] for name, values in log.items()}
+
+
+def contents(model, data):
+    """What a run is made by, file → hash: our scripts, the file of somebody's network with what it
+    imports from its own folder, the arrays of the data. Of a script its syntax tree counts, not
+    comments, docstrings and layout."""
+    found = {name: _hash(_code(ROOT / name).encode()) for name in SCRIPTS}
+    if ":" in model:
+        left = [Path(model.rpartition(":")[0]).resolve()]
+        folder = left[0].parent
+        while left:
+            path = left.pop()
+            name = path.relative_to(folder).as_posix()
+            if name not in found:
+                found[name] = _hash(_code(path).encode())
+                left += _imported(path, folder)
+    arrays = [x.cpu().numpy().tobytes() for x in (data.x, data.y, data.test_x, data.test_y)]
+    return found | {"the data": _hash(*arrays)}
+
+
+def _hash(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _code(path):
+    """A script without comments, docstrings and layout."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                body[0].value.value = ""
+    return ast.unparse(tree)
+
+
+def _imported(path, folder):
+    """The files in `folder` that a script imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names += [module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)]
+    places = {path.parent, folder}
+    found = []
+    for name in names:
+        for place in places:
+            stem = place.joinpath(*name.split("."))
+            found += [file for file in (stem.with_suffix(".py"), stem / "__init__.py")]
+    return [file for file in found if file.is_file()]
+
+
+def open_folder(out, options, contents, force=False):
+    """Make the folder, or find that its runs have these options and were made by these contents.
+    Where contents have changed, the old runs move into out/before-1, or -2, …; with `force` they
+    are removed. Returns what is to be told.
+
+    Raises ValueError, having changed nothing, where the folder cannot be written, or its runs have
+    other options or are in progress."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = regimes.temporary(out / "probe")
-        probe.touch()
-        probe.unlink()
-        remove_leftovers(out)
-        if force:
-            for held in out.glob("*.lock"):
-                with lock(held):
-                    pass
-            for pattern in OURS:
-                for old in out.glob(pattern):
-                    old.unlink()
-        if not path.exists():
-            return {"options": options}
-        config = json.loads(path.read_text(encoding="utf-8"))
-        what = _difference(config["options"], options)
+        with lock(out / "folder.lock", patient=True):
+            remove_leftovers(out)
+            if force:
+                _clear(out)
+            config = _read_config(out / "config.json")
+            what = _difference(config.get("options", options), options)
+            if what:
+                cure = "another --out, or --force"
+                raise ValueError(f"{out} holds runs with other options ({what}): {cure}")
+            what = changed(config.get("contents", {}), contents)
+            told = ""
+            if what and any(out.glob("*=*.csv")):
+                number = 1
+                while (out / f"before-{number}").exists():
+                    number += 1
+                _clear(out, out / f"before-{number}")
+                told = f"{what} since these runs: trained anew; the old ones are in "
+                told += f"{out / f'before-{number}'}"
+            if what or not config:
+                config = {"options": options, "contents": contents}
+                _write_config(out, config)
+            return told
     except Busy as busy:
         raise ValueError(f"{busy}: wait for it, or choose another --out") from None
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+
+
+def _read_config(path):
+    """A folder's config.json; empty if there is none. Raises ValueError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config["options"], dict):
+            raise ValueError
+        return config
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: choose another --out, or --force") from None
-    if what:
-        raise ValueError(f"{out} holds runs with other options ({what}): another --out, or --force")
-    return config
+
+
+def _clear(out, to=None):
+    """Move what is ours in a folder into another, or remove it. Raises Busy, having done nothing,
+    where a run is in progress."""
+    for held in out.glob("*=*.lock"):
+        with lock(held):
+            pass
+    if to:
+        to.mkdir()
+    for pattern in OURS:
+        for old in out.glob(pattern):
+            if to:
+                old.rename(to / old.name)
+            else:
+                old.unlink()
+
+
+def changed(there, here):
+    """Which contents differ, as the beginning of a sentence; "" if none do."""
+    names = [name for name in here if there.get(name) != here[name]]
+    if not there:
+        return "Version 0.4 has changed"
+    if not names:
+        return ""
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
 
 
 def _difference(there, here):
@@ -83,9 +224,15 @@ def _difference(there, here):
     return ""
 
 
-def write_config(out, config):
+def _write_config(out, config):
     text = json.dumps(config, indent=2, default=str) + "\n"
     regimes.write_whole(out / "config.json", text.encode())
+
+
+def add_to_config(out, **entries):
+    """Write these into a folder's config.json, in the place of those of their names."""
+    with lock(out / "folder.lock", patient=True):
+        _write_config(out, _read_config(out / "config.json") | entries)
 
 
 def save_checkpoint(path, identity, state):
@@ -96,7 +243,7 @@ def save_checkpoint(path, identity, state):
     regimes.write_whole(path, content + hashlib.sha256(content).digest())
 
 
-def load_checkpoint(path, identity, device):
+def load_checkpoint(path, device, identity=None, contents=None):
     """A checkpoint, with its `checksum`; None if there is none. Raises ValueError where it is
     damaged or, if this is asked, of another run."""
     if not path.exists():
@@ -110,14 +257,19 @@ def load_checkpoint(path, identity, device):
         there = dict(state["identity"])
     except Exception:  # what is no checkpoint can fail anywhere
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
-    what = "" if identity is None else _difference(there, identity)
+    what = _difference(there, identity) if identity else ""
+    if contents and not what:
+        what = changed(state.get("contents", {}), contents)
     if what:
         raise ValueError(f"{path} is the checkpoint of another run ({what}): {again}")
     return state | {"checksum": checksum.hex()}
 
 
 def remove_leftovers(out):
-    """Temporary files of this machine's processes that have died."""
+    """What processes that have died left behind: locks, and temporary files of this machine."""
+    for held in out.glob("*=*.lock"):
+        with suppress(Busy), lock(held):
+            pass
     for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
         pid = path.name.removesuffix(".tmp").rpartition("-")[2]
         try:
@@ -153,33 +305,49 @@ def lock(path, patient=False):
         os.close(file)
 
 
-class Rows:
-    """A CSV file that grows by whole rows, floats to 9 digits. Of rows that are there, those up to
-    epoch `upto` are kept. Raises ValueError where one is missing."""
+class Log:
+    """A CSV file that grows by whole rows, floats to 9 digits. Its columns are those of the first
+    row. Of rows that are there, those up to epoch `upto` are kept; None: none of them. Raises
+    ValueError where one is missing."""
 
-    def __init__(self, path, columns, upto=-1):
+    def __init__(self, path, upto=None):
         kept = []
-        try:
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]:
-                if upto >= 0 and line.endswith("\n") and int(line.split(",")[0]) <= upto:
-                    kept.append(line)
-        except (ValueError, FileNotFoundError):
-            kept = []
-        if {int(line.split(",")[0]) for line in kept} != set(range(upto + 1)):
-            checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
-            what = f"remove {checkpoint}, and this run starts again"
-            raise ValueError(f"{path} lacks rows or is damaged: {what}")
-        regimes.write_whole(path, "".join([",".join(columns) + "\n", *kept]).encode())
+        if upto is not None:
+            kept = _rows_up_to(path, upto)
+        regimes.write_whole(path, "".join(kept).encode())
+        self.empty = not kept
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows):
-        size, content = os.fstat(self.file).st_size, regimes.csv_lines(rows)
+        lines = [row.values() for row in rows]
+        if self.empty:
+            lines.insert(0, rows[0].keys())
+            self.empty = False
+        size, content = os.fstat(self.file).st_size, regimes.csv_lines(lines)
         if os.write(self.file, content) < len(content):  # the disk is full
             os.ftruncate(self.file, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self):
         os.close(self.file)
+
+
+def _rows_up_to(path, upto):
+    """The header of a log, and its whole rows up to that epoch."""
+    kept, epochs = [], set()
+    with suppress(ValueError, FileNotFoundError):
+        header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept.append(header)
+        for line in lines:
+            epoch = int(line.split(",")[0])
+            if line.endswith("\n") and epoch <= upto:
+                kept.append(line)
+                epochs.add(epoch)
+    if epochs != set(range(upto + 1)):
+        checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
+        what = f"remove {checkpoint}, and this run starts again"
+        raise ValueError(f"{path} lacks rows or is damaged: {what}")
+    return kept
 
 
 def number(kind, low=0, high=math.inf):
@@ -225,43 +393,56 @@ def bisect(out, values):
 
 class Watch:
     """What one sees of runs: on a terminal bars; else a line per finished run, and one a minute of
-    a run that takes longer."""
+    a run that takes longer. `renew` is called whenever a run is finished."""
 
-    def __init__(self, jobs, total, renew, quiet=False):
-        self.renew, self.quiet, self.reported, self.failed = renew, quiet, set(), False
+    def __init__(self, config, jobs, renew):
+        self.jobs, self.renew, self.quiet = jobs, renew, config.rank > 0
+        self.told, self.finished, self.failed = set(), set(), False
         self.bars, self.last, self.terminal = {}, {}, sys.stderr.isatty()
-        hidden = not self.terminal or total == 1
-        self.done = tqdm(desc="runs", total=total, position=jobs, leave=False, disable=hidden)
+        hidden = not self.terminal or len(jobs) == 1
+        look = dict(unit="run", position=config.jobs, leave=False, disable=hidden)
+        self.all_runs = tqdm(desc="runs", total=len(jobs), **look)
 
-    def tell(self, job, what, name, *more):
-        """A run's message: "epoch" (epoch, epochs, text); "finished", "note", "busy", "failed"."""
+    def left(self):
+        """The jobs that nobody has told the end of."""
+        return [job for job in self.jobs if job.name not in self.finished]
+
+    def tell(self, what, name, *details, worker=0):
+        """A run's message: "epoch" (epoch, epochs, text), "finished" (verdict, whether there was
+        nothing to do), "note" (text), "busy" (text), "failed" (text)."""
         if what == "epoch" and self.terminal:
-            self._bar(job, name, *more)
+            self._bar(worker, name, *details)
         elif what == "epoch":
-            self._line(name, *more)
+            self._line(name, *details)
         elif what == "finished":
-            text, nothing_to_do = more
-            if not (nothing_to_do and (self.quiet or name in self.reported)):
-                self.reported.add(name)
-                name += " (already done)" if nothing_to_do else ""
-                tqdm.write(f"{name}: {text}", file=sys.stdout)
-                sys.stdout.flush()
-                self.done.update()
-                self.renew()
+            self._finished(name, *details)
         elif what == "failed":
             self.failed = True
-            tqdm.write(f"train.py: error: {name}: {more[0]}", file=sys.stderr)
-        elif name not in self.reported and (what == "note" or not self.quiet):
-            self.reported.add(name)
-            tqdm.write(more[0], file=sys.stderr)
+            self.finished.add(name)
+            tqdm.write(f"train.py: error: {name}: {details[0]}", file=sys.stderr)
+        elif name not in self.told and (what == "note" or not self.quiet):
+            self.told.add(name)
+            tqdm.write(details[0], file=sys.stderr)
 
-    def _bar(self, job, name, epoch, epochs, shown):
-        if self.last.get(job) != name:
-            self.last[job] = name
-            if job in self.bars:
-                self.bars[job].close()
-            self.bars[job] = tqdm(desc=name, initial=epoch, position=job, leave=False)
-        bar = self.bars[job]
+    def _finished(self, name, text, nothing_to_do):
+        self.finished.add(name)
+        if nothing_to_do and self.quiet:
+            return
+        if nothing_to_do:
+            name += " (already done)"
+        tqdm.write(f"{name}: {text}", file=sys.stdout)
+        sys.stdout.flush()
+        self.all_runs.update()
+        self.renew()
+
+    def _bar(self, worker, name, epoch, epochs, shown):
+        if self.last.get(worker) != name:
+            self.last[worker] = name
+            if worker in self.bars:
+                self.bars[worker].close()
+            look = dict(unit="epoch", position=worker, leave=False)
+            self.bars[worker] = tqdm(desc=name, initial=epoch, **look)
+        bar = self.bars[worker]
         bar.total = epochs
         bar.update(epoch - bar.n)
         bar.set_postfix_str(shown)
@@ -273,122 +454,55 @@ class Watch:
             self.last[name] = time.monotonic()
 
     def close(self):
-        for bar in (self.done, *self.bars.values()):
+        for bar in (self.all_runs, *self.bars.values()):
             bar.close()
 
 
-def run_all(do, pairs, options, renew):
-    """Do these runs, options.jobs at a time. Returns whether one failed.
-
-    do      ((value, seed), tell, patient) → name of the run, verdict in words, whether there was
-            nothing to do. Where another process is at the run it waits if `patient`, or is Busy
-    renew   called whenever a run is finished
-    """
-    jobs = min(options.jobs, len(pairs))
-    watch = Watch(jobs, len(pairs), renew, quiet=options.rank > 0)
-    try:
-        if jobs > 1:
-            _side_by_side(do, pairs, jobs, options, watch)
-            remove_leftovers(options.out)
-        # All, or what a job that died has left; what another process is at comes last.
-        tell = partial(watch.tell, 0)
-        left = [pair for pair in pairs if not attempt(do, pair, options, tell)]
-        if left and len(pairs) == options.ranks == 1:
-            raise Busy("there is nothing else to do")
-        for pair in left:
-            attempt(do, pair, options, tell, patient=True)
-    finally:
-        watch.close()
-    return watch.failed
-
-
-def name_of(options, pair):
-    """A run's log, elr=1e-02.seed=1.csv, and its name, elr 1e-02 seed 1."""
-    value, seed = pair
-    stem = f"{options.mode}={regimes.elr_name(value)}" + (f".seed={seed}" if seed else "")
-    return options.out / f"{stem}.csv", stem.replace("=", " ").replace(".seed", " seed")
-
-
-def what_next(options, found):
-    """The paper's advice: start just above the boundary of convergence, go on well below it. Then
-    the angle, which needs no sweep. Commands with the options of this one."""
-    ways, more = [], []
-    boundary = regimes.boundaries(found)[0]
-    if boundary.seen:
-        ways.append(["--elr", f"{boundary.high:g}", "--then", f"{boundary.low / 10:.2g}"])
-    if options.mode != "angle":
-        ways.append(["--angle", ANGLE])
-    for name, value in options.given.items():
-        if name not in WHICH.split():
-            more.append(f"--{name.replace('_', '-')}")
-            if value is not True:
-                more.append(str(value))
-    return [shlex.join(["python", "train.py", *way, *more]) for way in ways]
-
-
-def attempt(do, pair, options, tell, patient=False):
-    """Do a run; one that fails leaves the others their turn. Returns False if it is busy."""
-    try:
-        tell("finished", *do(pair, tell, patient))
-    except Busy as busy:
-        tell("busy", str(pair), str(busy))
-        return False
-    except BrokenPipeError:  # who reads what we print has gone away
-        raise
-    except (OSError, MemoryError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        tell("failed", name_of(options, pair)[1], what)
-    return True
-
-
-def _side_by_side(do, pairs, jobs, options, watch):
-    """The runs in processes of their own, each of which takes what none has taken yet. On Linux
-    they fork, with what this process has imported and read."""
-    fork = sys.platform == "linux" and options.device == "cpu"
+def side_by_side(work, experiment, jobs, tell):
+    """Do `work(experiment, jobs, tell)` in config.jobs processes; each does what no other one is
+    at. On Linux they fork, with what this process has imported and read."""
+    fork = sys.platform == "linux" and experiment.config.device == "cpu"
     context = multiprocessing.get_context("fork" if fork else "spawn")
     processes, pipes = [], {}
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until a job has its own handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until a worker has its own handlers
     try:
-        for job in range(jobs):
+        for number in range(min(experiment.config.jobs, len(jobs))):
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_job, args=(do, pairs, options, there))
+            process = context.Process(target=_worker, args=(work, experiment, jobs, there))
             process.start()
-            there.close()  # so that the end of the job is the end of the pipe
+            there.close()  # so that the end of the worker is the end of the pipe
             processes.append(process)
-            pipes[here] = job
+            pipes[here] = number
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         while pipes:
             for pipe in wait(list(pipes)):
                 try:
-                    watch.tell(pipes[pipe], *pipe.recv())
+                    tell(*pipe.recv(), worker=pipes[pipe])
                 except (EOFError, ConnectionResetError):
                     del pipes[pipe]
     finally:
         for process in processes:
-            if process.is_alive():
-                process.terminate()
+            process.terminate()
         for process in processes:
             process.join()
+        remove_leftovers(experiment.config.out)
 
 
-def _job(do, pairs, options, pipe):
+def _worker(work, experiment, jobs, pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent sees it, too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: files are whole at any moment
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(experiment.config.threads)
 
     def tell(*message):
         what, *_, last = message
         if what != "busy" and not (what == "finished" and last):  # that is others' to tell
             pipe.send(message)
 
-    for pair in pairs:
-        attempt(do, pair, options, tell)
+    work(experiment, jobs, tell)
 
 
 def _end_with_parent():
     multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)  # which cleans up
+    os.kill(os.getpid(), signal.SIGTERM)
