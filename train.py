@@ -90,7 +90,8 @@ def train(run, tell):
                 row["elr"] = run.lr  # exactly
             row |= measure.on_test_set(net, run.data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
-            row["distance"] = measure.distance(run.start, net, run.spheres)
+            now = measure.vectors(net, run.spheres)
+            row["distance"] = measure.angles(run.start, now).mean().item()
             if run.averaged:
                 row |= run.average()
             # To log one more column, give the row one more entry here.

@@ -220,8 +220,3 @@ def angles(some, others):
         x, y = F.normalize(x), F.normalize(y)
         found.append(2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1)))
     return torch.cat(found)
-
-
-def distance(start, net, spheres):
-    """The mean angle between the points `start` and where the network is now, in radians."""
-    return angles(start, vectors(net, spheres)).mean().item()

@@ -3,10 +3,8 @@
 import math
 import os
 import shlex
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from timeit import repeat
 from typing import NamedTuple
 
 import torch
@@ -57,48 +55,36 @@ class Config:
 
     # Which runs
     elr: list = option(None, "runs at these ELRs", nargs="+", type=REAL)
-    sweep: list = option(
-        None, "N ELRs, log-spaced (alone: 1e-4 1 13; modular: 1e-5 1e-1 13)", nargs="*", type=REAL
-    )
+    sweep: list = option(None, "log-spaced: LO HI N (1e-4 1 13)", nargs="*", type=REAL)
     angle: list = option(None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
     lr: list = option(None, "ordinary training at these learning rates", nargs="+", type=REAL)
     refine: int = option(0, "then bisect both boundaries N times", type=FEW)
     max_epochs: int = option(None, "undecided runs go on, up to N epochs", type=WHOLE)
-    seed: int = option(0, "of start and order (default: 0)", type=SEED)
-    seeds: int = option(1, "so many, from --seed on (default: 1)", type=WHOLE)
+    seed: int = option(0, "of start and order", type=SEED)
+    seeds: int = option(1, "so many, from --seed on", type=WHOLE)
     epochs: int = option(None, "default: 20; modular: 400", type=WHOLE)
     then: float = option(None, "from each end a second run at this ELR or angle", type=REAL)
     # The step
-    sphere: str = option(
-        "network",
-        "which tensors share a norm (default: network)",
-        choices=("network", "layer", "row"),
-    )
-    momentum: float = option(None, "β of the heavy ball (default: none)", type=SHARE)
-    wd: float = option(None, "weight decay, with --lr (default: none)", type=REAL)
+    sphere: str = option("network", "what shares a norm", choices=("network", "layer", "row"))
+    momentum: float = option(None, "β of the heavy ball", type=SHARE)
+    wd: float = option(None, "weight decay, with --lr", type=REAL)
     schedule: str = option(None, "default: constant; with --angle cosine", choices=SCHEDULES)
     warmup: int = option(0, "epochs in which it first rises", type=WHOLE)
-    cooldown: float = option(0.4, "share of the epochs in which wsd falls (0.4)", type=SHARE)
+    cooldown: float = option(0.4, "share of the epochs in which wsd falls", type=SHARE)
     average: int = option(None, "test the mean weights of the last K epochs", type=WHOLE)
     # The network
-    model: str = option(
-        None, f"{', '.join(MODELS)}, FILE.py:FUNCTION (default: convnet; tokens: transformer)"
-    )
+    model: str = option(None, f"{', '.join(MODELS)}, FILE.py:FUNCTION (default: by the data)")
     width: int = option(None, "of ours (default: 8; transformer: 64)", type=WIDTH)
     affine: bool = option(False, "train the BatchNorms' scales and shifts, too", **FLAG)
     train_head: bool = option(False, "train the last layer, too", **FLAG)
     # The data
-    data: str = option("digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt (default: digits)")
-    modulus: int = option(31, "addition modulo P, for --data modular (default: 31)", type=MODULUS)
-    batch_size: int = option(16, "default: 16", type=WHOLE)
+    data: str = option("digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt")
+    modulus: int = option(31, "addition modulo P, for --data modular", type=MODULUS)
+    batch_size: int = option(16, "training inputs of a step", type=WHOLE)
     label_noise: float = option(None, "share of training labels made wrong", type=SHARE)
     augment: bool = option(False, "random crops and flips of the training images", **FLAG)
     # The machine and the files
-    dtype: str = option(
-        "fp32",
-        "of the arithmetic, not of the weights (default: fp32)",
-        choices=("fp32", "tf32", "bf16"),
-    )
+    dtype: str = option("fp32", "of the arithmetic alone", choices=("fp32", "tf32", "bf16"))
     device: str = option(None, "cpu, cuda, cuda:1 (default: cuda if there)")
     jobs: int = option(None, "runs at a time (default: CPU one per core, GPU 1)", type=FEW)
     threads: int = option(None, "CPU threads of a run (default: what helps)", type=FEW)
@@ -197,7 +183,10 @@ def parser():
         if one.name in GROUPS:
             group = parser.add_argument_group(GROUPS[one.name])
         flag = "--" + one.name.replace("_", "-")
-        group.add_argument(flag, default=one.default, **one.metadata)
+        how = dict(one.metadata)
+        if one.default:
+            how["help"] += f" (default: {one.default})"
+        group.add_argument(flag, default=one.default, **how)
     return parser
 
 
@@ -263,8 +252,6 @@ def prepare(config):
     """What takes a look at the data, the network and the folder; says what is refused there, and
     opens the folder. Raises Refused."""
     torch.set_num_threads(1)  # jobs fork from one
-    if config.dtype == "bf16" and config.device == "cpu" and bf16_slowness() > 2:
-        print(f"note: bf16 takes {bf16_slowness():.0f} × the time of fp32 here", file=sys.stderr)
     if config.jobs is None:
         alone = config.ranks > 1 or config.device != "cpu"
         config.jobs = 1 if alone else cores()
@@ -284,13 +271,6 @@ def prepare(config):
     if told:
         print(told)
     return Experiment(config, data, layer_groups, made_by)
-
-
-def bf16_slowness():
-    """How many times as long a product takes in bfloat16 as in float32, on the CPU."""
-    x, y = torch.ones(256, 256, dtype=torch.bfloat16), torch.ones(256, 256)
-    slow, fast = repeat(lambda: x @ x, number=1), repeat(lambda: y @ y, number=1)
-    return min(slow) / min(fast)
 
 
 def read_data(config):
