@@ -30,7 +30,7 @@ from lab import figures, measure, runs
 from lab.data import batches
 from lab.machine import Captured, keep_memory, start_quickly, use
 from lab.options import parse
-from models import build
+from lab.own import build
 from sphere_step import SphereSGD
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
@@ -61,7 +61,7 @@ class Run:
         self.options, self.data, self.job = options, data, job
         use(options.device, options.dtype)
         torch.manual_seed(job.seed)
-        self.net = build(vars(options), data).to(options.device)
+        self.net = build(options, data).to(options.device)
         if job.init:
             self.net.load_state_dict(job.init["net"])
         self.spheres = measure.spheres_of(options.layer_groups, options.sphere)

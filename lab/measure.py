@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 from lab.data import batches, chunks
-from lab.own import told
+from lab.own import explained
 
 POINTS = 512  # at which chance is measured
 CHUNK = 512  # inputs at once outside of training
@@ -20,7 +20,7 @@ ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invaria
 
 def logits_of(net, x, dtype="fp32"):
     """The output for a batch, computed in --dtype, in float32."""
-    with told("the network cannot be run"):
+    with explained("the network cannot be run"):
         if dtype == "bf16":
             with torch.autocast(x.device.type, torch.bfloat16):
                 return net(x).float()

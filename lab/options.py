@@ -11,8 +11,9 @@ import torch
 import regimes
 from lab.data import NAMES, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
+from lab.own import layer_groups
 from lab.runs import grid, number, open_folder
-from models import MODELS, layer_groups
+from models import MODELS
 
 # What all runs of a folder have in common.
 IDENTITY = """space wd momentum data modulus label_noise augment model width affine train_head
@@ -203,7 +204,7 @@ def read_data(options):
 def find_spheres(options, data):
     """What is on which sphere, and the threads that this takes."""
     try:
-        net, x, options.layer_groups = layer_groups(vars(options), data)
+        net, x, options.layer_groups = layer_groups(options, data)
     except (ValueError, MemoryError, RuntimeError) as error:
         raise Refused("model", str(error).splitlines()[0]) from None
     choose_threads(options, net, x)
