@@ -28,11 +28,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import regimes
-from lab import figures, measure, runs
+from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
 from lab.options import Refused, parse, parser, prepare, what_next
-from models import build
 from sphere_step import SphereSGD
 
 
@@ -130,7 +129,7 @@ class Run:
         self.path, self.name, self.init = job.path, job.name, job.init
         use(config.device, config.dtype)
         torch.manual_seed(job.seed)
-        self.net = build(vars(config), self.data).to(config.device)
+        self.net = own.build(config, self.data).to(config.device)
         if job.init:
             self.net.load_state_dict(job.init["net"])
         self.layer_groups = layer_groups

@@ -11,6 +11,7 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -29,8 +30,8 @@ import regimes
 from lab import figures, measure
 from lab.data import Data, add_label_noise, chunks, load
 from lab.machine import cores, find_device, use
+from lab.own import build
 from lab.runs import load_checkpoint, number
-from models import build
 
 CHUNK = 512  # inputs at once, over which BatchNorm normalizes
 
@@ -56,7 +57,7 @@ def read(path, device="cpu"):
         raise ValueError(f"{path}: there is no such file")
     options = state["identity"]
     data = _data(options["data"], options["modulus"], options["label_noise"], device)
-    net = build(options, data).to(device)
+    net = build(Namespace(**options), data).to(device)
     try:
         net.load_state_dict(state["net"])
     except RuntimeError:
@@ -83,7 +84,9 @@ def between(a, b, t, way):
     """The network at t in [0, 1] on the way from a to b: a straight "line" between the weights, or
     the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
     straight). At 0 and 1 exactly a and b."""
-    net = build(a.options, a.data).to(a.data.x.device)  # not every network can be copied
+    net = build(Namespace(**a.options), a.data).to(
+        a.data.x.device
+    )  # not every network can be copied
     net.load_state_dict((b if t == 1 else a).net.state_dict())
     if t in (0, 1):
         return net

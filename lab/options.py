@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 import regimes
+from lab import own
 from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
 from lab.runs import contents, grid, number, open_folder
 from models import MODELS
-from models import layer_groups as layer_groups_of
 
 # By what ELR, angle or learning rate are multiplied, after t in [0, 1) of the epochs. To add a
 # schedule, add its line.
@@ -258,7 +258,7 @@ def prepare(config):
     config.jobs = min(config.jobs, len(config.values) * config.seeds)
     data = read_data(config)
     try:
-        net, x, layer_groups = layer_groups_of(vars(config), data)
+        net, x, layer_groups = own.layer_groups(config, data)
     except (ValueError, MemoryError, RuntimeError) as error:
         raise Refused("model", str(error).splitlines()[0]) from None
     choose_threads(config, net, x)

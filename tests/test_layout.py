@@ -14,18 +14,19 @@ FILES = {path.stem: path for folder in (ROOT, ROOT / "lab") for path in folder.g
 OURS = set(FILES)
 IMPORTS = {
     "train": OURS - {"toy", "landscape", "bench"},
-    "options": {"models", "data", "runs", "regimes", "machine"},
+    "options": {"models", "own", "data", "runs", "regimes", "machine"},
     "sphere_step": set(),
-    "own": set(),
-    "models": {"own"},
+    "own": {"models", "invariance"},
+    "invariance": set(),
+    "models": set(),
     "regimes": set(),
     "data": set(),
     "machine": set(),
-    "measure": {"data", "models", "own", "sphere_step"},
+    "measure": {"data", "own", "sphere_step"},
     "runs": {"regimes"},
     "figures": {"regimes"},
     "toy": {"regimes", "figures"},
-    "landscape": {"measure", "runs", "data", "models", "figures", "regimes", "machine"},
+    "landscape": {"measure", "runs", "data", "own", "figures", "regimes", "machine"},
     "bench": OURS,
 }
 
@@ -71,6 +72,16 @@ for _ in range(300):
 print(loss.item() < 0.1, abs(first.norm().item() / norm - 1) < 1e-6, optimizer.stats()["grad_norm"].item() > 0)
 """
     assert alone(tmp_path, "sphere_step.py", code) == "True True True\n"
+
+
+def test_a_copied_invariance_finds_the_sets_of_any_network(tmp_path):
+    code = """
+import torch
+from invariance import scale_invariant_groups
+net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+print(scale_invariant_groups(net, torch.randn(4, 5)))
+"""
+    assert alone(tmp_path, "lab/invariance.py", code) == "[['0.weight', '0.bias']]\n"
 
 
 def test_a_copied_regimes_names_the_regime_of_anybodys_log(tmp_path):

@@ -17,7 +17,8 @@ import sphere_step
 import train
 from lab import bench, landscape, machine, measure, options
 from lab.data import batches, load
-from models import MODELS, scale_invariant_groups
+from lab.invariance import scale_invariant_groups
+from models import MODELS
 from sphere_step import SphereSGD
 
 SLOW = "SLOW" in os.environ
@@ -329,7 +330,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
     """On fake tensors, which know their device and have no numbers. The step has a test of its own."""
     more = ["--average", "1", "--augment", "--batch-size", "512", "--out", str(tmp_path)]
     options, data = train.parse(["--elr", "0.01", *more])
-    net, gpu, options.device = train.build(vars(options), data), {"device": "cuda:0"}, "cuda:0"
+    net, gpu, options.device = train.build(options, data), {"device": "cuda:0"}, "cuda:0"
 
     def statistics(names, n):
         def of(self, last=None):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from models import convnet, resnet18, scale_invariant_groups, transformer
+from lab.invariance import scale_invariant_groups
+from models import convnet, resnet18, transformer
 
 SLOW = "SLOW" in os.environ
 slow = pytest.mark.skipif(

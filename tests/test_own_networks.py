@@ -264,10 +264,10 @@ def net(channels, classes):
         ("def net(c, k): return net(c, k)", "RecursionError"),
         (
             "def net(c, k): return " + MLP.format("c", "k") + ".requires_grad_(False)",
-            "cannot be trained on a batch of 16 (RuntimeError: element 0 of tensors does not require grad",
+            "cannot be trained on a batch of 16 (ValueError: nothing is trained: requires_grad",
         ),
         (
-            "def net(c, k): return nn.Unflatten(1, (2, c // 2))",
+            "def net(c, k): return nn.Sequential(nn.Linear(c, 6), nn.Unflatten(1, (2, 3)))",
             "output is [16, 2, 3], not [16, 3 classes]",
         ),
         ("def net(c, k): return " + MLP.format("c", "k") + ".half()", "cannot be run on the data"),
