@@ -92,14 +92,20 @@ def contents(model, data):
     comments, docstrings and layout."""
     found = {name: _hash(_code(ROOT / name).encode()) for name in SCRIPTS}
     if ":" in model:
-        left = [Path(model.rpartition(":")[0]).resolve()]
+        left, seen = [Path(model.rpartition(":")[0]).resolve()], {ROOT / name for name in SCRIPTS}
         folder = left[0].parent
+        while (folder / "__init__.py").exists():  # the file is in a package
+            folder = folder.parent
         while left:
             path = left.pop()
+            if path in seen:
+                continue
+            seen.add(path)
             name = path.relative_to(folder).as_posix()
-            if name not in found:
-                found[name] = _hash(_code(path).encode())
-                left += _imported(path, folder)
+            if name in found:  # theirs has the name of ours
+                name = f"{folder.name}/{name}"
+            found[name] = _hash(_code(path).encode())
+            left += _imported(path, folder)
     arrays = [x.cpu().numpy().tobytes() for x in (data.x, data.y, data.test_x, data.test_y)]
     return found | {"the data": _hash(*arrays)}
 
@@ -123,21 +129,21 @@ def _code(path):
 
 
 def _imported(path, folder):
-    """The files in `folder` that a script imports."""
+    """The files in `folder` that a script imports, and the __init__.py of their packages."""
     names = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names += [module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)]
-    places = {path.parent, folder}
+            names += [(node.level, f"{node.module or ''}.{alias.name}") for alias in node.names]
     found = []
-    for name in names:
-        for place in places:
-            stem = place.joinpath(*name.split("."))
-            found += [file for file in (stem.with_suffix(".py"), stem / "__init__.py")]
-    return [file for file in found if file.is_file()]
+    for level, name in names:
+        for stem in [path.parents[level - 1]] if level else [folder, path.parent]:
+            for part in name.strip(".").split("."):
+                found.append(stem / "__init__.py")
+                stem = stem / part
+                found += [stem.with_suffix(".py"), stem / "__init__.py"]
+    return [file for file in found if file.is_file() and file.is_relative_to(folder)]
 
 
 def open_folder(out, options, contents, force=False):
@@ -154,7 +160,10 @@ def open_folder(out, options, contents, force=False):
             if force:
                 _clear(out)
             config = _read_config(out / "config.json")
-            what = _difference(config.get("options", options), options)
+            there = config.get("options", options)
+            if "contents" not in config:  # version 0.3 lacks some options
+                there = options | there
+            what = _difference(there, options)
             if what:
                 cure = "another --out, or --force"
                 raise ValueError(f"{out} holds runs with other options ({what}): {cure}")
