@@ -52,7 +52,7 @@ class Point:
 
 def read(path, device="cpu"):
     """A checkpoint. Raises ValueError where it is none of train.py."""
-    state = load_checkpoint(path, None, device)
+    state = load_checkpoint(path, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")
     options = state["identity"]

@@ -158,7 +158,8 @@ class Config:
         if self.out:
             return self.out
         usual = Config(data=self.data, model=self.model).identity()
-        name = f"{Path(self.data).stem}-{self.model.rpartition(':')[2]}"
+        model = Path(self.model).name.replace(".py:", ".")  # mine.mlp
+        name = f"{Path(self.data).stem}-{model}"
         for option, value in self.identity().items():
             if value != usual.get(option):
                 name += f"-{option}" if value is True else f"-{option}={value}"
