@@ -32,7 +32,7 @@ from tqdm import tqdm
 import regimes
 
 # The files of runs, and those of their folder.
-LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
+LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
 OURS = [*LOGS, "config.json", "regimes.csv", "regimes.png"]
 ROOT = Path(__file__).resolve().parents[1]
 # The scripts that make a run's numbers.
@@ -62,6 +62,11 @@ def jobs_of(config, values, seeds):
     for seed in seeds:
         for value in values:
             stem = f"{config.mode}={regimes.elr_name(value)}"
+            if config.loop:
+                low, high, n = config.loop
+                stem = f"loop={low:g}-{high:g}x{n:g}"
+                if config.passes > 1:
+                    stem += f"x{config.passes}"
             if seed:
                 stem += f".seed={seed}"
             name = stem.replace("=", " ").replace(".seed", " seed")
@@ -370,7 +375,7 @@ def number(kind, low=0, high=math.inf):
 
 def grid(low, high, n):
     """n ELRs from low to high, log-spaced, to 3 digits: short names."""
-    return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, n)]
+    return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, int(n))]
 
 
 def bisect(out, values):
