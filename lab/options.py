@@ -11,9 +11,10 @@ import torch
 
 import regimes
 from lab import own
+from lab.contents import contents
 from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
-from lab.runs import contents, grid, number, open_folder
+from lab.runs import grid, number, open_folder
 from models import MODELS
 
 # By what ELR, angle or learning rate are multiplied, after t in [0, 1) of the epochs. To add a
@@ -110,7 +111,7 @@ class Config:
             self.sweep = [low, high, 13]
         if self.loop == []:
             self.loop = [low, high, 25]
-        if self.mode == "loop":
+        if self.mode == "loop" and len(self.loop) == 3:
             self.passes = self.given.get("epochs") or (20 if modular else 1)
             self.epochs = self.passes * (2 * int(self.loop[2]) - 1)
         if self.refine and not self.max_epochs and not self.average:
@@ -187,7 +188,7 @@ class Config:
 
 class Experiment(NamedTuple):
     """What all runs of a command share. layer_groups: names of the tensors that are scale invariant
-    together, as own.layer_groups finds them; contents: what runs.contents made of the files."""
+    together, as own.layer_groups finds them; contents: what contents.contents made of the files."""
 
     config: Config
     data: Data
@@ -250,6 +251,8 @@ def check(config):
         ("max_epochs", most >= config.epochs, f"it is less than --epochs {config.epochs}"),
         ("average", average <= config.epochs, f"there are {config.epochs} epochs"),
         ("warmup", config.warmup < config.epochs, f"there are {config.epochs} epochs"),
+        ("schedule", not config.loop, "--loop has its own"),
+        ("warmup", not config.loop, "--loop has its own"),
         ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),
         ("then", fixed or turn, "it takes a constant ELR"),
         ("then", not turn or (config.then or 0) < math.pi / 2, "it is no angle below π/2"),
