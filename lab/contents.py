@@ -1,5 +1,5 @@
-"""What a run was made by: hashes of the scripts that make its numbers, of the file of somebody's own
-network, and of the data. Who edits one of them and runs the same command again sees a new run."""
+"""What a run was made by: hashes of the scripts that make its numbers, of a network of one's own,
+of the data. Who edits one of them and runs the same command again sees a new run."""
 
 import ast
 import hashlib
