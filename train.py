@@ -312,7 +312,7 @@ def main(argv=None):
     except Refused as refused:
         parser().error(str(refused))
     except KeyboardInterrupt as signalled:
-        print(f"interrupted; the same command goes on from {config.out}", file=sys.stderr)
+        print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
         return 128 + signalled.args[0]
     if found and not config.rank:
         if len(values) * len(seeds) > 1:

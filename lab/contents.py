@@ -57,27 +57,28 @@ def package_root(path):
 
 def imported(path):
     """A script and all that it imports from its own folder or package, as paths."""
+    root = package_root(path)
     found, left = set(), [path]
     while left:
         file = left.pop()
-        if file in found:
+        if file in found or not file.is_file() or not file.is_relative_to(root):
             continue
         found.add(file)
         for node in ast.walk(ast.parse(file.read_bytes())):
-            places, names = [file.parent, path.parent, package_root(path)], []
+            places, names = [file.parent, path.parent, root], []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 if node.level:  # from . import blocks
                     places = [file.parents[node.level - 1]]
-                module = node.module or ""
-                names = [module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)]
-            for name in filter(None, names):
-                for place in places:
-                    stem = place.joinpath(*name.split("."))
-                    both = stem.with_suffix(".py"), stem / "__init__.py"
-                    left += [file.resolve() for file in both if file.is_file()]
-    return {file for file in found if file.is_relative_to(package_root(path))}
+                names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            for name in names:
+                for place in places:  # a.b.c: what a and b are runs, too
+                    for part in name.strip(".").split("."):
+                        left.append(place / "__init__.py")
+                        place = place / part
+                        left += [place.with_suffix(".py"), place / "__init__.py"]
+    return found
 
 
 def changed(there, here):

@@ -102,7 +102,10 @@ def open_folder(out, options, contents, force=False):
             if force:
                 _clear(out)
             config = _read_config(out / "config.json")
-            what = _difference(config.get("options", options), options)
+            there = config.get("options", options)
+            if "contents" not in config:  # version 0.3 lacks some options
+                there = options | there
+            what = _difference(there, options)
             if what:
                 cure = "another --out, or --force"
                 raise ValueError(f"{out} holds runs with other options ({what}): {cure}")
