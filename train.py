@@ -70,7 +70,7 @@ def train(run, tell):
     layer_log = runs.Log(run.path.with_suffix(".layers.csv"), upto)
     step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
 
-    with closing(log), closing(layer_log):
+    with closing(log), closing(layer_log), own.running(config.model):
         while run.epoch < run.epochs and not run.ended:
             net.train()
             run.set_lr()
@@ -85,12 +85,14 @@ def train(run, tell):
 
             steps = len(run.data.x) // size
             row = {"epoch": run.epoch, "step": run.epoch * steps, **means.row()}
-            if config.mode == "elr":
+            if config.mode in ("elr", "loop"):
                 row["elr"] = run.lr  # exactly
             row |= measure.on_test_set(net, run.data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
             now = measure.vectors(net, run.spheres)
             row["distance"] = measure.angles(run.start, now).mean().item()
+            if config.loop:
+                row["leg"] = run.leg
             if run.averaged:
                 row |= run.average()
             # To log one more column, give the row one more entry here.
@@ -163,7 +165,7 @@ class Run:
         rest = [p for p in trained if p not in known]
         if rest:
             group = dict(params=rest, sphere=None)
-            if config.mode == "elr":  # the sphere of the whole network has η = η̃ρ²
+            if config.mode != "angle":  # the sphere of the whole network has η = η̃ρ²
                 square = sum(p.detach().square().sum().item() for p in self.on_spheres)
                 group["lr"] = self.value * square
             groups.append(group)
@@ -176,6 +178,7 @@ class Run:
     def set_lr(self):
         """The learning rates of the epoch that begins."""
         factor = self.config.factor(self.epoch, self.epochs)
+        self.leg = self.config.loop and self.config.leg(self.epoch)[0]
         self.lr = self.value * factor
         for group in (self.plain or self.sphere).param_groups:
             first = group.setdefault("first_lr", float(group["lr"]))

@@ -11,9 +11,10 @@ import torch
 
 import regimes
 from lab import own
+from lab.contents import contents
 from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
-from lab.runs import contents, grid, number, open_folder
+from lab.runs import grid, number, open_folder
 from models import MODELS
 
 # By what ELR, angle or learning rate are multiplied, after t in [0, 1) of the epochs. To add a
@@ -26,10 +27,11 @@ SCHEDULES = {
 }
 
 # Options that choose runs, or say how they are done: no part of what a run is.
-WHICH = """elr sweep angle lr refine max_epochs seed seeds epochs then
+WHICH = """elr sweep angle lr loop refine max_epochs seed seeds epochs then
     device jobs threads graph out force""".split()
 GROUPS = {"elr": "which runs", "sphere": "the step", "model": "the network", "data": "the data"}
 GROUPS["dtype"] = "the machine and the files"
+GRIDS = range(2, 10_001)  # points of a grid
 FLAG = dict(action="store_true")
 REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, 0, math.pi / 2)
 WHOLE, FEW, WIDTH = number(int), number(int, 0, 1025), number(int, 0, 2**14)
@@ -58,6 +60,7 @@ class Config:
     sweep: list = option(None, "log-spaced: LO HI N (1e-4 1 13)", nargs="*", type=REAL)
     angle: list = option(None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
     lr: list = option(None, "ordinary training at these learning rates", nargs="+", type=REAL)
+    loop: list = option(None, "one run down an ELR grid and up again", nargs="*", type=REAL)
     refine: int = option(0, "then bisect both boundaries N times", type=FEW)
     max_epochs: int = option(None, "undecided runs go on, up to N epochs", type=WHOLE)
     seed: int = option(0, "of start and order", type=SEED)
@@ -103,17 +106,24 @@ class Config:
         self.schedule = self.schedule or ("cosine" if self.angle else "constant")
         self.rank = int(os.environ.get("RANK", 0))  # of torchrun
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        low, high = (1e-5, 0.1) if modular else (1e-4, 1.0)
         if self.sweep == []:
-            self.sweep = [1e-5, 0.1, 13] if modular else [1e-4, 1.0, 13]
+            self.sweep = [low, high, 13]
+        if self.loop == []:
+            self.loop = [low, high, 25]
+        if self.mode == "loop" and len(self.loop) == 3:
+            self.passes = self.given.get("epochs") or (20 if modular else 1)
+            self.epochs = self.passes * (2 * int(self.loop[2]) - 1)
         if self.refine and not self.max_epochs and not self.average:
             self.max_epochs = 4 * self.epochs
 
     @property
     def mode(self):
-        """What is held fixed: "elr", "angle", or "lr", that of ordinary training."""
-        if self.lr:
-            return "lr"
-        return "angle" if self.angle else "elr"
+        """What a run is named by: "elr", "angle", "loop", or "lr", that of ordinary training."""
+        for mode in ("angle", "loop", "lr"):
+            if getattr(self, mode):
+                return mode
+        return "elr"
 
     @property
     def title(self):
@@ -125,20 +135,30 @@ class Config:
     @property
     def constant(self):
         """Whether a run that goes on has the same beginning."""
-        return self.schedule == "constant" and not self.warmup
+        return self.schedule == "constant" and not self.warmup and not self.loop
 
     @property
     def values(self):
         """ELRs, angles or learning rates, as 9 digits say them, for so do logs."""
-        values = self.elr or self.angle or self.lr or grid(*self.sweep)
+        values = self.elr or self.angle or self.lr or self.loop[1:2] or grid(*self.sweep)
         return list(dict.fromkeys(float(f"{value:.9g}") for value in values))
 
     def factor(self, epoch, epochs):
         """By what the value is multiplied in this epoch, 0, 1, …, of so many."""
+        if self.loop:
+            return self.leg(epoch)[1] / self.loop[1]
         if epoch < self.warmup:
             return (epoch + 1) / (self.warmup + 1)
         t = (epoch - self.warmup) / (epochs - self.warmup)
         return SCHEDULES[self.schedule](t, self.cooldown)
+
+    def leg(self, epoch):
+        """Of --loop, "down" or "up", and the ELR of this epoch."""
+        elrs = grid(*self.loop)
+        place = epoch // self.passes
+        if place < len(elrs):
+            return "down", elrs[-1 - place]
+        return "up", elrs[place - len(elrs) + 1]
 
     def identity(self):
         """What all runs of a folder have in common: every option but those of WHICH."""
@@ -148,7 +168,8 @@ class Config:
         for name in ("data", "model"):
             found[name] = Path(found[name]).as_posix()  # ./mine.npz is mine.npz
         found["space"] = "whole" if self.mode == "lr" else "sphere"
-        if self.epochs != self.usual_epochs and (self.average or not self.constant):
+        longer = self.epochs != self.usual_epochs and not self.loop
+        if longer and (self.average or not self.constant):
             found["epochs"] = self.epochs
         found["device"] = (self.device or find_device(None)).partition(":")[0]
         return found
@@ -168,7 +189,7 @@ class Config:
 
 class Experiment(NamedTuple):
     """What all runs of a command share. layer_groups: names of the tensors that are scale invariant
-    together, as own.layer_groups finds them; contents: what runs.contents made of the files."""
+    together, as own.layer_groups finds them; contents: what contents.contents made of the files."""
 
     config: Config
     data: Data
@@ -203,16 +224,15 @@ def parse(argv=None):
 
 def check(config):
     """Raises Refused where options do not go together, or not with this machine."""
-    said = [name for name in ("elr", "sweep", "angle", "lr") if name in config.given]
+    said = [name for name in ("elr", "sweep", "angle", "lr", "loop") if name in config.given]
     if len(said) != 1:
-        ways = "--elr ELR, --sweep, --angle PHI, --lr LR"
+        ways = "--elr ELR, --sweep, --angle PHI, --lr LR, --loop"
         raise Refused("", f"one of {ways} must say which runs, and only one")
-    if config.sweep:
-        low, high, n = (*config.sweep, 0, 0)[:3]
-        if len(config.sweep) != 3 or low >= high or n not in range(2, 10_001):
-            what = "LO HI N with LO < HI and 2 ≤ N ≤ 10000, as in --sweep 1e-4 1 13"
-            raise Refused("sweep", f"it takes {what}")
-        config.sweep[2] = int(n)
+    for name in ("sweep", "loop"):
+        values = getattr(config, name)
+        if values and (len(values) != 3 or values[0] >= values[1] or values[2] not in GRIDS):
+            what = f"LO HI N with LO < HI and 2 ≤ N ≤ 10000, as in --{name} 1e-4 1 13"
+            raise Refused(name, f"it takes {what}")
     try:
         config.device = find_device(config.device)
     except ValueError as error:
@@ -232,6 +252,8 @@ def check(config):
         ("max_epochs", most >= config.epochs, f"it is less than --epochs {config.epochs}"),
         ("average", average <= config.epochs, f"there are {config.epochs} epochs"),
         ("warmup", config.warmup < config.epochs, f"there are {config.epochs} epochs"),
+        ("schedule", not config.loop, "--loop has its own"),
+        ("warmup", not config.loop, "--loop has its own"),
         ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),
         ("then", fixed or turn, "it takes a constant ELR"),
         ("then", not turn or (config.then or 0) < math.pi / 2, "it is no angle below π/2"),

@@ -150,6 +150,21 @@ def explained(what):
         raise ValueError(f"{what} ({why})") from error
 
 
+@contextmanager
+def running(model):
+    """`explained` for a whole run of somebody's network; of ours one wants to see the traceback."""
+    if ":" not in model:
+        yield
+        return
+    try:
+        with explained(f"{model} cannot be trained"):
+            yield
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError | MemoryError):  # a full disk
+            raise error.__cause__ from None
+        raise
+
+
 def rehearse(make, data, options):
     """A network, made by `make`. Raises ValueError where it cannot be run as it will be."""
     net, model, device = make(), options.model, data.x.device

@@ -5,7 +5,6 @@ when its process dies, keeps a second process out of a run.
 """
 
 import argparse
-import ast
 import errno
 import fcntl
 import hashlib
@@ -30,13 +29,11 @@ import torch
 from tqdm import tqdm
 
 import regimes
+from lab.contents import changed
 
 # The files of runs, and those of their folder.
-LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle") for end in ("csv", "pt", "lock")]
+LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
 OURS = [*LOGS, "config.json", "regimes.csv", "regimes.png"]
-ROOT = Path(__file__).resolve().parents[1]
-# The scripts that make a run's numbers.
-SCRIPTS = "train.py sphere_step.py models.py lab/data.py lab/measure.py".split()
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,6 +59,11 @@ def jobs_of(config, values, seeds):
     for seed in seeds:
         for value in values:
             stem = f"{config.mode}={regimes.elr_name(value)}"
+            if config.loop:
+                low, high, n = config.loop
+                stem = f"loop={low:g}-{high:g}x{n:g}"
+                if config.passes > 1:
+                    stem += f"x{config.passes}"
             if seed:
                 stem += f".seed={seed}"
             name = stem.replace("=", " ").replace(".seed", " seed")
@@ -84,66 +86,6 @@ def last_row(path):
     """The last row of a log, column → number."""
     log = regimes.read_log(path)[0]
     return {name: values[-1] for name, values in log.items()}
-
-
-def contents(model, data):
-    """What a run is made by, file → hash: our scripts, the file of somebody's network with what it
-    imports from its own folder, the arrays of the data. Of a script its syntax tree counts, not
-    comments, docstrings and layout."""
-    found = {name: _hash(_code(ROOT / name).encode()) for name in SCRIPTS}
-    if ":" in model:
-        left, seen = [Path(model.rpartition(":")[0]).resolve()], {ROOT / name for name in SCRIPTS}
-        folder = left[0].parent
-        while (folder / "__init__.py").exists():  # the file is in a package
-            folder = folder.parent
-        while left:
-            path = left.pop()
-            if path in seen:
-                continue
-            seen.add(path)
-            name = path.relative_to(folder).as_posix()
-            if name in found:  # theirs has the name of ours
-                name = f"{folder.name}/{name}"
-            found[name] = _hash(_code(path).encode())
-            left += _imported(path, folder)
-    arrays = [x.cpu().numpy().tobytes() for x in (data.x, data.y, data.test_x, data.test_y)]
-    return found | {"the data": _hash(*arrays)}
-
-
-def _hash(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _code(path):
-    """A script without comments, docstrings and layout."""
-    tree = ast.parse(path.read_bytes())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            if isinstance(body[0].value, ast.Constant):
-                body[0].value.value = ""
-    return ast.unparse(tree)
-
-
-def _imported(path, folder):
-    """The files in `folder` that a script imports, and the __init__.py of their packages."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Import):
-            names += [(0, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [(node.level, f"{node.module or ''}.{alias.name}") for alias in node.names]
-    found = []
-    for level, name in names:
-        for stem in [path.parents[level - 1]] if level else [folder, path.parent]:
-            for part in name.strip(".").split("."):
-                found.append(stem / "__init__.py")
-                stem = stem / part
-                found += [stem.with_suffix(".py"), stem / "__init__.py"]
-    return [file for file in found if file.is_file() and file.is_relative_to(folder)]
 
 
 def open_folder(out, options, contents, force=False):
@@ -213,16 +155,6 @@ def _clear(out, to=None):
                 old.rename(to / old.name)
             else:
                 old.unlink()
-
-
-def changed(there, here):
-    """Which contents differ, as the beginning of a sentence; "" if none do."""
-    names = [name for name in here if there.get(name) != here[name]]
-    if not there:
-        return "Version 0.4 has changed"
-    if not names:
-        return ""
-    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
 
 
 def _difference(there, here):
@@ -379,7 +311,7 @@ def number(kind, low=0, high=math.inf):
 
 def grid(low, high, n):
     """n ELRs from low to high, log-spaced, to 3 digits: short names."""
-    return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, n)]
+    return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, int(n))]
 
 
 def bisect(out, values):
