@@ -140,7 +140,7 @@ class Config:
     @property
     def values(self):
         """ELRs, angles or learning rates, as 9 digits say them, for so do logs."""
-        values = self.elr or self.angle or self.lr or self.loop[1:2] or grid(*self.sweep)
+        values = self.elr or self.angle or self.lr or (self.loop or [])[1:2] or grid(*self.sweep)
         return list(dict.fromkeys(float(f"{value:.9g}") for value in values))
 
     def factor(self, epoch, epochs):

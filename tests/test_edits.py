@@ -19,10 +19,10 @@ from helpers import (
     start_copy,
 )
 
-from lab import landscape, runs
+from lab import contents, landscape, runs
 from lab.data import load
 
-SCRIPTS = "train.py sphere_step.py models.py lab/data.py lab/measure.py lab/options.py".split()
+SCRIPTS = contents.SCRIPTS
 LOSS = "loss = F.cross_entropy(logits, y)"
 SMOOTH = "loss = F.cross_entropy(logits, y, label_smoothing=0.1)"
 
@@ -85,21 +85,21 @@ def moved(project, command, output, number, name):
 
 def test_contents_change_where_code_does_and_only_there(project, monkeypatch):
     """Scripts of ours, a file of theirs, what it imports from its folder, in each way."""
-    monkeypatch.setattr(runs, "ROOT", project)
+    monkeypatch.setattr(contents, "ROOT", project)
     make_own(project / "own", shift=1)
     model, data = f"{project / 'own'}/mine.py:net", load(str(project / "own" / "mine.npz"))
-    before = runs.contents(model, data)
+    before = contents.contents(model, data)
     edited = [*SCRIPTS, *(f"own/{name}" for name in OWN)]
     for name in edited:
         path = project / name
         text = path.read_text().replace('"""\n\n', '\nMore."""\n\n\n', 1)
         text = re.sub(r"^(\w+) = ", r"\1   =   ", text, flags=re.M)
         path.write_text(text + "\n\n# a comment\n")
-    assert runs.contents(model, data) == before
+    assert contents.contents(model, data) == before
     for name in edited:
         with open(project / name, "a") as file:
             file.write("\nADDED = 1\n")
-        after = runs.contents(model, data)
+        after = contents.contents(model, data)
         shown = name if name == "own/models.py" else name.removeprefix("own/")
         assert [key for key in before | after if before.get(key) != after.get(key)] == [shown]
         before = after

@@ -132,7 +132,7 @@ def test_a_finished_run_is_not_done_again_and_force_starts_afresh(tmp_path, caps
 
 # Command, and what its one line says.
 BAD = [
-    ("", "one of --elr ELR, --sweep, --angle PHI, --lr LR must say which runs, and only one"),
+    ("", "one of --elr ELR, --sweep, --angle PHI, --lr LR, --loop must say which runs"),
     ("--elr 0.1 --sweep", "which runs, and only one"),
     ("--elr 0.1 --angle 0.1", "which runs, and only one"),
     ("--elr 0.1 --lr 0.1", "which runs, and only one"),
