@@ -87,7 +87,8 @@ def parse(argv):
     given = {name: x for name, x in vars(options).items() if x != cli.get_default(name)}
     options.given = given
     modular = options.data == "modular"
-    options.model = options.model or ("transformer" if modular else "convnet")
+    tokens = modular or options.data.endswith(".txt")
+    options.model = options.model or ("transformer" if tokens else "convnet")
     options.epochs = options.epochs or (400 if modular else 20)
     try:
         choose_values(options, given)
@@ -184,12 +185,9 @@ def read_data(options):
         data = load(options.data, options.modulus, options.device)
     except ValueError as error:
         raise Refused("data", str(error)) from None
-    if data.labels:
-        said = f"{len(data.labels)} labels, {data.labels[0]} to {data.labels[-1]}"
-        print(f"{said}, are the classes 0 to {data.classes - 1}: see config.json")
-    if data.tokens and options.data != "modular":
-        print("whole numbers [N, T] are read as tokens: if they are numbers, save x.astype(float)")
-    if options.augment and data.x.dtype != torch.uint8:
+    for note in data.notes:
+        print(note)
+    if options.augment and data.x.dim() != 4:
         raise Refused("augment", "this is for images: leave it out")
     n, noise = len(data.x), options.label_noise
     if noise and not round(noise * n):
