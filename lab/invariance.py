@@ -40,10 +40,10 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
         with _CopyComputed():
             made = build() if build else deepcopy(net)
         if not set(made.parameters()).isdisjoint(net.parameters()):
-            raise ValueError("build must make a new network each time")
+            raise ValueError("build returns the same network each time: it must make a new one")
         found = _find(made.to(dtype), batch.detach(), rows)
         if any(p.grad is not None for p in net.parameters()):
-            raise ValueError("a copy computes with the weights of the original: give build=")
+            raise ValueError("a copy computes with the weights of the original (give build=)")
         return found
 
     with _undisturbed(net):
@@ -136,7 +136,7 @@ def _find(net, batch, rows):
                 size += p.detach().norm().item() * p.grad.norm().item()
         matrix.append(radial / size)
     if not used:
-        raise ValueError("no weight has a gradient: where a copy computes with others, give build=")
+        raise ValueError("no weight has a gradient (where a copy uses the original's, give build=)")
     _, singular, right = torch.linalg.svd(torch.stack(matrix))
     null = right[singular < noise * len(matrix) ** 0.5].numpy()
 

@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
-from models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("train", "sphere_step", "models", "regimes", "lab")
@@ -28,25 +27,13 @@ LIBRARIES += (str(ROOT / "lab"), str(ROOT / "models.py"), str(ROOT / "train.py")
 def build(options, data):
     """The network that `options` name for these data: their `model` is one of MODELS, with `width`,
     `affine` and `train_head`, or FILE.py:FUNCTION. Raises ValueError where that cannot be."""
-    model, example = options.model, data.x[0]
-    if ":" in model:
-        return load(model, data)
-    if model not in MODELS:
-        raise ValueError(f"no network {model!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
-    takes = inspect.signature(MODELS[model]).parameters
-    if "tokens" in takes and data.tokens is None:
-        raise ValueError(f"the {model} takes tokens, as --data modular has, not these")
-    images = example.dim() == 3 and min(example.shape[1:]) >= 8
-    if model in ("convnet", "resnet18") and not images:
-        raise ValueError(f"{model} takes images of at least 8 × 8, not {list(example.shape)}")
-    for name in ("affine", "train_head"):
-        if getattr(options, name) and name not in takes:
-            raise ValueError(f"the {model} has no --{name.replace('_', '-')}: leave it out")
-    known = dict(channels=len(example), classes=data.classes, tokens=data.tokens)
-    known |= dict(length=len(example), affine=options.affine, train_head=options.train_head)
-    if options.width:
-        known["width"] = options.width
-    return MODELS[model](**{name: known[name] for name in takes if name in known})
+    if ":" in options.model:
+        return load(options.model, data)
+    if options.model not in models.MODELS:
+        known = f"{', '.join(models.MODELS)} or FILE.py:FUNCTION"
+        raise ValueError(f"no network {options.model!r}: choose {known}")
+    ours = dict(width=options.width, affine=options.affine, train_head=options.train_head)
+    return models.build(options.model, data, **ours)
 
 
 def load(model, data):
@@ -72,7 +59,8 @@ def load(model, data):
             net = function if isinstance(function, nn.Module) else _call(function, known)
         with explained(f"{model} cannot be run on the data"), torch.no_grad():
             net.to(x.device).eval()(x)  # what is lazy is made now
-            net.register_forward_hook(logits)
+            if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
+                net.register_forward_hook(logits)
     return net.train()
 
 
@@ -97,10 +85,10 @@ def _call(function, known):
 def beside(path):
     """While somebody's file runs, `import x` finds the x in its folder, as if they had run it.
 
-    Their project may well have a models.py, too: when mine.py says `from models import Block`, that
-    is the one next to it, not ours. `from sphere_step import SphereSGD` gets ours if there is none
-    next to it. Afterwards ours are back, and theirs are forgotten: the next network imports them
-    anew. Yields the name of the package in which `from .blocks import Block` is looked up.
+    When mine.py says `from models import Block`, that is the models.py next to it, not ours. `from
+    sphere_step import SphereSGD` gets ours if there is none next to it. Afterwards ours are back,
+    and theirs forgotten, so that the next network imports them anew. Yields the package in which
+    `from .blocks import Block` is looked up.
     """
     root = path.parent
     while (root / "__init__.py").exists():
@@ -150,11 +138,10 @@ def explained(what):
         raise ValueError(f"{what} ({why})") from error
 
 
-def rehearse(make, data, options):
-    """A network, made by `make`. Raises ValueError where it cannot be run as it will be."""
-    net, model, device = make(), options.model, data.x.device
+def rehearse(net, data, options):
+    """Raises ValueError where the network cannot be run as it will be."""
+    model, device, size = options.model, data.x.device, options.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bf16")
-    size = options.batch_size
     x, y = data.inputs(torch.arange(size, device=device)), data.y[:size]
     with explained(f"{model} cannot be trained on a batch of {size}"):
         with autocast:
@@ -168,20 +155,10 @@ def rehearse(make, data, options):
         for p in net.parameters():
             if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
                 raise ValueError("a parameter is complex, or its gradient sparse")
-    if ":" not in model:
-        return net
-    last, other = data.test_x.split(512)[-1], make()  # the last batch of measure.on_test_set
+    last = data.test_x.split(512)[-1]  # the last batch of measure.on_test_set
     with explained(f"{model} cannot be tested on a batch of {len(last)}"):
         with autocast, torch.no_grad():
             net.eval()(data.normalized(last))
-    if any(p is q for p, q in zip(net.parameters(), other.parameters(), strict=False)):
-        raise ValueError(f"{model} is the same network each time, and each run trains its own")
-    if options.average:
-        with explained(f"{model} cannot be copied, for --average"):
-            deepcopy(other)(x).sum().backward()
-            if any(p.grad is not None for p in other.parameters()):
-                raise ValueError("a copy computes with the weights of the original")
-    return net
 
 
 def layer_groups(options, data):
@@ -191,38 +168,51 @@ def layer_groups(options, data):
     On sphere "row" are only tensors whose rows are scale invariant. Raises ValueError where there
     are none, or the network cannot be run as it will be.
     """
-    model, device, rows = options.model, data.x.device, options.sphere == "row"
+    model, rows = options.model, options.sphere == "row"
 
     def make():
         torch.manual_seed(options.seed)
-        return build(options, data).to(device)
+        return build(options, data).to(data.x.device)
 
-    net = rehearse(make, data, options)
-    x = data.inputs(torch.arange(min(32, len(data.x)), device=device))
+    net = make()
+    rehearse(net, data, options)
+    x = data.inputs(torch.arange(min(32, len(data.x)), device=data.x.device))
     if ":" not in model:
         return net, x, net.layer_groups
     with explained(f"{model} cannot be measured"):
-        found = scale_invariant_groups(net, x, build=make, rows=rows)
-    tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    norms, usable = {name: p.norm().item() for name, p in tensors.items()}, []
+        found = scale_invariant_groups(net, x, make, rows)
+    if options.average:
+        with explained(f"{model} cannot be copied, for --average"):
+            scale_invariant_groups(net, x, rows=rows)
+    weights = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    usable = []
     for group in found:
-        least = max(norms[name] for name in group)
+        norms = [weights[name].norm() for name in group]
         if rows:
-            least = min(tensors[name].flatten(1).norm(dim=1).min() for name in group)
-        if least > 0:
+            norms = [min(weights[name].flatten(1).norm(dim=1)) for name in group]
+        if (min if rows else max)(norms) > 0:
             usable.append(group)
     if not usable:
-        why = f"no scale-invariant weights: is there a normalization layer, of eps ≤ {MAX_EPS}?"
-        if rows:
-            what = "is there a normalization of single channels, as BatchNorm?"
-            why = f"no scale-invariant rows: {what} Else take --sphere layer"
-        if found:
-            why = f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
-        raise ValueError(why)
+        raise ValueError(_why_none(net, found, rows))
     print(f"{'norm':>9}  sphere")
     for group in usable:
-        norm = math.hypot(*(norms[name] for name in group))
+        norm = math.hypot(*(weights.pop(name).norm().item() for name in group))
         print(f"{norm:9.3g}  {' + '.join(group)}")
-    rest = [name for name in norms if not any(name in group for group in usable)]
-    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
+    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(weights) or 'nothing'}")
     return net, x, usable
+
+
+def _why_none(net, found, rows):
+    if found:
+        return f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
+    if rows:
+        what = "is there a normalization of single channels, as BatchNorm?"
+        return f"no scale-invariant rows: {what} Else take --sphere layer"
+    names = {}
+    for name, p in net.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    why = f"is there a normalization layer, of eps ≤ {MAX_EPS}, behind weights that are trained?"
+    for tied in names.values():
+        if len(tied) > 1:
+            why = f"{' and '.join(tied)} are one tensor, with no normalization behind one of them"
+    return f"no scale-invariant weights: {why}"
