@@ -19,9 +19,10 @@ from lab.invariance import MAX_EPS, logits, scale_invariant_groups
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("train", "sphere_step", "models", "regimes", "lab")
+LAB = str(ROOT / "lab")
 # Of whose lines nobody is told.
-LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
-LIBRARIES += (str(ROOT / "lab"), str(ROOT / "models.py"), str(ROOT / "train.py"))
+LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<", LAB)
+LIBRARIES += (str(ROOT / "models.py"), str(ROOT / "train.py"))
 
 
 def build(options, data):
@@ -67,16 +68,14 @@ def load(model, data):
 def _call(function, known):
     """Call it with what it names of `known`, or with (channels, classes)."""
     signature = inspect.signature(function)
-    named = {name: known[name] for name in signature.parameters if name in known}
-    starred = any(
-        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
-    )
-    positional = starred and not named
+    parameters = signature.parameters.values()
+    named = {p.name: known[p.name] for p in parameters if p.name in known}
+    starred = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     try:
         signature.bind(**named)
     except TypeError:
-        positional = True
-    if positional:
+        starred, named = True, {}
+    if starred and not named:
         return function(known["channels"], known["classes"])
     return function(**named)
 
@@ -119,22 +118,20 @@ def beside(path):
 
 @contextmanager
 def explained(what):
-    """Whatever goes wrong in somebody's code, as a ValueError of one line, with the last line of
-    their own that it passed. Ctrl-C passes, and the exit that a signal handler of ours raises."""
+    """What goes wrong in somebody's code, as a ValueError of one line, with the last line of their
+    own that it passed. Ctrl-C passes, and an exit by a signal handler of ours."""
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError):
         raise
     except BaseException as error:  # sys.exit in their file, too
-        frames = traceback.extract_tb(error.__traceback__)[::-1]
-        ours = frames[0].filename.startswith(str(ROOT / "lab"))
-        if ours and not isinstance(error, Exception):
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames[-1].filename.startswith(LAB) and not isinstance(error, Exception):
             raise
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-        for frame in frames:
-            if not frame.filename.startswith(LIBRARIES):
-                why += f"; {frame.filename}, line {frame.lineno}"
-                break
+        theirs = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
+        if theirs:
+            why += f"; {theirs[-1].filename}, line {theirs[-1].lineno}"
         raise ValueError(f"{what} ({why})") from error
 
 
