@@ -158,6 +158,8 @@ def build(name, data, **options):
     """The network of this name for these data. It gets what it names of channels, classes, tokens,
     length, and the options width, affine and train_head, and has `layer_groups`. Raises ValueError
     where it cannot be."""
+    if name not in MODELS:
+        raise ValueError(f"no network {name!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
     takes, shape = inspect.signature(MODELS[name]).parameters, data.x.shape[1:]
     if "tokens" in takes and data.tokens is None:
         raise ValueError(f"the {name} takes tokens, as --data modular has, not these")

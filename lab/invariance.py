@@ -22,9 +22,9 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
     """The minimal sets of trainable parameters that are jointly scale invariant, by name.
 
     A set S is so if multiplying all its tensors by one c > 0 changes no logit in training mode:
-    then Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for every batch and direction of the logits. At random ones these
+    then Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for each batch and direction of the logits. At random ones these
     radial derivatives, in float64 and without eps, make a matrix with a column per tensor. In its
-    null space is the indicator vector of every such set. Sets are verified by multiplying them.
+    null space is the indicator vector of each such set, which is verified by multiplying.
 
     net     any network; it is left as it is, its buffers and the random state, too
     batch   a tensor of at least two inputs
@@ -39,7 +39,7 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
     def measured(dtype):
         with _CopyComputed():
             made = build() if build else deepcopy(net)
-        if not set(made.parameters()).isdisjoint(net.parameters()):
+        if set(made.parameters()) & set(net.parameters()):
             raise ValueError("build returns the same network each time: it must make a new one")
         found = _find(made.to(dtype), batch.detach(), rows)
         if any(p.grad is not None for p in net.parameters()):
@@ -57,7 +57,7 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
 
 @contextmanager
 def _undisturbed(net):
-    """Random numbers and gradients are afterwards as before. Without cuDNN, which needs its eps."""
+    """Without cuDNN, which needs its eps. Random numbers and gradients go on as before."""
     pythons, numpys, cudnn = random.getstate(), np.random.get_state(), torch.backends.cudnn.enabled
     gradients = [(p, p.grad) for p in net.parameters()]
     devices = [p.device for p, _ in gradients if p.is_cuda][:1]
@@ -75,8 +75,8 @@ def _undisturbed(net):
 
 
 class _CopyComputed(TorchFunctionMode):
-    """deepcopy refuses a tensor that was computed: an activation that a layer keeps, the weight of
-    the old weight_norm. Here it copies the value."""
+    """Lets deepcopy copy the value of what was computed: an activation that a layer keeps, the
+    weight of the old weight_norm."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -85,9 +85,9 @@ class _CopyComputed(TorchFunctionMode):
 
 
 def logits(net, inputs, output):
-    """Of an output of several parts that which is called logits, or the first. A forward hook."""
-    if isinstance(output, dict):
-        output = output.get("logits", output)
+    """A forward hook: of several parts of an output that which is called logits, or the first."""
+    if isinstance(output, dict) and "logits" in output:
+        output = output["logits"]
     output = getattr(output, "logits", output)
     if isinstance(output, tuple | list) and output:
         output = output[0]
@@ -136,7 +136,7 @@ def _find(net, batch, rows):
                 size += p.detach().norm().item() * p.grad.norm().item()
         matrix.append(radial / size)
     if not used:
-        raise ValueError("no weight has a gradient (where a copy uses the original's, give build=)")
+        raise ValueError("no weight has a gradient (if copies use the original's, give build=)")
     _, singular, right = torch.linalg.svd(torch.stack(matrix))
     null = right[singular < noise * len(matrix) ** 0.5].numpy()
 

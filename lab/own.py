@@ -26,20 +26,17 @@ LIBRARIES += (str(ROOT / "models.py"), str(ROOT / "train.py"))
 
 
 def build(options, data):
-    """The network that `options` name for these data: their `model` is one of MODELS, with `width`,
-    `affine` and `train_head`, or FILE.py:FUNCTION. Raises ValueError where that cannot be."""
+    """The network that `options` name for these data, by model, width, affine and train_head.
+    Raises ValueError where that cannot be."""
     if ":" in options.model:
         return load(options.model, data)
-    if options.model not in models.MODELS:
-        known = f"{', '.join(models.MODELS)} or FILE.py:FUNCTION"
-        raise ValueError(f"no network {options.model!r}: choose {known}")
     ours = dict(width=options.width, affine=options.affine, train_head=options.train_head)
     return models.build(options.model, data, **ours)
 
 
 def load(model, data):
     """The network FILE.py:FUNCTION, on the device of the data, whose output are its logits. The
-    file runs anew each time. Raises ValueError where that cannot be."""
+    file runs anew each time. Raises ValueError."""
     file, _, name = model.rpartition(":")
     x, path = data.normalized(data.x[:2]), Path(file).resolve()
     devices = [x.device] if x.is_cuda else []
@@ -159,12 +156,9 @@ def rehearse(net, data, options):
 
 
 def layer_groups(options, data):
-    """The network, a batch, and the names of the parameters on each sphere: what our networks say
-    of themselves; what is found in others, and then printed.
-
-    On sphere "row" are only tensors whose rows are scale invariant. Raises ValueError where there
-    are none, or the network cannot be run as it will be.
-    """
+    """The network, a batch, and the names of the parameters in each layer group: what our networks
+    say; what is found in others, and printed. For sphere "row" only tensors whose rows are scale
+    invariant. Raises ValueError where there are none, or the network cannot be trained."""
     model, rows = options.model, options.sphere == "row"
 
     def make():
@@ -182,13 +176,13 @@ def layer_groups(options, data):
         with explained(f"{model} cannot be copied, for --average"):
             scale_invariant_groups(net, x, rows=rows)
     weights = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    usable = []
-    for group in found:
-        norms = [weights[name].norm() for name in group]
+
+    def has_direction(group):
         if rows:
-            norms = [min(weights[name].flatten(1).norm(dim=1)) for name in group]
-        if (min if rows else max)(norms) > 0:
-            usable.append(group)
+            return all(weights[name].flatten(1).any(dim=1).all() for name in group)
+        return any(weights[name].any() for name in group)
+
+    usable = [group for group in found if has_direction(group)]
     if not usable:
         raise ValueError(_why_none(net, found, rows))
     print(f"{'norm':>9}  sphere")
@@ -205,11 +199,10 @@ def _why_none(net, found, rows):
     if rows:
         what = "is there a normalization of single channels, as BatchNorm?"
         return f"no scale-invariant rows: {what} Else take --sphere layer"
-    names = {}
-    for name, p in net.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
     why = f"is there a normalization layer, of eps ≤ {MAX_EPS}, behind weights that are trained?"
-    for tied in names.values():
-        if len(tied) > 1:
-            why = f"{' and '.join(tied)} are one tensor, with no normalization behind one of them"
+    once = {name for name, _ in net.named_parameters()}
+    for name, p in net.named_parameters(remove_duplicate=False):
+        if name not in once:  # as a head that is tied to the embedding
+            other = next(first for first, q in net.named_parameters() if q is p)
+            why = f"{other} is {name}, too, and is there a normalization behind both?"
     return f"no scale-invariant weights: {why}"

@@ -533,7 +533,7 @@ class net(nn.Module):
 """
     found = ask(code, x="tokens")
     if tied:
-        assert "no scale-invariant weights: wte.weight and head.weight are one tensor" in found
+        assert "no scale-invariant weights: wte.weight is head.weight, too" in found
     else:
         assert found == {"wte.weight"}
 
