@@ -156,8 +156,7 @@ MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
 
 def build(name, data, **options):
     """The network of this name for these data. It gets what it names of channels, classes, tokens,
-    length, and the options width, affine and train_head, and has `layer_groups`. Raises ValueError
-    where it cannot be."""
+    length, width, affine and train_head. Raises ValueError where it cannot be."""
     if name not in MODELS:
         raise ValueError(f"no network {name!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
     takes, shape = inspect.signature(MODELS[name]).parameters, data.x.shape[1:]

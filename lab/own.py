@@ -168,7 +168,7 @@ def layer_groups(options, data):
     net = make()
     rehearse(net, data, options)
     x = data.inputs(torch.arange(min(32, len(data.x)), device=data.x.device))
-    if ":" not in model:
+    if ":" not in model and hasattr(net, "layer_groups"):
         return net, x, net.layer_groups
     with explained(f"{model} cannot be measured"):
         found = scale_invariant_groups(net, x, make, rows)

@@ -11,6 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torchvision import datasets
 
 import train
 from lab.data import DIGITS, add_label_noise, batches, crop_and_flip, load
@@ -57,17 +58,6 @@ def images(n, size=32):
     return np.random.default_rng().integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
-def cifar_archive(path, folder, files, meta):
-    """The python version's tar.gz: pickles of rows of 3072 bytes, red then green then blue."""
-    md5 = {}
-    with tarfile.open(path, "w:gz") as archive:
-        for name, (x, labels, key) in files.items():
-            content = {"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), key: labels}
-            md5[name] = add(archive, f"{folder}/{name}", pickle.dumps(content))
-        md5[meta[0]] = add(archive, f"{folder}/{meta[0]}", pickle.dumps(meta[1]))
-    return md5, hashlib.md5(path.read_bytes()).hexdigest()
-
-
 def add(archive, name, content):
     info = tarfile.TarInfo(name)
     info.size = len(content)
@@ -75,60 +65,46 @@ def add(archive, name, content):
     return hashlib.md5(content).hexdigest()
 
 
-def test_cifar10_placed_by_hand_is_read_by_torchvision(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
+CIFAR = {
+    "cifar10": ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "labels", "batches.meta", "label_names"),
+    "cifar100": (["train"], "test", "fine_labels", "meta", "fine_label_names"),
+}  # fmt: skip
 
-    x, labels = images(12), list(range(10)) + [3, 4]
-    names = [f"data_batch_{i + 1}" for i in range(5)] + ["test_batch"]
-    parts = [slice(2 * i, 2 * i + 2) for i in range(6)]
-    files = {name: (x[at], labels[at], "labels") for name, at in zip(names, parts, strict=True)}
-    meta = ("batches.meta", {"label_names": list("abcdefghij")})
-    md5, of_archive = cifar_archive(tmp_path / CIFAR10.filename, CIFAR10.base_folder, files, meta)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", of_archive)
-    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in names[:5]])
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
-    monkeypatch.setattr(
-        CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": md5[meta[0]]}
-    )
-    found = load("cifar10", root=tmp_path)
-    assert (
-        np.array_equal(found.x.numpy(), x[:10].transpose(0, 3, 1, 2))
-        and found.y.tolist() == labels[:10]
-    )
-    assert np.array_equal(
-        found.test_x.numpy(), x[10:].transpose(0, 3, 1, 2)
-    ) and found.test_y.tolist() == [3, 4]
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_placed_by_hand_is_read_by_torchvision(tmp_path, monkeypatch, name):
+    """The python version's tar.gz: pickles of rows of 3072 bytes, red then green then blue."""
+    kind, (train_parts, test_part, key, meta, names) = getattr(datasets, name.upper()), CIFAR[name]
+    x, labels, md5 = images(12), [0, 9, 5, 7, 1, 2, 3, 4, 6, 8, 3, 4], {}
+    if name == "cifar100":
+        labels[1] = 99
+    classes = [str(i) for i in range(int(name[5:]))]
+    parts = dict(zip(train_parts, np.split(np.arange(10), len(train_parts)), strict=True))
+    parts[test_part] = np.array([10, 11])
+    with tarfile.open(tmp_path / kind.filename, "w:gz") as archive:
+        for part, at in parts.items():
+            rows = x[at].transpose(0, 3, 1, 2).reshape(len(at), -1)
+            content = pickle.dumps({"data": rows, key: [labels[i] for i in at]})
+            md5[part] = add(archive, f"{kind.base_folder}/{part}", content)
+        md5[meta] = add(archive, f"{kind.base_folder}/{meta}", pickle.dumps({names: classes}))
+    of_archive = hashlib.md5((tmp_path / kind.filename).read_bytes()).hexdigest()
+    monkeypatch.setattr(kind, "tgz_md5", of_archive)
+    monkeypatch.setattr(kind, "train_list", [[part, md5[part]] for part in train_parts])
+    monkeypatch.setattr(kind, "test_list", [[test_part, md5[test_part]]])
+    monkeypatch.setattr(kind, "meta", {"filename": meta, "key": names, "md5": md5[meta]})
+    found = load(name, root=tmp_path)
+    assert np.array_equal(found.x, x[:10].transpose(0, 3, 1, 2)) and found.y.tolist() == labels[:10]
+    assert np.array_equal(found.test_x, x[10:].transpose(0, 3, 1, 2))
+    assert found.test_y.tolist() == [3, 4] and found.classes == (100 if name == "cifar100" else 10)
     normal = found.normalized(found.x).double()
-    assert (
-        normal.mean((0, 2, 3)).abs().max() < 1e-5 and (normal.std((0, 2, 3)) - 1).abs().max() < 1e-5
-    )
-    (tmp_path / CIFAR10.filename).unlink()  # the extracted files are enough
-    assert torch.equal(load("cifar10", root=tmp_path).x, found.x)
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/x")
-    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="cifar10 cannot be downloaded"):
-        load("cifar10", root=tmp_path)
-
-
-def test_cifar100_has_fine_labels(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR100
-
-    x = images(6)
-    files = {"train": (x[:4], [0, 99, 5, 7], "fine_labels"), "test": (x[4:], [1, 2], "fine_labels")}
-    meta = ("meta", {"fine_label_names": [str(i) for i in range(100)]})
-    md5, of_archive = cifar_archive(tmp_path / CIFAR100.filename, CIFAR100.base_folder, files, meta)
-    monkeypatch.setattr(CIFAR100, "tgz_md5", of_archive)
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(
-        CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]}
-    )
-    found = load("cifar100", root=tmp_path)
-    assert (
-        found.classes == 100
-        and found.y.tolist() == [0, 99, 5, 7]
-        and np.array_equal(found.test_x.numpy()[0, 2], x[4, :, :, 2])
-    )
+    assert normal.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (normal.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    (tmp_path / kind.filename).unlink()  # the extracted files are enough
+    assert torch.equal(load(name, root=tmp_path).x, found.x)
+    monkeypatch.setattr(kind, "url", "http://127.0.0.1:9/x")
+    (tmp_path / kind.base_folder / train_parts[-1]).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"{name} cannot be downloaded"):
+        load(name, root=tmp_path)
 
 
 def test_svhn_calls_the_ten_a_zero(tmp_path, monkeypatch):
@@ -154,8 +130,6 @@ def test_svhn_calls_the_ten_a_zero(tmp_path, monkeypatch):
 def test_where_a_download_is_impossible_one_line_says_how_to_place_the_files(
     tmp_path, monkeypatch, name
 ):
-    from torchvision import datasets
-
     kind, away = getattr(datasets, name.upper()), "http://127.0.0.1:9/x"
     if name == "svhn":
         files = {part: [away, *rest] for part, (_, *rest) in kind.split_list.items()}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 import train
 from lab import landscape, own, runs
 from lab.data import load
@@ -312,6 +313,25 @@ def test_ctrl_c_and_the_exit_of_a_worker_that_is_told_to_stop_pass(command, code
             parse(command("--elr 1", where + code))
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_network_added_by_name_is_called_with_what_it_names_and_measured(
+    tmp_path, data, monkeypatch, capsys
+):
+    def mlp(channels, classes, width=8):
+        layers = nn.Linear(channels, width), nn.LayerNorm(width), nn.ReLU()
+        return nn.Sequential(*layers, nn.Linear(width, classes))
+
+    monkeypatch.setitem(models.MODELS, "mlp", mlp)
+    command = f"--elr 1 --model mlp --data {data}/numbers.npz --out {tmp_path}/out"
+    for width in (8, 5):
+        more = "" if width == 8 else " --width 5"
+        options, numbers = parse((command + more).split())
+        assert options.layer_groups == [["0.weight", "0.bias"]]
+        assert own.build(options, numbers)[0].out_features == width
+    with pytest.raises(SystemExit):
+        parse(f"{command} --affine".split())
+    assert "the mlp has no --affine: leave it out\n" in capsys.readouterr().err
 
 
 def test_nothing_is_left_behind_in_the_folder_of_the_command(tmp_path, data, monkeypatch, capsys):
