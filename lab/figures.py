@@ -30,11 +30,14 @@ TRAIN = dict(fmt="s--", color="#009E73", label="train")
 THEN = dict(fmt="D:", color="#56B4E9")  # second runs, from the end of others
 LEGS = {"down": "#0072B2", "up": "#D55E00"}
 GREY = "#777777"
+TONES = ["black", "#D55E00", "#0072B2", "#009E73"]
 NAMES = {  # of columns
     "train_loss": "train loss (nats)",
     "train_error": "train error",
     "test_error": "test error",
+    "grad_norm": "effective gradient norm γ",
     "angle": "angle φ (radians)",
+    "elr": "ELR",
 }
 # What runs are begun with, by the names of their logs.
 VALUES = {"elr": "first ELR", "angle": "angle φ (radians)", "lr": "learning rate"}
@@ -63,8 +66,7 @@ def save(fig, path, name=""):
 
     titled = [ax for ax in fig.axes if ax.get_title("left")]
     for letter, ax in zip("abcdefghijklmnop", titled, strict=False):
-        if len(titled) > 1:
-            ax.set_title(f"({letter}) {ax.get_title('left')}")
+        ax.set_title(f"({letter}) {ax.get_title('left')}")
     found = {}
     for ax in fig.axes:
         tick(ax.xaxis, *sorted(ax.get_xlim()))
@@ -85,14 +87,11 @@ def save(fig, path, name=""):
 
 
 def tick(axis, low, high):
-    """At least three ticks on a logarithmic axis, where powers of ten may be too few."""
+    """Enough ticks on a logarithmic axis, where powers of ten are too few."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    for locator in (LogLocator(subs=(1, 2, 5)), MaxNLocator(5)):
-        ticks = axis.get_major_locator().tick_values(low, high)
-        if axis.get_scale() != "log" or sum(low <= x <= high for x in ticks) >= 3:
-            return
-        axis.set_major_locator(locator)
+    if axis.get_scale() == "log" and high < 30 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(4))
         axis.set_major_formatter("{x:g}")
 
 
@@ -108,17 +107,15 @@ def readable(text):
     return text if len(text) <= 100 else f"…{text[-99:]}"
 
 
-def errors(ax):
-    """A vertical axis for errors, which shows small ones and 0."""
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.set_ylim(-0.0005, 1.1)
-    ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
-
-
-def log_scale(ax, axis="y"):
-    """Logarithmic where something above 0 has been drawn."""
-    if 0 < getattr(ax.dataLim, f"{axis}max") < math.inf:
-        ax.set(**{f"{axis}scale": "log"})
+def vertical(ax, column):
+    """The axis of a column: for errors one that shows small ones and 0; else logarithmic, where
+    something above 0 has been drawn."""
+    if column.endswith("error"):
+        ax.set_yscale("symlog", linthresh=0.01)
+        ax.set_ylim(-0.0005, 1.1)
+        ax.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    elif 0 < ax.dataLim.ymax < math.inf:
+        ax.set_yscale("log")
 
 
 def bands(axes, names):
@@ -127,17 +124,12 @@ def bands(axes, names):
     edges = [math.sqrt(a * b) for a, b in pairwise(elrs)]
     margin = edges[0] / elrs[0] if edges else 2.0
     edges = [elrs[0] / margin, *edges, elrs[-1] * margin]
-    shade(axes, edges, names.values())
-    return edges
-
-
-def shade(axes, edges, names):
-    """The regimes between these edges."""
     for ax in axes:
-        for (low, high), name in zip(pairwise(edges), names, strict=True):
+        for (low, high), name in zip(pairwise(edges), names.values(), strict=True):
             look = dict(color=COLOURS[name], alpha=SHADES[name], lw=0, zorder=0)
-            ax.axvspan(low, high, **look, label=title(name))
+            ax.axvspan(low, high, label=title(name), **look)
         ax.set(xscale="log", xlim=(edges[0], edges[-1]), xlabel="ELR")
+    return edges
 
 
 def ends(ax, groups, looks):
@@ -189,20 +181,22 @@ class Report:
 def of_sweep(runs, path, name=""):
     """Of several ELRs, angles or learning rates the ends of the runs against them; all epochs.
     Dotted: second runs (--then)."""
-    error = "test_error" if any("test_error" in run.log for run in runs) else "train_error"
+    there = {column for run in runs for column in run.log}
+    error = "test_error" if "test_error" in there else "train_error"
     kinds, rows = by_value(runs), []
     for kind, groups in kinds.items():
         if len(groups) > 1:
-            last = "angle" if kind == "ELR" else "elr"
-            rows.append((partial(_against, kind, groups), ["train_loss", error, last]))
-    rows.append((partial(_epochs, kinds), ["train_loss", error, "grad_norm"]))
+            columns = ["train_loss", error, "angle" if kind == "ELR" else "elr"]
+            rows.append((partial(_against, kind, groups), columns))
+    last = "elr" if any(run.verdict.moves for run in runs) else "grad_norm"
+    rows.append((partial(_epochs, kinds), ["train_loss", error, last]))
     layout = []
     for i, (_, columns) in enumerate(rows):
-        there = [column for column in columns if any(column in run.log for run in runs)]
-        layout.append([f"{i} {column}" for column in there for _ in range(6 // len(there))])
+        columns[:] = [column for column in columns if column in there]
+        layout.append([f"{i} {column}" for column in columns for _ in range(6 // len(columns))])
     fig, axes = subplots(layout, 0.6 + 2.5 * len(rows))
     for i, (draw, columns) in enumerate(rows):
-        draw({column: axes[f"{i} {column}"] for column in columns if f"{i} {column}" in axes})
+        draw({column: axes[f"{i} {column}"] for column in columns})
     save(fig, path, name)
 
 
@@ -237,18 +231,12 @@ def _against(kind, groups, axes):
                 row[name] = log["test_error"][-1]
                 then[name] = THEN | {"label": f"test, {name}"}
     for column, ax in axes.items():
-        ax.set(xscale="log", xlabel=kind, title=f"final {NAMES[column]}")
+        looks = {column: TRAIN if column == "train_loss" else TEST}
         if column.endswith("error"):
-            ends(ax, rows, {column: TEST, "train_error": TRAIN} | then)
-            errors(ax)
-            ax.set_title("final error, mean ± s.e.")
-        elif column == "elr":
-            elrs = [np.concatenate([run.log["elr"] for run in x]) for x in groups.values()]
-            ax.vlines(list(groups), [*map(min, elrs)], [*map(max, elrs)], lw=4, color=GREY)
-            ax.set(title="ELR, least to greatest", yscale="log")
-        else:
-            ends(ax, rows, {column: TRAIN if column == "train_loss" else TEST})
-            log_scale(ax)
+            looks |= {"train_error": TRAIN} | then
+        ends(ax, rows, looks)
+        vertical(ax, column)
+        ax.set(xscale="log", xlabel=kind, title=f"final {NAMES[column]}")
     if kind != "ELR":
         return
     bands(axes.values(), {elr: majority(group)[0] for elr, group in groups.items()})
@@ -264,59 +252,39 @@ def _epochs(kinds, axes):
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
-    values = [value for groups in kinds.values() for value in groups if value > 0]
-    norm = LogNorm(min(values, default=1.0), max([1e-30, *values]) * (1 + 1e-6))
-    colour, marks = plt.cm.ScalarMappable(norm, plt.get_cmap("viridis")), []
+    values = [value for groups in kinds.values() for value in groups if value]
+    norm = LogNorm(min(values, default=1), max(values, default=1) * 1.001)
+    colour = plt.cm.ScalarMappable(norm, plt.get_cmap("viridis"))
     for i, (kind, groups) in enumerate(kinds.items()):
-        style = ("-", "--", "-.", (0, (6, 2)))[i % 4]
         for value, group in groups.items():
-            look = dict(color=colour.to_rgba(value) if len(values) > 1 else f"C{i % 10}", ls=style)
-            if not value:
+            look = dict(color=TONES[i % 4], ls="--" if i else "-")
+            if len(values) > 1 and value:
+                look["color"] = colour.to_rgba(value)
+            if len(kinds) > 1:
                 look["label"] = kind
             _lines(axes, group, look)
-        marks += [f"{kind} ({style})"] * any(groups)
     for column, ax in axes.items():
-        if column == "grad_norm":
-            ax.set(xlabel="effective gradient norm γ", title="train loss against γ (dot: the end)")
-            log_scale(ax, "x")
-        else:
-            ax.set(xlabel="epoch", title=NAMES[column])
-        log_scale(ax)
-        if column.endswith("error"):
-            errors(ax)
+        vertical(ax, column)
+        ax.set(xlabel="epoch", title=NAMES[column])
     if len(values) > 1:
-        label = ", ".join(marks) if len(marks) > 1 else marks[0].partition(" (-")[0]
+        label = ", ".join(kind for kind, groups in kinds.items() if any(groups))
         ax.figure.colorbar(colour, ax=list(axes.values()), label=label, pad=0.01)
 
 
 def _lines(axes, group, look):
     """A group of seeds, and dotted their second runs behind them."""
-    ways = [([run.log for run in group], 0.0, look)]
-    end = max(run.log["epoch"][-1] for run in group)
+    ways = [(0, [run.log for run in group], look)]
     seconds = [second_runs(run) for run in group]
     for name in seconds[0]:
         logs = [found[name] for found in seconds if name in found]
-        ways.append((logs, end, {"color": look["color"], "ls": ":"}))
-    for column, ax in axes.items():
-        for logs, start, way in ways:
-            epoch, middle, least, most = over_seeds(logs, column)
-            if column != "grad_norm":
-                ax.plot(start + epoch, middle, **way)
-                ax.fill_between(start + epoch, least, most, color=way["color"], alpha=0.2, lw=0)
-            elif not start:
-                loss = over_seeds(logs, "train_loss")[1]
-                ax.plot(middle, loss, lw=0.8, marker=".", ms=3, **way)
-                ax.plot(middle[-1:], loss[-1:], "o", color=way["color"], mec="black", mew=0.5)
-
-
-def over_seeds(logs, column):
-    """Epochs that all seeds have; median, least and greatest of them."""
-    epochs = sorted(set.intersection(*(set(log["epoch"]) for log in logs)))
-    values = []
-    for log in logs:
-        of_run = log.get(column, np.full(len(log["epoch"]), math.nan))
-        values.append(of_run[np.isin(log["epoch"], epochs)])
-    return np.array(epochs), np.median(values, 0), np.min(values, 0), np.max(values, 0)
+        ways.append((group[0].log["epoch"][-1], logs, {"color": look["color"], "ls": ":"}))
+    for start, logs, look in ways:
+        n = min(len(log["epoch"]) for log in logs)
+        epoch, band = start + logs[0]["epoch"][:n], dict(color=look["color"], alpha=0.2, lw=0)
+        for column, ax in axes.items():
+            values = [log.get(column, math.nan * log["epoch"])[:n] for log in logs]
+            ax.plot(epoch, np.median(values, 0), **look)
+            ax.fill_between(epoch, np.min(values, 0), np.max(values, 0), **band)
 
 
 def of_loop(loops, path, name="", verdict=None, chance=None):
@@ -337,23 +305,27 @@ def of_loop(loops, path, name="", verdict=None, chance=None):
         if both:
             look = dict(color=GREY, alpha=0.3, lw=0, label="coexistence")
             ax.fill_between(both, [down[elr] for elr in both], [up[elr] for elr in both], **look)
-        log_scale(ax)
+        vertical(ax, column)
         ax.set_title(NAMES[column])
         column = column.replace("test_", "train_")
         if chance and column in chance:
             level, look = chance[column]["mean"], dict(transform=ax.get_yaxis_transform())
             ax.axhline(level, color="black", ls=":", lw=1)
             ax.text(0.01, level, "chance", va="top", fontsize=8, **look)
-    errors(axes["b"])
-    elrs = np.concatenate([log["elr"] for log in loops])
-    edges, names = [min(elrs) / 1.1], ["undecided"]
-    if "freezes" in found:
-        edges.append(math.sqrt(math.prod(found["freezes"])))
-        names = ["convergence", "equilibrium" if "divergence" in found else "undecided"]
-    if "divergence" in found:
-        edges.append(math.sqrt(math.prod(found["divergence"])))
-        names.append("divergence")
-    shade(axes.values(), [*edges, max(elrs) * 1.1], names)
+    freezes, diverges = (
+        math.sqrt(math.prod(found.get(mark, [math.nan]))) for mark in ("freezes", "divergence")
+    )
+    low, high = found.get("reversible", (math.inf, 0))
+    names = {}
+    for elr in sorted(down):
+        names[elr] = "undecided"
+        if elr < freezes:
+            names[elr] = "convergence"
+        elif elr > diverges:
+            names[elr] = "divergence"
+        elif elr <= diverges and (freezes <= elr or low <= elr <= high):
+            names[elr] = "equilibrium"
+    bands(axes.values(), names)
     _marks(axes["a"], found)
     axes["b"].set_xlabel("")
     save(fig, path, name)
@@ -397,8 +369,8 @@ def of_toy(rows, alphas, path):
     """F and skill against the ELR, measured and in theory."""
     fig, axes = subplots([[*"ab"]], 3.5)
     (groups, names), total = rows_by_elr(rows), sum(alphas)
-    edges = bands(axes.values(), names)
-    fine = np.geomspace(max(edges[0], 1 / total), max(edges[-1], 1 / total), 500)
+    edges = np.maximum(bands(axes.values(), names), 1 / total)
+    fine = np.geomspace(edges[0], edges[-1], 500)
     for ax, column in zip(axes.values(), ("loss", "skill"), strict=True):
         theory = (total - 1 / fine) / 2 if column == "loss" else 1 / (total * fine)
         ax.plot(fine, theory, "-", color=LEGS["up"], label="theory")
@@ -427,9 +399,9 @@ def of_landscape(lines, path, name):
     for ax, (column, text) in zip(axes.values(), titles.items(), strict=True):
         ends(ax, groups, {f"{end}{column}": look for end, look in ENDS.items()})
         ax.set_title(text)
-    errors(axes["a"])
+    vertical(axes["a"], "test_error")
     axes["b"].plot(list(groups), [2 / elr for elr in groups], ":", color=GREY, label="2/ELR")
-    log_scale(axes["b"])
+    vertical(axes["b"], "sharpness")
     axes["c"].set_yscale("symlog", linthresh=0.01)
     axes["c"].set_ylim(bottom=-0.002)
     bands(axes.values(), names)
