@@ -217,7 +217,7 @@ def second_runs(run):
     found = {}
     for path in sorted(run.path.parent.glob(f"{glob.escape(run.path.stem)}.then=*.csv")):
         with suppress(ValueError):  # it has just begun, or has layers
-            found[f"then ELR {path.stem.partition('.then=')[2]}"] = regimes.read_log(path)[0]
+            found[path.stem.partition(".then=")[2]] = regimes.read_log(path)[0]
     return found
 
 
@@ -227,16 +227,17 @@ def _against(kind, groups, axes):
     for value, group in groups.items():
         rows[value] = [{column: run.final(column) for column in run.log} for run in group]
         for row, run in zip(rows[value], group, strict=True):
-            for name, log in second_runs(run).items():
-                row[name] = log["test_error"][-1]
-                then[name] = THEN | {"label": f"test, {name}"}
+            for elr, log in second_runs(run).items():
+                row[f"then {elr}"] = log["test_error"][-1]
+                then[f"then {elr}"] = THEN | {"label": f"test, then ELR {elr}"}
     for column, ax in axes.items():
         looks = {column: TRAIN if column == "train_loss" else TEST}
         if column.endswith("error"):
             looks |= {"train_error": TRAIN} | then
         ends(ax, rows, looks)
         vertical(ax, column)
-        ax.set(xscale="log", xlabel=kind, title=f"final {NAMES[column]}")
+        name = "error, mean ± s.e." if column.endswith("error") else NAMES[column]
+        ax.set(xscale="log", xlabel=kind, title=f"final {name}")
     if kind != "ELR":
         return
     bands(axes.values(), {elr: majority(group)[0] for elr, group in groups.items()})
