@@ -74,8 +74,9 @@ def save(fig, path, name=""):
         ax.minorticks_off()  # they take half of the time
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     labels = sorted(found, key=lambda label: isinstance(found[label], Patch))  # lines first
-    lines = 1 + sum(len(label) + 7 for label in labels) // 125
-    look = dict(ncol=1 + len(labels) // lines, columnspacing=1.2, handlelength=1.8)
+    widths = [len(label) + 7 for label in labels]
+    columns = len(labels) if sum(widths) <= 125 else 125 // max(widths)
+    look = dict(ncol=max(1, columns), columnspacing=1.2, handlelength=1.8)
     handles = [found[label] for label in labels]
     legend = fig.legend(handles, labels, loc="outside upper center", **look)
     legend.set_title(readable(name), {"size": 10})
