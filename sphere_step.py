@@ -602,14 +602,15 @@ class watch:
 
     @torch.no_grad()
     def _observe(self, optimizer):
-        """⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩ of the tensors; 0 without a gradient."""
-        self._gram = torch.zeros_like(self._sums[:, 1:])
+        """⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩ and 1 of each tensor; 0 without a gradient."""
+        self._gram = self._sums.new_zeros(4, len(self.params))
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, where the step unscales
         for i, p in enumerate(self.params):
             if p.grad is not None:
                 x, g = p.double(), p.grad.to_dense().double()
                 g = g if scale is None else g / scale
-                self._gram[:, i] = torch.stack([(x * x).sum(), (x * g).sum(), (g * g).sum()])
+                gram = (x * x).sum(), (x * g).sum(), (g * g).sum(), g.new_ones(())
+                self._gram[:, i] = torch.stack(gram)
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs):
@@ -617,15 +618,14 @@ class watch:
         for i, (p, old) in enumerate(zip(self.params, self._old, strict=True)):
             d = p.double() - old
             moves[:, i] = torch.stack([(old * d).sum(), (d * d).sum()])
-        gram = torch.cat([self._gram, moves]) * (self._gram[0] != 0)
-        tt, tg, gg, td, dd = torch.cat([gram.sum(1, keepdim=True), gram], dim=1)
+        gram = torch.cat([self._gram, moves * self._gram[3]])
+        tt, tg, gg, n, td, dd = torch.cat([gram.sum(1, keepdim=True), gram], dim=1)
         gamma = (tt * gg - tg * tg).clamp(min=0).sqrt()
         angle = torch.atan2((tt * dd - td * td).clamp(min=0).sqrt(), tt + td)
         self.last = torch.stack([gamma, angle])
-        counts = tt != 0
         if getattr(optimizer, "found_inf", None) is not None:  # then GradScaler skips the step
-            counts = counts & (optimizer.found_inf == 0)
-        self._sums += torch.where(counts, torch.stack([gamma, angle, tt**0]), 0.0)
+            n = n * (optimizer.found_inf == 0)
+        self._sums += torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
 
     def row(self):
         sums = self._sums.tolist()
