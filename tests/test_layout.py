@@ -26,6 +26,7 @@ IMPORTS = {
     "figures": {"regimes"},
     "toy": {"regimes", "figures"},
     "landscape": {"measure", "runs", "data", "models", "figures", "regimes", "machine"},
+    "kernels": {"sphere_step"},
     "bench": OURS,
 }
 
