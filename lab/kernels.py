@@ -223,11 +223,9 @@ def show():
         for variant in variants():
             found = count(variant, architecture, CARDS[cards[0]][-1])
             line = f"{variant.name:42}{found.registers:5}{found.blocks:7}{found.local:7}"
-            if variant.elements:
-                wide = f"{found.wide} of {found.wanted:.3g}"
-                line += f"{wide:>11}"
-                line += "".join(f"{n:7.4g}" for n in found.instructions.values())
-                line += f"{variant.vectors * variant.size:7}"
+            wide = f"{found.wide} of {found.wanted:.2g}"
+            counts = "".join(f"{n:7.4g}" for n in found.instructions.values())
+            line += f"{wide:>11}{counts}{variant.vectors * variant.size:7}"
             for card in cards if variant.elements else ():
                 seconds = times(variant, found, card)
                 line += f"{seconds[0] / max(seconds):9.0%}"
