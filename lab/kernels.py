@@ -34,6 +34,7 @@ CARDS = {
     "RTX 5090": (120, 1.79, 170, 2.41, 128, 128, 2, 2, 1536),
     "MI300X": ("gfx942", 5.3, 304, 2.1, 64, 64, 64, 16, 2048),
 }
+ONE_TILE = 4096  # elements of a sphere that is read once
 # In the assembly of NVIDIA and AMD
 LABEL = re.compile(r"(\.L\w+):")
 INSTRUCTION = re.compile(r"\s+(?:/\*\w{4,}\*/\s+)?(@!?\w+\s+)?([A-Za-z]\w*(?:\.\w+)*)(.*)")
@@ -78,9 +79,9 @@ def variants():
     """What SphereSGD launches for each kind of sphere, taken down in place of being launched."""
     from triton.runtime.jit import JITFunction, mangle_type
 
-    tile, found = sphere_step.BLOCK, {}
-    kinds = {"joint": ("group", [(64 * tile,)]), "one tile": ("tensor", 64 * [(tile,)])}
-    kinds |= {"rows of 64": ("row", [(512, 64)]), "no sphere": (None, [(64 * tile,)])}
+    found = {}
+    kinds = {"joint": ("group", [(1 << 22,)]), "one tile": ("tensor", 64 * [(ONE_TILE,)])}
+    kinds |= {"rows of 64": ("row", [(4096, 64)]), "no sphere": (None, [(1 << 22,)])}
     for kind, dtype, beta in product(kinds, ("float32", "bfloat16"), (0.0, 0.9)):
         sphere, shapes = kinds[kind]
         params = [torch.ones(shape, dtype=getattr(torch, dtype)) for shape in shapes]
