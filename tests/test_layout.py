@@ -28,6 +28,7 @@ IMPORTS = {
     "figures": {"regimes"},
     "toy": {"regimes", "figures"},
     "landscape": {"measure", "runs", "data", "own", "figures", "regimes", "machine"},
+    "kernels": {"sphere_step"},
     "bench": OURS,
 }
 
