@@ -35,7 +35,6 @@ from lab.machine import cores, find_device, use
 from lab.own import build
 from lab.runs import load_checkpoint, number
 
-CHUNK = 512  # inputs at once, over which BatchNorm normalizes
 SAMPLES = 1024  # training inputs whose loss is differentiated twice
 PRODUCTS = 35  # with the Hessian: about 22 of ARPACK, and the time of a barrier
 
@@ -154,7 +153,7 @@ def operators(point, samples=SAMPLES):
     radius, n = torch.cat(radius).cpu().numpy(), min(samples or len(data.x), len(data.x))
     buffers, batches = [(x, x.clone()) for x in net.buffers()], []
     devices = [weights[0].device] if weights[0].is_cuda else []
-    for index in chunks(n, CHUNK, data.x.device):
+    for index in chunks(n, data.x.device):
         x = data.inputs(index)
         batches.append((x.to(weights[0]) if x.is_floating_point() else x, data.y[index]))
 

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
-from lab.data import batches, chunks
+from lab.data import CHUNK, batches, chunks
 
 POINTS = 512  # at which chance is measured
-CHUNK = 512  # inputs at once outside of training
 # What share of a gradient may point along the weights: by rounding, and by the eps of others'
 # normalizations. docs/guide.md has the measurements.
 ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
@@ -17,7 +16,7 @@ EPS_SHARE = 3e-3
 OF_STEPS = "elr train_loss train_error grad_norm angle radial".split()
 OF_LAYERS = "norm elr grad_norm angle".split()
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
-ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
+ROW_SHARE = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
 
 
 def logits_of(net, x, dtype="fp32"):
@@ -106,24 +105,54 @@ def radial_shares(last, sphere, layer_groups):
 
 
 def check_gradient(run, means, tell):
-    """Raises ValueError where the gradient by a layer group of ours is not orthogonal to it. Those
-    of other networks, and single rows, may not be scale invariant: a note."""
-    config, where = run.config, torch.backends.cpu.get_cpu_capability()
+    """Before training: is the gradient by each layer group orthogonal to it? Raises ValueError
+    where in a network of ours it is not. In other networks, of single rows, and where the loss or
+    the gradient was changed on purpose, it need not be: a note."""
+    config = run.config
+    shares = radial_shares(means.first, run.sphere, run.layer_groups)
+    names = max(run.layer_groups, key=lambda group: shares[" + ".join(group)])
+    name = " + ".join(names)
+    what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
+    where = torch.backends.cpu.get_cpu_capability()
     if config.device != "cpu":
         where = torch.cuda.get_device_name()
-    radial = means.row()["radial"]
-    shares = radial_shares(means.first, run.sphere, run.layer_groups)
-    name = max(shares, key=shares.get)
-    what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
     wrong = f"torch {torch.__version__} computes it wrong on this processor ({where})"
+    bound = ROUNDING[config.dtype]
     if ":" in config.model:
-        if shares[name] > ROUNDING[config.dtype] + EPS_SHARE:
+        if shares[name] > bound + EPS_SHARE:
             tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
-    elif shares[name] > ROUNDING[config.dtype]:
-        raise ValueError(f"{what}, and none may: {wrong}. See python -m lab.bench check")
-    if config.sphere == "row" and radial > ROWS:
+    elif shares[name] > bound:
+        change, share = of_the_cross_entropy(run, names)
+        if change > 0.01:
+            cause = f"twice the weights changes the logits by {change:.0%}: is there a normalization"
+            raise ValueError(f"models.py: {name} is in layer_groups, but {cause} behind it?")
+        if share > bound:
+            cause = "a backward of its own in the network is wrong, or " + wrong
+            raise ValueError(f"{what}: {cause}. See python -m lab.bench check")
+        cause = "train_step changes the loss or the gradient; the step leaves that part out"
+        tell("note", "sets", f"note: {what}: {cause}")
+    radial = means.row()["radial"]
+    if config.sphere == "row" and radial > ROW_SHARE:
         what = f"{radial:.2g} of the rows' gradients points along them"
         tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
+
+
+def of_the_cross_entropy(run, names):
+    """By how much, relative, the logits change with twice these weights; which share of the
+    gradient of the plain cross-entropy points along them."""
+    net, dtype = deepcopy(run.net).train(), run.config.dtype
+    params = [net.get_parameter(name) for name in names]
+    x = run.data.inputs(torch.arange(run.config.batch_size, device=run.config.device))
+    before = logits_of(net, x, dtype)
+    F.cross_entropy(before, run.data.y[: len(x)]).backward()
+    along = sum((p.detach() * p.grad).sum() for p in params)
+    size = sum(p.detach().square().sum() for p in params)
+    size = (size * sum(p.grad.square().sum() for p in params)).sqrt()
+    with torch.no_grad():
+        for p in params:
+            p.mul_(2)
+        change = (logits_of(net, x, dtype) - before).norm() / before.norm()
+    return change.item(), (along.abs() / size).item()
 
 
 @torch.no_grad()
@@ -140,7 +169,7 @@ def on_test_set(net, data, dtype):
 @torch.no_grad()
 def on_train_set(net, data, dtype):
     """Mean loss on the training set, with BatchNorm's statistics computed anew over it."""
-    order = chunks(len(data.x), CHUNK, data.x.device)
+    order = chunks(len(data.x), data.x.device)
     with torch.autocast(data.x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         update_bn((data.inputs(index) for index in order), net)
     net.eval()
