@@ -266,7 +266,9 @@ def summarize(folder, device, samples):
 
 
 def tell_time(point, checkpoints, samples):
-    operator, began = operators(point, samples)["hessian"], time.perf_counter()
+    operator = operators(point, samples)["hessian"]
+    operator @ np.ones(operator.shape[0])  # the first is slower
+    began = time.perf_counter()
     operator @ np.ones(operator.shape[0])
     minutes = checkpoints * PRODUCTS * (time.perf_counter() - began) / 60
     print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
@@ -347,7 +349,7 @@ def show_barrier(args, points):
         height, ways[name] = barrier(*points, way, args.points)
         losses = [loss for _, loss, _ in ways[name]]
         ends = f"train loss {losses[0]:.4g}, {losses[-1]:.4g} at the ends"
-        print(f"{name}: barrier {height:.4g}; {ends}, at most {max(losses):.4g}")
+        print(f"{name}: barrier {height:.4g}; {ends}, at most {np.max(losses):.4g}")
     figures.of_barrier(ways, out, " to ".join(point.path.stem for point in points))
     print(f"written: {out}")
 
