@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import regimes
 import train
-from lab import kernels, measure
+from lab import kernels, measure, witness
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
 from lab.options import parse, prepare
@@ -89,7 +89,7 @@ def checks():
         found[name] = partial(convolution_error, threads), 1e-5
     for model, dtype in product(MODELS, ("fp32", "bf16")):
         name = f"gradients along the weights, {model}, {dtype}"
-        found[name] = partial(largest_share, model, dtype), measure.ROUNDING[dtype]
+        found[name] = partial(largest_share, model, dtype), witness.ROUNDING[dtype]
     if DEVICE == "cuda":
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
@@ -199,7 +199,7 @@ def largest_share(model, dtype):
         for index in batches(128, run.config.batch_size, run.order, DEVICE):
             means.add(*train.train_step(run, index, move=False))
         means.row()
-        shares = measure.radial_shares(means.first, run.sphere, run.layer_groups)
+        shares = witness.radial_shares(means.first, run.sphere, run.layer_groups)
         worst = max(worst, *shares.values())
     return worst
 
