@@ -111,7 +111,7 @@ def test_three_rows_never_get_a_verdict(kind):
     log = with_error(rng, kind(rng, np.arange(1, 41, dtype=float)))
     verdict = classify({name: column[:3] for name, column in log.items()}, CHANCE)
     assert verdict.regime == "undecided" and "too short" in verdict.why
-    assert verdict.more_epochs >= 8 and f"{verdict.more_epochs} epochs may decide" in str(verdict)
+    assert verdict.more_epochs >= 8 and "twice the length may decide" in str(verdict)
 
 
 def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
@@ -121,14 +121,13 @@ def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
         if level == 6.0:
             log["train_error"] = np.full(41, 0.9)
         verdict = classify({**log, "angle": np.full(41, 1e-4)}, CHANCE)
-        assert verdict.regime == "undecided" and "hardly left its start" in verdict.why
+        assert verdict.regime == "undecided" and "the weights turn by " in verdict.why
         assert verdict.more_epochs > 40
         verdict = classify({**log, "angle": np.full(41, 0.5)}, CHANCE)
-        assert verdict.regime == expected and verdict.turn == pytest.approx(0.5 * 3600**0.5)
+        assert verdict.regime == expected and verdict.turn == pytest.approx(0.5 * 1800**0.5)
         for missing in (log, {**log, "angle": np.full(41, math.nan)}):
             verdict = classify(missing, CHANCE)
-            assert verdict.regime == expected
-            assert "no angle or step: not asked whether the run has left its start" in verdict.notes
+            assert verdict.regime == expected and "no angle or step: " in verdict.notes[-1]
 
 
 def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
@@ -140,12 +139,12 @@ def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
     log["train_loss"] = np.log(31) + rng.normal(0, 0.02, n + 1)
     log["train_error"] = 30 / 31 + rng.normal(0, 0.005, n + 1)
     verdict = classify({**log, "angle": np.full(n + 1, 0.3)}, chance)
-    assert verdict.regime == "equilibrium" and verdict.why.startswith("loss 28% ±")
+    assert verdict.regime == "equilibrium" and verdict.why.startswith("loss 3.4")
     assert [(skill.of, skill.told) for skill in verdict.skills] == [
-        ("train_loss", True),
         ("train_error", False),
+        ("train_loss", True),
     ]
-    assert verdict.skills[0].value == pytest.approx(1 - np.log(31) / 4.78, abs=0.01)
+    assert verdict.skills[1].value == pytest.approx(1 - np.log(31) / 4.78, abs=0.01)
     assert classify({**log, "angle": np.full(n + 1, 1e-3)}, chance).regime == "undecided"
 
 
@@ -154,7 +153,7 @@ def test_a_loss_that_is_noisy_but_surely_worse_than_a_random_points_is_divergenc
     log = with_error(rng, 14 * np.exp(noise(rng, 40, 0.4, 0.2)))
     log["train_error"] = 0.9 + rng.normal(0, 0.005, 41)
     verdict = classify(log, CHANCE)
-    assert verdict.regime == "divergence" and verdict.skills[1].error > 0.1
+    assert verdict.regime == "divergence" and verdict.skills[1].margin > 0.1
 
 
 def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
@@ -184,17 +183,6 @@ def test_a_loss_that_is_not_finite_is_undecided_and_named(row, loss):
     verdict = classify(log, CHANCE)
     assert verdict.regime == "undecided" and "may decide" not in str(verdict)
     assert verdict.why == f"in epoch {row} the loss is not finite"
-
-
-def test_theil_sen_interval_covers_the_true_slope_and_ignores_outliers():
-    rng, x, inside = np.random.default_rng(0), np.log(np.arange(50, 100)), 0
-    for _ in range(300):
-        slope, low, high = regimes.theil_sen(x, -0.7 * x + rng.normal(0, 0.1, 50))
-        inside += low <= -0.7 <= high
-    assert inside >= 294  # 99 % of 300, less two standard deviations
-    y = -0.7 * x
-    y[::7] += 100
-    assert abs(regimes.theil_sen(x, y)[0] + 0.7) < 0.02
 
 
 # ------------------------------------------------------------------------------------------------ files and command line
@@ -606,32 +594,6 @@ def test_a_loss_that_has_reached_0_is_convergence(start, zeros):
     assert classify(log).regime == "convergence"
 
 
-# -------------------------------------------------------------------------------------- long logs
-
-
-def test_theil_and_sens_pairs_are_bounded(monkeypatch):
-    """20,000 rows took 4.4 GB."""
-    monkeypatch.setattr(regimes, "BLOCKS", 200)
-    sizes, pairs = [], np.triu_indices
-    monkeypatch.setattr(np, "triu_indices", lambda n, k: sizes.append(n) or pairs(n, k))
-    for n in (600, 1000, 10**5):
-        log = {name: np.resize(x, n + 1) for name, x in made("equilibrium", 50, 0).items()}
-        classify({**log, "epoch": np.arange(n + 1.0)}, CHANCE)
-    assert sizes == [300, 200, 200, 200, 200, 200]
-
-
-@pytest.mark.parametrize("kind", ORDER)
-def test_blocks_do_not_change_the_regime_of_a_long_log(monkeypatch, kind):
-    for seed in range(2):
-        log = made(kind, 2600, seed)
-        one = classify(log, CHANCE)
-        with monkeypatch.context() as patch:
-            patch.setattr(regimes, "BLOCKS", 10**6)
-            two = classify(log, CHANCE)
-        assert one.regime == two.regime == kind and one.skills == two.skills
-        assert abs(one.trend.slope - two.trend.slope) < 0.05
-
-
 @pytest.mark.parametrize("kind", ORDER)
 def test_a_log_of_ten_thousand_rows_gets_its_regime(kind):
     for seed in range(4):
@@ -685,7 +647,7 @@ def test_a_column_that_the_rule_does_not_use_changes_nothing(log, column):
 
 
 def numbers_of(verdict):
-    skills = [(skill.of, skill.value, skill.error) for skill in verdict.skills]
+    skills = [(skill.of, skill.value, skill.margin) for skill in verdict.skills]
     numbers = [x for skill in skills for x in skill[1:]]
     return verdict.regime, numbers + [verdict.trend.slope, verdict.trend.low, verdict.trend.high]
 
