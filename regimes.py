@@ -21,7 +21,7 @@ import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,7 +191,7 @@ def _decide(verdict, trends, log, n, chance):
 
     half, longer = trends[:2]
     falling, remembers = [trend for trend in trends if trend.falls], turn < TURN
-    moved = "" if math.isnan(turn) else f", in the last half the weights turn by {turn:.2g}"
+    moved = "" if math.isnan(turn) else f", turning by {turn:.2g} rad"
     if remembers and falling and half.slope < -FLAT / 2:
         verdict.trend = min(falling, key=lambda trend: trend.margin)
         return "convergence", f"loss {loss[-1]:.3g} falls ({verdict.trend}){moved}"
@@ -204,7 +204,7 @@ def _decide(verdict, trends, log, n, chance):
     told = [skill for skill in skills if skill.told]
     evidence = ", ".join(map(str, told[:1] or skills))
     if remembers:
-        return "undecided", f"{evidence}, but{moved[1:]}"
+        return "undecided", f"{evidence}, but has turned by only {turn:.2g} rad"
     if moved:  # what is left is to see no trend, in an interval that could have shown one
         flat = [trend for trend in trends if abs(trend.slope) <= max(trend.margin, FLAT)]
         level = any(trend.low > -SHOWN for trend in flat)
@@ -300,7 +300,10 @@ def _cells(text):
         lines = text.split("\n")
         reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
         rows = ((reader.line_num, row) for row in reader if row)
-        return [cell.strip() for cell in next(rows, (1, []))[1]], rows
+        header, first = next(rows, (1, []))[1], next(rows, (2, []))
+        if len(header) == 1 < len(first[1]):
+            raise ValueError("remove the title before the names of the columns")
+        return [cell.strip() for cell in header], chain([first] if first[1] else [], rows)
     try:
         found = json.loads(text)
     except ValueError:

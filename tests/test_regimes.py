@@ -59,6 +59,10 @@ def equilibrium(rng, t):
     return level * np.exp(noise(rng, len(t), rng.uniform(0.05, 0.2), rng.uniform(0, 0.6))) + start
 
 
+def quiet(rng, t):
+    return 1.5 * np.exp(noise(rng, len(t), 0.05, 0.3))
+
+
 def catapult(rng, t):
     peak = rng.uniform(0.05, 0.15) * len(t)
     return 12 * np.exp(-((np.log(t / peak)) ** 2)) + 2 * (t / peak) ** -1.5 * np.exp(
@@ -75,10 +79,6 @@ def late_escape(rng, t):
     )
 
 
-def slow_drift(rng, t):
-    return 2 * t ** -rng.uniform(0.2, 0.4) * np.exp(noise(rng, len(t), 0.02, 0.3))
-
-
 def pure_chance(rng, t):
     return 6 + noise(rng, len(t), 0.15, rng.uniform(0, 0.6))
 
@@ -89,7 +89,6 @@ EXPERT = [
     (equilibrium, "equilibrium"),
     (catapult, "convergence"),
     (late_escape, "convergence"),
-    (slow_drift, "undecided"),
     (pure_chance, "divergence"),
 ]
 
@@ -100,7 +99,11 @@ def test_the_verdict_is_the_experts_in_49_of_50_draws(kind, expected):
     verdicts = []
     for _ in range(DRAWS):
         t = np.arange(1, rng.integers(60, 200) + 1, dtype=float)
-        verdicts.append(classify(with_error(rng, kind(rng, t)), CHANCE))
+        log = with_error(rng, kind(rng, t))
+        log["angle"] = np.full(
+            len(log["epoch"]), 0.3 if kind in (equilibrium, pure_chance) else 0.002
+        )
+        verdicts.append(classify(log, CHANCE))
     wrong = [v for v in verdicts if v.regime != expected]
     assert len(wrong) <= 1, wrong[:5]
 
@@ -121,7 +124,7 @@ def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
         if level == 6.0:
             log["train_error"] = np.full(41, 0.9)
         verdict = classify({**log, "angle": np.full(41, 1e-4)}, CHANCE)
-        assert verdict.regime == "undecided" and "the weights turn by " in verdict.why
+        assert verdict.regime == "undecided" and "turned by only " in verdict.why
         assert verdict.more_epochs > 40
         verdict = classify({**log, "angle": np.full(41, 0.5)}, CHANCE)
         assert verdict.regime == expected and verdict.turn == pytest.approx(0.5 * 1800**0.5)
@@ -152,7 +155,7 @@ def test_a_loss_that_is_noisy_but_surely_worse_than_a_random_points_is_divergenc
     rng = np.random.default_rng(0)
     log = with_error(rng, 14 * np.exp(noise(rng, 40, 0.4, 0.2)))
     log["train_error"] = 0.9 + rng.normal(0, 0.005, 41)
-    verdict = classify(log, CHANCE)
+    verdict = classify({**log, "angle": np.full(41, 1.0)}, CHANCE)
     assert verdict.regime == "divergence" and verdict.skills[1].margin > 0.1
 
 
@@ -160,7 +163,7 @@ def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
     rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
     for kind, expected in (
         (power_law, "convergence"),
-        (equilibrium, "equilibrium"),
+        (quiet, "equilibrium"),
         (pure_chance, "divergence"),
     ):
         log = with_error(rng, kind(rng, t))
@@ -286,14 +289,14 @@ def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
         write(sweep / f"elr=5e-03.seed={seed}.csv", log, zip(*log.values(), strict=True))
     assert run(sweep) == 0
     out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.005 to 0.01 (×2)" in out
+    assert " 2/3 " in out and "convergence | chaotic equilibrium: 0.002 to 0.01 (×5)" in out
 
 
-def test_a_boundary_whose_sides_are_out_of_order_is_not_seen(sweep, capsys):
+def test_a_boundary_spans_runs_that_are_out_of_order(sweep, capsys):
     shutil.copy(sweep / "elr=1e-02.csv", sweep / "elr=1e-03.csv")
     assert run(sweep) == 0
     out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.002 to 0.001 (not seen)" in out
+    assert "convergence | chaotic equilibrium: 0.0001 to 0.005 (×50)" in out
     assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out
     for path in sweep.glob("elr=1e*.csv"):
         path.unlink()
@@ -317,10 +320,11 @@ def test_a_log_gets_its_verdict_with_the_numbers_behind_it(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"chance": {"0": CHANCE}}))
     assert run(*(tmp_path / f"elr={elr}.csv" for elr in levels)) == 0
     falling, level, lost = capsys.readouterr().out.splitlines()
-    assert falling.startswith("elr 1e-03: convergence: the loss ") and "slope " in falling
+    assert falling.startswith("elr 1e-03: convergence: loss ") and "slope " in falling
     assert level.startswith("elr 1e-02: chaotic equilibrium: error ") and "slope " in level
     assert lost.startswith("elr 1e-01: divergence: no better than chance: error ")
-    assert "better than chance, and the loss stays at about " in level and "and loss " in lost
+    assert "(chance 0.9), level at loss " in level and ", loss " in lost
+    assert max(map(len, (falling, level, lost))) <= 100
 
 
 def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, capsys):
@@ -336,7 +340,7 @@ def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(chance))
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in out and " 2/3 " in out
+    assert "convergence | chaotic equilibrium: 0.001 to – (not seen)" in out and " 2/3 " in out
     found = regimes.rows(regimes.read_folder(tmp_path))
     losses = [row["train_loss"] for row in found if row["elr"] == 0.01]
     assert len(losses) == 3 and f" {np.median(losses):.4g} " in out
@@ -361,7 +365,7 @@ def test_a_run_whose_elr_moves_has_no_regime_but_a_path_in_the_figure(tmp_path, 
     for folders in ([sweep, whole], [whole]):
         assert figures.main([*map(str, folders), "--out", str(tmp_path)]) == 0
         assert (tmp_path / "regimes.png").stat().st_size > 10_000
-    assert regimes.rows(regimes.read_folder(whole)) == []
+    assert [row["regime"] for row in regimes.rows(regimes.read_folder(whole))] == ["not fixed"] * 2
 
 
 # ------------------------------------------------------------------------- other people's logs
@@ -419,7 +423,38 @@ def tensorboard(losses):
     return "\n".join(["Wall time,Step,Value", *rows]) + "\n"
 
 
-OTHERS = [keras, lightning, wandb_chart, wandb_history, hugging_face, history, tensorboard]
+def trainer_state(losses):
+    """Hugging Face's: evaluations between, a summary in the end."""
+    history = []
+    for i, loss in enumerate(losses):
+        history.append({"epoch": i + 1.0, "loss": loss, "grad_norm": 1.5, "step": 500 * (i + 1)})
+        history.append({"epoch": i + 1.0, "eval_loss": 2.0, "step": 500 * (i + 1)})
+    history.append({"epoch": len(losses), "train_loss": 0.7, "train_runtime": 99.5})
+    return json.dumps({"best_metric": None, "log_history": history}, indent=2)
+
+
+def mmengine(losses):
+    rows = [{"lr": 0.01, "loss": x, "epoch": i + 1, "iter": i} for i, x in enumerate(losses)]
+    return "\n".join(map(json.dumps, [*rows, {"accuracy/top1": 71.0, "step": 3}])) + "\n"
+
+
+def detectron(losses):
+    rows = [{"iteration": 20 * i + 19, "total_loss": x, "lr": 0.02} for i, x in enumerate(losses)]
+    return "\n".join(map(json.dumps, rows)) + "\n"
+
+
+OTHERS = [
+    trainer_state,
+    mmengine,
+    detectron,
+    keras,
+    lightning,
+    wandb_chart,
+    wandb_history,
+    hugging_face,
+    history,
+    tensorboard,
+]
 
 
 @pytest.mark.parametrize("make", OTHERS)
@@ -486,26 +521,34 @@ def test_a_csv_file_may_be_written_in_many_ways(tmp_path, variant):
     assert np.array_equal(log["epoch"], np.arange(24.0))
 
 
-REFUSED = [
-    ("epoch,loss,loss\n1,2,3\n", "2 columns train_loss in epoch, loss, loss: say --columns"),
-    ("epoch,epoch,loss\n1,2,3\n", "2 columns epoch in epoch, epoch, loss: say --columns epoch="),
-    ("epoch,loss,train_error,train_error\n1,2,0,1\n", "2 columns train_error in epoch, loss"),
-    ("Step,a - loss,b - loss\n1,2,3\n", "2 columns train_loss in Step, a - loss, b - loss: say"),
-    ("Wall time,Step,Value\n1,2,3\n", "no columns train_loss in Wall time, Step, Value: say --c"),
-    ("loss\n1\n", "no columns epoch in loss: say --columns epoch="),
+REFUSED = [  # the cure first
+    (
+        "epoch,loss,loss\n1,2,3\n",
+        "say --columns train_loss=COLUMN: 2 columns train_loss in epoch, ",
+    ),
+    ("epoch,epoch,loss\n1,2,3\n", "say --columns epoch=COLUMN: 2 columns epoch in epoch, epoch"),
+    ("epoch,loss,train_error,train_error\n1,2,0,1\n", "say --columns train_error=COLUMN: 2 "),
+    ("Step,a - loss,b - loss\n1,2,3\n", "say --columns train_loss=COLUMN: 2 columns train_loss in"),
+    ("Wall time,Step,Value\n1,2,3\n", "say --columns train_loss=COLUMN: no columns train_loss in"),
+    ("loss\n1\n", "say --columns epoch=COLUMN: no columns epoch in loss"),
+    ("0,2.3\n1,2.2\n", "put the names of the columns into a first line: there is no header"),
+    ("My best run\nepoch,loss\n1,2\n", "remove the title before the names of the columns"),
     ('epoch,loss\n1,"1,234"\n', "line 2: could not convert string to float: '1,234'"),
     ("epoch;loss\n1;2,303\n", "line 2: could not convert string to float: '2,303'"),
     ("epoch,loss\n1,2\n1/10,3\n", "line 3: could not convert string to float: '1/10'"),
-    ("epoch,loss\n1,2\nnan,3\n", "line 3: no epoch, or not the next one"),
-    ("epoch,loss\n1,2\n,3\n", "line 3: no epoch, or not the next one"),
-    ("epoch,loss\n-1,2\n0,3\n", "line 2: no epoch, or not the next one"),
-    ("epoch,loss\n0,3\n1,2\n0,3\n1,2\n", "line 4: no epoch, or not the next one"),
-    ("epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n", "line 4: epoch 1 again: drop a row, or say --columns"),
-    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: epoch 0 again: drop a row"),
+    ("epoch,loss\n1,2\nnan,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
+    ("epoch,loss\n1,2\n,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
+    ("epoch,loss\n-1,2\n0,3\n", "line 2: one run a file, in order: epoch -1 comes after 0"),
+    ("epoch,loss\n0,3\n1,2\n0,3\n1,2\n", "line 4: one run a file, in order: epoch 0 comes after 1"),
+    ("epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n", "line 4: drop a row, or say --columns epoch=step: epo"),
+    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: drop a row, or say --columns epoch=step"),
     ("epoch,loss\n0,\n1,\n", "no row with a loss"),
     ("epoch,loss\n0,1,2\n1,2\n", "line 2: 3 cells, the header has 2"),
     ("epoch,loss\n0\n1,2\n", "line 2: 1 cells, the header has 2"),
     ("epoch,step,loss,angle\n0,1,2,0.1\n1,2,3,x\n", "line 3: could not convert string to float"),
+    ('{"epoch": 1, "loss": 2}\n{"epoch"', "Expecting ':' delimiter"),
+    ('{"loss": [3, 2, 1]}', "say --columns epoch=COLUMN: no columns epoch in loss"),
+    ("[1, 2]", "'int' object is not iterable"),
 ]
 
 
@@ -529,7 +572,10 @@ def test_columns_are_named_on_the_command_line(tmp_path, capsys):
     log = regimes.read_log(tmp_path / "log.csv", columns)[0]
     assert np.array_equal(log["step"], log["epoch"]) and log["grad_norm"][3] == 2 * LOSSES[3]
     assert regimes.main([*command, "train_loss=c"]) == 2
-    assert "no columns c in Epoch, it, a - loss, b - loss, g: say" in capsys.readouterr().err
+    assert (
+        "say --columns train_loss=COLUMN: no columns c in Epoch, it, a - loss, b - loss, g"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
