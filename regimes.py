@@ -179,25 +179,24 @@ def _decide(verdict, trends, log, n, chance):
     """Regime and why; sets the trend that decides. `chance`: the loss by chance."""
     loss, turn, skills = log["train_loss"][-n:], verdict.turn, verdict.skills
     best = verdict.trend = min(trends, key=lambda trend: trend.margin)
-    if np.median(loss) < NEGLIGIBLE * chance:
-        return "convergence", f"loss {loss.mean():.3g}, next to nothing (chance {chance:.3g})"
-    if np.median(loss) == 0 or not loss[-MIN_TAIL:].any():
-        return "convergence", "the loss has reached 0"
+    now = f"loss {loss[-1]:.3g}"
+    if np.median(loss) < NEGLIGIBLE * chance or not loss[-MIN_TAIL:].any():
+        return "convergence", f"{now}, next to nothing"
     gradient = log.get("grad_norm", loss)
     if not gradient[-MIN_TAIL:].any():
         verdict.broken = True
         since = log["epoch"][np.flatnonzero(np.append(1, gradient))[-1]]
-        return "undecided", f"dead: the gradient is 0 since epoch {since:g}, at loss {loss[-1]:.3g}"
+        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}"
+        return "undecided", f"{why}; lower the learning rate of what is on no sphere"
 
     half, longer = trends[:2]
-    falling, remembers = [trend for trend in trends if trend.falls], turn < TURN
-    moved = "" if math.isnan(turn) else f", turning by {turn:.2g} rad"
-    if remembers and falling and half.slope < -FLAT / 2:
-        verdict.trend = min(falling, key=lambda trend: trend.margin)
-        return "convergence", f"loss {loss[-1]:.3g} falls ({verdict.trend}){moved}"
+    falling, remembers, known = [x for x in trends if x.falls], turn < TURN, turn >= 0
     steep = half in falling and max(half.slope, longer.slope) < -STEEP and best.high < -LEVEL
-    if steep and (not skills or any(skill.value > skill.margin for skill in skills)):
-        return "convergence", f"loss {loss[-1]:.3g} falls ({best}){moved}"
+    steep = steep and (not skills or any(skill.value > skill.margin for skill in skills))
+    if steep or (remembers and falling and half.slope < -FLAT / 2):
+        verdict.trend = min(falling, key=lambda trend: trend.margin)
+        turned = f", turning by {turn:.2g} rad" if known else ""
+        return "convergence", f"{now} falls ({verdict.trend}){turned}"
 
     if not skills:
         return "undecided", f"equilibrium and divergence look alike without --chance ({best})"
@@ -205,23 +204,19 @@ def _decide(verdict, trends, log, n, chance):
     evidence = ", ".join(map(str, told[:1] or skills))
     if remembers:
         return "undecided", f"{evidence}, but has turned by only {turn:.2g} rad"
-    if moved:  # what is left is to see no trend, in an interval that could have shown one
+    if known:  # what is left is to see no trend, in an interval that could have shown one
         flat = [trend for trend in trends if abs(trend.slope) <= max(trend.margin, FLAT)]
         level = any(trend.low > -SHOWN for trend in flat)
     else:  # the interval has no room for a fall of a quarter, and shows none
         level = -LEVEL < best.low and best.high < 2 * LEVEL and not best.falls
+        verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
     if told and level:
-        if not moved:
-            verdict.notes.append("no angle or step: a plateau or a floor would look the same")
         return "equilibrium", f"{evidence}, level at loss {loss.mean():.3g} ({best})"
     for skill in skills:
         if skill.told is None and not told:
-            margin = skill.margin * skill.chance
-            return "undecided", f"too noisy to tell from chance: {skill} ± {margin:.2g}"
-    if told or not (level or moved) or (best.falls and max(s.value for s in skills) > 0):
+            return "undecided", f"too noisy: {skill} ± {skill.margin * skill.chance:.2g}"
+    if told or not (level or known) or (best.falls and max(s.value for s in skills) > 0):
         return "undecided", f"{evidence}, not shown to be level ({best})"
-    if not moved:
-        verdict.notes.append("no angle or step: a run that has hardly begun looks the same")
     return "divergence", f"no better than chance: {evidence}"
 
 
@@ -380,19 +375,14 @@ def _places(header, columns):
 
 def read_chance(folder):
     """The chance references in a folder's config.json, by seed. Raises ValueError if damaged."""
-    path, left = folder / "config.json", []
+    path = folder / "config.json"
     if not path.exists():
         return {}
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
-            left += [reference[name]["mean"] for name in FLOORS]
-            left += [reference["points"] - 1, *reference.values()]
-        while left:
-            number = left.pop()
-            if isinstance(number, dict):
-                left += number.values()
-            elif not 0 <= number < math.inf:
+            numbers = [reference[name][x] for name in FLOORS for x in ("mean", "std")]
+            if not all(0 <= x < math.inf for x in [reference["points"] - 1, *numbers]):
                 raise ValueError
     except Exception:  # damaged JSON can fail anywhere
         raise ValueError(f"{path} is damaged: it has no chance reference") from None
@@ -497,6 +487,7 @@ def boundaries(runs):
 
 
 MEDIANS = "skill slope train_loss train_error test_error grad_norm angle".split()
+ENDS = ((min, "elr_min"), (max, "elr_max"))
 COLUMNS = ["elr", "seed", "regime", *MEDIANS, "epochs", "run", "elr_min", "elr_max"]
 
 
@@ -504,8 +495,8 @@ def rows(runs):
     """A row per run that has an ELR; from `train_loss` on means of the last tenth of the epochs."""
     found = []
     for run in runs:
-        verdict, elrs = run.verdict, run.log.get("elr", np.array([run.elr]))
-        if math.isnan(run.elr) and "elr" not in run.log:
+        verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
+        if math.isnan(elrs[-1]):
             continue
         skill = verdict.skills[0].value if verdict.skills else math.nan
         regime = "not fixed" if verdict.moves else verdict.regime
@@ -517,37 +508,34 @@ def rows(runs):
 
 
 def table(runs):
-    """Runs as text, by ELR: the regime and its share of the seeds, medians over them. Where the ELR
-    moves, by what was set: test error, mean ± standard error, and the ELRs passed through. Below,
-    boundaries, the best, and the runs without an ELR."""
-    groups, errors, lines = by_elr(runs), {}, []
-    for elr, group in groups.items():
+    """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries. Runs
+    whose ELR moves by what was set, and the best; those without an ELR."""
+    lines, moving, others, means = [], {}, [], {}
+    for elr, group in by_elr(runs).items():
         regime, share = majority(group)
         seeds = f"{round(share * len(group))}/{len(group)}"
-        line = f"{elr_name(elr):>10}  {title(regime):<20}{seeds:>5}"
-        for name in MEDIANS:
-            line += f"{np.median([row[name] for row in rows(group)]):12.4g}"
-        lines.append(line)
-    if groups:
+        cells = [np.median([row[name] for row in rows(group)]) for name in MEDIANS]
+        cells = "".join(f"{cell:12.4g}" for cell in cells).replace("nan", "  –")
+        lines.append(f"{elr_name(elr):>10}  {title(regime):<20}{seeds:>5}{cells}")
+    if lines:
         heads = [f"{name.replace('_', ' '):>12}" for name in MEDIANS]
         lines.insert(0, f"{'ELR':>10}  {'regime':<20}seeds{''.join(heads)}")
         lines += map(str, boundaries(runs))
-    others = [run for run in runs if math.isnan(run.elr)]
-    moving = [row for row in rows(others) if row["test_error"] >= 0]
-    for row in moving:
-        errors.setdefault(row["run"].split(" seed")[0], []).append(row["test_error"])
-    for name, of_seeds in errors.items():
-        group = [row for row in moving if row["run"].split(" seed")[0] == name]
-        spread = np.std(of_seeds) / math.sqrt(max(len(group) - 1, 0) or math.nan)
-        loss = np.mean([row["train_loss"] for row in group])
-        low, high = min(row["elr_min"] for row in group), max(row["elr_max"] for row in group)
-        line = f"{name}: test error {np.mean(of_seeds):.4f} ± {spread:.4f} ({len(group)} seeds)"
-        lines.append(f"{line}, train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}")
-    if len(errors) > 1:
-        lines.append(f"best: {min(errors, key=lambda name: np.mean(errors[name]))}")
-    named = [row["run"] for row in moving]
-    lines += [str(run) for run in others if run.name not in named]
-    return "\n".join(lines).replace("nan", "–")
+    for run in runs:
+        if run.verdict.moves and "test_error" in run.log:
+            moving.setdefault(run.name.split(" seed")[0], []).append(run)
+        elif math.isnan(run.elr):
+            others.append(str(run))
+    for name, group in moving.items():
+        errors = [run.final("test_error") for run in group]
+        spread = np.std(errors) / math.sqrt(len(errors) - 1) if len(errors) > 1 else math.nan
+        means[name], loss = np.mean(errors), np.mean([run.final("train_loss") for run in group])
+        low, high = (end(row[of] for row in rows(group)) for end, of in ENDS)
+        line = f"{name}: test error {means[name]:.4f} ± {spread:.4f} ({len(group)} seeds), "
+        lines.append(f"{line}train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}")
+    if len(means) > 1:
+        lines.append(f"best: {min(means, key=means.get)}")
+    return "\n".join(lines + others)
 
 
 def csv_lines(rows):
@@ -609,7 +597,7 @@ def main(argv=None):
     ours = ", ".join(USUAL)
     text = f"names of columns; ours are {ours}"
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
-    text = "of random weights; for C classes mostly above a uniform prediction's ln C and 1 − 1/C"
+    text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
     add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
     pairs = [word.partition("=")[::2] for word in args.columns]
