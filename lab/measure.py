@@ -10,6 +10,7 @@ from lab.data import batches, chunks
 from lab.own import told
 
 POINTS = 512  # at which chance is measured
+STEPPED = 64  # of these after a step
 CHUNK = 512  # inputs at once outside of training
 # What share of a gradient may point along the weights: by rounding, and by the eps of others'
 # normalizations. docs/guide.md has the measurements.
@@ -118,22 +119,51 @@ def on_train_set(net, data, dtype):
 @torch.no_grad()
 def chance(net, sphere, data, options, seed):
     """Mean and deviation of loss and error on a batch, over random points of the spheres, to which
-    the network is moved."""
+    the network is moved. `stepped`: the same after a step of 90° along the gradient of another
+    batch. `constant`: of the best constant prediction."""
     net.train()
-    generator, values = torch.Generator().manual_seed(seed), []
+    generator, values, stepped = torch.Generator().manual_seed(seed), [], []
     tensors = [p for group in sphere.param_groups if group["sphere"] for p in group["params"]]
-    for _ in range(POINTS):
-        for p in tensors:
-            p.copy_(torch.randn(p.shape, generator=generator))
-        sphere.normalize()
+
+    def on_batch():
         index = batches(len(data.x), options.batch_size, generator, data.x.device)[0]
         logits, y = logits_of(net, data.inputs(index), options.dtype), data.y[index]
         wrong = (logits.argmax(1) != y).double().mean()
-        values.append(torch.stack([F.cross_entropy(logits, y).double(), wrong]))
-    loss, error = torch.stack(values).unbind(1)
-    found = {"train_loss": loss, "train_error": error}
-    found = {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in found.items()}
-    return found | {"points": POINTS}
+        return F.cross_entropy(logits, y), torch.stack([F.cross_entropy(logits, y).double(), wrong])
+
+    def move(directions):
+        for p, direction in zip(tensors, directions, strict=True):
+            p.copy_(direction)
+        sphere.normalize()
+
+    def random_point():
+        move([torch.randn(p.shape, generator=generator) for p in tensors])
+
+    for _ in range(POINTS):
+        random_point()
+        values.append(on_batch()[1])
+    for _ in range(min(POINTS, STEPPED)):
+        random_point()
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(on_batch()[0], tensors)
+        if all(gradient.any() for gradient in gradients):
+            move([-gradient for gradient in gradients])
+            stepped.append(on_batch()[1])
+
+    def summary(values):
+        found = zip(("train_loss", "train_error"), torch.stack(values).unbind(1), strict=True)
+        found = {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in found}
+        return found | {"points": len(values)}
+
+    share = data.y.bincount().double() / len(data.y)
+    constant = {
+        "train_loss": -share.xlogy(share).sum().item(),
+        "train_error": 1 - share.max().item(),
+    }
+    found = summary(values) | {"constant": constant}
+    if len(stepped) > 1:
+        found["stepped"] = summary(stepped)
+    return found
 
 
 @torch.no_grad()
