@@ -21,7 +21,7 @@ import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -288,17 +288,12 @@ def elr_name(elr):
     return np.format_float_scientific(elr, trim="-", exp_digits=2)
 
 
-def _cells(text):
-    """Header and rows, numbered. Of CSV, or of JSON: objects under log_history (Hugging Face), or
-    one a line (MMEngine, detectron2)."""
+def _lines(path):
+    """The lines of a log. JSON becomes CSV: objects under log_history (Hugging Face), or one a line
+    (MMEngine, detectron2)."""
+    text = path.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] not in ("{", "["):
-        lines = text.split("\n")
-        reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
-        rows = ((reader.line_num, row) for row in reader if row)
-        header, first = next(rows, (1, []))[1], next(rows, (2, []))
-        if len(header) == 1 < len(first[1]):
-            raise ValueError("remove the title before the names of the columns")
-        return [cell.strip() for cell in header], chain([first] if first[1] else [], rows)
+        return text.split("\n")
     try:
         found = json.loads(text)
     except ValueError:
@@ -306,8 +301,8 @@ def _cells(text):
     if isinstance(found, dict):
         found = found.get("log_history", [found])
     header = list(dict.fromkeys(name for row in found for name in row))
-    rows = [[str(row.get(name, "")) for name in header] for row in found]
-    return header, enumerate(rows, 1)
+    rows = [header, *([row.get(name, "") for name in header] for row in found)]
+    return csv_lines(rows).decode().split("\n")
 
 
 def read_log(path, columns=None):
@@ -315,11 +310,16 @@ def read_log(path, columns=None):
     and left out. `columns`: ours → theirs. Raises ValueError where it is no log."""
     line, cut, last, joined, waiting = 1, False, 0.0, {}, {}
     try:
-        header, rows = _cells(path.read_text(encoding="utf-8-sig"))
+        lines = _lines(path)
+        reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
+        rows = filter(None, reader)
+        header = [cell.strip() for cell in next(rows, [])]
+        if len(header) == 1 < len(next(csv.reader(lines[1:2]), [])):
+            raise ValueError("remove the title before the names of the columns")
         places = _places(header, columns or {})
-        for number, row in rows:
-            line = number
-            cut = len(row) < len(header) and not any(row for _, row in rows)
+        for row in rows:
+            line = reader.line_num
+            cut = len(row) < len(header) and not any(rows)
             if cut:
                 break
             if len(row) != len(header):

@@ -53,10 +53,6 @@ def power_law(rng, t):
     return rng.uniform(0.5, 5) * t ** -rng.uniform(0.8, 2) * np.exp(noise(rng, len(t), 0.1, 0.3))
 
 
-def exponential(rng, t):
-    return 3 * np.exp(-t / len(t) * rng.uniform(4, 12)) * np.exp(noise(rng, len(t), 0.1, 0.3))
-
-
 def equilibrium(rng, t):
     level, start = rng.uniform(0.1, 3), 3 * np.exp(-t / len(t) * 20)
     return level * np.exp(noise(rng, len(t), rng.uniform(0.05, 0.2), rng.uniform(0, 0.6))) + start
@@ -82,7 +78,7 @@ def pure_chance(rng, t):
     return 6 + noise(rng, len(t), 0.15, rng.uniform(0, 0.6))
 
 
-EXPERT = [(kind, "convergence", STILL) for kind in (power_law, exponential, catapult, late_escape)]
+EXPERT = [(kind, "convergence", STILL) for kind in (power_law, catapult, late_escape)]
 EXPERT += [(equilibrium, "equilibrium", TURNING), (pure_chance, "divergence", 1.0)]
 
 
@@ -452,17 +448,6 @@ def wandb_history(losses):
     return "\n".join([",_runtime,_step,_timestamp,epoch,train/loss,val/loss", *rows]) + "\n"
 
 
-def hugging_face(losses):
-    """As pandas writes log_history: evaluations between, a summary in the end."""
-    rows = ["loss,grad_norm,learning_rate,epoch,step,eval_loss,train_runtime,train_loss"]
-    for i, loss in enumerate(losses):
-        rows += [
-            f"{loss},1.5,1e-5,{i + 1}.0,{500 * (i + 1)},,,",
-            f",,,{i + 1}.0,{500 * (i + 1)},2,,",
-        ]
-    return "\n".join([*rows, f",,,{len(losses)}.0,{500 * len(losses)},,99.5,0.7"]) + "\n"
-
-
 def history(losses):
     """pandas.DataFrame(model.fit(…).history).to_csv(): the epoch is the index."""
     rows = [f"{i},{loss},0.5" for i, loss in enumerate(losses)]
@@ -474,14 +459,25 @@ def tensorboard(losses):
     return "\n".join(["Wall time,Step,Value", *rows]) + "\n"
 
 
-def trainer_state(losses):
-    """Hugging Face's: evaluations between, a summary in the end."""
+def hugging_face(losses):
+    """log_history: evaluations between, a summary in the end."""
     history = []
     for i, loss in enumerate(losses):
         history.append({"epoch": i + 1.0, "loss": loss, "grad_norm": 1.5, "step": 500 * (i + 1)})
         history.append({"epoch": i + 1.0, "eval_loss": 2.0, "step": 500 * (i + 1)})
-    history.append({"epoch": len(losses), "train_loss": 0.7, "train_runtime": 99.5})
-    return json.dumps({"best_metric": None, "log_history": history}, indent=2)
+    return [*history, {"epoch": len(losses), "train_loss": 0.7, "train_runtime": 99.5}]
+
+
+def trainer_state(losses):
+    return json.dumps({"best_metric": None, "log_history": hugging_face(losses)}, indent=2)
+
+
+def of_pandas(losses):
+    """pandas.DataFrame(log_history).to_csv()"""
+    history = hugging_face(losses)
+    head = ["", *dict.fromkeys(name for row in history for name in row)]
+    rows = [[i, *(row.get(name, "") for name in head[1:])] for i, row in enumerate(history)]
+    return "\n".join(",".join(map(str, row)) for row in [head, *rows]) + "\n"
 
 
 def mmengine(losses):
@@ -494,18 +490,8 @@ def detectron(losses):
     return "\n".join(map(json.dumps, rows)) + "\n"
 
 
-OTHERS = [
-    trainer_state,
-    mmengine,
-    detectron,
-    keras,
-    lightning,
-    wandb_chart,
-    wandb_history,
-    hugging_face,
-    history,
-    tensorboard,
-]
+OTHERS = [trainer_state, mmengine, detectron, keras, lightning, wandb_chart, wandb_history]
+OTHERS += [of_pandas, history, tensorboard]
 
 
 @pytest.mark.parametrize("make", OTHERS)
@@ -757,17 +743,6 @@ def test_how_often_a_made_regime_is_undecided(rows, most):
         share = found.count("undecided") / len(found)
         print(f"{kind}, {rows} rows: undecided {share:.1%}")
         assert share <= most
-
-
-@pytest.mark.skipif(not SLOW, reason="takes minutes: SLOW=1 asks for it")
-def test_of_a_hundred_thousand_made_logs_hardly_one_is_called_another_regime():
-    wrong = []
-    for kind, n, seed in product(ORDER, range(10, 401), range(100)):
-        found = classify(made(kind, n, 10**6 + seed), CHANCE).regime
-        if found not in (kind, "undecided"):
-            wrong.append((kind, n, seed, found))
-    print(f"{3 * 391 * 100:,} made logs, called another regime: {wrong}")
-    assert len(wrong) <= 3
 
 
 def test_the_regimes_are_told_apart_in_grey():
