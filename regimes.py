@@ -463,26 +463,20 @@ class Boundary:
 
 
 def boundaries(runs):
-    """Of a sweep: from the largest ELR at which all runs lie below, none lying above before, to the
-    smallest of which the reverse is true. Between, seeds disagree or are undecided. A run that
+    """Of a sweep: from the largest ELR at which all runs lie below, and no run above before it, to
+    the smallest of which the reverse is true. Between, seeds disagree or are undecided. A run that
     broke down lies above."""
-    sides, found = {}, []
+    ranks, found = {}, []
     for elr, group in by_elr(runs).items():
         verdicts = [run.verdict for run in group]
-        sides[elr] = {2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts}
+        ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
     for rank, (left, right) in enumerate(pairwise(ORDER)):
-        low = high = math.nan
-        for elr, ranks in sides.items():
-            if any(other > rank for other in ranks):
-                break
-            if all(other <= rank for other in ranks):  # undecided is nan
-                low = elr
-        for elr, ranks in reversed(sides.items()):
-            if any(other <= rank for other in ranks):
-                break
-            if all(other > rank for other in ranks):
-                high = elr
-        found.append(Boundary(left, right, low, high))
+        first = min([elr for elr in ranks if (ranks[elr] > rank).any()], default=math.inf)
+        last = max([elr for elr in ranks if (ranks[elr] <= rank).any()], default=0.0)
+        below = [elr for elr in ranks if elr < first and (ranks[elr] <= rank).all()]
+        above = [elr for elr in ranks if elr > last and (ranks[elr] > rank).all()]
+        ends = max(below, default=math.nan), min(above, default=math.nan)
+        found.append(Boundary(left, right, *ends))
     return found
 
 
