@@ -205,7 +205,7 @@ def share(found, whole, what, names, cuts=CUTS):
 )
 def test_hardly_a_run_gets_a_wrong_name(found, whole, what, names, most):
     wrong, total = share(found, whole, what, names, CUTS)
-    assert wrong <= (2 if SLOW else 5) + (1.5 if SLOW else 3) * most * total
+    assert wrong <= 3 + 2 * most * total
 
 
 @pytest.mark.parametrize(
@@ -221,4 +221,4 @@ def test_hardly_a_run_gets_a_wrong_name(found, whole, what, names, most):
 def test_most_runs_get_their_name_from_20_rows_on(found, whole, what, name, least):
     cuts = [cut for cut in CUTS if cut >= 20]
     named, total = share(found, whole, what, [name], cuts)
-    assert named >= (0.9 if SLOW else 0.6) * least * total - 5
+    assert named >= 0.8 * least * total - 3
