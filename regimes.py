@@ -1,13 +1,13 @@
-"""Name the training regime of each run from its CSV log.
+"""Name the training regime of each run from its log.
 
     python regimes.py logs/digits-convnet                a folder: table, boundaries
     python regimes.py log.csv --chance 2.303             Keras, ten classes
-    python regimes.py metrics.csv                        Lightning
+    python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
     python regimes.py export.csv --columns epoch=Step    W&B; most are known
 
-Convergence: the loss surely keeps falling, or is next to nothing. Divergence: neither error nor
-loss can be told from chance. Equilibrium: one of them can, and the loss is level. Kodryan et
-al., NeurIPS 2022 (arXiv 2209.03695).
+Convergence: the loss surely falls. Equilibrium: it is level and better than chance, and the run has
+forgotten where it was. Divergence: neither error nor loss can be told from chance. Kodryan et al.,
+NeurIPS 2022 (arXiv 2209.03695). Each threshold below was measured: docs/guide.md, The rule.
 """
 
 import argparse
@@ -30,73 +30,101 @@ import numpy as np
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
 # What others call them, the best first; of "my-run - train/loss" it is "loss".
-USUAL["epoch"] = "epoch step _step global_step iteration index"
-USUAL["train_loss"] = "loss_epoch loss loss_step"
+USUAL["epoch"] = "epoch step _step global_step iteration iter index"
+USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
+USUAL["lr"] = "lr learning_rate lr_sgd lr_adam lr_adamw"
+KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
 
 MIN_TAIL = 4  # rows of the last half: with fewer the interval of no slope is finite
+WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
+BLOCKS = 24  # of rows, whose means are fitted
+FLAT = 0.08  # slope with which a loss that falls linearly is lower by a quarter at four times
+LEVEL = 0.25  # of the loss alone: the interval of a level one leaves no room for steeper slopes
+SHOWN = 0.5  # where the run forgets: a wider interval could hide the slope of a falling loss
+STEEP = 0.3  # slope of a falling loss, by the loss alone
+TURN = 0.7  # radians of a random walk within the last half: having turned less, a run remembers
+RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
 NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried went on falling
-STEEP = -0.5  # slope of a falling loss: 1/epoch has −1, a level 0
-FLAT = 0.1  # slopes this small change a loss by 7 % while the epochs double
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
-TURN = 1.0  # radians: a walk that has turned less remembers its start
-BLOCKS = 600  # whose means stand for more than twice as many rows
 Z99 = 2.576  # normal quantile of a two-sided 99 % interval
 
 
-@dataclass
-class Skill:
-    """1 − value/chance of a column, and its standard error."""
+class Trend(NamedTuple):
+    """A straight line through a column: slope and mean, and half of their 99 % intervals."""
+
+    slope: float = math.nan
+    margin: float = math.nan
+    mean: float = math.nan
+    error: float = math.nan
+
+    @property
+    def low(self):
+        return self.slope - self.margin
+
+    @property
+    def high(self):
+        return self.slope + self.margin
+
+    @property
+    def falls(self):
+        return self.high < 0 and self.slope < -FLAT
+
+    def __str__(self):
+        return f"slope {self.slope:+.2f} ± {self.margin:.2f}"
+
+
+def trend(x, y):
+    """The line through the means of at most BLOCKS blocks of rows, at least 3. What is left beside
+    it, curvature too, is noise."""
+    blocks = min(BLOCKS, len(x))
+    starts = np.arange(blocks) * len(x) // blocks
+    sizes = np.diff(starts, append=len(x))
+    x, y = (np.add.reduceat(z, starts) / sizes for z in (x, y))
+    away, free = x - x.mean(), blocks - 2
+    slope = (away @ y) / (away @ away)
+    left = y - y.mean() - slope * away
+    # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
+    quantile = Z99 * (8 * free + 3) / (8 * free + 1)
+    quantile = math.sqrt(free * math.expm1(quantile**2 / free))
+    deviation = quantile * math.sqrt(left @ left / free)
+    margin, error = deviation / math.sqrt(away @ away), deviation / math.sqrt(blocks)
+    return Trend(slope, margin, y.mean(), error)
+
+
+class Skill(NamedTuple):
+    """How much lower than by chance a column is, as a share, half of the 99 % interval, and whether
+    it is lower; None where noise hides that."""
 
     of: str
+    mean: float
+    chance: float
     value: float
-    error: float
-
-    @property
-    def told(self):
-        """Whether it is better than chance; None where noise hides that."""
-        floor, margin = FLOORS[self.of], Z99 * self.error
-        if self.value - margin >= floor:
-            return True
-        if self.value >= floor or (self.error > floor and self.value + margin > floor):
-            return None
-        return False
+    margin: float
+    told: bool | None
 
     def __str__(self):
-        return f"{self.of[6:]} {self.value:.0%} ± {self.error:.1%} better than chance"
-
-
-class Trend(NamedTuple):
-    slope: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-
-    @property
-    def level(self):
-        no_trend = self.low <= 0 <= self.high or abs(self.slope) <= FLAT
-        return no_trend and self.slope >= STEEP
-
-    def __str__(self):
-        return f"slope {self.slope:+.2f}, 99 % interval {self.low:+.2f} to {self.high:+.2f}"
+        return f"{self.of[6:]} {self.mean:.3g} (chance {self.chance:.3g})"
 
 
 @dataclass
 class Verdict:
-    """What `classify` found, and why. `moves`: its ELR does."""
+    """What `classify` found, and why. `moves`: its ELR does. `broken`: nan, or a gradient of 0."""
 
     regime: str = "undecided"
     why: str = ""
     skills: list = field(default_factory=list)
     trend: Trend = Trend()
-    turn: float = math.nan  # φ √steps, of a random walk
+    turn: float = math.nan  # φ √steps of the last half: the angle that a random walk covers
     more_epochs: int | None = None  # in all, that may decide
     notes: list = field(default_factory=list)
     moves: bool = False
+    broken: bool = False
 
     def __str__(self):
         if self.moves:
             return self.why
-        more = f"; {self.more_epochs} epochs may decide" if self.more_epochs else ""
+        more = "; twice the length may decide" if self.more_epochs else ""
         return f"{title(self.regime)}: {self.why}{more}"
 
 
@@ -104,96 +132,121 @@ def classify(log, chance=None):
     """The regime of one run.
 
     log      columns, a row per epoch: `epoch`, `train_loss` in nats; where there are `train_error`
-             in [0, 1], `step`, `angle` in radians
+             in [0, 1], `step`, `angle` in radians, `grad_norm`, `elr`, `lr`
     chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}, at n
-             random points of the sphere; without it a row before training stands in
+             random points of the sphere; without it a row before training stands in. "stepped": the
+             same after a step of 90° along each point's gradient; "constant": {"train_error"} of
+             the best constant prediction
     """
-    loss = log["train_loss"]
+    epoch, loss, verdict = finished(log), log["train_loss"], Verdict()
     for bad, what in ((~np.isfinite(loss), "not finite"), (loss < 0, "negative: no logarithm")):
         if bad.any():
-            return Verdict(why=f"in epoch {log['epoch'][bad][0]:g} the loss is {what}")
-    elrs = [elr for elr in log.get("elr", []) if math.isfinite(elr)]
-    if elrs and max(elrs) - min(elrs) > 1e-6 * max(elrs):
-        return Verdict(why=f"ELR {elrs[0]:.3g} to {elrs[-1]:.3g}, not a fixed one", moves=True)
-
-    epoch, verdict = finished(log), Verdict()
-    late = epoch > epoch[-1] / 4  # the last three quarters; their last n rows are the last half
-    n = (epoch > epoch[-1] / 2).sum()
-    note = verdict.notes.append
+            why = f"in epoch {log['epoch'][bad][0]:g} the loss is {what}"
+            return Verdict(why=why, broken=what == "not finite")
+    counts = [int((epoch > epoch[-1] * (1 - share)).sum()) for share in WINDOWS]
+    n = counts[0]
+    for name in ("elr", "lr"):
+        values = log.get(name, epoch[:0])
+        late = values[-counts[-1] :][np.isfinite(values[-counts[-1] :])]
+        if len(late) and np.ptp(late) > 1e-6 * late.max():
+            why = f"{name.upper()} {values[0]:.3g} to {values[-1]:.3g}, not a fixed one"
+            return Verdict(why=why, moves=True)
     more = max(2 * MIN_TAIL, 2 * math.ceil(epoch[-1]))
     if n < MIN_TAIL:
         return Verdict(why=f"too short: {n} rows in the last half", more_epochs=more)
+
     if chance is None and epoch[0] == 0:
         chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
-        note("no chance reference: the row of epoch 0 stands in")
-    log = {name: values[late] for name, values in log.items()} | {"epoch": epoch[late]}
-
-    verdict.skills = _skills(log, n, chance or {})
-    if "train_error" not in [skill.of for skill in verdict.skills]:
-        note("no train_error: skill from the loss")
-    if "angle" in log and "step" in log:
-        verdict.turn = log["angle"][-n:].mean() * math.sqrt(max(log["step"][-1], 0))
-    if math.isnan(verdict.turn):
-        note("no angle or step: not asked whether the run has left its start")
+        verdict.notes.append("no chance reference: the row of epoch 0 stands in")
+    angle = log["angle"][-n:].mean() if "angle" in log else math.nan
+    if "step" in log:
+        steps = (log["step"][-1] - log["step"][-n]) * n / (n - 1)
+        verdict.turn = angle * math.sqrt(max(steps, 0))
     least = 1e-38 * loss.max() or 1.0  # 0 has no logarithm
-    x, y = np.log(log["epoch"]), np.log(np.maximum(log["train_loss"], least))
-    verdict.trend = theil_sen(x[-n:], y[-n:])
+    x, y = np.log(np.maximum(epoch, 1e-300)), np.log(np.maximum(loss, least))
+    verdict.skills = _skills(log, x[-n:], chance or {}, angle)
+    if "train_error" not in [skill.of for skill in verdict.skills]:
+        verdict.notes.append("no train_error: skill from the loss")
+    trends = [trend(x[-k:], y[-k:]) for k in counts]
     level = chance["train_loss"]["mean"] if chance else math.nan
-    verdict.regime, verdict.why = _decide(verdict, theil_sen(x, y), loss[-n:], level)
-    if verdict.regime == "undecided" and verdict.skills:
+    verdict.regime, verdict.why = _decide(verdict, trends, log, n, level)
+    if verdict.regime == "undecided" and verdict.skills and not verdict.broken:
         verdict.more_epochs = more
     return verdict
 
 
-def _decide(verdict, longer, loss, chance):
-    """Regime and why. `loss`: of the last half, and by chance. Slow noise may look like a trend, or
-    hide one: so `longer`, that of the last three quarters, is asked, too."""
-    trend, skills = verdict.trend, verdict.skills
-    told = [skill for skill in skills if skill.told]
-    better = " and ".join(map(str, told[:1] or skills))
+def _decide(verdict, trends, log, n, chance):
+    """Regime and why; sets the trend that decides. `chance`: the loss by chance."""
+    loss, turn, skills = log["train_loss"][-n:], verdict.turn, verdict.skills
+    best = verdict.trend = min(trends, key=lambda trend: trend.margin)
+    now = f"loss {loss[-1]:.3g}"
+    if np.median(loss) < NEGLIGIBLE * chance or not loss[-MIN_TAIL:].any():
+        return "convergence", f"{now}, next to nothing"
+    gradient = log.get("grad_norm", loss)
+    if not gradient[-MIN_TAIL:].any():
+        verdict.broken = True
+        since = log["epoch"][np.flatnonzero(np.append(1, gradient))[-1]]
+        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}"
+        return "undecided", f"{why}; lower the learning rate of what is on no sphere"
 
-    if np.median(loss) < NEGLIGIBLE * chance:
-        share = loss.mean() / chance
-        return "convergence", f"the loss has fallen to {share:.2%} of chance ({trend})"
-    if np.median(loss) == 0 or not loss[-MIN_TAIL:].any():
-        return "convergence", "the loss has reached 0"
-    steep = trend.high < 0 and trend.slope < STEEP and longer.slope < STEEP
-    if steep and (not skills or any(skill.value >= Z99 * skill.error for skill in skills)):
-        return "convergence", f"the loss keeps falling ({trend}), now at {loss[-1]:.3g}"
+    half, longer = trends[:2]
+    falling, remembers, known = [x for x in trends if x.falls], turn < TURN, turn >= 0
+    steep = half in falling and max(half.slope, longer.slope) < -STEEP and best.high < -LEVEL
+    steep = steep and (not skills or any(skill.value > skill.margin for skill in skills))
+    if steep or (remembers and falling and half.slope < -FLAT / 2):
+        verdict.trend = min(falling, key=lambda trend: trend.margin)
+        turned = f", turning by {turn:.2g} rad" if known else ""
+        return "convergence", f"{now} falls ({verdict.trend}){turned}"
 
     if not skills:
-        return "undecided", f"equilibrium and divergence look alike without --chance ({trend})"
-    if verdict.turn < TURN:
-        return "undecided", f"{better}, but has hardly left its start ({verdict.turn:.2g} rad)"
-
-    if told and (trend.level or longer.level):
-        return "equilibrium", f"{better}, and the loss stays at about {loss.mean():.3g} ({trend})"
-    falls = trend.high < 0 and trend.slope < -FLAT and max(skill.value for skill in skills) > 0
-    if told or falls:
-        return "undecided", f"{better}, but the loss is not level ({trend})"
+        return "undecided", f"equilibrium and divergence look alike without --chance ({best})"
+    told = [skill for skill in skills if skill.told]
+    evidence = ", ".join(map(str, told[:1] or skills))
+    if remembers:
+        return "undecided", f"{evidence}, but has turned by only {turn:.2g} rad"
+    if known:  # what is left is to see no trend, in an interval that could have shown one
+        flat = [trend for trend in trends if abs(trend.slope) <= max(trend.margin, FLAT)]
+        level = any(trend.low > -SHOWN for trend in flat)
+    else:  # the interval has no room for a fall of a quarter, and shows none
+        level = -LEVEL < best.low and best.high < 2 * LEVEL and not best.falls
+        verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
+    if told and level:
+        return "equilibrium", f"{evidence}, level at loss {loss.mean():.3g} ({best})"
     for skill in skills:
-        if skill.told is None:
-            return "undecided", f"too noisy to tell from chance: {skill}"
-    return "divergence", f"no better than chance: {better}"
+        if skill.told is None and not told:
+            return "undecided", f"too noisy: {skill} ± {skill.margin * skill.chance:.2g}"
+    if told or not (level or known) or (best.falls and max(s.value for s in skills) > 0):
+        return "undecided", f"{evidence}, not shown to be level ({best})"
+    return "divergence", f"no better than chance: {evidence}"
 
 
-def _skills(log, n, chance):
-    """Of error and loss over the last n rows, where chance is known; what is told first."""
-    skills = []
-    for name in FLOORS:
+def _skills(log, x, chance, angle):
+    """Of error and loss in the last half, where chance is known. After steps of 90° a network knows
+    one batch: that, or the loss alone, tells it from chance."""
+    constant, skills = chance.get("constant", {}).get("train_error", 1.0), []
+    forgets = angle > RIGHT_ANGLE
+    if forgets and "stepped" in chance:
+        chance, forgets = chance["stepped"], False
+    for name, floor in FLOORS.items():
         values = log.get(name)
-        if values is None or name not in chance or not chance[name]["mean"] > 0:
+        if values is None or name not in chance:
             continue
-        if name == "train_error" and not ((values >= 0) & (values <= 1)).all():  # in percent
-            continue
-        # Around a line: a curve through few rows would take slow noise for a trend.
-        residual, inflation = _around_trend(np.log(log["epoch"]), values, degree=1)
-        own = residual.std(ddof=2) * math.sqrt(inflation / n)
-        own *= 1 + 3 / n  # Student's quantiles are farther out
         mean, std = chance[name]["mean"], chance[name]["std"]
-        error = math.hypot(own, std / math.sqrt(chance.get("points", 1)))
-        skills.append(Skill(name, 1 - values[-n:].mean() / mean, error / mean))
-    return sorted(skills, key=lambda skill: not skill.told)
+        if name == "train_error":
+            mean = min(mean, constant)  # to guess the most frequent class is no skill
+            if not ((values >= 0) & (values <= 1)).all():  # in percent
+                continue
+        if not mean > 0:
+            continue
+        own = trend(x, values[-len(x) :])
+        margin = math.hypot(own.error, Z99 * std / math.sqrt(chance.get("points", 1))) / mean
+        value, told = 1 - own.mean / mean, False
+        if value - margin >= floor:
+            told = name == "train_loss" or not forgets
+        elif value >= floor or (margin > floor and value + margin > floor):
+            told = None
+        skills.append(Skill(name, own.mean, mean, value, margin, told))
+    return skills
 
 
 def finished(log):
@@ -202,37 +255,6 @@ def finished(log):
     if len(epoch) > 1 and epoch[0] == 0 and log.get("step", [1])[0] != 0:
         return epoch + epoch[1]
     return epoch
-
-
-def theil_sen(x, y):
-    """Median slope of all pairs, and its 99 % interval (Sen, JASA 63, 1968), wider by the
-    autocorrelation of training logs. Of long logs: between means of blocks of equal width."""
-    if len(x) > 2 * BLOCKS:
-        edges = np.linspace(x[0], x[-1], BLOCKS, endpoint=False)
-        starts = np.unique(np.searchsorted(x, edges))
-        sizes = np.diff(starts, append=len(x))
-        x, y = (np.add.reduceat(z, starts) / sizes for z in (x, y))
-    i, j = np.triu_indices(len(x), 1)
-    slopes, n = np.sort((y[j] - y[i]) / (x[j] - x[i])), len(x)
-    slopes = np.pad(slopes, 1, constant_values=(-math.inf, math.inf))  # of too few points
-    sigma = math.sqrt(n * (n - 1) * (2 * n + 5) / 18 * _around_trend(x, y, degree=3)[1])
-    low = math.floor((len(slopes) - Z99 * sigma) / 2)
-    high = math.ceil((len(slopes) + Z99 * sigma) / 2)
-    low, high = slopes[max(low, 0)], slopes[min(high, len(slopes) - 1)]
-    return Trend(np.median(slopes), low, high)
-
-
-def _around_trend(x, y, degree):
-    """y around a polynomial, and by how much its autocorrelation r at lag 1, corrected for bias,
-    inflates the variance of a mean: (1 + r)/(1 − r)."""
-    n = len(y)
-    residual = y - np.polynomial.Polynomial.fit(x, y, min(degree, n // 4))(x)
-    square = residual @ residual
-    if square <= (1e-12 * np.abs(y).max()) ** 2:
-        return residual, 1.0
-    r = (residual[1:] @ residual[:-1]) / square
-    r = min(max(r + (1 + 4 * r) / n, 0.0), 0.95)
-    return residual, (1 + r) / (1 - r)
 
 
 def title(regime):
@@ -254,7 +276,7 @@ class Run:
         return self.path.stem.replace("=", " ").replace(".seed", " seed")
 
     def __str__(self):
-        return f"{self.name}: {'; '.join([str(self.verdict), *self.verdict.notes])}"
+        return "\n    ".join([f"{self.name}: {self.verdict}", *self.verdict.notes])
 
     def final(self, column):
         """Mean of a column over its last tenth."""
@@ -266,15 +288,34 @@ def elr_name(elr):
     return np.format_float_scientific(elr, trim="-", exp_digits=2)
 
 
-def read_log(path, columns=None):
-    """The columns of a CSV log that we know, rows of one epoch joined; whether its last row is cut
-    off, and left out. `columns`: ours → theirs. Raises ValueError where it is no log."""
-    line, cut, last, joined = 1, False, 0.0, {}
+def _lines(path):
+    """The lines of a log. JSON becomes CSV: objects under log_history (Hugging Face), or one a line
+    (MMEngine, detectron2)."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip()[:1] not in ("{", "["):
+        return text.split("\n")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        found = json.loads(text)
+    except ValueError:
+        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    if isinstance(found, dict):
+        found = found.get("log_history", [found])
+    header = list(dict.fromkeys(name for row in found for name in row))
+    rows = [header, *([row.get(name, "") for name in header] for row in found)]
+    return csv_lines(rows).decode().split("\n")
+
+
+def read_log(path, columns=None):
+    """The columns of a log that we know, rows of one epoch joined; whether its last row is cut off,
+    and left out. `columns`: ours → theirs. Raises ValueError where it is no log."""
+    line, cut, last, joined, waiting = 1, False, 0.0, {}, {}
+    try:
+        lines = _lines(path)
         reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
         rows = filter(None, reader)
         header = [cell.strip() for cell in next(rows, [])]
+        if len(header) == 1 < len(next(csv.reader(lines[1:2]), [])):
+            raise ValueError("remove the title before the names of the columns")
         places = _places(header, columns or {})
         for row in rows:
             line = reader.line_num
@@ -284,20 +325,21 @@ def read_log(path, columns=None):
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells, the header has {len(header)}")
             cells = {name: row[i] for name, i in places.items() if row[i].strip()}
-            numbers = {name: float(cell) for name, cell in cells.items()}
+            numbers = waiting | {name: float(cell) for name, cell in cells.items()}
             if not numbers.keys() & {"epoch", "train_loss"}:
+                waiting = numbers  # Lightning's learning rates
                 continue
-            epoch = numbers.get("epoch", math.nan)
+            epoch, waiting = numbers.get("epoch", math.nan), {}
             if not last <= epoch < math.inf:
-                raise ValueError("no epoch, or not the next one: one run, in order")
+                raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
             if "train_loss" in before and "train_loss" in numbers:
-                raise ValueError(f"epoch {epoch:g} again: drop a row, or say --columns epoch=step")
+                raise ValueError(f"drop a row, or say --columns epoch=step: epoch {epoch:g} again")
             before.update(numbers)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: line {line}: {str(error)[:400]}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}: line {line}: {str(error)[:200]}") from None
     whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
     if not whole:
         raise ValueError(f"{path}: no row with a loss")
@@ -307,6 +349,8 @@ def read_log(path, columns=None):
 
 def _places(header, columns):
     """Where each of our columns is."""
+    if header and all(re.fullmatch(r"[-+.\deE]+", name) for name in header):
+        raise ValueError("put the names of the columns into a first line: there is no header")
     if "train_runtime" in header:  # Hugging Face's train_loss is one number, at the end
         columns = {"train_loss": "loss"} | columns
     plain, places = [], {}
@@ -320,9 +364,9 @@ def _places(header, columns):
             found = found or [i for i, other in enumerate(plain) if other == name]
         if len(found) == 1:
             places[ours] = found[0]
-        elif found or usual or ours in columns:
+        elif found or ours in columns or ours in ("epoch", "train_loss"):
             what = f"{len(found) or 'no'} columns {asked} in {', '.join(header)}"
-            raise ValueError(f"{what}: say --columns {ours}=COLUMN")
+            raise ValueError(f"say --columns {ours}=COLUMN: {what}")
     # Of a step that stands in for the epoch, 0 does not say that it is before training.
     if places.get("step") == places["epoch"] and "step" not in columns:
         del places["step"]
@@ -337,7 +381,7 @@ def read_chance(folder):
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for reference in chance.values():
-            numbers = [x for name in FLOORS for x in reference[name].values()]
+            numbers = [reference[name][x] for name in FLOORS for x in ("mean", "std")]
             if not all(0 <= x < math.inf for x in [reference["points"] - 1, *numbers]):
                 raise ValueError
     except Exception:  # damaged JSON can fail anywhere
@@ -351,7 +395,7 @@ def read_run(path, chance, columns=None):
     elr = re.search(r"elr=(\d+(\.\d+)?(e[+-]?\d+)?)", path.name)
     elr = float(elr[1]) if elr else math.nan
     if "elr" in log:
-        elr = float(log["elr"][0])
+        elr = float(log["elr"][-1])
     seed = re.search(r"seed=(\d{1,18})", path.name)
     seed = int(seed[1]) if seed else 0
     verdict = classify(log, chance.get(str(seed), chance.get("")))
@@ -365,7 +409,8 @@ def gather(paths, columns=None, chance=None):
     instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        inside = [log for log in sorted(path.glob("*.csv")) if not any(map(log.match, OURS))]
+        inside = sorted(log for kind in KINDS for log in path.glob(kind))
+        inside = [log for log in inside if not any(map(log.match, OURS))]
         logs += inside if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
@@ -418,49 +463,73 @@ class Boundary:
 
 
 def boundaries(runs):
-    """Of a sweep, by the majority of seeds."""
-    ranks = {elr: ORDER.get(majority(group)[0], math.nan) for elr, group in by_elr(runs).items()}
-    found = []
-    for left, right in pairwise(ORDER):  # undecided: rank nan, on no side
-        below = [elr for elr, rank in ranks.items() if rank <= ORDER[left]]
-        above = [elr for elr, rank in ranks.items() if rank > ORDER[left]]
-        found.append(Boundary(left, right, [math.nan, *below][-1], [*above, math.nan][0]))
+    """Of a sweep: from the largest ELR at which all runs lie below, and no run above before it, to
+    the smallest of which the reverse is true. Between, seeds disagree or are undecided. A run that
+    broke down lies above."""
+    ranks, found = {}, []
+    for elr, group in by_elr(runs).items():
+        verdicts = [run.verdict for run in group]
+        ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
+    for rank, (left, right) in enumerate(pairwise(ORDER)):
+        first = min([elr for elr in ranks if (ranks[elr] > rank).any()], default=math.inf)
+        last = max([elr for elr in ranks if (ranks[elr] <= rank).any()], default=0.0)
+        below = [elr for elr in ranks if elr < first and (ranks[elr] <= rank).all()]
+        above = [elr for elr in ranks if elr > last and (ranks[elr] > rank).all()]
+        ends = max(below, default=math.nan), min(above, default=math.nan)
+        found.append(Boundary(left, right, *ends))
     return found
 
 
 MEDIANS = "skill slope train_loss train_error test_error grad_norm angle".split()
-COLUMNS = ["elr", "seed", "regime", *MEDIANS, "epochs"]
+ENDS = ((min, "elr_min"), (max, "elr_max"))
+COLUMNS = ["elr", "seed", "regime", *MEDIANS, "epochs", "run", "elr_min", "elr_max"]
 
 
 def rows(runs):
-    """A row per run with an ELR; from `train_loss` on means of the last tenth of the epochs."""
+    """A row per run that has an ELR; from `train_loss` on means of the last tenth of the epochs."""
     found = []
-    for run in sum(by_elr(runs).values(), []):
-        verdict = run.verdict
+    for run in runs:
+        verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
+        if math.isnan(elrs[-1]):
+            continue
         skill = verdict.skills[0].value if verdict.skills else math.nan
-        values = [run.elr, run.seed, verdict.regime, skill, verdict.trend.slope]
+        regime = "not fixed" if verdict.moves else verdict.regime
+        values = [run.elr, run.seed, regime, skill, verdict.trend.slope]
         values += [run.final(name) for name in MEDIANS[2:]]
-        found.append(dict(zip(COLUMNS, [*values, int(finished(run.log)[-1])], strict=True)))
+        values += [int(finished(run.log)[-1]), run.name, min(elrs), max(elrs)]
+        found.append(dict(zip(COLUMNS, values, strict=True)))
     return found
 
 
 def table(runs):
-    """The sweep as text: per ELR the regime, its share of the seeds, medians over them; below, the
-    runs without an ELR."""
-    lines, groups = [], by_elr(runs)
-    for elr, group in groups.items():
+    """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries. Runs
+    whose ELR moves by what was set, and the best; those without an ELR."""
+    lines, moving, others, means = [], {}, [], {}
+    for elr, group in by_elr(runs).items():
         regime, share = majority(group)
         seeds = f"{round(share * len(group))}/{len(group)}"
-        line = f"{elr_name(elr):>10}  {title(regime):<20}{seeds:>5}"
-        for name in MEDIANS:
-            median = np.median([row[name] for row in rows(group)])
-            line += f"{median:.4g}".replace("nan", "–").rjust(12)
-        lines.append(line)
-    if groups:
+        cells = [np.median([row[name] for row in rows(group)]) for name in MEDIANS]
+        cells = "".join(f"{cell:12.4g}" for cell in cells).replace("nan", "  –")
+        lines.append(f"{elr_name(elr):>10}  {title(regime):<20}{seeds:>5}{cells}")
+    if lines:
         heads = [f"{name.replace('_', ' '):>12}" for name in MEDIANS]
         lines.insert(0, f"{'ELR':>10}  {'regime':<20}seeds{''.join(heads)}")
         lines += map(str, boundaries(runs))
-    return "\n".join(lines + [str(run) for run in runs if math.isnan(run.elr)])
+    for run in runs:
+        if run.verdict.moves and "test_error" in run.log:
+            moving.setdefault(run.name.split(" seed")[0], []).append(run)
+        elif math.isnan(run.elr):
+            others.append(str(run))
+    for name, group in moving.items():
+        errors = [run.final("test_error") for run in group]
+        spread = np.std(errors) / math.sqrt(len(errors) - 1) if len(errors) > 1 else math.nan
+        means[name], loss = np.mean(errors), np.mean([run.final("train_loss") for run in group])
+        low, high = (end(row[of] for row in rows(group)) for end, of in ENDS)
+        line = f"{name}: test error {means[name]:.4f} ± {spread:.4f} ({len(group)} seeds), "
+        lines.append(f"{line}train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}")
+    if len(means) > 1:
+        lines.append(f"best: {min(means, key=means.get)}")
+    return "\n".join(lines + others)
 
 
 def csv_lines(rows):
@@ -522,7 +591,7 @@ def main(argv=None):
     ours = ", ".join(USUAL)
     text = f"names of columns; ours are {ours}"
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
-    text = "of random weights; for C classes mostly above a uniform prediction's ln C and 1 − 1/C"
+    text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
     add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
     pairs = [word.partition("=")[::2] for word in args.columns]
@@ -540,7 +609,10 @@ def main(argv=None):
     if text:
         print(text)
     if whole and len(args.paths) == 1 and runs:
-        write_csv(args.paths[0] / "regimes.csv", rows(runs))
+        try:
+            write_csv(args.paths[0] / "regimes.csv", rows(runs))
+        except OSError as error:
+            problems.append(f"{args.paths[0] / 'regimes.csv'} not written: {error.strerror}")
     for problem in problems:
         print(f"regimes.py: error: {problem}", file=sys.stderr)
     return 2 if problems else 0

@@ -108,22 +108,54 @@ def on_train_set(net, data, dtype):
 @torch.no_grad()
 def chance(run, seed):
     """Mean and deviation of loss and error on a batch, over random points of the run's spheres, to
-    which its network is moved."""
+    which its network is moved. stepped: the same after a step of 90° along the gradient of another
+    batch. constant: of the best constant prediction."""
     run.net.train()
-    data, device, size = run.data, run.config.device, run.config.batch_size
-    generator, values = torch.Generator().manual_seed(seed), []
-    for _ in range(POINTS):
-        for p in run.on_spheres:
-            p.copy_(torch.randn(p.shape, generator=generator))
-        run.sphere.normalize()
-        index = batches(len(data.x), size, generator, device)[0]
+    data, size, values, stepped = run.data, run.config.batch_size, [], []
+    generator = torch.Generator().manual_seed(seed)
+
+    def on_batch():
+        index = batches(len(data.x), size, generator, run.config.device)[0]
         logits, y = logits_of(run.net, data.inputs(index), run.config.dtype), data.y[index]
         wrong = (logits.argmax(1) != y).double().mean()
-        values.append(torch.stack([F.cross_entropy(logits, y).double(), wrong]))
+        loss = F.cross_entropy(logits, y)
+        return loss, torch.stack([loss.detach().double(), wrong])
+
+    def move(directions):
+        for p, direction in zip(run.on_spheres, directions, strict=True):
+            p.copy_(direction)
+        run.sphere.normalize()
+
+    def random_point():
+        move([torch.randn(p.shape, generator=generator) for p in run.on_spheres])
+
+    for _ in range(POINTS):
+        random_point()
+        values.append(on_batch()[1])
+    for _ in range(POINTS // 8):
+        random_point()
+        with torch.enable_grad():
+            loss = on_batch()[0]
+            gradients = torch.autograd.grad(loss, run.on_spheres, materialize_grads=True)
+        if all(gradient.any() for gradient in gradients):
+            move([-gradient for gradient in gradients])
+            stepped.append(on_batch()[1])
+
+    share = data.y.bincount().double() / len(data.y)
+    entropy = -share.xlogy(share).sum().item()
+    found = summary(values)
+    found["constant"] = {"train_loss": entropy, "train_error": 1 - share.max().item()}
+    if len(stepped) > 1:
+        found["stepped"] = summary(stepped)
+    return found
+
+
+def summary(values):
+    """Of a list of [2] tensors, loss and error."""
     loss, error = torch.stack(values).unbind(1)
     found = {"train_loss": loss, "train_error": error}
     found = {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in found.items()}
-    return found | {"points": POINTS}
+    return found | {"points": len(values)}
 
 
 @torch.no_grad()

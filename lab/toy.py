@@ -107,10 +107,10 @@ def main(argv=None):
     runs, total = [], sum(args.alphas)
     for _ in range(args.refine + 1):
         runs += simulate(args.alphas, elrs, args.seeds, args.steps)
-        elrs = []
+        done, elrs = {run.elr for run in runs}, []
         for boundary in regimes.boundaries(runs):
             middle = float(f"{math.sqrt(boundary.low * boundary.high):.6g}")
-            if boundary.seen and boundary.low * 1.0001 < middle < boundary.high / 1.0001:
+            if boundary.seen and middle not in done:  # a middle that is done is undecided
                 elrs.append(middle)
     rows = [row_of(run, total) for group in regimes.by_elr(runs).values() for run in group]
     regimes.write_csv(args.out / "toy.csv", rows)

@@ -1,10 +1,9 @@
-"""The rule on synthetic logs whose regime an expert would not doubt, and the files it reads and writes."""
+"""The rule on made logs whose regime an expert would not doubt, and the files that are read and written."""
 
 import csv
 import json
 import math
 import os
-import shutil
 import warnings
 from itertools import product
 
@@ -23,204 +22,258 @@ CHANCE = {
     "train_loss": {"mean": 6.0, "std": 1.0},
     "train_error": {"mean": 0.9, "std": 0.08},
 }
-DRAWS = 50
+ALONE = {"points": 512, "train_loss": CHANCE["train_loss"]}
+TURNING, STILL = 0.3, 0.002  # angles of a step
+SLOW = "SLOW" in os.environ
+many = settings(max_examples=1000 if SLOW else 50, deadline=None, derandomize=not SLOW)
 
 
 def noise(rng, n, sd, r):
     """Stationary noise with autocorrelation r of lag 1."""
-    x = np.empty(n)
-    x[0] = rng.normal()
+    x = rng.normal(size=n)
     for i in range(1, n):
-        x[i] = r * x[i - 1] + math.sqrt(1 - r * r) * rng.normal()
+        x[i] = r * x[i - 1] + math.sqrt(1 - r * r) * x[i]
     return sd * x
 
 
-def with_error(rng, loss):
-    """A log with a train error that goes with the loss, and a row before training at chance."""
-    error = np.clip(
-        0.9 * (1 - np.exp(-0.5 * loss)) / (1 - math.exp(-3)) + rng.normal(0, 0.004, len(loss)), 0, 1
-    )
-    loss, error = np.insert(loss, 0, 6.0), np.insert(error, 0, 0.9)
+def log_of(rng, loss, angle=TURNING):
+    """A log as train.py writes it: a train error that goes with the loss, a row before training."""
+    error = 0.9 * (1 - np.exp(-0.5 * loss)) / (1 - math.exp(-3)) + rng.normal(0, 0.004, len(loss))
+    loss, error = np.insert(loss, 0, 6.0), np.insert(np.clip(error, 0, 1), 0, 0.9)
     epoch = np.arange(len(loss), dtype=float)
-    return {"epoch": epoch, "step": 90 * epoch, "train_loss": loss, "train_error": error}
+    log = {"epoch": epoch, "step": 90 * epoch, "train_loss": loss, "train_error": error}
+    return log | {"angle": np.full(len(epoch), angle)}
+
+
+def less(log, *names):
+    return {name: column for name, column in log.items() if name not in names}
 
 
 def power_law(rng, t):
     return rng.uniform(0.5, 5) * t ** -rng.uniform(0.8, 2) * np.exp(noise(rng, len(t), 0.1, 0.3))
 
 
-def exponential(rng, t):
-    return 3 * np.exp(-t / len(t) * rng.uniform(4, 12)) * np.exp(noise(rng, len(t), 0.1, 0.3))
-
-
 def equilibrium(rng, t):
-    level = rng.uniform(0.1, 3)
-    start = 3 * np.exp(-t / len(t) * 20)
+    level, start = rng.uniform(0.1, 3), 3 * np.exp(-t / len(t) * 20)
     return level * np.exp(noise(rng, len(t), rng.uniform(0.05, 0.2), rng.uniform(0, 0.6))) + start
+
+
+def quiet(rng, t):
+    return 1.5 * np.exp(noise(rng, len(t), 0.05, 0.3))
 
 
 def catapult(rng, t):
     peak = rng.uniform(0.05, 0.15) * len(t)
-    return 12 * np.exp(-((np.log(t / peak)) ** 2)) + 2 * (t / peak) ** -1.5 * np.exp(
-        noise(rng, len(t), 0.1, 0.3)
-    )
+    after = 2 * (t / peak) ** -1.5 * np.exp(noise(rng, len(t), 0.1, 0.3))
+    return 12 * np.exp(-((np.log(t / peak)) ** 2)) + after
 
 
 def late_escape(rng, t):
     escape = rng.uniform(0.5, 0.7) * len(t)
-    return (
-        rng.uniform(0.5, 2)
-        * np.maximum(t / escape, 1) ** -rng.uniform(4, 10)
-        * np.exp(noise(rng, len(t), 0.1, 0.3))
-    )
-
-
-def slow_drift(rng, t):
-    return 2 * t ** -rng.uniform(0.2, 0.4) * np.exp(noise(rng, len(t), 0.02, 0.3))
+    fall = np.maximum(t / escape, 1) ** -rng.uniform(4, 10)
+    return rng.uniform(0.5, 2) * fall * np.exp(noise(rng, len(t), 0.1, 0.3))
 
 
 def pure_chance(rng, t):
     return 6 + noise(rng, len(t), 0.15, rng.uniform(0, 0.6))
 
 
-EXPERT = [
-    (power_law, "convergence"),
-    (exponential, "convergence"),
-    (equilibrium, "equilibrium"),
-    (catapult, "convergence"),
-    (late_escape, "convergence"),
-    (slow_drift, "undecided"),
-    (pure_chance, "divergence"),
-]
+EXPERT = [(kind, "convergence", STILL) for kind in (power_law, catapult, late_escape)]
+EXPERT += [(equilibrium, "equilibrium", TURNING), (pure_chance, "divergence", 1.0)]
 
 
-@pytest.mark.parametrize(("kind", "expected"), EXPERT, ids=lambda x: getattr(x, "__name__", x))
-def test_the_verdict_is_the_experts_in_49_of_50_draws(kind, expected):
-    rng = np.random.default_rng(0)
-    verdicts = []
-    for _ in range(DRAWS):
+@pytest.mark.parametrize(("kind", "expected", "angle"), EXPERT)
+def test_the_verdict_is_the_experts_in_49_of_50_draws(kind, expected, angle):
+    rng, wrong = np.random.default_rng(0), []
+    for _ in range(50):
         t = np.arange(1, rng.integers(60, 200) + 1, dtype=float)
-        verdicts.append(classify(with_error(rng, kind(rng, t)), CHANCE))
-    wrong = [v for v in verdicts if v.regime != expected]
+        verdict = classify(log_of(rng, kind(rng, t), angle), CHANCE)
+        wrong += [verdict] * (verdict.regime != expected)
+        assert len(str(verdict)) <= 90
     assert len(wrong) <= 1, wrong[:5]
-
-
-@pytest.mark.parametrize("kind", [kind for kind, _ in EXPERT])
-def test_three_rows_never_get_a_verdict(kind):
-    rng = np.random.default_rng(0)
-    log = with_error(rng, kind(rng, np.arange(1, 41, dtype=float)))
-    verdict = classify({name: column[:3] for name, column in log.items()}, CHANCE)
+    log = {name: column[:3] for name, column in log_of(rng, kind(rng, t)).items()}
+    verdict = classify(log, CHANCE)
     assert verdict.regime == "undecided" and "too short" in verdict.why
-    assert verdict.more_epochs >= 8 and f"{verdict.more_epochs} epochs may decide" in str(verdict)
+    assert verdict.more_epochs >= 8 and "twice the length may decide" in str(verdict)
 
 
-def test_a_run_that_has_hardly_left_its_start_is_undecided_whatever_its_skill():
+# ------------------------------------------------------------- what a log does not show
+
+
+@pytest.mark.parametrize("n", [8, 9, 10, 11, 12, 13, 16, 20, 40, 80])
+def test_a_fall_without_noise_is_no_level_at_any_length(n):
+    """2·t^−0.45 was an equilibrium with 8 to 12 rows, when every interval was infinite."""
+    log = {"epoch": np.arange(1.0, n + 1)}
+    log["train_loss"] = 2 * log["epoch"] ** -0.45
+    assert classify(log, ALONE).regime in ("convergence", "undecided")
+    log |= {"step": 90 * log["epoch"], "angle": np.full(n, TURNING)}
+    assert classify(log, ALONE).regime in ("convergence", "undecided")
+
+
+def test_a_curve_is_no_noise():
+    """80 rows from 0.15 to 0.0013 along a smooth curve: the interval was −inf to +inf."""
+    log = {"epoch": np.arange(1.0, 81), "train_loss": np.geomspace(0.15, 0.0013, 80)}
+    assert classify(log).regime == classify(log, ALONE).regime == "convergence"
+
+
+def test_the_interval_of_a_slope_covers_it():
+    rng, x, inside = np.random.default_rng(0), np.log(np.arange(50, 100)), 0
+    for _ in range(300):
+        found = regimes.trend(x, -0.7 * x + rng.normal(0, 0.1, 50))
+        inside += found.low <= -0.7 <= found.high
+    assert inside >= 294  # 99 % of 300, less two standard deviations
+
+
+@pytest.mark.parametrize("level", [0.25, 1.5, 6.0])
+def test_a_level_is_a_regime_only_where_the_run_has_forgotten_its_start(level):
+    """Else it may be a plateau, or a floor. Without angle or step that is not known, and said."""
     rng = np.random.default_rng(0)
-    for level, expected in ((6.0, "divergence"), (1.5, "equilibrium")):
-        log = with_error(rng, level * np.exp(noise(rng, 40, 0.03, 0.0)))
-        if level == 6.0:
-            log["train_error"] = np.full(41, 0.9)
-        verdict = classify({**log, "angle": np.full(41, 1e-4)}, CHANCE)
-        assert verdict.regime == "undecided" and "hardly left its start" in verdict.why
-        assert verdict.more_epochs > 40
-        verdict = classify({**log, "angle": np.full(41, 0.5)}, CHANCE)
-        assert verdict.regime == expected and verdict.turn == pytest.approx(0.5 * 3600**0.5)
-        for missing in (log, {**log, "angle": np.full(41, math.nan)}):
-            verdict = classify(missing, CHANCE)
-            assert verdict.regime == expected
-            assert "no angle or step: not asked whether the run has left its start" in verdict.notes
+    log = log_of(rng, level * np.exp(noise(rng, 40, 0.03, 0.0)))
+    log["train_error"] = np.full(41, 0.15 * level)
+    expected = "divergence" if level == 6.0 else "equilibrium"
+    still = classify({**log, "angle": np.full(41, STILL)}, CHANCE)
+    assert still.regime == "undecided" and "has turned by only 0.085 rad" in still.why
+    assert still.more_epochs > 40 and not still.notes
+    turning = classify(log, CHANCE)
+    assert turning.regime == expected and turning.turn == pytest.approx(0.3 * 1800**0.5)
+    for unknown in (less(log, "angle"), less(log, "step"), {**log, "angle": np.full(41, math.nan)}):
+        verdict = classify(unknown, CHANCE)
+        assert verdict.regime == expected and "no angle or step: a plateau" in verdict.notes[-1]
 
 
 def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
     """The plateau of a transformer: loss ln 31 where a random point has 4.78, error at chance."""
     chance = {"points": 512, "train_loss": {"mean": 4.78, "std": 0.5}}
     chance["train_error"] = {"mean": 30 / 31, "std": 0.05}
-    rng, n = np.random.default_rng(0), 60
-    log = {"epoch": np.arange(n + 1.0), "step": 42 * np.arange(n + 1.0)}
-    log["train_loss"] = np.log(31) + rng.normal(0, 0.02, n + 1)
-    log["train_error"] = 30 / 31 + rng.normal(0, 0.005, n + 1)
-    verdict = classify({**log, "angle": np.full(n + 1, 0.3)}, chance)
-    assert verdict.regime == "equilibrium" and verdict.why.startswith("loss 28% ±")
-    assert [(skill.of, skill.told) for skill in verdict.skills] == [
-        ("train_loss", True),
-        ("train_error", False),
-    ]
-    assert verdict.skills[0].value == pytest.approx(1 - np.log(31) / 4.78, abs=0.01)
-    assert classify({**log, "angle": np.full(n + 1, 1e-3)}, chance).regime == "undecided"
+    rng = np.random.default_rng(0)
+    log = log_of(rng, np.log(31) + rng.normal(0, 0.02, 60))
+    log["train_error"] = 30 / 31 + rng.normal(0, 0.005, 61)
+    verdict = classify(log, chance)
+    assert verdict.regime == "equilibrium" and verdict.why.startswith("loss 3.44 (chance 4.78), le")
+    assert [skill.told for skill in verdict.skills] == [False, True]
+    assert classify({**log, "angle": np.full(61, 1e-3)}, chance).regime == "undecided"
+
+
+def test_guessing_the_most_frequent_class_is_no_skill():
+    """A text at steps of 90°: loss 14, worse than chance, error 8 % better than a random point's."""
+    rng = np.random.default_rng(0)
+    log = log_of(rng, 14 * np.exp(noise(rng, 40, 0.1, 0.2)), angle=1.571)
+    log["train_error"] = 0.83 + rng.normal(0, 0.005, 41)
+    verdict = classify(log, CHANCE)
+    assert verdict.regime == "divergence" and "error 0.83 (chance 0.9), loss 1" in verdict.why
+    log["angle"][:] = 0.5
+    assert classify(log, CHANCE).regime != "divergence"
+    assert classify(log, CHANCE | {"constant": {"train_error": 0.82}}).regime == "divergence"
+    # After a step of 90° a point knows one batch: where that is measured, it is the reference.
+    log["angle"][:] = 1.571
+    for error, expected in ((0.83, "divergence"), (0.95, "equilibrium")):
+        stepped = {**CHANCE, "train_error": {"mean": error, "std": 0.05}}
+        assert classify(log, {**CHANCE, "stepped": stepped}).regime == expected
 
 
 def test_a_loss_that_is_noisy_but_surely_worse_than_a_random_points_is_divergence():
     rng = np.random.default_rng(0)
-    log = with_error(rng, 14 * np.exp(noise(rng, 40, 0.4, 0.2)))
+    log = log_of(rng, 14 * np.exp(noise(rng, 40, 0.4, 0.2)))
     log["train_error"] = 0.9 + rng.normal(0, 0.005, 41)
     verdict = classify(log, CHANCE)
-    assert verdict.regime == "divergence" and verdict.skills[1].error > 0.1
+    assert verdict.regime == "divergence" and verdict.skills[1].margin > 0.1
 
 
-def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing():
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(power_law, "convergence"), (quiet, "equilibrium"), (pure_chance, "divergence")],
+)
+def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing(kind, expected):
     rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
-    for kind, expected in (
-        (power_law, "convergence"),
-        (equilibrium, "equilibrium"),
-        (pure_chance, "divergence"),
-    ):
-        log = with_error(rng, kind(rng, t))
-        del log["train_error"]
-        verdict = classify(log)
-        assert verdict.regime == expected
-        assert "no train_error: skill from the loss" in verdict.notes
-        assert "no chance reference: the row of epoch 0 stands in" in verdict.notes
-        log = {name: column[1:] for name, column in log.items()}
-        verdict = classify(log)
-        assert verdict.regime == ("convergence" if expected == "convergence" else "undecided")
-        assert verdict.more_epochs is None and "may decide" not in str(verdict)
+    log = less(log_of(rng, kind(rng, t)), "train_error", "angle")
+    verdict = classify(log)
+    assert verdict.regime == expected
+    assert "no train_error: skill from the loss" in verdict.notes
+    assert "no chance reference: the row of epoch 0 stands in" in verdict.notes
+    verdict = classify({name: column[1:] for name, column in log.items()})
+    assert verdict.regime == ("convergence" if expected == "convergence" else "undecided")
+    assert verdict.more_epochs is None and "may decide" not in str(verdict)
 
 
 @pytest.mark.parametrize("row", [10, 40])
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_undecided_and_named(row, loss):
-    log = with_error(np.random.default_rng(0), np.full(40, 1.5))
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -0.3])
+def test_a_loss_that_has_no_logarithm_is_undecided_and_named(row, loss):
+    log = log_of(np.random.default_rng(0), np.full(40, 1.5))
     log["train_loss"][row] = loss
     verdict = classify(log, CHANCE)
-    assert verdict.regime == "undecided" and "may decide" not in str(verdict)
-    assert verdict.why == f"in epoch {row} the loss is not finite"
+    what = "negative: no logarithm" if loss < 0 else "not finite"
+    assert str(verdict) == f"undecided: in epoch {row} the loss is {what}"
+    assert verdict.broken == (not loss < 0)
 
 
-def test_theil_sen_interval_covers_the_true_slope_and_ignores_outliers():
-    rng, x, inside = np.random.default_rng(0), np.log(np.arange(50, 100)), 0
-    for _ in range(300):
-        slope, low, high = regimes.theil_sen(x, -0.7 * x + rng.normal(0, 0.1, 50))
-        inside += low <= -0.7 <= high
-    assert inside >= 294  # 99 % of 300, less two standard deviations
-    y = -0.7 * x
-    y[::7] += 100
-    assert abs(regimes.theil_sen(x, y)[0] + 0.7) < 0.02
+def test_a_dead_network_is_named_and_no_epoch_more_is_asked_for():
+    log = log_of(np.random.default_rng(0), np.full(40, 1.5), angle=0.0)
+    log["grad_norm"] = np.where(log["epoch"] < 2, 8e9, 0.0)
+    verdict = classify(log, CHANCE)
+    assert "dead: the gradient is 0 since epoch 2, at loss 1.5; lower the" in str(verdict)
+    assert verdict.broken and verdict.more_epochs is None
+    log["train_loss"][3:] = 0
+    assert classify(log, CHANCE).regime == "convergence"
 
 
-# ------------------------------------------------------------------------------------------------ files and command line
+@pytest.mark.parametrize("name", ["elr", "lr"])
+def test_a_rate_that_falls_in_the_log_is_not_a_fixed_one(name):
+    log = log_of(np.random.default_rng(0), np.full(40, 1.5))
+    fixed = classify({**log, name: np.full(41, 0.1)}, CHANCE)
+    assert fixed.regime == "equilibrium" and not fixed.moves
+    verdict = classify({**log, name: np.geomspace(0.1, 0.01, 41)}, CHANCE)
+    assert verdict.moves and str(verdict) == f"{name.upper()} 0.1 to 0.01, not a fixed one"
+    warm = np.full(41, 0.1)
+    warm[:3] = 0.01
+    assert not classify({**log, name: warm}, CHANCE).moves
 
 
-def write(path, columns, rows, end="\n"):
-    path.write_text(
-        "\n".join([",".join(columns), *(",".join(map(str, row)) for row in rows)]) + end
-    )
-    return path
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("zeros", [4, 20, 39])
+def test_a_loss_that_has_reached_0_is_convergence(start, zeros):
+    """Whether there is a row before training or not, and whatever came before."""
+    loss = np.full(40, 0.5)
+    loss[-zeros:] = 0
+    log = {"epoch": np.arange(1, 41.0), "train_loss": loss}
+    if start:
+        log = {"epoch": np.arange(41.0), "step": np.arange(41.0)}
+        log["train_loss"] = np.insert(loss, 0, 2.3)
+    assert classify(log).regime == "convergence"
+
+
+def test_an_error_in_percent_or_without_chance_is_left_out():
+    error = 0.5 + np.random.default_rng(0).normal(0, 0.01, 24)
+    log = {"epoch": np.arange(24.0), "train_loss": LEVEL, "train_error": error}
+    chance = {"train_error": {"mean": 0.9, "std": 0.0}, "train_loss": {"mean": 2.3, "std": 0.0}}
+    assert len(classify(log, chance).skills) == 2
+    of_loss = {"train_loss": chance["train_loss"]}
+    for other in (classify({**log, "train_error": 100 * error}, chance), classify(log, of_loss)):
+        assert [skill.of for skill in other.skills] == ["train_loss"]
+        assert "no train_error: skill from the loss" in other.notes
+
+
+# ------------------------------------------------------------- folders, tables, command line
+
+
+def write(path, columns, rows=None):
+    rows = zip(*columns.values(), strict=True) if rows is None else rows
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def sweep(tmp_path):
     """A folder of seven made runs, in order: three converge, two are in equilibrium, two diverge."""
     rng, t = np.random.default_rng(0), np.arange(1, 61, dtype=float)
-    kinds = [power_law] * 3 + [equilibrium] * 2 + [pure_chance] * 2
-    for elr, kind in zip((1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0), kinds, strict=True):
-        log = with_error(rng, kind(rng, t))
-        write(tmp_path / f"elr={regimes.elr_name(elr)}.csv", log, zip(*log.values(), strict=True))
+    kinds = [(power_law, STILL)] * 3 + [(equilibrium, TURNING)] * 2 + [(pure_chance, 1.0)] * 2
+    for elr, (kind, angle) in zip((1e-4, 1e-3, 2e-3, 5e-3, 1e-2, 0.1, 1.0), kinds, strict=True):
+        log = log_of(rng, kind(rng, t), angle)
+        write(tmp_path / f"elr={regimes.elr_name(elr)}.csv", log)
     return tmp_path
 
 
 def run(*arguments):
-    code = regimes.main([str(a) for a in arguments])
-    return code
+    return regimes.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.draws
@@ -239,34 +292,34 @@ def test_a_folder_gives_table_boundaries_rows_and_figure(sweep, capsys):
     assert (sweep / "regimes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_folder_on_a_read_only_medium_gets_its_table_and_one_line(sweep, capsys, monkeypatch):
+    def refuse(path, content):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(regimes, "write_whole", refuse)
+    assert run(sweep) == 2
+    out, err = capsys.readouterr()
+    assert "0.002 to 0.005" in out and err.count("\n") == 1
+    assert "regimes.csv not written: Read-only file system" in err
+
+
 def test_damaged_files_are_named_and_the_others_still_reported(sweep, capsys):
     good = (sweep / "elr=1e-02.csv").read_text()
-    bad = {
-        "elr=3.csv": "",
-        "elr=4.csv": "epoch,val_loss\n1,2\n",
-        "elr=5.csv": "epoch,train_loss\n1,abc\n",
-        "elr=6.csv": "epoch,train_loss\n2,1\n1,1\n",
-        "elr=7.csv": "epoch,train_loss\n1\n2,3\n",
-        "elr=8.csv": "epoch,train_loss\n",
-    }
+    bad = {"3": "", "4": "epoch,val_loss\n1,2\n", "5": "epoch,train_loss\n1,abc\n"}
+    bad |= {"6": "epoch,train_loss\n2,1\n1,1\n", "7": "epoch,train_loss\n1\n2,3\n"}
+    bad |= {"8": "epoch,train_loss\n", "9": "\xff\xfe\x00epoch"}
     for name, text in bad.items():
-        (sweep / name).write_text(text)
-    (sweep / "elr=9.csv").write_bytes(b"\xff\xfe\x00epoch")
+        (sweep / f"elr={name}.csv").write_bytes(text.encode("latin-1"))
     (sweep / "elr=1e-02.csv").write_text(good[: good.rindex(",")])
     assert run(sweep, sweep / "nowhere.csv") == 2
     out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert len(lines) == len(bad) + 2
-    for name in [*bad, "elr=9.csv", "nowhere.csv"]:
-        assert sum(name in line for line in lines) == 1
+    assert len(err.splitlines()) == len(bad) + 1
+    for name in [*(f"elr={name}.csv" for name in bad), "nowhere.csv"]:
+        assert sum(name in line for line in err.splitlines()) == 1
     assert out.count("convergence ") >= 3 and "    1e-02  chaotic equilibrium" in out
     log, cut = regimes.read_log(sweep / "elr=1e-02.csv")  # its last row is left out
     assert cut and log["epoch"][-1] == 59
-
-
-def test_a_log_may_be_named_twice(sweep, capsys):
-    """Two runs of one name were compared, array by array, and that ended in a traceback."""
-    path = sweep / "elr=1e-02.csv"
+    path = sweep / "elr=1e-02.csv"  # a log may be named twice
     assert run(path, path) == 0
     assert capsys.readouterr().out.count("elr 1e-02: chaotic equilibrium: ") == 2
 
@@ -290,90 +343,76 @@ def test_a_damaged_config_is_named_and_no_run_classified_by_another_chance(sweep
     assert run(sweep, "--chance", "6") == 0 and "divergence" in capsys.readouterr().out
 
 
-def test_seeds_are_gathered_and_the_majority_names_the_regime(sweep, capsys):
-    """ELR 0.005 with seeds 1 and 2 converging: there the majority flips."""
-    rng, t = np.random.default_rng(1), np.arange(1, 61, dtype=float)
-    for seed in (1, 2):
-        log = with_error(rng, power_law(rng, t))
-        write(sweep / f"elr=5e-03.seed={seed}.csv", log, zip(*log.values(), strict=True))
-    assert run(sweep) == 0
-    out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.005 to 0.01 (×2)" in out
+def sides(names):
+    """Runs of seeds by ELR, in the letters of their regimes; u: undecided, b: broken."""
+    regime = {"c": "convergence", "e": "equilibrium", "d": "divergence"}
+    for elr, seeds in names.items():
+        for letter in seeds:
+            verdict = regimes.Verdict(regime.get(letter, "undecided"), broken=letter == "b")
+            yield regimes.Run(None, elr, 0, {}, verdict)
 
 
-def test_a_boundary_whose_sides_are_out_of_order_is_not_seen(sweep, capsys):
-    shutil.copy(sweep / "elr=1e-02.csv", sweep / "elr=1e-03.csv")
-    assert run(sweep) == 0
-    out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.002 to 0.001 (not seen)" in out
-    assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out
-    for path in sweep.glob("elr=1e*.csv"):
-        path.unlink()
-    assert run(sweep) == 0
-    assert "chaotic equilibrium | divergence: 0.005 to – (not seen)" in capsys.readouterr().out
-
-
-# --------------------------------------------------------------------------------------------------------------- the evidence
-
-
-def test_a_log_gets_its_verdict_with_the_numbers_behind_it(tmp_path, capsys):
-    rng, t = np.random.default_rng(0), np.arange(1, 41)
-    levels = {
-        "1e-03": power_law(rng, t),
-        "1e-02": 1.5 * np.exp(noise(rng, 40, 0.1, 0.5)),
-        "1e-01": 6 * np.exp(noise(rng, 40, 0.02, 0)),
-    }
-    for elr, loss in levels.items():
-        log = with_error(rng, loss) | {"angle": np.full(41, 0.001 if elr == "1e-03" else 0.5)}
-        write(tmp_path / f"elr={elr}.csv", log, zip(*log.values(), strict=True))
-    (tmp_path / "config.json").write_text(json.dumps({"chance": {"0": CHANCE}}))
-    assert run(*(tmp_path / f"elr={elr}.csv" for elr in levels)) == 0
-    falling, level, lost = capsys.readouterr().out.splitlines()
-    assert falling.startswith("elr 1e-03: convergence: the loss ") and "slope " in falling
-    assert level.startswith("elr 1e-02: chaotic equilibrium: error ") and "slope " in level
-    assert lost.startswith("elr 1e-01: divergence: no better than chance: error ")
-    assert "better than chance, and the loss stays at about " in level and "and loss " in lost
+@pytest.mark.parametrize(
+    ("seeds", "first", "second"),
+    [
+        ({1: "ccc", 2: "ccc", 3: "eee", 4: "ddd"}, (2, 3), (3, 4)),
+        ({1: "ccc", 2: "cce", 3: "ecc", 4: "eee", 5: "ddd"}, (1, 4), (4, 5)),  # seeds disagree
+        ({1: "ccc", 2: "ccu", 3: "uuu", 4: "eee", 5: "ddd"}, (1, 4), (4, 5)),  # or are undecided
+        ({1: "uuu", 2: "ccc", 3: "eee", 4: "ueu"}, (2, 3), (3, None)),  # elsewhere they may be
+        ({1: "c", 2: "e", 3: "c", 4: "e", 5: "d"}, (1, 4), (4, 5)),  # out of order
+        ({1: "e", 2: "e", 3: "b", 4: "b"}, (None, 1), (2, 3)),  # what broke down lies above
+    ],
+)
+def test_a_boundary_spans_the_elrs_at_which_seeds_disagree(seeds, first, second):
+    for boundary, ends in zip(regimes.boundaries(list(sides(seeds))), (first, second), strict=True):
+        found = [None if math.isnan(x) else x for x in (boundary.low, boundary.high)]
+        assert found == list(ends) and boundary.seen == (None not in ends)
 
 
 def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, capsys):
     rng, t = np.random.default_rng(0), np.arange(1, 41)
     for elr, seed in product(("1e-03", "1e-02"), (0, 1, 2)):
-        loss = 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
-        if elr == "1e-03" or seed == 2:
-            loss = power_law(rng, t)
-        log = with_error(rng, loss)
-        path = tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv"
-        write(path, log, zip(*log.values(), strict=True))
+        falls = elr == "1e-03" or seed == 2
+        log = log_of(rng, (power_law if falls else quiet)(rng, t), STILL if falls else TURNING)
+        write(tmp_path / f"elr={elr}{f'.seed={seed}' if seed else ''}.csv", log)
     chance = {"chance": {str(seed): CHANCE for seed in range(3)}}
     (tmp_path / "config.json").write_text(json.dumps(chance))
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "convergence | chaotic equilibrium: 0.001 to 0.01 (×10)" in out and " 2/3 " in out
+    assert "convergence | chaotic equilibrium: 0.001 to – (not seen)" in out and " 2/3 " in out
     found = regimes.rows(regimes.read_folder(tmp_path))
     losses = [row["train_loss"] for row in found if row["elr"] == 0.01]
     assert len(losses) == 3 and f" {np.median(losses):.4g} " in out
+    assert run(*sorted(tmp_path.glob("*.csv"))[:2]) == 0  # files: a line each, with the evidence
+    level, other = capsys.readouterr().out.splitlines()
+    assert level.startswith("elr 1e-02: chaotic equilibrium: error 0.4") and len(level) <= 100
+    assert "(chance 0.9), level at loss 1.47" in level and "(slope " in level
+    assert other.startswith("elr 1e-02 seed 1: chaotic equilibrium: ")
 
 
 @pytest.mark.draws
-def test_a_run_whose_elr_moves_has_no_regime_but_a_path_in_the_figure(tmp_path, capsys):
-    sweep, whole = tmp_path / "sweep", tmp_path / "whole"
-    sweep.mkdir(), whole.mkdir()
-    rng, t = np.random.default_rng(0), np.arange(1, 41)
-    level = 1.5 * np.exp(noise(rng, 40, 0.1, 0.3))
-    for elr, loss in (("1e-03", power_law(rng, t)), ("1e-02", level)):
-        log = with_error(rng, loss)
-        write(sweep / f"elr={elr}.csv", log, zip(*log.values(), strict=True))
-    values = [(0.1, 6), (0.009, 2), (0.005, 1), (0.002, 0.5), (0.001, 0.1)]
-    rows = [(epoch, epoch, *pair) for epoch, pair in enumerate(values)]
-    for seed in ("", ".seed=1"):
-        write(whole / f"lr=1e-01{seed}.csv", ("epoch", "step", "elr", "train_loss"), rows)
-    assert run(sweep, whole) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert "lr 1e-01: ELR 0.1 to 0.001, not a fixed one" in out[-2:]
-    for folders in ([sweep, whole], [whole]):
-        assert figures.main([*map(str, folders), "--out", str(tmp_path)]) == 0
-        assert (tmp_path / "regimes.png").stat().st_size > 10_000
-    assert regimes.rows(regimes.read_folder(whole)) == []
+def test_runs_whose_elr_moves_are_summed_up_by_what_was_set(tmp_path, capsys):
+    errors = {"angle=5e-02": (0.02, 0.04), "angle=1e-01": (0.01, 0.02)}
+    epoch = np.arange(5.0)
+    for name, of_seeds in errors.items():
+        for seed, error in zip(("", ".seed=1"), of_seeds, strict=True):
+            log = {"epoch": epoch, "step": epoch, "elr": [0.1, 0.009, 0.005, 0.002, 0.001]}
+            log |= {"train_loss": [6, 2, 1, 0.5, 0.1], "test_error": np.full(5, error)}
+            write(tmp_path / f"{name}{seed}.csv", log)
+    assert run(tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = "angle 5e-02: test error 0.0300 ± 0.0100 (2 seeds), train loss 0.1, ELR 0.001 to 0.1"
+    assert line in lines and lines[-1] == "best: angle 1e-01" and len(lines) == 3
+    with open(tmp_path / "regimes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["regime"] for row in rows] == ["not fixed"] * 4
+    assert {row["elr_min"] for row in rows} == {"0.001"} and rows[0]["run"] in out_names(errors)
+    assert figures.main([str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "regimes.png").stat().st_size > 10_000
+
+
+def out_names(errors):
+    return [name.replace("=", " ") for name in errors]
 
 
 # ------------------------------------------------------------------------- other people's logs
@@ -409,17 +448,6 @@ def wandb_history(losses):
     return "\n".join([",_runtime,_step,_timestamp,epoch,train/loss,val/loss", *rows]) + "\n"
 
 
-def hugging_face(losses):
-    """As pandas writes log_history: evaluations between, a summary in the end."""
-    rows = ["loss,grad_norm,learning_rate,epoch,step,eval_loss,train_runtime,train_loss"]
-    for i, loss in enumerate(losses):
-        rows += [
-            f"{loss},1.5,1e-5,{i + 1}.0,{500 * (i + 1)},,,",
-            f",,,{i + 1}.0,{500 * (i + 1)},2,,",
-        ]
-    return "\n".join([*rows, f",,,{len(losses)}.0,{500 * len(losses)},,99.5,0.7"]) + "\n"
-
-
 def history(losses):
     """pandas.DataFrame(model.fit(…).history).to_csv(): the epoch is the index."""
     rows = [f"{i},{loss},0.5" for i, loss in enumerate(losses)]
@@ -431,7 +459,39 @@ def tensorboard(losses):
     return "\n".join(["Wall time,Step,Value", *rows]) + "\n"
 
 
-OTHERS = [keras, lightning, wandb_chart, wandb_history, hugging_face, history, tensorboard]
+def hugging_face(losses):
+    """log_history: evaluations between, a summary in the end."""
+    history = []
+    for i, loss in enumerate(losses):
+        history.append({"epoch": i + 1.0, "loss": loss, "grad_norm": 1.5, "step": 500 * (i + 1)})
+        history.append({"epoch": i + 1.0, "eval_loss": 2.0, "step": 500 * (i + 1)})
+    return [*history, {"epoch": len(losses), "train_loss": 0.7, "train_runtime": 99.5}]
+
+
+def trainer_state(losses):
+    return json.dumps({"best_metric": None, "log_history": hugging_face(losses)}, indent=2)
+
+
+def of_pandas(losses):
+    """pandas.DataFrame(log_history).to_csv()"""
+    history = hugging_face(losses)
+    head = ["", *dict.fromkeys(name for row in history for name in row)]
+    rows = [[i, *(row.get(name, "") for name in head[1:])] for i, row in enumerate(history)]
+    return "\n".join(",".join(map(str, row)) for row in [head, *rows]) + "\n"
+
+
+def mmengine(losses):
+    rows = [{"lr": 0.01, "loss": x, "epoch": i + 1, "iter": i} for i, x in enumerate(losses)]
+    return "\n".join(map(json.dumps, [*rows, {"accuracy/top1": 71.0, "step": 3}])) + "\n"
+
+
+def detectron(losses):
+    rows = [{"iteration": 20 * i + 19, "total_loss": x, "lr": 0.02} for i, x in enumerate(losses)]
+    return "\n".join(map(json.dumps, rows)) + "\n"
+
+
+OTHERS = [trainer_state, mmengine, detectron, keras, lightning, wandb_chart, wandb_history]
+OTHERS += [of_pandas, history, tensorboard]
 
 
 @pytest.mark.parametrize("make", OTHERS)
@@ -459,7 +519,7 @@ def test_other_peoples_logs_are_read_and_their_epoch_0_is_no_chance(tmp_path, ca
 
 def test_epoch_0_is_before_training_only_where_step_says_0():
     rng, t = np.random.default_rng(0), np.arange(1, 41.0)
-    log = with_error(rng, equilibrium(rng, t))
+    log = log_of(rng, equilibrium(rng, t))
     assert classify(log).regime == "equilibrium"
     for steps in ({}, {"step": log["step"] + 90}, {"step": np.full(41, math.nan)}):
         later = {name: x for name, x in log.items() if name != "step"} | steps
@@ -498,26 +558,34 @@ def test_a_csv_file_may_be_written_in_many_ways(tmp_path, variant):
     assert np.array_equal(log["epoch"], np.arange(24.0))
 
 
-REFUSED = [
-    ("epoch,loss,loss\n1,2,3\n", "2 columns train_loss in epoch, loss, loss: say --columns"),
-    ("epoch,epoch,loss\n1,2,3\n", "2 columns epoch in epoch, epoch, loss: say --columns epoch="),
-    ("epoch,loss,train_error,train_error\n1,2,0,1\n", "2 columns train_error in epoch, loss"),
-    ("Step,a - loss,b - loss\n1,2,3\n", "2 columns train_loss in Step, a - loss, b - loss: say"),
-    ("Wall time,Step,Value\n1,2,3\n", "no columns train_loss in Wall time, Step, Value: say --c"),
-    ("loss\n1\n", "no columns epoch in loss: say --columns epoch="),
+REFUSED = [  # the cure first
+    (
+        "epoch,loss,loss\n1,2,3\n",
+        "say --columns train_loss=COLUMN: 2 columns train_loss in epoch, ",
+    ),
+    ("epoch,epoch,loss\n1,2,3\n", "say --columns epoch=COLUMN: 2 columns epoch in epoch, epoch"),
+    ("epoch,loss,train_error,train_error\n1,2,0,1\n", "say --columns train_error=COLUMN: 2 "),
+    ("Step,a - loss,b - loss\n1,2,3\n", "say --columns train_loss=COLUMN: 2 columns train_loss in"),
+    ("Wall time,Step,Value\n1,2,3\n", "say --columns train_loss=COLUMN: no columns train_loss in"),
+    ("loss\n1\n", "say --columns epoch=COLUMN: no columns epoch in loss"),
+    ("0,2.3\n1,2.2\n", "put the names of the columns into a first line: there is no header"),
+    ("My best run\nepoch,loss\n1,2\n", "remove the title before the names of the columns"),
     ('epoch,loss\n1,"1,234"\n', "line 2: could not convert string to float: '1,234'"),
     ("epoch;loss\n1;2,303\n", "line 2: could not convert string to float: '2,303'"),
     ("epoch,loss\n1,2\n1/10,3\n", "line 3: could not convert string to float: '1/10'"),
-    ("epoch,loss\n1,2\nnan,3\n", "line 3: no epoch, or not the next one"),
-    ("epoch,loss\n1,2\n,3\n", "line 3: no epoch, or not the next one"),
-    ("epoch,loss\n-1,2\n0,3\n", "line 2: no epoch, or not the next one"),
-    ("epoch,loss\n0,3\n1,2\n0,3\n1,2\n", "line 4: no epoch, or not the next one"),
-    ("epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n", "line 4: epoch 1 again: drop a row, or say --columns"),
-    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: epoch 0 again: drop a row"),
+    ("epoch,loss\n1,2\nnan,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
+    ("epoch,loss\n1,2\n,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
+    ("epoch,loss\n-1,2\n0,3\n", "line 2: one run a file, in order: epoch -1 comes after 0"),
+    ("epoch,loss\n0,3\n1,2\n0,3\n1,2\n", "line 4: one run a file, in order: epoch 0 comes after 1"),
+    ("epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n", "line 4: drop a row, or say --columns epoch=step: epo"),
+    ("epoch,phase,loss\n0,train,3\n0,val,4\n", "line 3: drop a row, or say --columns epoch=step"),
     ("epoch,loss\n0,\n1,\n", "no row with a loss"),
     ("epoch,loss\n0,1,2\n1,2\n", "line 2: 3 cells, the header has 2"),
     ("epoch,loss\n0\n1,2\n", "line 2: 1 cells, the header has 2"),
     ("epoch,step,loss,angle\n0,1,2,0.1\n1,2,3,x\n", "line 3: could not convert string to float"),
+    ('{"epoch": 1, "loss": 2}\n{"epoch"', "Expecting ':' delimiter"),
+    ('{"loss": [3, 2, 1]}', "say --columns epoch=COLUMN: no columns epoch in loss"),
+    ("[1, 2]", "'int' object is not iterable"),
 ]
 
 
@@ -541,7 +609,10 @@ def test_columns_are_named_on_the_command_line(tmp_path, capsys):
     log = regimes.read_log(tmp_path / "log.csv", columns)[0]
     assert np.array_equal(log["step"], log["epoch"]) and log["grad_norm"][3] == 2 * LOSSES[3]
     assert regimes.main([*command, "train_loss=c"]) == 2
-    assert "no columns c in Epoch, it, a - loss, b - loss, g: say" in capsys.readouterr().err
+    assert (
+        "say --columns train_loss=COLUMN: no columns c in Epoch, it, a - loss, b - loss, g"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -575,63 +646,6 @@ def test_the_help_has_a_line_for_keras_lightning_and_wandb(capsys):
         assert sum("python regimes.py " in line and name in line for line in lines) == 1
 
 
-def test_an_error_in_percent_or_without_chance_is_left_out():
-    error = 0.5 + np.random.default_rng(0).normal(0, 0.01, 24)
-    log = {"epoch": np.arange(24.0), "train_loss": LEVEL, "train_error": error}
-    chance = {"train_error": {"mean": 0.9, "std": 0.0}, "train_loss": {"mean": 2.3, "std": 0.0}}
-    assert len(classify(log, chance).skills) == 2
-    of_loss = {"train_loss": chance["train_loss"]}
-    for less in (classify({**log, "train_error": 100 * error}, chance), classify(log, of_loss)):
-        assert [skill.of for skill in less.skills] == ["train_loss"]
-        assert "no train_error: skill from the loss" in less.notes
-
-
-def test_a_negative_loss_has_its_own_word():
-    loss = np.concatenate([LOSSES, [-0.3, -0.5]])
-    verdict = classify({"epoch": np.arange(26.0), "train_loss": loss})
-    assert verdict.regime == "undecided" and "in epoch 24 the loss is negative" in verdict.why
-    assert "finite" not in verdict.why
-
-
-@pytest.mark.parametrize("start", [True, False])
-@pytest.mark.parametrize("zeros", [4, 20, 39])
-def test_a_loss_that_has_reached_0_is_convergence(start, zeros):
-    """Whether there is a row before training or not, and whatever came before."""
-    loss = np.full(40, 0.5)
-    loss[-zeros:] = 0
-    log = {"epoch": np.arange(1, 41.0), "train_loss": loss}
-    if start:
-        log = {"epoch": np.arange(41.0), "step": np.arange(41.0), "train_loss": [2.3, *loss]}
-        log["train_loss"] = np.array(log["train_loss"])
-    assert classify(log).regime == "convergence"
-
-
-# -------------------------------------------------------------------------------------- long logs
-
-
-def test_theil_and_sens_pairs_are_bounded(monkeypatch):
-    """20,000 rows took 4.4 GB."""
-    monkeypatch.setattr(regimes, "BLOCKS", 200)
-    sizes, pairs = [], np.triu_indices
-    monkeypatch.setattr(np, "triu_indices", lambda n, k: sizes.append(n) or pairs(n, k))
-    for n in (600, 1000, 10**5):
-        log = {name: np.resize(x, n + 1) for name, x in made("equilibrium", 50, 0).items()}
-        classify({**log, "epoch": np.arange(n + 1.0)}, CHANCE)
-    assert sizes == [300, 200, 200, 200, 200, 200]
-
-
-@pytest.mark.parametrize("kind", ORDER)
-def test_blocks_do_not_change_the_regime_of_a_long_log(monkeypatch, kind):
-    for seed in range(2):
-        log = made(kind, 2600, seed)
-        one = classify(log, CHANCE)
-        with monkeypatch.context() as patch:
-            patch.setattr(regimes, "BLOCKS", 10**6)
-            two = classify(log, CHANCE)
-        assert one.regime == two.regime == kind and one.skills == two.skills
-        assert abs(one.trend.slope - two.trend.slope) < 0.05
-
-
 @pytest.mark.parametrize("kind", ORDER)
 def test_a_log_of_ten_thousand_rows_gets_its_regime(kind):
     for seed in range(4):
@@ -639,9 +653,6 @@ def test_a_log_of_ten_thousand_rows_gets_its_regime(kind):
 
 
 # ------------------------------------------------------------------- properties, over made logs
-
-SLOW = "SLOW" in os.environ
-many = settings(max_examples=1000 if SLOW else 50, deadline=None, derandomize=not SLOW)
 
 
 def made(kind, n, seed):
@@ -665,7 +676,7 @@ def made(kind, n, seed):
         loss, angle = np.full(n, rng.uniform(5.9, 7)), 1.5
     else:  # rising
         loss = 0.5 * t ** rng.uniform(0.2, 0.8)
-    log = with_error(rng, loss * np.exp(around))
+    log = log_of(rng, loss * np.exp(around))
     if kind == "divergence":
         log["train_error"] = 0.9 + rng.normal(0, 0.006, n + 1)
     log |= {"step": 90 * log["epoch"], "angle": np.full(n + 1, angle)}
@@ -685,7 +696,7 @@ def test_a_column_that_the_rule_does_not_use_changes_nothing(log, column):
 
 
 def numbers_of(verdict):
-    skills = [(skill.of, skill.value, skill.error) for skill in verdict.skills]
+    skills = [(skill.of, skill.value, skill.margin) for skill in verdict.skills]
     numbers = [x for skill in skills for x in skill[1:]]
     return verdict.regime, numbers + [verdict.trend.slope, verdict.trend.low, verdict.trend.high]
 
@@ -732,17 +743,6 @@ def test_how_often_a_made_regime_is_undecided(rows, most):
         share = found.count("undecided") / len(found)
         print(f"{kind}, {rows} rows: undecided {share:.1%}")
         assert share <= most
-
-
-@pytest.mark.skipif(not SLOW, reason="takes minutes: SLOW=1 asks for it")
-def test_of_a_hundred_thousand_made_logs_hardly_one_is_called_another_regime():
-    wrong = []
-    for kind, n, seed in product(ORDER, range(10, 401), range(100)):
-        found = classify(made(kind, n, 10**6 + seed), CHANCE).regime
-        if found not in (kind, "undecided"):
-            wrong.append((kind, n, seed, found))
-    print(f"{3 * 391 * 100:,} made logs, called another regime: {wrong}")
-    assert len(wrong) <= 3
 
 
 def test_the_regimes_are_told_apart_in_grey():
