@@ -38,7 +38,7 @@ def check_gradient(run, means, tell):
     """Before training: is the gradient by each layer group orthogonal to it? Raises ValueError
     where in a network of ours it is not. In other networks, of single rows, and where the loss or
     the gradient was changed on purpose, it need not be: a note."""
-    config = run.config
+    config, radial = run.config, means.row()["radial"]
     shares = radial_shares(means.first, run.sphere, run.layer_groups)
     names = max(run.layer_groups, key=lambda group: shares[" + ".join(group)])
     name = " + ".join(names)
@@ -63,7 +63,6 @@ def check_gradient(run, means, tell):
             raise ValueError(f"{what}: {cause}. See python -m lab.bench check")
         cause = "train_step changes the loss or the gradient; the step leaves that part out"
         tell("note", "sets", f"note: {what}: {cause}")
-    radial = means.row()["radial"]
     if config.sphere == "row" and radial > ROW_SHARE:
         what = f"{radial:.2g} of the rows' gradients points along them"
         tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
