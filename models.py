@@ -5,6 +5,7 @@ stands before a normalization without parameters.
     net.layer_groups        # [["conv1.weight"], ...]: the minimal sets that are scale invariant
 """
 
+import inspect
 import math
 from collections import OrderedDict
 
@@ -150,6 +151,22 @@ def norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
-# For --model. A network gets what it names of channels, classes, tokens, length, width, affine and
-# train_head, and says in `layer_groups` which of its weights are scale invariant.
 MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
+
+
+def build(name, data, **options):
+    """The network of this name for these data. It gets what it names of channels, classes, tokens,
+    length, width, affine and train_head. Raises ValueError where it cannot be."""
+    if name not in MODELS:
+        raise ValueError(f"no network {name!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
+    takes, shape = inspect.signature(MODELS[name]).parameters, data.x.shape[1:]
+    if "tokens" in takes and data.tokens is None:
+        raise ValueError(f"the {name} takes tokens, as --data modular has, not these")
+    if name in ("convnet", "resnet18") and (len(shape) != 3 or min(shape[1:]) < 8):
+        raise ValueError(f"{name} takes images of at least 8 × 8, not {list(shape)}")
+    for option, value in options.items():
+        if value and option not in takes:
+            raise ValueError(f"the {name} has no --{option.replace('_', '-')}: leave it out")
+    known = dict(channels=shape[0], length=shape[0], classes=data.classes, tokens=data.tokens)
+    known |= {option: value for option, value in options.items() if value}
+    return MODELS[name](**{name: known[name] for name in takes if name in known})

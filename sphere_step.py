@@ -557,6 +557,87 @@ class SphereSGD(torch.optim.Optimizer):
         unwrap(torch.optim.SGD.step)(self._sgd)
 
 
+class watch:
+    """Measures γ and the angle φ of each step of any optimizer, jointly and of each tensor.
+
+    optimizer  of torch, also as Accelerate and Lightning wrap it
+    params     the scale-invariant weights, or pairs (name, tensor); None: all of two or more
+               dimensions
+
+    `row()` returns the steps so far and the means since the last call; `layers` then has those of
+    the tensors. `last`, [2, 1 + tensors] float64, is γ and φ of the last step, first jointly. The
+    gradient is that of the step: clipped, unscaled, with a closure that of its first call; a tensor
+    without one stays out. It takes a copy of the weights, and a pass over them before and after
+    each step. Raises ValueError for no tensors, or shards.
+    """
+
+    def __init__(self, optimizer, params=None):
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if params is None:
+            params = [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
+        pairs = [x if isinstance(x, tuple) else (str(i), x) for i, x in enumerate(params)]
+        if not pairs or any(hasattr(p, "__tensor_flatten__") for _, p in pairs):
+            raise ValueError("params: watch takes at least one tensor, and no shards")
+        self.names, self.params = zip(*pairs, strict=True)
+        self.last, self.layers, self._steps = None, [], 0
+        self._sums = torch.zeros(3, 1 + len(pairs), dtype=torch.float64).to(pairs[0][1].device)
+        before = optimizer.register_step_pre_hook(self._before)
+        self.hooks = before, optimizer.register_step_post_hook(self._after)  # each has remove()
+
+    @torch.no_grad()
+    def _before(self, optimizer, args, kwargs):
+        self._old, self._gram = [p.clone() for p in self.params], None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return self._observe(optimizer)
+
+        def observed():
+            loss = closure()
+            if self._gram is None:
+                self._observe(optimizer)
+            return loss
+
+        return args[:1], kwargs | {"closure": observed}
+
+    @torch.no_grad()
+    def _observe(self, optimizer):
+        """⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩ and 1 of each tensor; 0 without a gradient."""
+        self._gram = self._sums.new_zeros(4, len(self.params))
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, where the step unscales
+        for i, p in enumerate(self.params):
+            if p.grad is not None:
+                x, g = p.double(), p.grad.to_dense().double()
+                g = g if scale is None else g / scale
+                gram = (x * x).sum(), (x * g).sum(), (g * g).sum(), g.new_ones(())
+                self._gram[:, i] = torch.stack(gram)
+
+    @torch.no_grad()
+    def _after(self, optimizer, args, kwargs):
+        moves = torch.zeros_like(self._gram[:2])
+        for i, (p, old) in enumerate(zip(self.params, self._old, strict=True)):
+            d = p.double() - old
+            moves[:, i] = torch.stack([(old * d).sum(), (d * d).sum()])
+        gram = torch.cat([self._gram, moves * self._gram[3]])
+        tt, tg, gg, n, td, dd = torch.cat([gram.sum(1, keepdim=True), gram], dim=1)
+        gamma = (tt * gg - tg * tg).clamp(min=0).sqrt()
+        angle = torch.atan2((tt * dd - td * td).clamp(min=0).sqrt(), tt + td)
+        self.last = torch.stack([gamma, angle])
+        if getattr(optimizer, "found_inf", None) is not None:  # then GradScaler skips the step
+            n = n * (optimizer.found_inf == 0)
+        self._sums += torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
+
+    def row(self):
+        sums = self._sums.tolist()
+        self._sums.zero_()
+        self._steps += int(sums[2][0])
+        rows = []
+        for gamma, angle, n in zip(*sums, strict=True):
+            rows.append(dict(grad_norm=gamma / n, angle=angle / n) if n else {})
+        self.layers = [dict(layer=x) | row for x, row in zip(self.names, rows[1:], strict=True)]
+        return dict(step=self._steps) | rows[0]
+
+
 def _check_options(group):
     """ValueError for an option of a param group that it cannot have."""
     sphere, radius = group.get("sphere", "missing"), group.get("radius", "missing")

@@ -1,7 +1,7 @@
 """Draw the pictures in docs/, and print the tables of the guide.
 
-python docs/draw.py          step.png; angle.png and its tables, from benchmarks/optimizers.csv
-python docs/draw.py logs     modular.png, too, and the tables of the logs of the guide's commands
+python docs/draw.py          step.png; angle.png and its tables, modular.png, from benchmarks/
+python docs/draw.py logs     law.png, too, and the tables of the logs of the guide's commands
 """
 
 import csv
@@ -18,6 +18,7 @@ import regimes  # noqa: E402
 from lab import figures  # noqa: E402
 
 OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
+MODULAR = ROOT / "benchmarks" / "modular.csv"
 EARLY, EPOCHS = 100, 400  # of modular addition
 SEEDS = 8  # that each comparison has at least
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -81,15 +82,15 @@ def value_of(path):
 
 def step():
     """The step: projection on the tangent space, the turn by φ, renormalization."""
-    fig, axes = figures.subplots([["a"]], (7.4, 4.3))
-    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99)
+    fig, axes = figures.subplots([["a"]], 4.7)
     ax, phi = axes["a"], 0.56
     origin, theta, tangent = np.zeros(2), np.array([0.0, 1.0]), np.array([1.0, 0.0])
     moved = theta + np.tan(phi) * tangent
     new = moved / np.linalg.norm(moved)
     gradient = theta + np.array([0.34, 0.21])
     projected = theta + 0.34 * tangent
-    orange, blue, green, grey = "#D55E00", "#0072B2", "#009E73", "#777777"
+    blue, orange = figures.LEGS.values()
+    green, grey = figures.TRAIN["color"], figures.GREY
 
     def arrow(start, end, tone, width=2.0):
         look = dict(arrowstyle="-|>", color=tone, lw=width, shrinkA=0, shrinkB=0, mutation_scale=13)
@@ -173,7 +174,7 @@ def modular(logs):
     groups = regimes.by_elr(regimes.read_folder(folder))
     of_elr = {elr: [modular_row(run, chance) for run in group] for elr, group in groups.items()}
     rows = [row for rows in of_elr.values() for row in rows]
-    regimes.write_csv(ROOT / "benchmarks" / "modular.csv", rows)
+    regimes.write_csv(MODULAR, rows)
     heads("ELR", "converged after 400 epochs", "test error of those, median (range)", "of all",
           "train error < 5 % at", "test error < 5 % at")  # fmt: skip
     for elr, rows in of_elr.items():
@@ -183,43 +184,36 @@ def modular(logs):
         for column in ("train_below_5", "test_below_5"):
             cells.append(f"{np.median([row[column] for row in rows]):g}".replace("inf", "–"))
         line(*cells)
-    names = [regimes.majority(group)[0] for group in groups.values()]
-    draw_modular(of_elr, names)
 
 
-def draw_modular(of_elr, names):
-    fig, axes = figures.subplots([["a", "b"]], (12.5, 5))
-    fig.subplots_adjust(bottom=0.23)
+def draw_modular():
+    """Test errors at two epochs, and when the errors fall below 5 %, against the ELR."""
+    with open(MODULAR, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: float(cell) for name, cell in row.items() if name != "regime"}
+    of_elr, names = figures.rows_by_elr(rows)
+    fig, axes = figures.subplots([["a", "b"]], 3.6)
     error, time = axes["a"], axes["b"]
-    medians = [np.median([row[f"test_error_{EARLY}"] for row in rows]) for rows in of_elr.values()]
-    look = dict(color="#56B4E9", label=f"after {EARLY} epochs, median")
-    error.plot(list(of_elr), medians, "o:", **look)
-    rows = [row for rows in of_elr.values() for row in rows]
+    look = dict(fmt="o:", color=figures.THEN["color"], label=f"{EARLY} epochs, mean ± s.e.")
+    figures.ends(error, of_elr, {f"test_error_{EARLY}": look})
     for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
         some = [row for row in rows if row["converged_400"] == wanted]
         x, y = [row["elr"] for row in some], [row["test_error_400"] for row in some]
         look = dict(ls="", marker="s", ms=5, mfc=face, mec="black", zorder=3)
-        error.plot(x, y, **look, label=f"after 400 epochs, {label}")
-    error.set_title("(a) test error, a square per seed", pad=30)
-    error.set_ylim(-0.02, 1.02)
-    for column, style, tone, label in (
-        ("train_below_5", "o-", "#0072B2", "train error below 5 %"),
-        ("test_below_5", "s-", "#D55E00", "test error below 5 %"),
-    ):
+        error.plot(x, y, **look, label=f"{EPOCHS} epochs, {label}")
+    error.set(title="test error, a square per seed", ylim=(-0.02, 1.02))
+    for column, look in (("train", figures.TRAIN), ("test", figures.TEST)):
         known = {}
         for elr, rows in of_elr.items():
-            epochs = [row[column] for row in rows if math.isfinite(row[column])]
-            if epochs:
-                known[elr] = epochs
-        figures.spread(time, list(known), list(known.values()), style, color=tone, label=label)
-    time.set(yscale="log", ylabel="epoch")
-    time.set_title("(b) first epoch (of the seeds that get there)", pad=30)
-    for ax in (error, time):
-        figures.bands(ax, list(of_elr), names)
-        ax.set(xlabel="ELR")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-    fig.suptitle("addition modulo 31, transformer of width 64; grey: undecided")
-    figures.save(fig, ROOT / "docs" / "modular.png")
+            inside = [row for row in rows if math.isfinite(row[f"{column}_below_5"])]
+            if inside:
+                known[elr] = inside
+        look = look | {"label": f"{column} error"}
+        figures.ends(time, known, {f"{column}_below_5": look})
+    time.set(yscale="log", ylabel="epoch", title="first error below 5 %, mean ± s.e.")
+    figures.bands(axes.values(), names)
+    figures.save(fig, ROOT / "docs" / "modular.png", "addition modulo 31, transformer of width 64")
 
 
 # ----------------------------------------- angles and other optimizers, from docs/optimizers.py
@@ -249,16 +243,11 @@ def best(ways, kind):
     return min(whole, key=lambda way: np.mean(of_kind[way]), default=None)
 
 
-def standard_error(x):
-    """Of a mean; nan of a single value."""
-    return np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-
-
 def mean_and_error(x, form=".4f"):
     """Mean ± its standard error, and whether that is surely not 0."""
     if len(x) == 1:
         return f"{x[0]:{form}}".replace("-", "−"), False
-    error = standard_error(x)
+    error = figures.standard_error(x)
     return f"{np.mean(x):{form}} ± {error:.4f}".replace("-", "−"), abs(np.mean(x)) > 2 * error
 
 
@@ -323,36 +312,26 @@ def optimizers():
 
 def draw_optimizers(tasks):
     """Mean test errors against φ₀, ELR and learning rate; of each learning rate the best decay."""
-    layout, size = [list("ab"), list("cd")], (9.0, 7.2)
-    if len(tasks) > 4:
-        layout, size = [list("abc"), list("def")], (12.5, 7.2)
-    fig, axes = figures.subplots(layout, size, apart=0.25)
-    for key in list(axes)[len(tasks) :]:
-        axes[key].axis("off")
-    for key, (task, ways) in zip("abcdef"[: len(tasks)], tasks.items(), strict=True):
-        ax, lowest = axes[key], 1.0
+    fig, axes = figures.subplots([list("ab"), list("cd"), list("ef")][: (len(tasks) + 1) // 2], 9.5)
+    for ax, (task, ways) in zip(axes.values(), tasks.items(), strict=False):
+        means = {}
         for kind, (style, tone, label) in KINDS.items():
-            values = sorted({way[1] for way in ways if way[0] == kind})
-            means, bars = [], []
-            for value in values:
+            rows = {}
+            for value in sorted({way[1] for way in ways if way[0] == kind}):
                 at_value = {way: x for way, x in ways.items() if way[1] == value}
                 errors = list(at_value[best(at_value, kind)].values())
-                means.append(np.mean(errors))
-                bars.append(standard_error(errors))
-            lowest = min([lowest, *means])
-            look = dict(color=tone, label=label, ms=4, capsize=2)
-            ax.errorbar(values, means, yerr=np.nan_to_num(bars), fmt=style, **look)
-        ax.set(xscale="log", title=f"({key}) {task}")
-        ax.set(xlabel="φ₀, ELR or learning rate", ylabel="test error")
-        if lowest < 0.005:
-            figures.errors(ax)
-        else:
-            ax.set_yscale("log")
-            low, high = ax.get_ylim()
-            ticks = [x for x in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5) if low <= x <= high]
-            ax.set_yticks(ticks, [f"{x:g}" for x in ticks])
-    handles, labels = axes["a"].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 0.99))
+                rows[value] = [{"error": x} for x in errors]
+                means[kind, value] = np.mean(errors)
+            look = dict(fmt=style, color=tone, label=label, elinewidth=0.7, capsize=0)
+            figures.ends(ax, rows, {"error": look})
+        ax.set(xscale="log", xlabel="φ₀, ELR or learning rate", title=f"test error, {task}")
+        ax.set_yscale("symlog", linthresh=0.01)
+        low, high = 0.8 * min(means.values()), 1.1 * max(means.values())
+        ticks = [x for x in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if low <= x <= high]
+        ax.set_yticks(ticks, [f"{x:g}" for x in ticks])
+        ax.set_ylim(low - 0.0005, high)
+    for ax in list(axes.values())[len(tasks) :]:
+        ax.axis("off")
     figures.save(fig, ROOT / "docs" / "angle.png")
 
 
@@ -403,8 +382,7 @@ def boundary_angles(logs):
 
 def law(logs):
     """Where the convergence boundary lies, and the angle just above it, by task and batch size."""
-    fig, axes = figures.subplots([["a", "b"]], (9.0, 3.6))
-    fig.subplots_adjust(left=0.1, right=0.99, top=0.92, bottom=0.28, wspace=0.22)
+    fig, axes = figures.subplots([["a", "b"]], 3.4)
     heads("task", "batch size", "boundary, ELR", "φ just above it, by seed")
     for number, (name, (label, tone)) in enumerate(LAW.items()):
         sizes, lows, highs, angles = [], [], [], []
@@ -427,8 +405,8 @@ def law(logs):
         for size, phis in zip(sizes, angles, strict=True):
             axes["b"].plot([size] * len(phis), phis, "o", color=tone, ms=5)
     axes["a"].plot([8, 64], [3e-3, 2.4e-2], ":", color="#777777", label="in proportion")
-    axes["a"].set(title="(a) convergence boundary", ylabel="ELR")
-    axes["b"].set(title="(b) just above it", ylabel="angle φ of a step")
+    axes["a"].set(title="convergence boundary (ELR)")
+    axes["b"].set(title="angle φ just above it (radians)")
     for ax in axes.values():
         ax.set(xscale="log", yscale="log", xlabel="batch size")
         ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
@@ -437,8 +415,6 @@ def law(logs):
     axes["b"].set_yticks([0.05, 0.1, 0.2, 0.5, 1])
     for ax in axes.values():
         ax.yaxis.set_major_formatter("{x:g}")
-    handles, labels = axes["a"].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=5)
     figures.save(fig, ROOT / "docs" / "law.png")
 
 
@@ -470,6 +446,7 @@ def main(argv=None):
     if logs:
         for part in (modular, sizes, whole_space, boundary_angles, law, second_runs):
             part(logs)
+    draw_modular()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m lab.bench check          is it right? the step, gradients, the GPU
     python -m lab.bench step           the optimizer's step, beside torch's SGD and a mere copy
+    python -m lab.bench kernels        the kernels as compiled for nine GPUs, without one
     python -m lab.bench iteration      an iteration of the default run, and what it is made of
 
 All ways of a case take turns, and medians are printed: ratios hold on a shared machine.
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 
 import regimes
 import train
-from lab import measure
+from lab import kernels, measure
 from lab.machine import keep_memory, use
 from lab.options import parse
 from lab.runs import number
@@ -75,8 +76,10 @@ def report(case, times, baseline):
 def checks():
     """What is checked, by name: the function that returns its error, and what is allowed."""
     found = {"product of matrices in float32": (product_error, 1e-5)}
-    kernels = ["triton"] if DEVICE == "cuda" or INTERPRET else []
-    for backend, sphere, dtype in product(["torch", *kernels], SPHERES, STEP_ERRORS):
+    backends = ["torch"]
+    if DEVICE == "cuda" or INTERPRET:
+        backends.append("triton")
+    for backend, sphere, dtype in product(backends, SPHERES, STEP_ERRORS):
         if backend == "torch" or dtype != torch.float64:
             name = f"step, {backend}, sphere {sphere}, {str(dtype)[6:]}"
             found[name] = partial(step_error, sphere, dtype, backend), STEP_ERRORS[dtype]
@@ -219,8 +222,7 @@ def graph_error():
 
 
 def time_step(repetitions):
-    """A step over our networks' convolutions. It cannot be faster than the copy, which moves as
-    many bytes as it takes to read θ and g and to write θ."""
+    """A step over our networks' convolutions."""
     cases = {"embedding of 50,257 words": [(50257, 64)]}
     for model, width in (("convnet", 8), ("resnet18", 16), ("resnet18", 32), ("resnet18", 64)):
         net = MODELS[model](3, 10, width)
@@ -228,13 +230,14 @@ def time_step(repetitions):
     for name, shapes in cases.items():
         count = sum(math.prod(shape) for shape in shapes)
         turns = repetitions if count > 3e6 else 40 * repetitions
-        times = interleaved(ways_to_step(shapes), turns, warm=3)
-        report(f"{name}, {count / 1e6:.2f} million", times, "SGD, then norms and scaling")
+        time_one_step(f"{name}, {count / 1e6:.2f} million", shapes, turns)
 
 
-def ways_to_step(shapes):
+def time_one_step(case, shapes, turns, dtype=torch.float32):
+    """Milliseconds of each way, and its `least_bytes` at the speed at which a copy moves bytes, as
+    a share of them."""
     elr = 1e-13  # so small that the weights stay what they are, however often
-    params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    params = [torch.randn(x, device=DEVICE, dtype=dtype).requires_grad_() for x in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
     plain, norms = torch.optim.SGD(params, lr=elr), [p.detach().norm().item() for p in params]
@@ -245,17 +248,42 @@ def ways_to_step(shapes):
             for p, norm in zip(params, norms, strict=True):
                 p.mul_(norm / p.norm().item())
 
-    ways = {"SphereSGD, joint sphere": SphereSGD(params, lr=elr).step}
-    ways["SphereSGD, a sphere per tensor"] = SphereSGD(params, elr, "tensor").step
-    ways["SphereSGD, a sphere per row"] = SphereSGD(params, elr, "row").step
-    ways["SphereSGD, momentum 0.9"] = SphereSGD(params, elr, momentum=0.9).step
+    source = torch.zeros(3 * sum(p.numel() for p in params) // 2, device=DEVICE, dtype=dtype)
+    ways = {"copy": partial(torch.zeros_like(source).copy_, source)}
+    moved = {"copy": 2 * source.nbytes}
+    for sphere, beta in (*product(SPHERES, (0.0,)), ("group", 0.9)):
+        name = f"SphereSGD, a sphere per {sphere}, momentum {beta}"
+        ways[name] = SphereSGD(params, elr, sphere, momentum=beta).step
+        moved[name] = least_bytes(params, sphere, beta)
     if DEVICE == "cuda":
-        ways["the same in PyTorch"] = SphereSGD(params, elr, backend="torch").step
+        ways["a sphere per group in PyTorch"] = SphereSGD(params, elr, backend="torch").step
     ways["SGD, then norms and scaling"] = usual
     ways["plain SGD, fused"] = torch.optim.SGD(params, lr=elr, fused=True).step
-    source = torch.zeros(3 * sum(p.numel() for p in params) // 2, device=DEVICE)
-    ways["a copy of as many bytes"] = partial(torch.zeros_like(source).copy_, source)
-    return ways
+    times = interleaved(ways, turns, warm=3)
+    print(f"\n{case:48}{'ms':>11}{'bytes':>9}{'share':>9}")
+    for name, seconds in times.items():
+        line = f"  {name:46}{seconds * 1e3:11.3f}"
+        if name in moved:
+            share = moved[name] / moved["copy"] * times["copy"] / seconds
+            line += f"{moved[name] / sum(p.numel() for p in params):9.1f}{share:9.0%}"
+        print(line)
+
+
+def least_bytes(params, sphere, beta):
+    """What a step has to move: a sphere of one tile, or all that the L2 cache holds, is read once,
+    else twice; θ and m are written once. In float32 12 or 20 an element, with momentum 20 or 32."""
+    written = 2 if beta else 1
+    read, size, total = written + 1, params[0].element_size(), 0
+    everything = sum(p.numel() for p in params)
+    cache = 0  # unknown
+    if DEVICE == "cuda":
+        cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    lengths = {"group": [everything], "tensor": [p.numel() for p in params]}
+    lengths["row"] = [p[0].numel() for p in params for _ in p]
+    for length in lengths[sphere]:
+        once = length <= kernels.ONE_TILE or read * everything * size <= cache
+        total += length * size * (written + read * (1 if once else 2))
+    return total
 
 
 def our_run(*options):
@@ -285,10 +313,17 @@ def time_iteration(repetitions):
         report(name, times, "forward and backward")
 
 
+def show_kernels(repetitions):
+    kernels.show()
+    if DEVICE == "cuda":
+        for dtype in (torch.float32, torch.bfloat16):
+            time_one_step(f"134 million, {str(dtype)[6:]}", [(2**14, 2**13)], repetitions, dtype)
+
+
 def main():
     text = "Is this machine right, and how fast is it?"
     parser = regimes.Parser(prog="lab.bench", description=text)
-    ways = dict(step=time_step, iteration=time_iteration)
+    ways = dict(step=time_step, kernels=show_kernels, iteration=time_iteration)
     parser.add_argument("what", choices=("check", *ways), help="what to check or to time")
     text = "medians are over so many (default: %(default)s)"
     how = dict(type=number(int, 0, 10**6), default=5, metavar="N")

@@ -1,12 +1,13 @@
 """Data sets as tensors that live on the device; a batch is an indexing there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lab import files
 
 DIGITS = Path(__file__).parents[1] / "data" / "digits.npz"
 NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
@@ -15,18 +16,20 @@ NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 @dataclass
 class Data:
     """Inputs x and labels y [N] int64, to train and to test on. x are images [N, channels, H, W]
-    uint8, numbers [N, features] float32, normalized, or tokens [N, T] int64, of which there are
-    `tokens`. mean, std: of training images, per channel. labels: a file's, if not 0, 1, 2, …"""
+    uint8, or float32, normalized, numbers [N, features] float32, normalized, or tokens [N, T]
+    int64, of which there are `tokens`. mean, std: of uint8, per channel. labels: a file's, if not
+    0, 1, 2, … notes: what was made of a file, to be printed."""
 
     x: Tensor
     y: Tensor
     test_x: Tensor
     test_y: Tensor
-    classes: int
+    classes: int = 0
     mean: Tensor | None = None
     std: Tensor | None = None
     tokens: int | None = None
     labels: list | None = None
+    notes: list[str] = field(default_factory=list)
 
     def inputs(self, index, augment=False):
         """The training inputs at these indices, normalized."""
@@ -39,60 +42,33 @@ class Data:
 
 
 def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") -> Data:
-    """The data set `name`, one of NAMES or a file .npz, on `device`; downloads go to `root`. Raises
-    ValueError where it cannot be read. digits: 1,797 of 8×8, Alpaydin and Kaynak (UCI, 1998), as
-    in scikit-learn, 1,437 to train on."""
+    """The data set `name`, one of NAMES or a file .npz or .txt, on `device`; downloads go to
+    `root`. Raises ValueError where it cannot be read. digits: 1,797 of 8×8, Alpaydin and Kaynak
+    (UCI, 1998), as in scikit-learn, 1,437 to train on."""
     if name == "digits":
-        parts = _npz(DIGITS)
+        data = Data(**files.arrays(DIGITS) | {"notes": []})
     elif name == "modular":
-        parts = modular(modulus)
+        data = Data(*modular(modulus))
     elif name in NAMES:
-        parts = _download(name, Path(root))
+        data = Data(*_download(name, Path(root)))
     elif name.endswith(".npz"):
-        parts = _npz(Path(name))
+        data = Data(**files.arrays(Path(name)))
+    elif name.endswith(".txt"):
+        data = Data(**files.text(Path(name)))
     else:
-        raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)} or a file .npz")
-    x, y, test_x, test_y = parts
-    labels = None
-    if name.endswith(".npz"):
-        if x.dtype == torch.float64:
-            x, test_x = standardized(x, test_x)
-            if not test_x.isfinite().all():
-                raise ValueError(f"{name}: test_x is too far from x for float32")
-        known, y = y.unique(return_inverse=True)
-        lacking = test_y[~torch.isin(test_y, known)].tolist()
-        if lacking:
-            raise ValueError(f"{name}: the label {lacking[0]} is in test_y, not in y")
-        test_y = torch.searchsorted(known, test_y)
-        if len(known) <= known[-1] or known[0] < 0:
-            labels = known.tolist()
-    classes = int(max(y.max(), test_y.max())) + 1
-    if classes < 2:
+        raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)}, FILE.npz, FILE.txt")
+    for part in ("x", "y", "test_x", "test_y"):
+        setattr(data, part, getattr(data, part).to(device))
+    data.classes = int(max(data.y.max(), data.test_y.max())) + 1
+    if data.classes < 2:
         raise ValueError(f"{name} has a single class: it takes two")
-    data = Data(*(part.to(device) for part in (x, y, test_x, test_y)), classes, labels=labels)
-    if x.dtype == torch.int64:
-        data.tokens = int(max(x.max(), test_x.max())) + 1
-    if x.dtype == torch.uint8:  # the values are counted
-        counts = [torch.bincount(c.flatten(), minlength=256) for c in x.unbind(1)]
-        counts, values = torch.stack(counts).double(), torch.arange(256, dtype=torch.float64)
-        n = counts.sum(1)
-        mean = (counts @ values / n)[:, None]
-        std = ((counts * (values - mean) ** 2).sum(1) / (n - 1)).sqrt()
-        std = torch.where(std > 0, std, 1)
-        data.mean, data.std = (part.float().view(-1, 1, 1).to(device) for part in (mean, std))
+    if data.x.dtype == torch.int64:
+        data.tokens = int(max(data.x.max(), data.test_x.max())) + 1
+    if data.x.dtype == torch.uint8:
+        std, mean = zip(*(torch.std_mean(x.double()) for x in data.x.unbind(1)), strict=True)
+        data.mean, data.std = (torch.stack(x).float().view(-1, 1, 1) for x in (mean, std))
+        data.std[data.std == 0] = 1
     return data
-
-
-def standardized(x, test_x):
-    """[N, M] as float32 of mean 0 and deviation 1 in x; a constant column as 0."""
-    least = 1e-15 * x.abs().amax(0)  # rounding
-    # Of time stamps only the last digits differ; quarters fit float64.
-    x, test_x = x / 4 - x[0] / 4, test_x / 4 - x[0] / 4
-    scale = x.abs().amax(0)
-    scale[scale <= least] = torch.inf
-    x, test_x = x / scale, test_x / scale
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-300)
-    return ((x - mean) / std).float(), ((test_x - mean) / std).float()
 
 
 def modular(p):
@@ -103,49 +79,6 @@ def modular(p):
     order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
     train, test = order[: round(0.7 * p * p)], order[round(0.7 * p * p) :]
     return [x[train], y[train], x[test], y[test]]
-
-
-def _npz(path):
-    """[x, y, test_x, test_y] from a file of these."""
-    arrays = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for name in ("x", "y", "test_x", "test_y"):
-                arrays[name] = None  # in an error
-                arrays[name] = file[name]
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except KeyError:
-        raise ValueError(f"{path} has no array {name}: it takes x, y, test_x, test_y") from None
-    except Exception as error:  # damage can show anywhere
-        what = f"the array {name} cannot be read" if arrays else "it is no .npz file"
-        raise ValueError(f"{path}: {what} ({str(error)[:100]})".replace("\n", " ")) from None
-    parts, first = [], arrays["x"]
-    for name in ("x", "test_x"):
-        x, y = arrays[name], arrays[name.replace("x", "y")]
-        image = x.dtype == np.uint8 and x.ndim in (3, 4)
-        number = x.dtype.kind == "f" and x.ndim == 2
-        token = x.dtype.kind in "iu" and x.ndim == 2 and x.dtype != np.uint8
-        what, wrong = f"{path}: the array {name} of type {x.dtype} and shape {list(x.shape)}", ""
-        if not x.size:
-            wrong = "is empty"
-        elif not (image or number or token):
-            wrong = "must be images uint8 [N, (C,) H, W], floats [N, M] or tokens int64 [N, T]"
-        elif number and not np.isfinite(x).all():
-            wrong = f"has nan or inf in column {np.isfinite(x).all(0).argmin()}"
-        elif token and (x.min() < 0 or x.max() > 10**6):
-            wrong = "has tokens below 0 or above a million: numbers are floats"
-        elif x.shape[1:] != first.shape[1:] or x.dtype.kind != first.dtype.kind:
-            wrong = "is not of the kind and shape of x"
-        elif y.dtype.kind not in "biu" or y.shape != x.shape[:1]:
-            what = f"{path}: the array {name.replace('x', 'y')} of type {y.dtype}"
-            wrong = f"and shape {list(y.shape)} must be labels [N]: y.astype(int), ravel, argmax"
-        if wrong:
-            raise ValueError(f"{what} {wrong}")
-        x = x[:, None] if image and x.ndim == 3 else x
-        kind = np.uint8 if image else np.float64 if number else np.int64
-        parts += [x.astype(kind, order="C"), y.astype(np.int64)]
-    return list(map(torch.from_numpy, parts))
 
 
 def _download(name, root):

@@ -11,6 +11,8 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
 import math
+import sys
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +36,8 @@ from lab.own import build
 from lab.runs import load_checkpoint, number
 
 CHUNK = 512  # inputs at once, over which BatchNorm normalizes
+SAMPLES = 1024  # training inputs whose loss is differentiated twice
+PRODUCTS = 35  # with the Hessian: about 22 of ARPACK, and the time of a barrier
 
 
 @dataclass
@@ -137,7 +141,7 @@ def distances(points):
     return found
 
 
-def operators(point, samples=None):
+def operators(point, samples=SAMPLES):
     """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
     `ggn`, which for the cross-entropy is the Fisher matrix; over so many training inputs.
 
@@ -209,11 +213,15 @@ def check_twice(logits):
 
 
 def largest(operator, k):
-    """The k largest eigenvalues, by ARPACK, to 0.1 %."""
+    """The k largest eigenvalues, by ARPACK, to 0.1 %; nan where the matrix is nan or 0, as that of
+    a run that has died."""
     n = operator.shape[0]
-    start, how = np.random.default_rng(0).standard_normal(n), dict(which="LA", tol=1e-3)
-    values = eigsh(operator, min(k, n - 1), return_eigenvectors=False, v0=start, **how)
-    return np.sort(values)[::-1]
+    k, start = min(k, n - 1), np.random.default_rng(0).standard_normal(n)
+    first = operator @ start
+    if not (np.isfinite(first).all() and first.any()):
+        return np.full(k, math.nan)
+    how = dict(which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
+    return np.sort(eigsh(operator, k, **how))[::-1]
 
 
 def trace(operator, probes=20):
@@ -228,19 +236,23 @@ HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_ma
 
 
 def summarize(folder, device, samples):
-    """A row per run of a sweep, nan for what it has not (--then, --average). Barriers are those to
-    the next larger ELR, between second runs where there are some."""
+    """A row per run of a sweep, nan for what it has not (--then, --average, a loss). Barriers are
+    those to the next larger ELR, between second runs where there are some."""
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
-    if not runs:
-        raise ValueError(f"{folder}: no runs here")
-    found, ends = [], []
-    for run in tqdm(runs, unit="run", disable=None):
+    parts, found, ends = [], [], []
+    for run in runs:
+        parts.append({run.path: run.log})
+        for then, log in figures.second_runs(run).items():
+            parts[-1][run.path.with_suffix(f".then={then}.csv")] = log
+    paths = [path.with_suffix(".pt") for logs in parts for path in logs]
+    if not paths:
+        raise ValueError(f"{folder}: no runs here whose ELR stays")
+    tell_time(read(paths[0], device), len(paths), samples)
+    for run, logs in zip(tqdm(runs, unit="run", disable=None), parts, strict=True):
         row = dict.fromkeys(COLUMNS, math.nan)
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
-        for path in (run.path, *sorted(folder.glob(f"{run.path.stem}.then=*.csv"))):
-            if path.name.endswith(".layers.csv"):
-                continue
-            log, which = regimes.read_log(path)[0], "" if path == run.path else "then_"
+        for path, log in logs.items():
+            which = "" if path == run.path else "then_"
             end = read(path.with_suffix(".pt"), device)
             row[f"{which}test_error"] = log["test_error"][-1]
             row[f"{which}avg_test_error"] = log.get("avg_test_error", [math.nan])[-1]
@@ -252,6 +264,13 @@ def summarize(folder, device, samples):
         for i, j in pairwise([i for i, row in enumerate(found) if row["seed"] == seed]):
             found[i]["barrier_to_next"] = barrier(ends[i], ends[j], points=11)[0]
     return found
+
+
+def tell_time(point, checkpoints, samples):
+    operator, began = operators(point, samples)["hessian"], time.perf_counter()
+    operator @ np.ones(operator.shape[0])
+    minutes = checkpoints * PRODUCTS * (time.perf_counter() - began) / 60
+    print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
 
 
 def table(rows):
@@ -278,18 +297,19 @@ def parser():
     add = command("barrier", text)
     add("checkpoints", nargs=2, **points)
     add("--points", type=many, default=21, metavar="N", help="along the way (default: 21)")
-    add("--out", type=Path, default=Path("barrier.png"), help="(default: barrier.png)")
+    add("--out", type=Path, metavar="PNG", help="(default: barrier.png beside the first)")
     text = "angles (radians) between checkpoints, of the network and of each layer"
     command("distance", text)("checkpoints", nargs="+", **points)
     text = "eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
     add = command("curvature", text)
     add("checkpoints", nargs="+", **points)
     add("--k", type=few, default=3, help="how many eigenvalues (default: 3)")
-    text = "over so many training inputs"
-    add("--samples", type=many, metavar="N", help=f"{text} (default: all)")
+    samples = dict(type=many, default=SAMPLES, metavar="N")
+    samples["help"] = f"over so many training inputs (default: {SAMPLES})"
+    add("--samples", **samples)
     add = command("summary", "all of it for a sweep: landscape.csv, landscape.png")
     add("folder", type=Path, metavar="DIR", help="of the sweep")
-    add("--samples", type=many, default=1024, metavar="N", help=f"{text} (default: 1024)")
+    add("--samples", **samples)
     return parser
 
 
@@ -321,14 +341,16 @@ def show_summary(args):
 
 
 def show_barrier(args, points):
-    ways = {}
+    ways, out = {}, args.out or points[0].path.with_name("barrier.png")
+    if not out.parent.is_dir():
+        raise ValueError(f"argument --out: {out.parent} is no folder: make it first")
     for way, name in (("line", "straight line"), ("circle", "great circle")):
         height, ways[name] = barrier(*points, way, args.points)
         losses = [loss for _, loss, _ in ways[name]]
         ends = f"train loss {losses[0]:.4g}, {losses[-1]:.4g} at the ends"
         print(f"{name}: barrier {height:.4g}; {ends}, at most {max(losses):.4g}")
-    figures.of_barrier(ways, args.out, " to ".join(point.path.stem for point in points))
-    print(f"written: {args.out}")
+    figures.of_barrier(ways, out, " to ".join(point.path.stem for point in points))
+    print(f"written: {out}")
 
 
 def show_distances(args, points):
@@ -340,17 +362,16 @@ def show_distances(args, points):
 
 def show_curvature(args, points):
     for point in points:
-        print(f"{point.path}, on the unit sphere")
+        n = min(args.samples, len(point.data.x))
+        print(f"{point.path}, on the unit sphere, over {n} training inputs")
         for name, operator in operators(point, args.samples).items():
             values = largest(operator, args.k)
             if name == "hessian":
                 edge = 2 / values[0]
             shown = ", ".join(f"{value:.5g}" for value in values)
             print(f"  {name}: largest eigenvalues {shown}; trace {trace(operator):.5g}")
-        mode, value = point.options["mode"], point.options["value"]
-        print(
-            f"  2/λ_max = {edge:.4g}, above which descent is unstable; trained at {mode} {value:g}"
-        )
+        how = "trained at {mode} {value:g}".format_map(point.options)
+        print(f"  2/λ_max = {edge:.4g}, above which descent is unstable; {how}")
 
 
 if __name__ == "__main__":

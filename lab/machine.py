@@ -27,14 +27,13 @@ def find_device(name):
 
 
 def use(device, dtype="fp32"):
-    """Make it the current device, where float32 is float32: convolutions are TF32 by default."""
+    """Make it the current device, where float32 is float32: convolutions are TF32 by default.
+
+    The setters are those of before torch 2.9: after fp32_precision others can no longer be read."""
     if device != "cpu":
         torch.cuda.set_device(device)
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if hasattr(torch.backends, "fp32_precision"):
-        cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    else:  # before torch 2.9
-        cudnn.allow_tf32 = matmul.allow_tf32 = dtype == "tf32"
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
 
 
 class Captured:
@@ -52,8 +51,9 @@ class Captured:
             return self.function(index)
         if self.calls == 4:
             self.index, self.graph = index.clone(), torch.cuda.CUDAGraph()
+            how = dict(stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
             try:
-                with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                with torch.cuda.graph(self.graph, **how):  # other threads may allocate meanwhile
                     self.out = self.function(self.index)
             except RuntimeError as error:
                 why = str(error).splitlines()[0]

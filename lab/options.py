@@ -302,12 +302,9 @@ def read_data(config):
         data = load(config.data, config.modulus, config.device)
     except ValueError as error:
         raise Refused("data", str(error)) from None
-    if data.labels:
-        said = f"{len(data.labels)} labels, {data.labels[0]} to {data.labels[-1]}"
-        print(f"{said}, are the classes 0 to {data.classes - 1}: see config.json")
-    if data.tokens and config.data.endswith(".npz"):
-        print("whole numbers [N, T] are read as tokens: if they are numbers, save x.astype(float)")
-    if config.augment and data.x.dtype != torch.uint8:
+    for note in data.notes:
+        print(note)
+    if config.augment and data.x.dim() != 4:
         raise Refused("augment", "this is for images: leave it out")
     n, noise = len(data.x), config.label_noise
     if noise and not round(noise * n):

@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
@@ -15,43 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
-from models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("train", "sphere_step", "models", "regimes", "lab")
+LAB = str(ROOT / "lab")
 # Of whose lines nobody is told.
-LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
-LIBRARIES += (str(ROOT / "lab"), str(ROOT / "models.py"), str(ROOT / "train.py"))
+LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<", LAB)
+LIBRARIES += (str(ROOT / "models.py"), str(ROOT / "train.py"))
 
 
 def build(options, data):
-    """The network that `options` name for these data: their `model` is one of MODELS, with `width`,
-    `affine` and `train_head`, or FILE.py:FUNCTION. Raises ValueError where that cannot be."""
-    model, example = options.model, data.x[0]
-    if ":" in model:
-        return load(model, data)
-    if model not in MODELS:
-        raise ValueError(f"no network {model!r}: choose {', '.join(MODELS)} or FILE.py:FUNCTION")
-    takes = inspect.signature(MODELS[model]).parameters
-    if "tokens" in takes and data.tokens is None:
-        raise ValueError(f"the {model} takes tokens, as --data modular has, not these")
-    images = example.dim() == 3 and min(example.shape[1:]) >= 8
-    if model in ("convnet", "resnet18") and not images:
-        raise ValueError(f"{model} takes images of at least 8 × 8, not {list(example.shape)}")
-    for name in ("affine", "train_head"):
-        if getattr(options, name) and name not in takes:
-            raise ValueError(f"the {model} has no --{name.replace('_', '-')}: leave it out")
-    known = dict(channels=len(example), classes=data.classes, tokens=data.tokens)
-    known |= dict(length=len(example), affine=options.affine, train_head=options.train_head)
-    if options.width:
-        known["width"] = options.width
-    return MODELS[model](**{name: known[name] for name in takes if name in known})
+    """The network that `options` name for these data, by model, width, affine and train_head.
+    Raises ValueError where that cannot be."""
+    if ":" in options.model:
+        return load(options.model, data)
+    ours = dict(width=options.width, affine=options.affine, train_head=options.train_head)
+    return models.build(options.model, data, **ours)
 
 
 def load(model, data):
     """The network FILE.py:FUNCTION, on the device of the data, whose output are its logits. The
-    file runs anew each time. Raises ValueError where that cannot be."""
+    file runs anew each time. Raises ValueError."""
     file, _, name = model.rpartition(":")
     x, path = data.normalized(data.x[:2]), Path(file).resolve()
     devices = [x.device] if x.is_cuda else []
@@ -72,23 +57,22 @@ def load(model, data):
             net = function if isinstance(function, nn.Module) else _call(function, known)
         with explained(f"{model} cannot be run on the data"), torch.no_grad():
             net.to(x.device).eval()(x)  # what is lazy is made now
-            net.register_forward_hook(logits)
+            if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
+                net.register_forward_hook(logits)
     return net.train()
 
 
 def _call(function, known):
     """Call it with what it names of `known`, or with (channels, classes)."""
     signature = inspect.signature(function)
-    named = {name: known[name] for name in signature.parameters if name in known}
-    starred = any(
-        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
-    )
-    positional = starred and not named
+    parameters = signature.parameters.values()
+    named = {p.name: known[p.name] for p in parameters if p.name in known}
+    starred = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
     try:
         signature.bind(**named)
     except TypeError:
-        positional = True
-    if positional:
+        starred, named = True, {}
+    if starred and not named:
         return function(known["channels"], known["classes"])
     return function(**named)
 
@@ -97,10 +81,10 @@ def _call(function, known):
 def beside(path):
     """While somebody's file runs, `import x` finds the x in its folder, as if they had run it.
 
-    Their project may well have a models.py, too: when mine.py says `from models import Block`, that
-    is the one next to it, not ours. `from sphere_step import SphereSGD` gets ours if there is none
-    next to it. Afterwards ours are back, and theirs are forgotten: the next network imports them
-    anew. Yields the name of the package in which `from .blocks import Block` is looked up.
+    When mine.py says `from models import Block`, that is the models.py next to it, not ours. `from
+    sphere_step import SphereSGD` gets ours if there is none next to it. Afterwards ours are back,
+    and theirs forgotten, so that the next network imports them anew. Yields the package in which
+    `from .blocks import Block` is looked up.
     """
     root = path.parent
     while (root / "__init__.py").exists():
@@ -131,22 +115,20 @@ def beside(path):
 
 @contextmanager
 def explained(what):
-    """Whatever goes wrong in somebody's code, as a ValueError of one line, with the last line of
-    their own that it passed. Ctrl-C passes, and the exit that a signal handler of ours raises."""
+    """What goes wrong in somebody's code, as a ValueError of one line, with the last line of their
+    own that it passed. Ctrl-C passes, and an exit by a signal handler of ours."""
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError):
         raise
     except BaseException as error:  # sys.exit in their file, too
-        frames = traceback.extract_tb(error.__traceback__)[::-1]
-        ours = frames[0].filename.startswith(str(ROOT / "lab"))
-        if ours and not isinstance(error, Exception):
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames[-1].filename.startswith(LAB) and not isinstance(error, Exception):
             raise
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-        for frame in frames:
-            if not frame.filename.startswith(LIBRARIES):
-                why += f"; {frame.filename}, line {frame.lineno}"
-                break
+        theirs = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
+        if theirs:
+            why += f"; {theirs[-1].filename}, line {theirs[-1].lineno}"
         raise ValueError(f"{what} ({why})") from error
 
 
@@ -165,11 +147,10 @@ def running(model):
         raise
 
 
-def rehearse(make, data, options):
-    """A network, made by `make`. Raises ValueError where it cannot be run as it will be."""
-    net, model, device = make(), options.model, data.x.device
+def rehearse(net, data, options):
+    """Raises ValueError where the network cannot be run as it will be."""
+    model, device, size = options.model, data.x.device, options.batch_size
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bf16")
-    size = options.batch_size
     x, y = data.inputs(torch.arange(size, device=device)), data.y[:size]
     with explained(f"{model} cannot be trained on a batch of {size}"):
         with autocast:
@@ -183,61 +164,60 @@ def rehearse(make, data, options):
         for p in net.parameters():
             if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
                 raise ValueError("a parameter is complex, or its gradient sparse")
-    if ":" not in model:
-        return net
-    last, other = data.test_x.split(512)[-1], make()  # the last batch of measure.on_test_set
+    last = data.test_x.split(512)[-1]  # the last batch of measure.on_test_set
     with explained(f"{model} cannot be tested on a batch of {len(last)}"):
         with autocast, torch.no_grad():
             net.eval()(data.normalized(last))
-    if any(p is q for p, q in zip(net.parameters(), other.parameters(), strict=False)):
-        raise ValueError(f"{model} is the same network each time, and each run trains its own")
-    if options.average:
-        with explained(f"{model} cannot be copied, for --average"):
-            deepcopy(other)(x).sum().backward()
-            if any(p.grad is not None for p in other.parameters()):
-                raise ValueError("a copy computes with the weights of the original")
-    return net
 
 
 def layer_groups(options, data):
-    """The network, a batch, and the names of the parameters on each sphere: what our networks say
-    of themselves; what is found in others, and then printed.
-
-    On sphere "row" are only tensors whose rows are scale invariant. Raises ValueError where there
-    are none, or the network cannot be run as it will be.
-    """
-    model, device, rows = options.model, data.x.device, options.sphere == "row"
+    """The network, a batch, and the names of the parameters in each layer group: what our networks
+    say; what is found in others, and printed. For sphere "row" only tensors whose rows are scale
+    invariant. Raises ValueError where there are none, or the network cannot be trained."""
+    model, rows = options.model, options.sphere == "row"
 
     def make():
         torch.manual_seed(options.seed)
-        return build(options, data).to(device)
+        return build(options, data).to(data.x.device)
 
-    net = rehearse(make, data, options)
-    x = data.inputs(torch.arange(min(32, len(data.x)), device=device))
-    if ":" not in model:
+    net = make()
+    rehearse(net, data, options)
+    x = data.inputs(torch.arange(min(32, len(data.x)), device=data.x.device))
+    if ":" not in model and hasattr(net, "layer_groups"):
         return net, x, net.layer_groups
     with explained(f"{model} cannot be measured"):
-        found = scale_invariant_groups(net, x, build=make, rows=rows)
-    tensors = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    norms, usable = {name: p.norm().item() for name, p in tensors.items()}, []
-    for group in found:
-        least = max(norms[name] for name in group)
+        found = scale_invariant_groups(net, x, make, rows)
+    if options.average:
+        with explained(f"{model} cannot be copied, for --average"):
+            scale_invariant_groups(net, x, rows=rows)
+    weights = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+
+    def has_direction(group):
         if rows:
-            least = min(tensors[name].flatten(1).norm(dim=1).min() for name in group)
-        if least > 0:
-            usable.append(group)
+            return all(weights[name].flatten(1).any(dim=1).all() for name in group)
+        return any(weights[name].any() for name in group)
+
+    usable = [group for group in found if has_direction(group)]
     if not usable:
-        why = f"no scale-invariant weights: is there a normalization layer, of eps ≤ {MAX_EPS}?"
-        if rows:
-            what = "is there a normalization of single channels, as BatchNorm?"
-            why = f"no scale-invariant rows: {what} Else take --sphere layer"
-        if found:
-            why = f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
-        raise ValueError(why)
+        raise ValueError(_why_none(net, found, rows))
     print(f"{'norm':>9}  sphere")
     for group in usable:
-        norm = math.hypot(*(norms[name] for name in group))
+        norm = math.hypot(*(weights.pop(name).norm().item() for name in group))
         print(f"{norm:9.3g}  {' + '.join(group)}")
-    rest = [name for name in norms if not any(name in group for group in usable)]
-    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
+    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(weights) or 'nothing'}")
     return net, x, usable
+
+
+def _why_none(net, found, rows):
+    if found:
+        return f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
+    if rows:
+        what = "is there a normalization of single channels, as BatchNorm?"
+        return f"no scale-invariant rows: {what} Else take --sphere layer"
+    why = f"is there a normalization layer, of eps ≤ {MAX_EPS}, behind weights that are trained?"
+    once = {name for name, _ in net.named_parameters()}
+    for name, p in net.named_parameters(remove_duplicate=False):
+        if name not in once:  # as a head that is tied to the embedding
+            other = next(first for first, q in net.named_parameters() if q is p)
+            why = f"{other} is {name}, too, and is there a normalization behind both?"
+    return f"no scale-invariant weights: {why}"

@@ -19,7 +19,8 @@ IMPORTS = {
     "models": set(),
     "regimes": set(),
     "options": BELOW | {"contents"},
-    "data": set(),
+    "data": {"files"},
+    "files": set(),
     "invariance": set(),
     "own": {"models", "invariance"},
     "measure": {"data", "sphere_step"},
@@ -29,6 +30,7 @@ IMPORTS = {
     "machine": set(),
     "toy": {"regimes", "figures"},
     "landscape": BELOW | {"figures", "contents"},
+    "kernels": {"sphere_step"},
     "bench": OURS,
 }
 TOP = """CHANGELOG.md CONTRIBUTING.md LICENSE README.md benchmarks data docs lab models.py

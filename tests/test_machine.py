@@ -72,57 +72,36 @@ def test_a_wrong_gradient_of_our_networks_ends_a_run_before_it_trains(
 
 
 OWN = """
-import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from test_machine import WrongConv
 
-def wrong(channels, classes):
-    layers = [nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    layers += [WrongConv(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+def network(channels, classes, conv=WrongConv, norm=nn.BatchNorm2d):
+    layers = [nn.Conv2d(channels, 8, 3, bias=False), norm(8), nn.ReLU()]
+    layers += [conv(8, 8, 3, bias=False), norm(8), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
 
-def groups(channels, classes):
-    layers = [nn.Conv2d(channels, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+def healthy(channels, classes):
+    return network(channels, classes, nn.Conv2d, lambda channels: nn.GroupNorm(2, channels))
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "layer"),
-    [
-        ("wrong", [], "3.weight points along the weights: they are not scale invariant, or torch"),
-        ("groups", [], None),
-    ],
-)
+@pytest.mark.parametrize("name", ["network", "healthy"])
 def test_what_is_not_orthogonal_to_its_gradient_in_a_network_of_ones_own_is_a_note(
-    tmp_path, capsys, monkeypatch, name, more, layer
+    tmp_path, capsys, monkeypatch, name
 ):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     (tmp_path / "own.py").write_text(OWN)
-    model = f"{tmp_path / 'own.py'}:{name}"
-    status = run(
-        "--elr", 0.01, 0.1, "--epochs", 1, "--model", model, *more, "--out", tmp_path / "out"
-    )
-    err = capsys.readouterr().err
-    assert status == 0 and err.count("note:") == (layer is not None)
-    assert layer is None or layer in err
+    own = ["--model", f"{tmp_path / 'own.py'}:{name}", "--out", tmp_path / "out"]
+    assert run(*"--elr 0.01 0.1 --epochs 1".split(), *own) == 0
+    err, wrong = capsys.readouterr().err, name == "network"
+    assert err.count("note:") == wrong
+    note = "3.weight points along the weights: they are not scale invariant, or torch"
+    assert (note in err) == wrong
 
 
 def test_rows_of_a_residual_stream_are_not_scale_invariant_and_that_is_a_note(tmp_path, capsys):
-    more = [
-        "--model",
-        "resnet18",
-        "--width",
-        1,
-        "--batch-size",
-        256,
-        "--threads",
-        1,
-        "--out",
-        tmp_path,
-    ]
-    assert run("--elr", 0.01, "--epochs", 1, "--sphere", "row", *more) == 0
+    more = "--model resnet18 --width 1 --batch-size 256 --threads 1 --sphere row".split()
+    assert run("--elr", 0.01, "--epochs", 1, *more, "--out", tmp_path) == 0
     err = capsys.readouterr().err
     assert err.count("note:") == 1 and "rows are not scale invariant" in err
 
@@ -284,25 +263,47 @@ def test_a_device_that_is_none_is_one_line(tmp_path, capsys, name):
     assert not (tmp_path / "out").exists()
 
 
-def precision():
-    """Whether convolutions and matrix products on a GPU may round to TF32."""
-    if hasattr(torch.backends, "fp32_precision"):
-        parts = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-        return [part.fp32_precision == "tf32" for part in parts]
-    return [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+def tf32():
+    """Whether convolutions and products on a GPU may round to TF32, by every flag that says so."""
+    backends = torch.backends
+    with backends.cudnn.flags(enabled=False):
+        pass  # it reads them all, and sets them again
+    said = [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32]
+    said.append(torch.get_float32_matmul_precision() == "high")
+    if hasattr(backends, "fp32_precision"):
+        parts = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+        said += [part.fp32_precision == "tf32" for part in parts]
+    assert len(set(said)) == 1, said
+    return said[0]
 
 
 def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys):
-    assert run("--elr", 0.1, "--epochs", 1, "--width", 2, "--out", tmp_path) == 0
-    assert precision() == [False, False]
-    machine.use("cpu", "tf32")
-    assert precision() == [True, True]
-    machine.use("cpu", "bf16")
-    assert precision() == [False, False]
+    assert run(*"--elr 0.1 --epochs 1 --width 2 --out".split(), tmp_path) == 0
+    assert not tf32()
+    for dtype in ("tf32", "bf16", "tf32", "fp32"):
+        machine.use("cpu", dtype)
+        assert tf32() == (dtype == "tf32")
     assert json.loads((tmp_path / "config.json").read_text())["options"]["dtype"] == "fp32"
     with pytest.raises(SystemExit):
-        run("--elr", 0.1, "--dtype", "tf32", "--device", "cpu", "--out", tmp_path / "other")
+        run(*"--elr 0.1 --dtype tf32 --device cpu --out".split(), tmp_path / "other")
     assert "argument --dtype: tf32 takes a GPU" in capsys.readouterr().err
+
+
+def test_a_network_that_sets_the_flags_of_cudnn_trains(tmp_path):
+    code = """
+from torch import backends, nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        with backends.cudnn.flags(enabled=False):
+            return super().forward(x)
+
+def net(channels, classes):
+    return Net(nn.Flatten(), nn.Linear(64, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, classes))
+"""
+    (tmp_path / "own.py").write_text(code)
+    own = ["--model", f"{tmp_path / 'own.py'}:net", "--out", tmp_path / "out"]
+    assert run(*"--elr 0.1 --epochs 1".split(), *own) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="as on macOS")

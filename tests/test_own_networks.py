@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 import train
-from lab import landscape
+from lab import landscape, own, runs
 from lab.data import load
+from lab.invariance import scale_invariant_groups
 from lab.options import parse
 
 ROOT = Path(__file__).parent.parent
@@ -42,30 +45,37 @@ def data(tmp_path_factory):
     """Numbers and tokens of three classes."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     y = rng.integers(3, size=160)
-    numbers, tokens = (
-        rng.normal(size=(160, 6)) + 2 * np.eye(3, 6)[y],
-        rng.integers(7, size=(160, 5)),
-    )
     marked = rng.integers(6, size=(160, 5))
     marked[np.arange(160), rng.integers(5, size=160)] = 6
-    for name, x in (("numbers", numbers), ("tokens", tokens), ("marked", marked)):
-        parts = dict(x=x[:120], y=y[:120], test_x=x[120:], test_y=y[120:])
-        np.savez(folder / f"{name}.npz", **parts)
+    inputs = {"numbers": rng.normal(size=(160, 6)) + 2 * np.eye(3, 6)[y], "marked": marked}
+    inputs["tokens"] = rng.integers(7, size=(160, 5))
+    for name, x in inputs.items():
+        np.savez(folder / f"{name}.npz", x=x[:120], y=y[:120], test_x=x[120:], test_y=y[120:])
     return folder
 
 
 @pytest.fixture
-def ask(tmp_path, data, capsys):
+def command(tmp_path, data):
+    """The arguments of train.py for a network in mine.py."""
+
+    def command(options, code=None, name="net", x="numbers", out="out"):
+        if code:
+            (tmp_path / "mine.py").write_text(code if "__future__" in code else TOP + code)
+        file = x if x == "digits" else data / f"{x}.npz"
+        paths = f"--model {tmp_path}/mine.py:{name} --data {file} --out {tmp_path}/{out} "
+        return (paths + options).split()
+
+    return command
+
+
+@pytest.fixture
+def ask(tmp_path, command, capsys):
     """The command line for a network: the spheres that are found, or what it is refused with."""
 
-    def ask(code, *options, name="net", x="numbers"):
+    def ask(code, options="", name="net", x="numbers"):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        (tmp_path / "mine.py").write_text(code if "__future__" in code else TOP + code)
-        command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:{name}", *options]
-        command += ["--out", str(tmp_path / "out"), "--data"]
-        command.append(x if x == "digits" else str(data / f"{x}.npz"))
         try:
-            found = parse(command)[0].layer_groups
+            found = parse(command(f"--elr 0.01 {options}", code, name, x))[0].layer_groups
         except SystemExit as exit:
             err = capsys.readouterr().err
             assert exit.code == 2 and err.count("\n") == 1, err
@@ -101,7 +111,7 @@ net = Net
         "(logits, hidden) if self.training else logits",  # as torchvision's Inception
     ],
 )
-def test_of_an_output_of_several_parts_the_logits_are_taken(ask, tmp_path, output):
+def test_of_an_output_of_several_parts_the_logits_are_taken(ask, output):
     assert ask(FORWARD.format(output)) == BASE
 
 
@@ -119,49 +129,43 @@ def test_an_output_without_logits_is_one_line(ask, output, message):
     assert message in ask(FORWARD.format(output))
 
 
-def test_a_network_with_a_tuple_is_trained_averaged_and_looked_at(ask, tmp_path, data, capsys):
-    (tmp_path / "mine.py").write_text(TOP + FORWARD.format("logits, hidden"))
-    more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz")]
-    more += ["--elr", "0.001", "--epochs", "2", "--average", "1"]
-    assert train.main([*more, "--seeds", "2", "--jobs", "1", "--out", str(tmp_path / "out")]) == 0
+def test_a_network_with_a_tuple_is_trained_averaged_and_looked_at(command, tmp_path, capsys):
+    options = "--elr 0.001 --epochs 2 --average 1 --seeds 2 --jobs 1"
+    assert train.main(command(options, FORWARD.format("logits, hidden"))) == 0
     ends = [str(tmp_path / "out" / f"elr=1e-03{seed}.pt") for seed in ("", ".seed=1")]
     capsys.readouterr()
     assert landscape.main(["curvature", ends[0], "--k", "1"]) == 0
-    assert (
-        landscape.main(["barrier", *ends, "--points", "3", "--out", str(tmp_path / "b.png")]) == 0
-    )
+    barrier = f"barrier {' '.join(ends)} --points 3 --out {tmp_path}/b.png"
+    assert landscape.main(barrier.split()) == 0
     assert "great circle: barrier" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- how it is called
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        "def net(example, classes, width=64): return " + MLP.format("len(example)", "classes"),
-        "def net(num_inputs, num_outputs, width=64): return "
-        + MLP.format("num_inputs", "num_outputs"),
-        "def net(width=64, channels=99, depth=2, classes=99): return "
-        + MLP.format("channels", "classes"),
-        "def net(*, classes, channels, width=3): return " + MLP.format("channels", "classes"),
-        "def net(channels, classes, /): return " + MLP.format("channels", "classes"),
-        "def net(classes, channels, **rest): return " + MLP.format("channels", "classes"),
-        "net = lambda classes, channels: " + MLP.format("channels", "classes"),
-        "def make(width, channels, classes): return "
-        + MLP.format("channels", "classes")
-        + "\nfrom functools import partial\nnet = partial(make, 9)",
-        "def net(in_channels, classes): return " + MLP.format("in_channels", "classes"),
-        "net = " + MLP.format(6, 3),  # the network itself
-        "def net(): return " + MLP.format(6, 3),
-        "def net(*args): return " + MLP.format("args[0]", "args[1]"),
-        "def make(c, k): return "
-        + MLP.format("c", "k")
-        + "\ndef net(*a, **k): return make(*a, **k)",
-    ],
-)
-def test_a_function_gets_what_it_names_and_its_other_defaults_stay(ask, function):
-    assert ask(function) == FIRST
+CALLED = [
+    ("def net(example, classes, width=64): return", "len(example)", "classes"),
+    ("def net(num_inputs, num_outputs, width=64): return", "num_inputs", "num_outputs"),
+    ("def net(width=64, channels=99, depth=2, classes=99): return", "channels", "classes"),
+    ("def net(*, classes, channels, width=3): return", "channels", "classes"),
+    ("def net(channels, classes, /): return", "channels", "classes"),
+    ("def net(classes, channels, **rest): return", "channels", "classes"),
+    ("net = lambda classes, channels:", "channels", "classes"),
+    ("from functools import partial\nnet = partial(lambda width, channels, classes:", "channels", "classes", ", 9)"),
+    ("def net(in_channels, classes): return", "in_channels", "classes"),
+    ("net =", 6, 3),  # the network itself
+    ("def net(): return", 6, 3),
+    ("def net(*args): return", "args[0]", "args[1]"),
+    ("def net(*a, **k): return (lambda c, k:", "c", "k", ")(*a, **k)"),
+    ("def net(channels, classes): return torch.jit.script(", "channels", "classes", ")"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("called", CALLED, ids=range(len(CALLED)))
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_function_gets_what_it_names_and_its_other_defaults_stay(ask, called):
+    before, channels, classes, *after = called
+    assert ask(f"{before} {MLP.format(channels, classes)}{''.join(after)}") == FIRST
 
 
 def test_a_class_is_a_function_too_and_an_example_is_an_input_of_the_network(ask):
@@ -191,17 +195,12 @@ class net(nn.Module):
         ),
         ("def net(channels, classes): pass", "'NoneType' object has no attribute 'to'"),
         (
-            "def net(channels, classes): return torch.jit.script(nn.Linear(6, 3))",
-            "not supported on ScriptModules",
-        ),
-        (
             "def net(c, k):\n    import math as kept\n    if not hasattr(kept, 'net'):\n"
             f"        kept.net = {MLP.format(6, 3)}\n    return kept.net",
-            "is the same network each time",
+            "returns the same network each time",
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_call_that_makes_no_network_of_its_own_is_one_line(ask, function, message):
     assert message in ask(function)
 
@@ -271,7 +270,10 @@ def net(channels, classes):
             "output is [16, 2, 3], not [16, 3 classes]",
         ),
         ("def net(c, k): return " + MLP.format("c", "k") + ".half()", "cannot be run on the data"),
-        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01?"),
+        (
+            "def net(c, k): return nn.Linear(c, k)",
+            "is there a normalization layer, of eps ≤ 0.01, behind",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
@@ -283,30 +285,60 @@ def test_a_batch_of_one_through_batchnorm_is_one_line(ask):
         "BatchNorm", "BatchNorm1d"
     )
     assert ask(code) == {"0.weight", "0.bias"}
-    assert "cannot be trained on a batch of 1 (ValueError: Expected more" in ask(
-        code, "--batch-size", "1"
-    )
+    refused = "cannot be trained on a batch of 1 (ValueError: Expected more"
+    assert refused in ask(code, "--batch-size 1")
 
 
 def test_a_batch_of_one_is_one_line_with_a_network_of_ours_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parse(
-            "--elr 0.01 --model resnet18 --width 1 --batch-size 1 --out".split() + [str(tmp_path)]
-        )
+        parse(f"--elr 0.01 --model resnet18 --width 1 --batch-size 1 --out {tmp_path}".split())
     assert "resnet18 cannot be trained on a batch of 1" in capsys.readouterr().err
 
 
-def test_ctrl_c_passes(tmp_path, data):
-    (tmp_path / "mine.py").write_text("def net(c, k): raise KeyboardInterrupt")
-    with pytest.raises(KeyboardInterrupt):
-        parse(["--elr", "1", "--model", f"{tmp_path}/mine.py:net", "--data", f"{data}/numbers.npz"])
+@pytest.mark.parametrize("where", ["", "def net(c, k): "])
+@pytest.mark.parametrize(
+    ("code", "passes"),
+    [
+        ("raise KeyboardInterrupt", KeyboardInterrupt),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", SystemExit),
+    ],
+)
+def test_ctrl_c_and_the_exit_of_a_worker_that_is_told_to_stop_pass(command, code, passes, where):
+    """The exit became a ValueError, and the worker began its next run."""
+    source = runs.__file__.replace("runs.py", "worker.py")  # our handlers are in lab/
+    handler = eval(compile("lambda *_: __import__('sys').exit(143)", source, "eval"))
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(passes):
+            parse(command("--elr 1", where + code))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_network_added_by_name_is_called_with_what_it_names_and_measured(
+    tmp_path, data, monkeypatch, capsys
+):
+    def mlp(channels, classes, width=8):
+        layers = nn.Linear(channels, width), nn.LayerNorm(width), nn.ReLU()
+        return nn.Sequential(*layers, nn.Linear(width, classes))
+
+    monkeypatch.setitem(models.MODELS, "mlp", mlp)
+    command = f"--elr 1 --model mlp --data {data}/numbers.npz --out {tmp_path}/out"
+    for width in (8, 5):
+        more = "" if width == 8 else " --width 5"
+        options, numbers = parse((command + more).split())
+        assert options.layer_groups == [["0.weight", "0.bias"]]
+        assert own.build(options, numbers)[0].out_features == width
+    with pytest.raises(SystemExit):
+        parse(f"{command} --affine".split())
+    assert "the mlp has no --affine: leave it out\n" in capsys.readouterr().err
 
 
 def test_nothing_is_left_behind_in_the_folder_of_the_command(tmp_path, data, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("def net(c, k):\n    raise KeyError(3)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        train.main(["--elr", "1", "--model", "mine.py:net", "--data", str(data / "numbers.npz")])
+        train.main(f"--elr 1 --model mine.py:net --data {data}/numbers.npz".split())
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == ""
     why = f"mine.py:net cannot be called (KeyError: 3; {tmp_path.resolve()}/mine.py, line 2)"
@@ -331,31 +363,54 @@ def test_old_weight_norm_and_lazy_layers_are_measured(ask, code, spheres):
     assert ask(f"def net(c, k): return nn.Sequential({code}{rest}") == spheres
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [
-        "self.kept = [h]",  # an activation
-        "h = h + torch.ones(len(x), 1) @ torch.zeros(1, 8)",  # of float32
-        "h = h @ torch.eye(8)",
-        "h = h.float()",
-        "h = h.half().float()",
-        "self.state = getattr(self, 'state', torch.zeros(8)).detach() * 0.9; h = h + 0 * self.state",
-        "new = torch.zeros(len(x), 8); new[torch.arange(len(x))] = h; h = new",
-        "h = torch.autocast('cpu')(lambda x: self.first(x))(x).float()",
-        "h = (lambda: self.first(x))() if True else h; self.f = lambda x: self.first(x); h = self.f(x)",
-        "x.mul_(2); h = self.first(x)",
-    ],
-)
-def test_what_cannot_be_copied_or_is_of_float32_is_measured_in_float64(ask, capsys, lines):
-    code = f"""
+WITH = """
 class net(Base):
+    def __init__(self, channels, classes):
+        super().__init__(channels, classes)
+        {}
+
     def forward(self, x):
         h = self.first(x)
-        {lines}
-        return self.last(self.norm(h).relu())
+        {}
+        return self.last({})
 """
-    assert ask(code) == BASE
+NORM, NONE = "self.norm(h).relu()", "no scale-invariant weights"
+# What is made, what is done, what goes to the last layer; the sets that are found, or why none is.
+CASES = {
+    "an activation is kept": ("", "self.kept = [h]", NORM, BASE),
+    "float32 is added": ("", "h = h + torch.ones(len(x), 1) @ torch.zeros(1, 8)", NORM, BASE),
+    "float32 multiplies": ("", "h = h @ torch.eye(8)", NORM, BASE),
+    "to float32": ("", "h = h.float()", NORM, BASE),
+    "to float16 and back": ("", "h = h.half().float()", NORM, BASE),
+    "a state": ("self.state = torch.zeros(8)", "self.state = self.state.detach() * 0.9; h = h + 0 * self.state", NORM, BASE),
+    "written into": ("", "new = torch.zeros(len(x), 8); new[torch.arange(len(x))] = h; h = new", NORM, BASE),
+    "autocast": ("", "h = torch.autocast('cpu')(lambda x: self.first(x))(x).float()", NORM, BASE),
+    "a closure": ("", "self.f = lambda x: self.first(x); h = self.f(x)", NORM, BASE),
+    "the input is changed": ("", "x.mul_(2); h = self.first(x)", NORM, BASE),
+    "a closure of the start": ("self.body = lambda x: self.norm(self.first(x)).relu()", "", "self.body(x)", BASE),
+    "a small factor is no eps": ("self.more = nn.Linear(8, 8, bias=False)", f"h = {NORM}", "torch.add(h, self.more(h), alpha=0.01)", BASE),
+    "a shift is no eps": ("", "", "F.normalize(h - 0.005, dim=-1).relu()", NONE),
+    "nor is a buffer": ("self.register_buffer('shift', torch.full((8,), 0.005))", "", "F.normalize(h + self.shift, dim=-1).relu()", NONE),
+    "a bounded activation": ("", "", "h / (h.abs() + 0.05)", NONE),
+    "another": ("", "", "h / (h * h + 0.1).sqrt()", NONE),
+    "a buffer remembers inputs": ("self.register_buffer('mean', torch.zeros(channels))", "self.mean.lerp_(x.detach().mean(0), 0.1); h = self.first(x - self.mean)", NORM, BASE),
+    "a single number": ("self.scale = nn.Parameter(torch.tensor(1.5))", "h = h * self.scale", NORM, {*BASE, "scale"}),
+    "no gradient": ("self.unused, self.still = nn.Linear(4, 4), nn.Linear(channels, channels)", "with torch.no_grad(): x = F.layer_norm(self.still(x), x.shape[1:])\n        h = self.first(x)", NORM, BASE),
+    "all is frozen before": ("self.first.requires_grad_(False)", "", NORM, "behind weights that are trained?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_network_does_beside_its_layers_hides_no_set_and_makes_none(ask, capsys, case):
+    *lines, expected = CASES[case]
+    found = ask(WITH.format(*lines))
+    assert found == expected if isinstance(expected, set) else expected in found
     assert "float32" not in capsys.readouterr().out
+
+
+def test_a_copy_that_computes_with_the_originals_weights_is_refused_for_the_average(ask):
+    message = ask(WITH.format(*CASES["a closure of the start"][:3]), "--average 1")
+    assert "a copy computes with the weights of the original" in message
 
 
 def test_what_fails_in_float64_is_measured_in_float32_and_says_so(ask, capsys):
@@ -378,21 +433,7 @@ class net(nn.Module):
     assert said in capsys.readouterr().out
 
 
-def test_a_copy_that_computes_with_the_originals_weights_is_refused_for_the_average(ask):
-    code = """
-class net(Base):
-    def __init__(self, channels, classes):
-        super().__init__(channels, classes)
-        self.body = lambda x: self.norm(self.first(x)).relu()
-
-    def forward(self, x):
-        return self.last(self.body(x))
-"""
-    assert ask(code) == BASE
-    assert "a copy computes with the weights of the original" in ask(code, "--average", "1")
-
-
-def test_layers_made_in_the_first_forward_pass_are_there_in_every_run(ask, tmp_path, data):
+def test_layers_made_in_the_first_forward_pass_are_there_in_every_run(ask, command):
     code = """
 class net(nn.Module):
     def __init__(self, channels, classes):
@@ -405,8 +446,7 @@ class net(nn.Module):
         return self.head(F.layer_norm(self.body(x), (8,)).relu())
 """
     assert ask(code) == {"body.weight + body.bias"}
-    more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz"), "--elr"]
-    assert train.main([*more, "0.001", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
+    assert train.main(command("--elr 0.001 --epochs 1")) == 0
 
 
 # ---------------------------------------------------------------------------------------- eps
@@ -506,6 +546,27 @@ class llama(net):
         assert found & {joint.format("v"), joint.format("o"), joint.replace("{0}", "o")}
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_tied_to_the_embedding_is_named(ask, tied):
+    """As in nanoGPT, where all that writes to the stream is one set if the head has its own weights."""
+    code = f"""
+class net(nn.Module):
+    def __init__(self, tokens, classes, width=8):
+        super().__init__()
+        self.wte, self.norm = nn.Embedding(tokens, width), nn.LayerNorm(width)
+        self.head = nn.Linear(width, tokens, bias=False)
+        if {tied}:
+            self.head.weight = self.wte.weight
+
+    def forward(self, tokens): return self.head(self.norm(self.wte(tokens)[:, -1]))[:, :3]
+"""
+    found = ask(code, x="tokens")
+    if tied:
+        assert "no scale-invariant weights: wte.weight is head.weight, too" in found
+    else:
+        assert found == {"wte.weight"}
+
+
 # ------------------------------------------------------------------------------------ reasons, files
 
 
@@ -526,12 +587,12 @@ def zero(layer):
     return layer
 def net(c, k): return nn.Sequential({layers}, nn.ReLU(), nn.Linear(8, k))
 """
-    assert message in ask(code, "--sphere", "row")
+    assert message in ask(code, "--sphere row")
 
 
 def test_rows_before_batchnorm_are_scale_invariant(ask):
     code = "nn.Sequential(nn.Linear(c, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, k))"
-    assert ask(f"def net(c, k): return {code}", "--sphere", "row") == {"0.weight"}
+    assert ask(f"def net(c, k): return {code}", "--sphere row") == {"0.weight"}
 
 
 def test_layer_groups_of_somebody_elses_mean_something_else(ask):
@@ -579,7 +640,23 @@ def other(channels, classes):
     assert "blocks" not in sys.modules and "models.small" not in sys.modules
 
 
-def test_a_file_reads_its_own_command_line_and_may_be_called_as_a_module_is(tmp_path, data, ask):
+@pytest.mark.parametrize("packages", [(), ("deep",), ("deep", "nets")])
+def test_a_file_imports_relative_to_its_package(data, tmp_path, packages):
+    folder = tmp_path.joinpath("lab", *packages)  # which is the name of ours, too
+    folder.mkdir(parents=True)
+    dots = "." * (1 + len(packages) // 2)
+    for depth in range(len(packages)):
+        (tmp_path.joinpath("lab", *packages[: depth + 1]) / "__init__.py").touch()
+    above = folder.parent if len(packages) == 2 else folder
+    (above / "blocks.py").write_text("from torch import nn\nnorm = nn.LayerNorm\n")
+    code = f"from {dots}blocks import norm\nfrom torch import nn\ndef net(c, k):\n    return "
+    (folder / "mine.py").write_text(code + MLP.format("c", "k").replace("nn.LayerNorm", "norm"))
+    net = own.load(f"{folder}/mine.py:net", load(f"{data}/numbers.npz"))
+    assert isinstance(net[1], nn.LayerNorm)
+    assert not [name for name in sys.modules if name.endswith("blocks") and "own" in name]
+
+
+def test_a_file_reads_its_own_command_line_and_may_be_called_as_a_module_is(tmp_path, command, ask):
     code = f"""
 import argparse
 parser = argparse.ArgumentParser()
@@ -589,78 +666,19 @@ def net(c, k): return {MLP.format("c", "k")}
 """
     assert ask(code) == FIRST
     (tmp_path / "argparse.py").write_text(TOP + code)
-    command = ["--elr", "0.01", "--model", f"{tmp_path}/argparse.py:net"]
-    assert parse([*command, "--data", f"{data}/numbers.npz", "--out", f"{tmp_path}/out"])
+    assert parse([x.replace("mine", "argparse") for x in command("--elr 0.01")])
 
 
-def test_a_seed_that_the_file_sets_is_not_that_of_the_runs(tmp_path, data):
-    (tmp_path / "mine.py").write_text(
-        f"{TOP}torch.manual_seed(1337)\ndef net(c, k): return {MLP.format('c', 'k')}"
-    )
-    starts = []
-    for seed in ("0", "1", "1"):
-        command = ["--elr", "1", "--seed", seed, "--model", f"{tmp_path}/mine.py:net"]
-        command += ["--data", f"{data}/numbers.npz", "--out", f"{tmp_path}/out{seed}"]
-        options, numbers = parse(command)
-        run = train.Run(options, numbers, train.Job(1.0, int(seed), tmp_path, ""))
+def test_a_seed_that_the_file_sets_is_not_that_of_the_runs(tmp_path, command):
+    code, starts = f"torch.manual_seed(1337)\ndef net(c, k): return {MLP.format('c', 'k')}", []
+    for seed in (0, 1, 1):
+        options, numbers = parse(command(f"--elr 1 --seed {seed}", code, out=f"out{seed}"))
+        run = train.Run(options, numbers, train.Job(1.0, seed, tmp_path, ""))
         starts.append(run.net[0].weight.detach().clone())
     assert torch.equal(starts[1], starts[2]) and not torch.equal(starts[0], starts[1])
 
 
 # ------------------------------------------------------------------------- what draws, or lies idle
-
-
-def test_a_small_factor_is_no_eps(ask):
-    code = """
-class net(Base):
-    def __init__(self, channels, classes):
-        super().__init__(channels, classes)
-        self.more = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x):
-        h = self.norm(self.first(x)).relu()
-        return self.last(torch.add(h, self.more(h), alpha=0.01))
-"""
-    assert ask(code) == BASE
-
-
-@pytest.mark.parametrize("shift", ["- 0.005", "+ self.shift"])
-def test_a_small_constant_beside_numbers_of_both_signs_is_no_eps(ask, shift):
-    code = f"""
-class net(Base):
-    def __init__(self, channels, classes):
-        super().__init__(channels, classes)
-        self.register_buffer("shift", torch.full((8,), 0.005))
-
-    def forward(self, x):
-        return self.last(F.normalize(self.first(x) {shift}, dim=-1).relu())
-"""
-    assert "no scale-invariant weights" in ask(code)
-
-
-@pytest.mark.parametrize("bounded", ["h / (h.abs() + 0.05)", "h / (h * h + 0.1).sqrt()"])
-def test_a_bounded_activation_is_no_normalization(ask, bounded):
-    code = f"""
-class net(Base):
-    def forward(self, x):
-        h = self.first(x)
-        return self.last({bounded})
-"""
-    assert "no scale-invariant weights" in ask(code)
-
-
-def test_a_buffer_that_remembers_earlier_inputs(ask):
-    code = """
-class net(Base):
-    def __init__(self, channels, classes):
-        super().__init__(channels, classes)
-        self.register_buffer("mean", torch.zeros(channels))
-
-    def forward(self, x):
-        self.mean.lerp_(x.detach().mean(0), 0.1)
-        return self.last(self.norm(self.first(x - self.mean)).relu())
-"""
-    assert ask(code) == BASE
 
 
 def test_inputs_that_only_whole_examples_can_be(ask):
@@ -678,21 +696,8 @@ class net(Base):
     assert ask(code, x="marked") == BASE
 
 
-def test_a_parameter_that_is_a_single_number_may_be_invariant(ask):
-    code = """
-class net(Base):
-    def __init__(self, channels, classes):
-        super().__init__(channels, classes)
-        self.scale = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, x):
-        return self.last(self.norm(self.first(x) * self.scale).relu())
-"""
-    assert ask(code) == {*BASE, "scale"}
-
-
 @pytest.mark.parametrize("draw", ["random.random()", "np.random.rand()", "torch.rand(()).item()"])
-def test_layers_that_are_left_out_at_random_are_measured_and_trained(ask, tmp_path, data, draw):
+def test_layers_that_are_left_out_at_random_are_measured_and_trained(ask, tmp_path, command, draw):
     code = f"""
 import random
 import numpy as np
@@ -708,16 +713,7 @@ class net(Base):
         return self.last(h)
 """
     assert ask(code) == {*BASE, "more.weight + more.bias"}
-    command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:net", "--sphere", "layer"]
-    command += [
-        "--epochs",
-        "1",
-        "--data",
-        f"{data}/numbers.npz",
-        "--out",
-        f"{tmp_path}/out",
-    ]
-    assert train.main(command) == 0
+    assert train.main(command("--elr 0.01 --sphere layer --epochs 1")) == 0
     for log in (tmp_path / "out").glob("elr*.csv"):
         assert log.read_text().count("\n") > 2 and "nan" not in log.read_text()
 
@@ -730,31 +726,15 @@ def test_measuring_leaves_pythons_and_numpys_random_numbers(ask):
     assert before == (random.getstate(), np.random.get_state()[1].tolist())
 
 
-def test_what_has_no_gradient_is_on_no_sphere(ask, tmp_path, data):
-    code = """
-class net(Base):
-    def __init__(self, channels, classes):
-        super().__init__(channels, classes)
-        self.unused, self.still = nn.Linear(4, 4), nn.Linear(channels, channels)
-
-    def forward(self, x):
-        with torch.no_grad():
-            x = F.layer_norm(self.still(x), x.shape[1:])
-        return self.last(self.norm(self.first(x)).relu())
-"""
-    assert ask(code) == BASE
-
-
 def test_an_error_that_begins_with_an_empty_line_is_told(ask):
     message = ask("def net(c, k): raise ImportError('\\n\\nit takes\\na package')")
     assert "ImportError: it takes; " in message
 
 
-def test_a_network_that_writes_into_its_input_leaves_the_data(ask, tmp_path, data):
+def test_a_network_that_writes_into_its_input_leaves_the_data(ask, command, tmp_path, data):
     code = f"def net(c, k): return nn.Sequential(nn.ReLU(inplace=True), {MLP.format('c', 'k')})"
     assert ask(code) == {"1.0.weight + 1.0.bias"}
-    command = ["--elr", "0.01", "--model", f"{tmp_path}/mine.py:net", "--out", f"{tmp_path}/out"]
-    options, numbers = parse([*command, "--data", f"{data}/numbers.npz"])
+    options, numbers = parse(command("--elr 0.01", out="other"))
     train.Run(options, numbers, train.Job(0.01, 0, tmp_path, "")).evaluate({})
     before = load(f"{data}/numbers.npz")
     assert torch.equal(numbers.x, before.x) and torch.equal(numbers.test_x, before.test_x)
@@ -772,7 +752,7 @@ def test_a_network_that_writes_into_its_input_leaves_the_data(ask, tmp_path, dat
         "Checkpointed(nn.Conv2d(c, 6, 3), nn.BatchNorm2d(6))",
     ],
 )
-def test_the_curvature_of_what_is_trained_is_that_of_finite_differences(ask, tmp_path, layers):
+def test_the_curvature_of_what_is_trained_is_that_of_finite_differences(command, tmp_path, layers):
     code = f"""
 from torch.utils.checkpoint import checkpoint
 class Checkpointed(nn.Sequential):
@@ -781,10 +761,8 @@ def net(c, k):
     rest = nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, k)
     return nn.Sequential({layers}, *rest)
 """
-    ask(code, x="digits")
-    more = ["--model", f"{tmp_path}/mine.py:net", "--elr", "0.001", "--epochs", "1"]
-    more += ["--batch-size", "128"]
-    assert train.main([*more, "--out", str(tmp_path / "out")]) == 0
+    options = "--elr 0.001 --epochs 1 --batch-size 128"
+    assert train.main(command(options, code, x="digits")) == 0
     point = landscape.read(tmp_path / "out" / "elr=1e-03.pt")
     hessian, ggn = landscape.operators(point, 128).values()
     v, w = np.random.default_rng(0).standard_normal((2, hessian.shape[0]))
@@ -816,7 +794,7 @@ def net(c, k):
 
 @pytest.mark.parametrize("kind", ["once", "reentrant", "weight"])
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True")
-def test_what_has_no_second_derivative_is_one_line_that_names_it(ask, tmp_path, data, kind, capsys):
+def test_what_has_no_second_derivative_is_one_line_that_names_it(command, tmp_path, kind, capsys):
     code = """
 from torch.utils.checkpoint import checkpoint
 class Once(torch.autograd.Function):
@@ -840,10 +818,7 @@ class weight(Base):
         nn.utils.parametrizations.weight_norm(self.first)
     def forward(self, x): return self.last(self.norm(self.first(x)).relu())
 """
-    ask(code, name=kind)
-    more = ["--model", f"{tmp_path}/mine.py:{kind}", "--data", f"{data}/numbers.npz"]
-    more += ["--elr", "0.001", "--epochs", "1", "--out", str(tmp_path / "out")]
-    assert train.main(more) == 0
+    assert train.main(command("--elr 0.001 --epochs 1", code, name=kind)) == 0
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         landscape.main(["curvature", str(tmp_path / "out" / "elr=1e-03.pt")])
@@ -865,20 +840,19 @@ class net(Base):
 """
 
 
-def test_a_network_of_length_0_that_imports_in_forward_goes_on_from_its_checkpoint(tmp_path, data):
+def test_a_network_of_length_0_that_imports_in_forward_goes_on_from_its_checkpoint(
+    tmp_path, command
+):
     (tmp_path / "mine.py").write_text("import os\nos.chdir('/')\n" + TOP + LATE)
     (tmp_path / "neighbour.py").write_text("def same(x):\n    return x\n")
-    more = ["--model", f"{tmp_path}/mine.py:net", "--data", str(data / "numbers.npz")]
-    more += ["--elr", "0.001", "--jobs", "1"]
     here = os.getcwd()
     for epochs, out in ((1, "a"), (2, "a"), (2, "b")):
-        command = [*more, "--epochs", str(epochs), "--out", str(tmp_path / out)]
-        assert train.main(command) == 0
+        assert train.main(command(f"--elr 0.001 --jobs 1 --epochs {epochs}", out=out)) == 0
     logs = [(tmp_path / out / "elr=1e-03.layers.csv").read_bytes() for out in "ab"]
     assert logs[0] == logs[1] and os.getcwd() == here
 
 
-def test_a_network_that_fails_on_some_inputs_alone_is_one_line(tmp_path, data, capsys):
+def test_a_network_that_fails_on_some_inputs_alone_is_one_line(command, tmp_path, data, capsys):
     """Such as no trial meets: the last in the training set."""
     code = """
 class net(Base):
@@ -887,20 +861,86 @@ class net(Base):
             raise IndexError("too large")
         return self.last(self.norm(self.first(x)).relu())
 """
-    (tmp_path / "mine.py").write_text(TOP + code)
     with np.load(data / "numbers.npz") as file:
         arrays = dict(file)
     arrays["x"][-1, 0] = 1e3
-    np.savez(tmp_path / "outlier.npz", **arrays)
-    command = [
-        "--elr",
-        "0.01",
-        "--model",
-        f"{tmp_path}/mine.py:net",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert train.main([*command, "--data", str(tmp_path / "outlier.npz")]) == 1
+    np.savez(data / "outlier.npz", **arrays)
+    assert train.main(command("--elr 0.01", code, x="outlier")) == 1
     error = capsys.readouterr().err
     assert "IndexError: too large; " in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------- scale_invariant_groups(net, batch) alone
+
+
+class Keeps(nn.Module):
+    """With a list of activations, or what a pass leaves in a closure."""
+
+    def __init__(self, closure=False):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.kept, self.closure = [], (lambda x: self.first(x)) if closure else None
+
+    def forward(self, x):
+        h = (self.closure or self.first)(x)
+        self.kept.append(h)
+        return self.last(self.norm(h).relu())
+
+
+def small(first=None):
+    return nn.Sequential(first or nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Keeps, [["first.weight", "first.bias"]]),
+        (lambda: small(nn.utils.weight_norm(nn.Linear(6, 8))), [["0.weight_v"], ["0.bias", "0.weight_g"]]),
+        (lambda: small(nn.utils.spectral_norm(nn.Linear(6, 8, bias=False))), [["0.weight_orig"]]),
+        (lambda: small().half(), [["0.weight", "0.bias"]]),
+        (lambda: nn.DataParallel(small()), [["module.0.weight", "module.0.bias"]]),
+    ],
+    ids="kept old_weight_norm spectral_norm half data_parallel".split(),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_without_build_a_network_is_measured_as_it_stands_and_left_so(make, expected, ran):
+    net, x = make(), torch.randn(16, 6)
+    if ran:
+        net(x.to(next(net.parameters()).dtype)).sum().backward()
+    before = [
+        (p.detach().clone(), p.grad if p.grad is None else p.grad.clone()) for p in net.parameters()
+    ]
+    with torch.inference_mode():
+        found = scale_invariant_groups(net, x)
+    assert {frozenset(names) for names in found} == {frozenset(names) for names in expected}
+    for p, (value, gradient) in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, value) and (p.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(p.grad, gradient)
+
+
+NET = small()
+
+
+@pytest.mark.parametrize(
+    ("net", "build", "message"),
+    [
+        (Keeps(closure=True), None, "a copy computes with the weights of the original"),
+        (NET, lambda: NET, "build returns the same network each time"),
+        (small().requires_grad_(False), None, "requires_grad is False everywhere"),
+        (small(nn.LazyLinear(8)), None, "uninitialized parameter"),
+    ],
+    ids="closure same frozen lazy".split(),
+)
+@pytest.mark.filterwarnings("ignore:Lazy")
+def test_without_build_the_cause_is_named(net, build, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        scale_invariant_groups(net, torch.randn(16, 6), build)
+
+
+def test_a_network_with_a_closure_is_measured_with_build():
+    build = lambda: Keeps(closure=True)  # noqa: E731
+    assert scale_invariant_groups(build(), torch.randn(16, 6), build) == [
+        ["first.weight", "first.bias"]
+    ]

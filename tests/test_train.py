@@ -762,7 +762,8 @@ def test_a_captured_step_is_the_step_and_where_it_cannot_be_captured_one_line_sa
     monkeypatch, refuses
 ):
     @contextmanager
-    def capture(graph, **_):
+    def capture(graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         if refuses:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         graph.captured = captured

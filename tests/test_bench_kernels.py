@@ -1,0 +1,138 @@
+"""The machine code of the kernels, compiled without a GPU: how it is counted, and what it must be."""
+
+import os
+from functools import cache
+
+import pytest
+
+import sphere_step
+from lab import kernels
+
+if sphere_step.INTERPRET or sphere_step.triton is None:
+    pytest.skip("compiles: neither in the interpreter nor without Triton", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+ARCHITECTURES = dict.fromkeys(card[0] for card in kernels.CARDS.values())
+SOME = list(ARCHITECTURES) if "SLOW" in os.environ else [89]
+
+
+@cache
+def variants():
+    return {variant.name: variant for variant in kernels.variants()}
+
+
+@triton.jit
+def scaled(x, y, N: tl.constexpr, WIDE: tl.constexpr, SUM: tl.constexpr):
+    """A kernel of which one knows what it takes: loads, a product, a store; and perhaps a sum."""
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    a = tl.load(x + i)
+    b = (a.to(tl.float64) * 3.7).to(tl.float32) if WIDE else a * 3.7
+    tl.store(y + i, b)
+    if SUM:
+        if tl.program_id(0) == 0:
+            tl.store(y, tl.sum(b))
+
+
+def known(wide=False, add=False, warps=4, **options):
+    signature = {"x": "*fp32", "y": "*fp32", "N": "constexpr"} | dict.fromkeys(
+        ("WIDE", "SUM"), "constexpr"
+    )
+    constants, options = {"N": 2048, "WIDE": wide, "SUM": add}, {"num_warps": warps} | options
+    return kernels.Variant("known", "sums", scaled, signature, constants, options, 2048, 2, 4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_kernel_of_known_instructions_is_counted_right(architecture, wide):
+    """16 elements per thread, on AMD 8, of which four are one access."""
+    found = kernels.count(known(wide), architecture)
+    fp64, conversions = (1, 2) if wide else (0, 0)
+    a_lane = 8 if architecture == "gfx942" else 16
+    assert found.wide == found.wanted == 2 * a_lane / 4 and found.local == 0
+    instructions = found.instructions
+    assert instructions["FP64"] == fp64 and instructions["conversions"] == conversions
+    assert instructions["FP32"] in (1 - fp64, (1 - fp64) / 2)  # packed: two at once
+    assert instructions["all"] < (20 if wide else 3)
+
+
+def test_what_is_behind_a_branch_counts_only_in_the_longest_way():
+    short = kernels.count(known(add=True), 90).instructions["FP32"]
+    whole = kernels.count(known(add=True)._replace(part="whole"), 90).instructions["FP32"]
+    assert short == 1 and 2 < whole < 3  # 16 additions, and those between threads
+
+
+def test_spills_are_seen():
+    variant = variants()["joint, float32, momentum 0.9: sums"]
+    tight = variant._replace(options=variant.options | {"maxnreg": 40})
+    loose, spilled = kernels.count(variant, 90), kernels.count(tight, 90)
+    assert spilled.registers <= 40 < loose.registers and spilled.local > loose.local + 20
+    assert spilled.blocks > loose.blocks
+
+
+def test_blocks_on_an_sm_are_those_that_its_registers_and_threads_allow():
+    for registers, warps, threads_of_sm, blocks in (
+        (40, 4, 2048, 12),
+        (32, 4, 1536, 12),
+        (168, 8, 2048, 1),
+    ):
+        assert kernels.blocks_of(registers, 32 * warps, threads_of_sm, 65536) == blocks
+
+
+DATA_SHEETS = {  # TFLOPS in FP32 and FP64, a multiplication and an addition at once
+    "A100": (19.5, 9.7),
+    "RTX 3090": (35.6, 0.56),
+    "RTX 4090": (82.6, 1.29),
+    "H100": (67, 34),
+    "H200": (67, 34),
+    "B200": (75, 37),
+    "B300": (75, 1.2),
+    "RTX 5090": (104.8, 1.64),
+    "MI300X": (81.7, 81.7),  # of FP32 half: the other half takes packed instructions
+}
+
+
+@pytest.mark.parametrize("card", kernels.CARDS)
+def test_the_rates_of_the_cards_are_those_of_their_data_sheets(card):
+    _, _, sms, clock, _, *rates, _, _ = kernels.CARDS[card]
+    found = [2 * sms * clock * rate / 1000 for rate in rates]
+    assert found == pytest.approx(DATA_SHEETS[card], rel=0.05)
+
+
+def test_the_table_has_a_line_for_each_variant(capsys, monkeypatch):
+    chosen = [variants()["joint, float32, momentum 0.0: sums"], known()]
+    monkeypatch.setattr(kernels, "variants", lambda: chosen)
+    monkeypatch.setattr(kernels, "CARDS", {"H100": kernels.CARDS["H100"]})
+    kernels.show()
+    head, *lines = capsys.readouterr().out.strip().splitlines()
+    assert head.startswith("90 ") and head.endswith("H100") and len(lines) == 2
+    assert "8 of 8" in lines[0] and lines[1].split()[-2:] == ["8", "100%"]
+
+
+@pytest.mark.parametrize("architecture", SOME)
+def test_large_tiles_are_read_and_written_128_bits_at_a_time(architecture):
+    for name, variant in variants().items():
+        if variant.part != "rule" and "rows" not in name:
+            found = kernels.count(variant, architecture)
+            assert found.wide == found.wanted and found.blocks >= 1, name
+
+
+WANTED = pytest.mark.xfail(strict=True, reason="the kernels of today: sine and cosine, FP64 sums")
+
+
+@WANTED
+@pytest.mark.parametrize("architecture", SOME)
+def test_no_kernel_spills_or_has_a_stack(architecture):
+    for name, variant in variants().items():
+        assert kernels.count(variant, architecture).local == 0, name
+
+
+@WANTED
+@pytest.mark.parametrize("card", [x for x in kernels.CARDS if kernels.CARDS[x][0] in SOME])
+def test_fp64_takes_at_most_half_of_the_time_of_the_memory(card):
+    for variant in variants().values():
+        if variant.elements:
+            found = kernels.count(variant, kernels.CARDS[card][0])
+            memory, _, _, fp64 = kernels.times(variant, found, card)
+            assert fp64 <= memory / 2, variant.name
