@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import regimes
-from lab import figures, measure, own, runs
+from lab import figures, measure, own, runs, witness
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
 from lab.options import Refused, parse, parser, prepare, what_next
@@ -110,7 +110,7 @@ def before_training(run, tell):
     means = measure.Means(run.sphere, run.plain)
     for index in batches(len(run.data.x), run.config.batch_size, run.order, run.config.device):
         means.add(*train_step(run, index, move=False))
-    measure.check_gradient(run, means, tell)
+    witness.check_gradient(run, means, tell)
     return means
 
 

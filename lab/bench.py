@@ -25,10 +25,11 @@ import torch.nn.functional as F
 
 import regimes
 import train
-from lab import kernels, measure
-from lab.machine import keep_memory, use
-from lab.options import parse
-from lab.runs import number
+from lab import kernels, measure, witness
+from lab.data import batches
+from lab.machine import Captured, keep_memory, use
+from lab.options import parse, prepare
+from lab.runs import Job, number
 from models import MODELS
 from sphere_step import INTERPRET, SphereSGD
 
@@ -88,7 +89,7 @@ def checks():
         found[name] = partial(convolution_error, threads), 1e-5
     for model, dtype in product(MODELS, ("fp32", "bf16")):
         name = f"gradients along the weights, {model}, {dtype}"
-        found[name] = partial(largest_share, model, dtype), measure.ROUNDING[dtype]
+        found[name] = partial(largest_share, model, dtype), witness.ROUNDING[dtype]
     if DEVICE == "cuda":
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
@@ -194,9 +195,11 @@ def largest_share(model, dtype):
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
         options = ["--data", data, "--model", model, "--width", str(width), "--dtype", dtype]
         run = our_run(*options)
-        run.epoch, run.data.x = -1, run.data.x[:128]
-        run.train_epoch()
-        shares = measure.radial_shares(run.first_steps, run.sphere, run.options.layer_groups)
+        means = measure.Means(run.sphere)
+        for index in batches(128, run.config.batch_size, run.order, DEVICE):
+            means.add(*train.train_step(run, index, move=False))
+        means.row()
+        shares = witness.radial_shares(means.first, run.sphere, run.layer_groups)
         worst = max(worst, *shares.values())
     return worst
 
@@ -204,7 +207,7 @@ def largest_share(model, dtype):
 def launches():
     """Kernels of ours that a step over a ResNet-18 launches."""
     run = our_run("--model", "resnet18")
-    run.train_step(torch.arange(16, device=DEVICE))
+    train.train_step(run, torch.arange(16, device=DEVICE))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run.sphere.step()
         wait()
@@ -215,8 +218,11 @@ def graph_error():
     """How far twenty steps as replays of a CUDA graph end from twenty eager ones, relative."""
     ends = []
     for run in (our_run(), our_run("--graph")):
+        step = partial(train.train_step, run)
+        if run.config.graph:
+            step = Captured(step)
         for index in torch.arange(320, device=DEVICE).split(16):
-            run.one_step(index)
+            step(index)
         ends += measure.vectors(run.net, run.spheres)
     return relative(ends[1], ends[0])
 
@@ -287,28 +293,34 @@ def least_bytes(params, sphere, beta):
 
 
 def our_run(*options):
+    """A run as train.py makes it, not yet trained."""
     with tempfile.TemporaryDirectory() as out:
-        parsed, data = parse([*options, "--elr", "1e-3", "--out", out])
-    run = train.Run(parsed, data, train.Job(1e-3, 0, Path(), ""))
-    run.epoch, run.epochs = 0, 1
-    return run
+        experiment = prepare(parse([*options, "--elr", "1e-3", "--out", out]))
+    return train.Run(experiment, Job(1e-3, 0, Path(), ""))
 
 
 def time_iteration(repetitions):
     """An iteration of a default run, its passes, and its step."""
     for name, options in (("digits, convnet of width 8", []), ("modular", ["--data", "modular"])):
         run = our_run(*options)
-        index = torch.arange(run.options.batch_size)
+        index = torch.arange(run.config.batch_size)
         x, y = run.data.inputs(index), run.data.y[index]
 
         def passes(run=run, x=x, y=y):
             run.net.zero_grad()
             F.cross_entropy(run.net(x), y).backward()
 
-        ways = {"forward and backward": passes, "iteration": partial(run.train_step, index)}
+        ways = {"forward and backward": passes, "iteration": partial(train.train_step, run, index)}
         ways["step of SphereSGD"] = run.sphere.step
-        kept = [run.train_step(index) for _ in range(89)]
-        ways["statistics of 89 steps"] = partial(measure.of_steps, kept, run.sphere, None)
+        kept = [train.train_step(run, index) for _ in range(89)]
+
+        def statistics(run=run, kept=kept):
+            means = measure.Means(run.sphere)
+            for step in kept:
+                means.add(*step)
+            return means.row()
+
+        ways["statistics of 89 steps"] = statistics
         times = interleaved(ways, 400 * repetitions, warm=50)
         report(name, times, "forward and backward")
 

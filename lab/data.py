@@ -10,6 +10,7 @@ from torch import Tensor
 from lab import files
 
 DIGITS = Path(__file__).parents[1] / "data" / "digits.npz"
+CHUNK = 512  # inputs at once outside of training
 NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
 
 
@@ -131,6 +132,6 @@ def batches(n, size, generator, device="cpu"):
     return order[: n - n % size].split(size)
 
 
-def chunks(n, size, device="cpu"):
-    """The whole set in order, as index tensors of one length, at most `size`."""
-    return torch.arange(n, device=device).tensor_split(-(-n // size))
+def chunks(n, device="cpu"):
+    """The whole set in order, as index tensors of one length, at most CHUNK."""
+    return torch.arange(n, device=device).tensor_split(-(-n // CHUNK))

@@ -314,18 +314,16 @@ def of_loop(loops, path, name="", verdict=None, chance=None):
             level, look = chance[column]["mean"], dict(transform=ax.get_yaxis_transform())
             ax.axhline(level, color="black", ls=":", lw=1)
             ax.text(0.01, level, "chance", va="top", fontsize=8, **look)
-    freezes, diverges = (
-        math.sqrt(math.prod(found.get(mark, [math.nan]))) for mark in ("freezes", "divergence")
-    )
+    freezes = math.sqrt(math.prod(found.get("freezes", [math.nan])))
+    diverges = math.sqrt(math.prod(found.get("divergence", [math.inf])))
     low, high = found.get("reversible", (math.inf, 0))
-    names = {}
-    for elr in sorted(down):
-        names[elr] = "undecided"
+    names = dict.fromkeys(sorted(down), "undecided")
+    for elr in names:
         if elr < freezes:
             names[elr] = "convergence"
         elif elr > diverges:
             names[elr] = "divergence"
-        elif elr <= diverges and (freezes <= elr or low <= elr <= high):
+        elif elr >= freezes or low <= elr <= high:
             names[elr] = "equilibrium"
     bands(axes.values(), names)
     _marks(axes["a"], found)

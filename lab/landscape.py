@@ -35,7 +35,6 @@ from lab.machine import cores, find_device, use
 from lab.own import build
 from lab.runs import load_checkpoint, number
 
-CHUNK = 512  # inputs at once, over which BatchNorm normalizes
 SAMPLES = 1024  # training inputs whose loss is differentiated twice
 PRODUCTS = 35  # with the Hessian: about 22 of ARPACK, and the time of a barrier
 
@@ -154,7 +153,7 @@ def operators(point, samples=SAMPLES):
     radius, n = torch.cat(radius).cpu().numpy(), min(samples or len(data.x), len(data.x))
     buffers, batches = [(x, x.clone()) for x in net.buffers()], []
     devices = [weights[0].device] if weights[0].is_cuda else []
-    for index in chunks(n, CHUNK, data.x.device):
+    for index in chunks(n, data.x.device):
         x = data.inputs(index)
         batches.append((x.to(weights[0]) if x.is_floating_point() else x, data.y[index]))
 
@@ -267,7 +266,9 @@ def summarize(folder, device, samples):
 
 
 def tell_time(point, checkpoints, samples):
-    operator, began = operators(point, samples)["hessian"], time.perf_counter()
+    operator = operators(point, samples)["hessian"]
+    operator @ np.ones(operator.shape[0])  # the first is slower
+    began = time.perf_counter()
     operator @ np.ones(operator.shape[0])
     minutes = checkpoints * PRODUCTS * (time.perf_counter() - began) / 60
     print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
@@ -348,7 +349,7 @@ def show_barrier(args, points):
         height, ways[name] = barrier(*points, way, args.points)
         losses = [loss for _, loss, _ in ways[name]]
         ends = f"train loss {losses[0]:.4g}, {losses[-1]:.4g} at the ends"
-        print(f"{name}: barrier {height:.4g}; {ends}, at most {max(losses):.4g}")
+        print(f"{name}: barrier {height:.4g}; {ends}, at most {np.max(losses):.4g}")
     figures.of_barrier(ways, out, " to ".join(point.path.stem for point in points))
     print(f"written: {out}")
 

@@ -6,18 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
-from lab.data import batches, chunks
+from lab.data import CHUNK, batches, chunks
 
 POINTS = 512  # at which chance is measured
-CHUNK = 512  # inputs at once outside of training
-# What share of a gradient may point along the weights: by rounding, and by the eps of others'
-# normalizations. docs/guide.md has the measurements.
-ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
-EPS_SHARE = 3e-3
 OF_STEPS = "elr train_loss train_error grad_norm angle radial".split()
 OF_LAYERS = "norm elr grad_norm angle".split()
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
-ROWS = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
 
 
 def logits_of(net, x, dtype="fp32"):
@@ -86,46 +80,6 @@ class Means:
         return rows
 
 
-def radial_shares(last, sphere, layer_groups):
-    """By layer group, which share of its gradient points along the weights:
-    |Σ⟨θ,g⟩|/√(Σ‖θ‖²Σ‖g‖²), the root mean square over steps, of which `last` are the sums. Where the
-    set is scale invariant, Σ⟨θ,g⟩ = 0: the share is rounding, or the gradient is wrong. That of a
-    set without effect is rounding itself: shares are of a tenth of the largest √(Σ‖θ‖²Σ‖g‖²) at
-    least."""
-    grams = sphere.grams(last)
-    lines = [1 for group in layer_groups for _ in group]
-    if sphere.param_groups[0]["sphere"] == "row":  # each tensor has a group, each row a matrix
-        lines = [len(group["params"][0]) for group in sphere.param_groups if group["sphere"]]
-    lines, sums = iter(lines), []
-    for part in grams.split([sum(next(lines) for _ in group) for group in layer_groups], dim=1):
-        sums.append(part.sum(1))
-    tt, tg, gg = torch.stack(sums)[..., :3].unbind(-1)
-    along, size = tg.norm(dim=1), (tt * gg).sum(1).sqrt()
-    shares = (along / size.clamp(min=0.1 * size.max())).tolist()
-    return {" + ".join(group): x for group, x in zip(layer_groups, shares, strict=True)}
-
-
-def check_gradient(run, means, tell):
-    """Raises ValueError where the gradient by a layer group of ours is not orthogonal to it. Those
-    of other networks, and single rows, may not be scale invariant: a note."""
-    config, where = run.config, torch.backends.cpu.get_cpu_capability()
-    if config.device != "cpu":
-        where = torch.cuda.get_device_name()
-    radial = means.row()["radial"]
-    shares = radial_shares(means.first, run.sphere, run.layer_groups)
-    name = max(shares, key=shares.get)
-    what = f"{shares[name]:.2g} of the gradient by {name} points along the weights"
-    wrong = f"torch {torch.__version__} computes it wrong on this processor ({where})"
-    if ":" in config.model or not hasattr(run.net, "layer_groups"):  # found by measurement
-        if shares[name] > ROUNDING[config.dtype] + EPS_SHARE:
-            tell("note", "sets", f"note: {what}: they are not scale invariant, or {wrong}")
-    elif shares[name] > ROUNDING[config.dtype]:
-        raise ValueError(f"{what}, and none may: {wrong}. See python -m lab.bench check")
-    if config.sphere == "row" and radial > ROWS:
-        what = f"{radial:.2g} of the rows' gradients points along them"
-        tell("note", "rows", f"note: {what}: rows are not scale invariant; layers may be")
-
-
 @torch.no_grad()
 def on_test_set(net, data, dtype):
     """Mean loss and error on the test set, with BatchNorm's running statistics."""
@@ -140,7 +94,7 @@ def on_test_set(net, data, dtype):
 @torch.no_grad()
 def on_train_set(net, data, dtype):
     """Mean loss on the training set, with BatchNorm's statistics computed anew over it."""
-    order = chunks(len(data.x), CHUNK, data.x.device)
+    order = chunks(len(data.x), data.x.device)
     with torch.autocast(data.x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         update_bn((data.inputs(index) for index in order), net)
     net.eval()

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
+from lab.contents import ROOT, package_root
+from lab.data import CHUNK
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
 
-ROOT = Path(__file__).resolve().parents[1]
-OURS = ("train", "sphere_step", "models", "regimes", "lab")
+OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
 LAB = str(ROOT / "lab")
 # Of whose lines nobody is told.
 LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<", LAB)
@@ -86,14 +87,12 @@ def beside(path):
     and theirs forgotten, so that the next network imports them anew. Yields the package in which
     `from .blocks import Block` is looked up.
     """
-    root = path.parent
-    while (root / "__init__.py").exists():
-        root = root.parent
+    root = package_root(path)
     package = ModuleType("_own")
     package.__path__ = [str(root)]
     modules, argv, places, here = dict(sys.modules), sys.argv, list(sys.path), os.getcwd()
     for name in modules:
-        if name.partition(".")[0] in OURS:
+        if name.partition(".")[0] in OUR_MODULES:
             del sys.modules[name]
     sys.modules["_own"] = package
     folders = dict.fromkeys([str(path.parent), str(root)])
@@ -164,7 +163,7 @@ def rehearse(net, data, options):
         for p in net.parameters():
             if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
                 raise ValueError("a parameter is complex, or its gradient sparse")
-    last = data.test_x.split(512)[-1]  # the last batch of measure.on_test_set
+    last = data.test_x.split(CHUNK)[-1]  # the last batch of measure.on_test_set
     with explained(f"{model} cannot be tested on a batch of {len(last)}"):
         with autocast, torch.no_grad():
             net.eval()(data.normalized(last))

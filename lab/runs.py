@@ -33,7 +33,7 @@ from lab.contents import changed
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
-OURS = [*LOGS, "config.json", "regimes.csv", "regimes.png"]
+FILES = [*LOGS, "config.json", "regimes.csv", "regimes.png"]
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -150,7 +150,7 @@ def _clear(out, to=None):
             pass
     if to:
         to.mkdir()
-    for pattern in OURS:
+    for pattern in FILES:
         for old in out.glob(pattern):
             if to:
                 old.rename(to / old.name)

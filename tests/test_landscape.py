@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 import regimes
 import train
-from lab import bench, figures, landscape, measure
+from lab import bench, figures, landscape, measure, runs
 from lab.data import load
 from lab.landscape import Point, barrier, between, distances, evaluate, largest, operators, trace
 from lab.measure import vectors
@@ -206,7 +207,7 @@ def test_then_starts_from_the_end_of_a_run_and_ends_far_below_an_equilibrium(tmp
         assert x.norm().item() == pytest.approx(y.norm().item(), rel=1e-6)
 
 
-def test_the_command_line_prints_and_draws_all_of_a_sweep(ends, tmp_path, capsys):
+def test_the_command_line_prints_and_draws_all_of_a_sweep(ends, capsys):
     folder = ends / "network"
     assert landscape.main(["summary", str(folder), "--samples", "64"]) == 0
     out = capsys.readouterr().out
@@ -219,13 +220,35 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep(ends, tmp_path, capsys
         assert all(float(row[key]) >= 0 for key in row if "sharp" in key or "error" in key)
         assert (row["barrier_to_next"] == "nan") == (row["elr"] == "0.01")
     a, b = str(folder / "elr=3e-03.pt"), str(folder / "elr=1e-02.pt")
-    way = ["--points", "3", "--out", str(tmp_path / "way.png")]
-    assert landscape.main(["barrier", a, b, *way]) == 0
+    assert landscape.main(["barrier", a, b, "--points", "3"]) == 0
     assert landscape.main(["distance", a, b]) == 0
     assert landscape.main(["curvature", a, "--k", "2", "--samples", "64"]) == 0
     out = capsys.readouterr().out
     assert "great circle: barrier" in out and "conv4.weight" in out and "2/λ_max = " in out
-    assert (tmp_path / "way.png").exists()
+    assert (folder / "barrier.png").exists()
+
+
+def test_a_run_that_died_is_nan_in_its_row_and_in_no_other(ends, tmp_path, capsys):
+    """One whose weights are nan, and one whose loss does not depend on them: its Hessian is 0."""
+    for path in (ends / "network").iterdir():
+        if "=1" not in path.name and path.suffix in (".csv", ".json", ".pt"):
+            shutil.copy(path, tmp_path)
+    point = tmp_path / "elr=3e-03.pt"
+    for dead in (math.nan, 0.0):
+        state = runs.load_checkpoint(point, None, "cpu")
+        for x in state["net"].values():
+            x.copy_(x * dead)
+        runs.save_checkpoint(tmp_path / "elr=4e-03.pt", state["identity"], state)
+        text = (tmp_path / "elr=3e-03.csv").read_text()
+        (tmp_path / "elr=4e-03.csv").write_text(text.replace(",0.003,", ",0.004,"))
+        assert landscape.main(["summary", str(tmp_path), "--samples", "64"]) == 0
+        out, err = capsys.readouterr()
+        assert "2 checkpoints: about " in err
+        good, bad = read(tmp_path / "landscape.csv")
+        assert float(good["sharpness"]) > 0 and bad["sharpness"] == bad["edge"] == "nan"
+        assert landscape.main(["curvature", str(point), "--k", "1", "--samples", "64"]) == 0
+        value = capsys.readouterr().out.split("largest eigenvalues ")[1].split(";")[0]
+        assert float(value) == pytest.approx(float(good["sharpness"]), rel=1e-3)
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):

@@ -21,6 +21,13 @@ slow = pytest.mark.skipif(
 EPS_BREAKS = 1e-6  # BatchNorm's eps is why this is not 1e-12
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    seed = random.randrange(2**31)
+    torch.manual_seed(seed)
+    print(f"seed {seed}")  # is shown if the test fails
+
+
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
