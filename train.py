@@ -48,11 +48,10 @@ def train_step(run, index, move=True):
     for p in run.on_spheres:
         if p.grad is None:  # a layer may be left out at random
             p.grad = torch.zeros_like(p)
-    # What lies in .grad is the direction of the step: here it could be changed.
-
     if run.plain or not move:
         run.sphere.observe()
     if move:
+        # What lies in .grad is the direction of the step: here it could be changed.
         optimizer = run.plain or run.sphere
         optimizer.step()
     return loss.detach(), logits.detach().argmax(1) != y, *run.sphere.last

@@ -134,8 +134,9 @@ def _read_config(path):
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config["options"], dict):
-            raise ValueError
+        for part in (config["options"], config.get("contents", {})):
+            if not isinstance(part, dict):
+                raise ValueError
         return config
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: choose another --out, or --force") from None

@@ -302,7 +302,7 @@ def test_a_second_process_is_kept_out_of_a_run_and_told_who_is_in_it(tmp_path):
     wait_for(lambda: (tmp_path / "elr=1e-02.pt").exists())
     status, output = in_child(command, tmp_path)
     assert status == 1 and "Traceback" not in output
-    assert output.startswith(f"elr=1e-02 is in progress: process {child[0]} on ")
+    assert f"elr=1e-02 is in progress: process {child[0]} on " in output
     status, output = in_child(f"{command} --force", tmp_path)
     assert status == 2 and output.count("\n") == 1
     assert "argument --out: elr=1e-02 is in progress" in output

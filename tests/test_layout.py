@@ -1,38 +1,51 @@
-"""The house: which script imports which of ours, and that the two that are meant to be copied work alone."""
+"""The house: what lies at the top, which script imports which of ours, and that those that are meant
+to be copied work alone."""
 
 import ast
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for folder in (ROOT, ROOT / "lab") for path in folder.glob("[!_]*.py")}
 OURS = set(FILES)
+BELOW = {"data", "machine", "measure", "models", "own", "regimes", "runs"}
 IMPORTS = {
     "train": OURS - {"toy", "landscape", "bench"},
-    "options": {"models", "own", "data", "runs", "regimes", "machine"},
     "sphere_step": set(),
-    "own": {"models", "invariance"},
-    "invariance": set(),
     "models": set(),
     "regimes": set(),
+    "options": BELOW | {"contents"},
     "data": {"files"},
     "files": set(),
-    "machine": set(),
-    "contents": set(),
+    "invariance": set(),
+    "own": {"models", "invariance", "contents", "data"},
     "witness": {"measure"},
     "measure": {"data", "sphere_step"},
+    "contents": set(),
     "runs": {"regimes", "contents"},
     "figures": {"regimes"},
+    "machine": set(),
     "toy": {"regimes", "figures"},
-    "landscape": {"measure", "runs", "data", "own", "figures", "regimes", "machine"},
+    "landscape": BELOW | {"figures", "contents"},
     "kernels": {"sphere_step"},
     "bench": OURS,
 }
+TOP = """CHANGELOG.md CONTRIBUTING.md LICENSE README.md benchmarks data docs lab models.py
+    pyproject.toml regimes.py requirements.txt sphere_step.py tests train.py""".split()
+
+
+def test_at_the_top_lie_four_scripts():
+    scripts = sorted(path.name for path in ROOT.glob("*.py"))
+    assert scripts == ["models.py", "regimes.py", "sphere_step.py", "train.py"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "ls-files"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+        assert sorted(name for name in top if name[0] != ".") == sorted(TOP)
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
