@@ -607,17 +607,18 @@ class watch:
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, where the step unscales
         for i, p in enumerate(self.params):
             if p.grad is not None:
-                x, g = p.double(), p.grad.to_dense().double()
+                x, g = p.double().reshape(-1), p.grad.to_dense().double().reshape(-1)
                 g = g if scale is None else g / scale
-                gram = (x * x).sum(), (x * g).sum(), (g * g).sum(), g.new_ones(())
+                gram = torch.dot(x, x), torch.dot(x, g), torch.dot(g, g), g.new_ones(())
                 self._gram[:, i] = torch.stack(gram)
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs):
         moves = torch.zeros_like(self._gram[:2])
         for i, (p, old) in enumerate(zip(self.params, self._old, strict=True)):
-            d = p.double() - old
-            moves[:, i] = torch.stack([(old * d).sum(), (d * d).sum()])
+            old = old.double().reshape(-1)
+            d = p.double().reshape(-1) - old
+            moves[:, i] = torch.stack([torch.dot(old, d), torch.dot(d, d)])
         gram = torch.cat([self._gram, moves * self._gram[3]])
         tt, tg, gg, n, td, dd = torch.cat([gram.sum(1, keepdim=True), gram], dim=1)
         gamma = (tt * gg - tg * tg).clamp(min=0).sqrt()

@@ -60,8 +60,13 @@ class Variant(NamedTuple):
     constants: dict
     options: dict  # num_warps and the like
     elements: int  # of θ in a program; 0: it reads none
-    vectors: int  # read and written: of θ, g, m
+    reads: int  # vectors: of θ, g, m
+    writes: int
     size: int  # bytes of an element
+
+    @property
+    def bytes(self):
+        return (self.reads + self.writes) * self.size
 
 
 class Count(NamedTuple):
@@ -98,11 +103,12 @@ def variants():
         with here, patch.object(JITFunction, "run", take_down):
             sphere_step.SphereSGD(params, **how).step()
         moved = 2 if beta else 1  # θ, m
-        parts = ["sums", *["rule"] * (len(launched) - 2), "move"]
-        if len(launched) == 1:
-            parts = ["whole"]
-        vectors = {"sums": 1 + moved, "rule": 0, "move": 1 + 2 * moved, "whole": 1 + 2 * moved}
-        for part, (kernel, programs, values) in zip(parts, launched, strict=False):
+        for i, (kernel, programs, values) in enumerate(launched):
+            part = "move" if i else "sums"
+            if "rule" in kernel.__name__:
+                part = "rule"
+            elif len(launched) == 1:
+                part = "whole"
             signature, constants = {}, {}
             for argument in kernel.params:
                 value = values.pop(argument.name)
@@ -112,9 +118,13 @@ def variants():
                 else:
                     signature[argument.name] = mangle_type(value)
             name = f"{kind}, {dtype}, momentum {beta}: {part}"
-            elements = sum(p.numel() for p in params) // programs if vectors[part] else 0
-            made = part, kernel, signature, constants, values, elements, vectors[part]
-            key = kernel.__name__, str((signature, constants, made[-2:]))
+            reads, writes, elements = 1 + moved, moved, sum(p.numel() for p in params) // programs
+            if part == "sums":
+                writes = 0
+            if part == "rule":
+                reads = writes = elements = 0
+            made = part, kernel, signature, constants, values, elements, reads, writes
+            key = kernel.__name__, str((signature, constants, made[-3:]))
             found.setdefault(key, Variant(name, *made, p.element_size()))
     return list(found.values())
 
@@ -153,20 +163,53 @@ def count(variant, architecture, threads_of_sm=2048):
             places[LABEL.match(line)[1]] = len(code)
         elif INSTRUCTION.match(line):
             code.append(INSTRUCTION.match(line).groups())
-    ways = paths(code, places, max if variant.part == "whole" else min)
     threads = variant.options["num_warps"] * target.warp_size
-    wanted = variant.elements * variant.vectors * variant.size / 16 / threads
+    each = variant.elements / threads  # elements of a thread
+    ways = paths(code, places, max if variant.part == "whole" else min)
+    wanted = each * variant.bytes / 16
     wide = min((n for n in ways if n >= wanted), default=max(ways))
-    per_element = threads / (variant.elements or threads)
-    per_sm = 65536 if cuda else 131072  # registers
+    costs = [n / (each or 1) for n in ways[wide]]
+    inside = [x for x in loops(code, places) if x[0]]
+    if inside and each:
+        # The longest of several loops, for tiles of several kinds; what is around them, once
+        costs = [n / each for n in min(ways.values())]
+        wide = wanted = 0
+        for stores in {"sums": [False], "move": [True], "whole": [False, True]}[variant.part]:
+            bits = 8 * variant.size * (variant.reads + (variant.writes if stores else 0))
+            own = [
+                (accesses, [n * bits / 128 / accesses for n in cost])
+                for accesses, cost, has_stores in inside
+                if has_stores == stores
+            ]
+            accesses, cost = max(own, key=lambda x: x[1])
+            costs = [a + b for a, b in zip(costs, cost, strict=True)]
+            wide += accesses
+            wanted += accesses
     return Count(
         registers=registers,
-        blocks=blocks_of(registers, threads, threads_of_sm, per_sm),
+        blocks=blocks_of(registers, threads, threads_of_sm, 65536 if cuda else 131072),
         local=sum(bool(LOCAL.match(name)) for _, name, _ in code),
         wide=wide,
         wanted=wanted,
-        instructions={kind: n * per_element for kind, n in zip(KINDS, ways[wide], strict=True)},
+        instructions=dict(zip(KINDS, costs, strict=True)),
     )
+
+
+def loops(code, places):
+    """(128-bit accesses, instructions of KINDS, whether it stores) of each innermost loop."""
+    edges = []
+    for j, (_, name, rest) in enumerate(code):
+        label = re.search(r"\.L\w+", rest)
+        if JUMP.match(name) and label and places[label[0]] < j:
+            edges.append((places[label[0]], j))
+    found = []
+    for i, j in edges:
+        if not any(i <= a and b <= j for a, b in edges if (a, b) != (i, j)):
+            inside = {label: place - i for label, place in places.items() if i <= place <= j}
+            ways = paths([*code[i:j], ("", "EXIT", "")], inside, min)
+            stores = any(re.match("STG|buffer_store|global_store", x[1]) for x in code[i:j])
+            found.append((max(ways), ways[max(ways)], stores))
+    return found
 
 
 def blocks_of(registers, threads, threads_of_sm, registers_of_sm):
@@ -191,7 +234,7 @@ def paths(code, places, pick):
         if END.match(name):
             next_ones.append(ends)
         if JUMP.match(name):
-            place = places[re.search(r"\.L\w+", rest)[0]]
+            place = places.get(re.search(r"\.L\w+", rest)[0], 0)
             if place > i:
                 next_ones.append(ways[place])
         own = [bool(kind.match(name)) for kind in KINDS.values()]
@@ -211,7 +254,7 @@ def times(variant, counted, card):
         n / (rate * sms * clock * 1e9)
         for n, rate in zip(counted.instructions.values(), rates, strict=True)
     ]
-    memory = variant.vectors * variant.size / (bandwidth * 1e12)
+    memory = variant.bytes / (bandwidth * 1e12)
     return memory, found[0], found[1], found[2] + found[3]
 
 
@@ -226,7 +269,7 @@ def show():
             line = f"{variant.name:42}{found.registers:5}{found.blocks:7}{found.local:7}"
             wide = f"{found.wide} of {found.wanted:.2g}"
             counts = "".join(f"{n:7.4g}" for n in found.instructions.values())
-            line += f"{wide:>11}{counts}{variant.vectors * variant.size:7}"
+            line += f"{wide:>11}{counts}{variant.bytes:7}"
             for card in cards if variant.elements else ():
                 seconds = times(variant, found, card)
                 line += f"{seconds[0] / max(seconds):9.0%}"

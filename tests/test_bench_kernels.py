@@ -40,7 +40,7 @@ def known(wide=False, add=False, warps=4, **options):
         ("WIDE", "SUM"), "constexpr"
     )
     constants, options = {"N": 2048, "WIDE": wide, "SUM": add}, {"num_warps": warps} | options
-    return kernels.Variant("known", "sums", scaled, signature, constants, options, 2048, 2, 4)
+    return kernels.Variant("known", "sums", scaled, signature, constants, options, 2048, 1, 1, 4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -61,6 +61,23 @@ def test_what_is_behind_a_branch_counts_only_in_the_longest_way():
     short = kernels.count(known(add=True), 90).instructions["FP32"]
     whole = kernels.count(known(add=True)._replace(part="whole"), 90).instructions["FP32"]
     assert short == 1 and 2 < whole < 3  # 16 additions, and those between threads
+
+
+@triton.jit
+def looped(x, y, n, N: tl.constexpr):
+    squares = tl.zeros([N], tl.float32)
+    for start in range(0, n, N):
+        a = tl.load(x + start + tl.arange(0, N))
+        squares += a * a
+    tl.store(y, tl.sum(squares))
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    signature = {"x": "*fp32", "y": "*fp32", "n": "i32", "N": "constexpr"}
+    rest = {"N": 1024}, {"num_warps": 4}, 1 << 16, 1, 0, 4
+    found = kernels.count(kernels.Variant("looped", "sums", looped, signature, *rest), 90)
+    assert 1 <= found.instructions["FP32"] < 1.1 and found.instructions["FP64"] == 0
+    assert found.wide > 0 and 1 < found.instructions["all"] < 5
 
 
 def test_spills_are_seen():
