@@ -270,6 +270,7 @@ class Run:
     seed: int
     log: dict
     verdict: Verdict
+    chance: dict | None = None
 
     @property
     def name(self):
@@ -398,10 +399,24 @@ def read_run(path, chance, columns=None):
         elr = float(log["elr"][-1])
     seed = re.search(r"seed=(\d{1,18})", path.name)
     seed = int(seed[1]) if seed else 0
-    verdict = classify(log, chance.get(str(seed), chance.get("")))
+    reference = chance.get(str(seed), chance.get(""))
+    verdict = classify(log, reference)
+    loop = loop_of([log], reference)
+    if loop:
+        verdict.moves, verdict.why = True, str(loop)
     if not 0 < elr < math.inf or verdict.moves:
         elr = math.nan
-    return Run(path, elr, seed, log, verdict)
+    return Run(path, elr, seed, log, verdict, reference)
+
+
+def loop_of(logs, chance):
+    """What lab/loop.py says of logs whose ELR falls and rises again. None: of other logs, or where
+    this file has been copied alone."""
+    try:
+        from lab.loop import classify_loop, is_loop
+    except ImportError:
+        return None
+    return classify_loop(logs, chance) if all(map(is_loop, logs)) else None
 
 
 def gather(paths, columns=None, chance=None):
@@ -521,6 +536,10 @@ def table(runs):
         elif math.isnan(run.elr):
             others.append(str(run))
     for name, group in moving.items():
+        loop = loop_of([run.log for run in group], group[0].chance)
+        if loop:
+            lines.append(f"{name}, {len(group)} seeds: {loop}")
+            continue
         errors = [run.final("test_error") for run in group]
         spread = np.std(errors) / math.sqrt(len(errors) - 1) if len(errors) > 1 else math.nan
         means[name], loss = np.mean(errors), np.mean([run.final("train_loss") for run in group])

@@ -245,20 +245,23 @@ def work(experiment, jobs, tell, patient=False):
                 run.load()
                 while True:
                     worked = train(run, tell) or worked
-                    verdict = runs.verdict_of(job.path)
+                    found = runs.read_run(job.path)
+                    verdict = found.verdict
                     more = min(verdict.more_epochs or 0, config.max_epochs or 0)
                     if verdict.regime != "undecided" or more <= run.epochs:
                         break
                     run.epochs = more
-                text = f"{verdict}; test error {runs.last_row(job.path)['test_error']:.3f}"
+                text = str(verdict)
+                if not config.loop:
+                    text += f"; test error {found.final('test_error'):.3f}"
                 if config.then:
                     second = runs.second_job(job, config.then, config.device)
                     run = Run(experiment, second)
                     run.load()
                     worked = train(run, tell) or worked
-                    row = runs.last_row(second.path)
-                    text += f"; then at {config.then:g}: train loss {row['train_loss']:.3g}"
-                    text += f", test error {row['test_error']:.3f}"
+                    found = runs.read_run(second.path)
+                    text += f"; then at {config.then:g}: train loss {found.final('train_loss'):.3g}"
+                    text += f", test error {found.final('test_error'):.3f}"
             tell("finished", job.name, text, not worked)
         except runs.Busy as busy:
             tell("busy", job.name, str(busy))
@@ -316,7 +319,8 @@ def main(argv=None):
     if found and not config.rank:
         if len(values) * len(seeds) > 1:
             print(regimes.table(found))
-        print(f"written: {config.out / 'regimes.csv'}, {config.out / 'regimes.png'}")
+        written = [config.out / "regimes.csv", *report.pictures]
+        print(f"written: {', '.join(map(str, written))}")
         for command in what_next(config, found):
             print(f"next: {command}")
     return 1 if failed else 0

@@ -213,7 +213,7 @@ def train_one(job: Job) -> float:
     with tempfile.TemporaryDirectory() as out:
         run = make_run(job, out)
         train.train(run, tell=lambda *_, **__: None)
-        return float(runs.last_row(run.path)["test_error"])
+        return float(runs.read_run(run.path).log["test_error"][-1])
 
 
 def with_error(job: Job) -> tuple[Job, float]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import regimes
+from lab.loop import classify_loop, is_loop, leg_of
 from regimes import by_elr, majority, title
 
 WIDTH = 8.1  # inches
@@ -173,10 +174,29 @@ class Report:
         regimes.write_csv(out / "regimes.csv", regimes.rows(runs))
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):
-            of_sweep(runs, out / "regimes.png", self.options.title)
+            self.pictures = draw(runs, out, self.options.title)
             self.next_drawing = 2 * time.monotonic() - began
             self.stale = False
         return runs
+
+
+def draw(runs, out, name=""):
+    """The pictures of a folder: regimes.png, and one of each loop. Returns their paths."""
+    loops, others, paths = {}, [], []
+    for run in runs:
+        if is_loop(run.log):
+            stem = run.path.stem.partition(".seed")[0]
+            loops.setdefault(stem, []).append(run)
+        else:
+            others.append(run)
+    for stem, group in loops.items():
+        logs, chance = [run.log for run in group], group[0].chance
+        paths.append(out / f"{stem}.png")
+        of_loop(logs, paths[-1], name, classify_loop(logs, chance), chance)
+    if others:
+        paths.append(out / "regimes.png")
+        of_sweep(others, paths[-1], name)
+    return paths
 
 
 def of_sweep(runs, path, name=""):
@@ -292,7 +312,7 @@ def _lines(axes, group, look):
 def of_loop(loops, path, name="", verdict=None, chance=None):
     """Loss, error and angle against the ELR, on its way down and up again.
 
-    loops    a log for each seed, with a column `leg`: "down" or 0, "up" or 1
+    loops    a log for each seed
     verdict  its intervals (low, high) or None: freezes, melts, divergence, coexistence
     chance   as regimes.classify takes it
     """
@@ -305,7 +325,7 @@ def of_loop(loops, path, name="", verdict=None, chance=None):
         low, high = found.get("coexistence", (1, 0))
         both = [elr for elr in up if elr in down and low <= elr <= high]
         if both:
-            look = dict(color=GREY, alpha=0.3, lw=0, label="coexistence")
+            look = dict(color=GREY, alpha=0.3, lw=0, label="metastable")
             ax.fill_between(both, [down[elr] for elr in both], [up[elr] for elr in both], **look)
         vertical(ax, column)
         ax.set_title(NAMES[column])
@@ -336,7 +356,7 @@ def _leg(ax, loops, column, leg):
     by ELR."""
     tone, of_seeds = LEGS[leg], {}
     for log in loops:
-        rows = (log["epoch"] > 0) & np.isin(log["leg"], [leg, list(LEGS).index(leg)])
+        rows = (log["epoch"] > 0) & (leg_of(log) == leg)
         elrs, values = log["elr"][rows], log[column][rows]
         means = {elr: values[elrs == elr].mean() for elr in elrs}  # in the order of time
         for elr, mean in means.items():
@@ -437,8 +457,8 @@ def main(argv=None):
     for problem in problems:
         print(f"lab.figures: error: {problem}", file=sys.stderr)
     if runs:
-        of_sweep(runs, out / "regimes.png", ", ".join(str(path) for path in args.paths))
-        print(f"written: {out / 'regimes.png'}")
+        pictures = draw(runs, out, ", ".join(str(path) for path in args.paths))
+        print(f"written: {', '.join(map(str, pictures))}")
     return 2 if problems else 0
 
 

@@ -33,7 +33,7 @@ from lab.contents import changed
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
-FILES = [*LOGS, "config.json", "regimes.csv", "regimes.png"]
+FILES = [*LOGS, "loop=*.png", "config.json", "regimes.csv", "regimes.png"]
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -78,14 +78,9 @@ def second_job(job, value, device):
     return Job(value, job.seed, path, f"{job.name}, then {value:g}", init)
 
 
-def verdict_of(path):
-    return regimes.read_run(path, regimes.read_chance(path.parent)).verdict
-
-
-def last_row(path):
-    """The last row of a log, column → number."""
-    log = regimes.read_log(path)[0]
-    return {name: values[-1] for name, values in log.items()}
+def read_run(path):
+    """A log and its verdict, with the chance reference of its folder."""
+    return regimes.read_run(path, regimes.read_chance(path.parent))
 
 
 def open_folder(out, options, contents, force=False):

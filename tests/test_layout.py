@@ -17,7 +17,8 @@ IMPORTS = {
     "train": OURS - {"toy", "landscape", "bench"},
     "sphere_step": set(),
     "models": set(),
-    "regimes": set(),
+    "regimes": {"loop"},  # read when it is there
+    "loop": {"regimes"},
     "options": BELOW | {"contents"},
     "data": {"files"},
     "files": set(),
@@ -27,7 +28,7 @@ IMPORTS = {
     "measure": {"data", "sphere_step"},
     "contents": set(),
     "runs": {"regimes", "contents"},
-    "figures": {"regimes"},
+    "figures": {"regimes", "loop"},
     "machine": set(),
     "toy": {"regimes", "figures"},
     "landscape": BELOW | {"figures", "contents"},

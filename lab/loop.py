@@ -1,0 +1,168 @@
+"""A run whose ELR falls along a grid and rises again: where does it freeze, melt and diverge? From
+the log alone; from those of several seeds more precisely.
+
+On the way down a network freezes where log loss falls most steeply against log ELR. On the way up
+it melts where the loss leaves the level that it had when frozen. Where the two ways agree the state
+does not depend on the past. docs/guide.md has the measurements behind the thresholds.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from regimes import FLOORS, NEGLIGIBLE, Z99
+
+SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
+LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
+LEARNED = 0.3  # skill of a task that is learned
+SAME = 0.1  # log losses that differ by less agree
+FEWEST = 8  # ELRs
+
+
+@dataclass
+class Loop:
+    """Intervals (low, high) of the ELR; None: not seen. coexistence: where the way up is still
+    frozen, and the way down surely is not. passes: at each ELR."""
+
+    divergence: tuple | None = None
+    freezes: tuple | None = None
+    melts: tuple | None = None
+    reversible: tuple | None = None
+    coexistence: tuple | None = None
+    passes: int = 1
+    problem: str = ""
+
+    def __str__(self):
+        lines = []
+        for name, what in (
+            ("divergence", "diverges from {} to {} on"),
+            ("freezes", "freezes on the way down, at {} to {}"),
+            ("melts", "melts on the way up, at {} to {}"),
+            ("reversible", "reversible from {} to {}: up and down have the same loss"),
+            ("coexistence", "metastable from {} to {}: frozen on the way up, not on the way down"),
+        ):
+            interval = getattr(self, name)
+            if interval:
+                lines.append(what.format(*(f"{elr:.3g}" for elr in interval)))
+        if self.problem:
+            lines.append(self.problem)
+        elif not self.freezes:
+            lines.append(
+                "no freezing: the loss falls nowhere steeply, as in a continuous transition"
+            )
+        elif not self.coexistence:
+            slower = f"--epochs {4 * self.passes}"
+            lines.append(f"no metastable state at this speed; {slower} goes through it more slowly")
+        return "\n    ".join(lines)
+
+
+def is_loop(log):
+    """Whether the ELR of a log falls to its least and rises to where it began."""
+    elr = log.get("elr", np.empty(0))[1:]
+    if len(elr) < 2 * FEWEST or not np.isfinite(elr).all():
+        return False
+    coldest = elr.argmin()
+    falls, rises = (np.diff(elr[:coldest]) <= 0).all(), (np.diff(elr[coldest:]) >= 0).all()
+    return bool(0 < coldest and falls and rises and elr[coldest] < elr.max())
+
+
+def leg_of(log):
+    """ "down" or "up" of each row."""
+    last_cold = np.flatnonzero(log["elr"] == log["elr"].min())[-1]
+    return np.where(np.arange(len(log["elr"])) <= last_cold, "down", "up")
+
+
+def legs(logs, column):
+    """ELRs in rising order [n]; on the ways down and up the mean of the later half of the rows at
+    each, over seeds [2, n]. The cold end belongs to both."""
+    elrs, seeds = np.unique(logs[0]["elr"]), []
+    for log in logs:
+        means = np.full((2, len(elrs)), math.nan)
+        for way, leg in enumerate(("down", "up")):
+            on_leg = (leg_of(log) == leg) & (log["epoch"] > 0)
+            for i, elr in enumerate(elrs):
+                values = log[column][on_leg & (log["elr"] == elr)]
+                if len(values):
+                    means[way, i] = values[len(values) // 2 :].mean()
+        means[1, 0] = means[0, 0]
+        seeds.append(means)
+    return elrs, np.mean(seeds, axis=0)
+
+
+def noise(y):
+    """Standard error of each point of a leg [n]: of third differences, which see no smooth curve,
+    the median over the five nearest."""
+    rough = np.abs(np.diff(y, 3)) / (0.6745 * math.sqrt(20))
+    middles = np.arange(len(rough)) + 1.5
+    nearest = [np.argsort(np.abs(middles - i), kind="stable")[:5] for i in range(len(y))]
+    return np.array([np.median(rough[near]) for near in nearest])
+
+
+def classify_loop(logs, chance=None):
+    """What the logs of a loop, one per seed, show. logs and chance: as in regimes.classify."""
+    for log in logs:
+        bad = ~np.isfinite(log["train_loss"])
+        if bad.any():
+            where = f"at ELR {log['elr'][bad][0]:.3g} the loss is not finite"
+            return Loop(problem=f"{where}: begin at a lower one, --loop LO HI N")
+    elrs, loss = legs(logs, "train_loss")
+    if np.isnan(loss).any() or len(elrs) < FEWEST:
+        return Loop(problem=f"it takes a whole loop over {FEWEST} ELRs")
+    top = chance["train_loss"]["mean"] if chance else loss.max()
+    y = np.log(np.maximum(loss, 1e-6 * top))
+    error = np.array([noise(leg) for leg in y])
+    found = Loop(passes=int((logs[0]["elr"][1:] == elrs[-1]).sum() // 2) or 1)
+
+    # From which ELR on neither way can be told from chance
+    skills = {}
+    for name in FLOORS:
+        if chance and name in chance and name in logs[0]:
+            skills[name] = 1 - legs(logs, name)[1] / chance[name]["mean"]
+    better = np.zeros(y.shape, bool)
+    for name, skill in skills.items():
+        better |= skill > FLOORS[name]
+    top_told = len(elrs) - 1
+    if better.any(1).all() and not better[:, -1].any():
+        ends = [np.flatnonzero(way)[-1] for way in better]
+        found.divergence = elrs[min(ends)], elrs[max(ends) + 1]
+        top_told = min(ends)
+
+    # Down to which ELR the ways agree
+    apart = np.flatnonzero((np.abs(y[1] - y[0]) > SAME + Z99 * np.hypot(*error))[: top_told + 1])
+    lowest = apart[-1] + 1 if len(apart) else 0
+    if lowest < top_told:
+        found.reversible = elrs[lowest], elrs[top_told]
+
+    skill = skills.get("train_error", 1 - loss / top)
+    if skill.max() < LEARNED:
+        found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
+        return found
+
+    # Freezing: the steepest fall, and what noise may hide beside it
+    width = np.diff(np.log(elrs))
+    slope = np.diff(y[0]) / width
+    margin = np.hypot(error[0, 1:], error[0, :-1]) / width
+    steepest = slope.argmax()
+    if slope[steepest] - Z99 * margin[steepest] < SHARP:
+        return found
+    as_steep = slope + 1.645 * np.hypot(margin, margin[steepest]) >= slope[steepest]
+    low, high = steepest, steepest + 1
+    while low > 0 and as_steep[low - 1]:
+        low -= 1
+    while high < len(slope) and as_steep[high]:
+        high += 1
+    found.freezes = elrs[low], elrs[high]
+
+    # Melting: where the way up leaves its frozen level for good
+    frozen = np.median(y[1, : max(low + 1, 3)])
+    left = y[1] > frozen + np.maximum(math.log(LEAVES), 2 * error[1])
+    left &= loss[1] > NEGLIGIBLE * top
+    gone, stays = np.flatnonzero(left), np.flatnonzero(~left)
+    if len(gone) and gone[0] >= max(low, 1) and stays[-1] < len(elrs) - 1:
+        found.melts = elrs[gone[0] - 1], elrs[stays[-1] + 1]
+        both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
+        both &= (elrs >= found.freezes[1]) & (elrs <= found.melts[0])
+        if both.any():
+            found.coexistence = elrs[both][0], elrs[both][-1]
+    return found
