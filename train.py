@@ -176,9 +176,8 @@ class Run:
 
     def set_lr(self):
         """The learning rates of the epoch that begins."""
-        factor = self.config.factor(self.epoch, self.epochs)
-        self.leg = self.config.loop and self.config.leg(self.epoch)[0]
-        self.lr = self.value * factor
+        self.leg, self.lr = self.config.at(self.value, self.epoch, self.epochs)
+        factor = self.lr / self.value
         for group in (self.plain or self.sphere).param_groups:
             first = group.setdefault("first_lr", float(group["lr"]))
             if isinstance(group["lr"], Tensor):

@@ -165,6 +165,7 @@ class Report:
 
     def __init__(self, options):
         self.options, self.stale, self.next_drawing = options, True, 0.0
+        self.pictures = []
 
     def renew(self, last=False):
         out, began = self.options.out, time.monotonic()
@@ -321,6 +322,9 @@ def of_loop(loops, path, name="", verdict=None, chance=None):
     found = {mark: ends for mark, ends in (verdict or {}).items() if ends}
     fig, axes = subplots([[*"aab"], [*"aac"]], 4.4)
     for ax, column in zip(axes.values(), ("train_loss", "test_error", "angle"), strict=True):
+        if not all(column in log for log in loops):
+            ax.set_visible(False)
+            continue
         down, up = (_leg(ax, loops, column, leg) for leg in LEGS)
         low, high = found.get("coexistence", (1, 0))
         both = [elr for elr in up if elr in down and low <= elr <= high]

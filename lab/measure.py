@@ -137,7 +137,8 @@ def chance(run, seed):
         with torch.enable_grad():
             loss = on_batch()[0]
             gradients = torch.autograd.grad(loss, run.on_spheres, materialize_grads=True)
-        if all(gradient.any() for gradient in gradients):
+        rows = [g.flatten(1) if run.config.sphere == "row" else g.reshape(1, -1) for g in gradients]
+        if all(row.any(1).all() for row in rows):
             move([-gradient for gradient in gradients])
             stepped.append(on_batch()[1])
 

@@ -14,17 +14,9 @@ from lab import own
 from lab.contents import contents
 from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
-from lab.runs import grid, number, open_folder
+from lab.runs import number, open_folder
+from lab.schedules import SCHEDULES, factor, grid, leg
 from models import MODELS
-
-# By what ELR, angle or learning rate are multiplied, after t in [0, 1) of the epochs. To add a
-# schedule, add its line.
-SCHEDULES = {
-    "constant": lambda t, cooldown: 1.0,
-    "cosine": lambda t, cooldown: (1 + math.cos(math.pi * t)) / 2,
-    "linear": lambda t, cooldown: 1 - t,
-    "wsd": lambda t, cooldown: min(1.0, (1 - t) / cooldown),
-}
 
 # Options that choose runs, or say how they are done: no part of what a run is.
 WHICH = """elr sweep angle lr loop refine max_epochs seed seeds epochs then
@@ -143,22 +135,11 @@ class Config:
         values = self.elr or self.angle or self.lr or (self.loop or [])[1:2] or grid(*self.sweep)
         return list(dict.fromkeys(float(f"{value:.9g}") for value in values))
 
-    def factor(self, epoch, epochs):
-        """By what the value is multiplied in this epoch, 0, 1, …, of so many."""
+    def at(self, value, epoch, epochs):
+        """The leg of a loop, else None, and the ELR, angle or learning rate of this epoch."""
         if self.loop:
-            return self.leg(epoch)[1] / self.loop[1]
-        if epoch < self.warmup:
-            return (epoch + 1) / (self.warmup + 1)
-        t = (epoch - self.warmup) / (epochs - self.warmup)
-        return SCHEDULES[self.schedule](t, self.cooldown)
-
-    def leg(self, epoch):
-        """Of --loop, "down" or "up", and the ELR of this epoch."""
-        elrs = grid(*self.loop)
-        place = epoch // self.passes
-        if place < len(elrs):
-            return "down", elrs[-1 - place]
-        return "up", elrs[place - len(elrs) + 1]
+            return leg(grid(*self.loop), self.passes, epoch)
+        return None, value * factor(self.schedule, epoch, epochs, self.warmup, self.cooldown)
 
     def identity(self):
         """What all runs of a folder have in common: every option but those of WHICH."""

@@ -24,7 +24,6 @@ from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -303,11 +302,6 @@ def number(kind, low=0, high=math.inf):
         return value
 
     return parse
-
-
-def grid(low, high, n):
-    """n ELRs from low to high, log-spaced, to 3 digits: short names."""
-    return [float(f"{elr:.3g}") for elr in np.geomspace(low, high, int(n))]
 
 
 def bisect(out, values):

@@ -27,6 +27,7 @@ IMPORTS = {
     "witness": {"measure"},
     "measure": {"data", "sphere_step"},
     "contents": set(),
+    "schedules": set(),
     "runs": {"regimes", "contents"},
     "figures": {"regimes", "loop"},
     "machine": set(),

@@ -317,7 +317,7 @@ def made(run, tell):
 
     def elr(epoch):
         if config.mode == "elr":
-            return run.value * config.factor(max(epoch - 1, 0), 40)
+            return config.at(run.value, max(epoch - 1, 0), 40)[1]
         return run.value / (1 + epoch)
 
     loss = converging if run.value < 0.02 else hovering
