@@ -351,7 +351,7 @@ def test_what_is_printed_to_do_next_can_be_done(tmp_path, capsys, monkeypatch, k
     out = capsys.readouterr().out
     commands = [line.removeprefix("next: ") for line in out.splitlines() if "next: " in line]
     assert commands or "angle" in kind
-    boundary = "--elr" in kind and not any(x in kind for x in ("schedule", "warmup"))
+    boundary = "--elr" in kind and "schedule" not in kind
     assert sum("--then" in command for command in commands) == boundary
     for command in commands:
         python, script, *argv = shlex.split(command)
