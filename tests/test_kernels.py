@@ -18,13 +18,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sphere_step
-from sphere_step import BLOCK, INTERPRET, SphereSGD
+from sphere_step import INTERPRET, SphereSGD
 
 HERE = Path(__file__)
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
+BLOCK = sphere_step.SMALLEST
 SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
 STEPS = 1000 if SLOW else 15
+PASSES = "_gram_pass", "_rule_pass", "_move_pass"
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
     reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
@@ -268,7 +270,7 @@ class Operations(TorchDispatchMode):
 @contextmanager
 def counted_launches():
     """The names of the kernels that are launched, in order."""
-    launches, kernels = [], ("_tile_pass", "_rule_pass")
+    launches, kernels = [], PASSES
 
     class Counted:
         def __init__(self, name):
@@ -297,7 +299,7 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
     optimizer.step()
     with counted_launches() as launches, Operations() as operations:
         optimizer.step()
-    assert launches == ["_tile_pass", "_rule_pass", "_tile_pass"]
+    assert launches == list(PASSES)
     assert [name for name in operations.names if not name.startswith("profiler.")] == []
 
 
@@ -307,24 +309,32 @@ def test_a_replay_after_observe_steps_on_the_same_radii():
     groups, replay = [group for group in several() if group["sphere"]], []
     optimizer = SphereSGD(groups, lr=1e-4)
     give_gradients(groups)
-    radii = [radius for group in optimizer.param_groups for radius in group["radii"]]
+    radii = norms_of(optimizer)
     recorded(optimizer, replay)
     assert len(replay) == 3
     with torch.no_grad():
         for t in weights(groups):
             t.mul_(1.5)
     optimizer.observe()
-    assert not torch.allclose(optimizer.stats()["radius"].cpu(), torch.tensor(radii).double())
+    assert not torch.allclose(optimizer.stats()["radius"].cpu(), radii)
     for launch in replay:
         launch()
-    norms = torch.cat([sphere_step._norms(group) for group in optimizer.param_groups])
-    assert torch.allclose(norms, torch.tensor(radii, dtype=torch.float64), rtol=1e-6)
+    assert torch.allclose(norms_of(optimizer), radii, rtol=1e-6)
+
+
+def norms_of(optimizer):
+    """Of the spheres, [spheres] float64."""
+    groups = optimizer.param_groups
+    vectors = [
+        x for group in groups if group["sphere"] for x in cut(group["params"], group["sphere"])
+    ]
+    return torch.stack([x.norm() for x in vectors])
 
 
 def recorded(optimizer, replay):
     """A step whose launches go to the list `replay` with what they were given, as into a CUDA graph."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_tile_pass", "_rule_pass"):
+        for name in PASSES:
 
             class Recorded:
                 kernel = getattr(sphere_step, name)
@@ -376,7 +386,7 @@ def test_launches_are_at_most_three_per_type_of_weights():
     optimizer = SphereSGD(tensors, lr=1e-5, backend="triton")
     with counted_launches() as launches:
         optimizer.step()
-    assert launches == ["_tile_pass"] * 3 + ["_rule_pass"] + ["_tile_pass"] * 3
+    assert launches == ["_gram_pass"] * 3 + ["_rule_pass"] + ["_move_pass"] * 3
     x, g = torch.cat(before), torch.cat([t.grad.double().cpu() for t in tensors])
     expected, _ = reference(x, g, 0 * x, x.norm(), 1e-5, 0.0)
     new = torch.cat([t.detach().double().cpu() for t in tensors])
@@ -390,7 +400,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
     others = copy_of(groups)
     moving, still = (SphereSGD(g, lr=1e-4, momentum=0.9) for g in (groups, others))
     moving.step(), still.step()
-    tables = [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._spheres)]
+    tables = id(moving._gram_tiles), id(moving._move_tiles), id(moving._lines)
     kept = []  # so that no address is used again
     for _ in range(2):
         for group, other in zip(groups, others, strict=True):
@@ -400,7 +410,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
                 u.grad.copy_(t.grad)
         moving.step(), still.step()
     assert all(torch.equal(a, b) for a, b in zip(weights(groups), weights(others), strict=True))
-    assert tables == [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._spheres)]
+    assert tables == (id(moving._gram_tiles), id(moving._move_tiles), id(moving._lines))
 
 
 @runs
@@ -427,21 +437,17 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
         settings.append([radius, lr, rng.choice([0.0, 0.9]), angle])
     n, new = len(grams), dict(dtype=torch.float64, device=DEVICE)
     partials, settings = torch.tensor(np.array(grams), **new), torch.tensor(settings, **new)
-    radii, groups = settings[:, 0].clone(), settings[:, 1:].clone()  # a group of its own for each
-    groups = torch.cat(
-        [groups, (torch.arange(n, **new) % 4 > 0)[:, None]], 1
-    )  # else at their norms
-    settings[groups[:, 3] == 0, 0] = 0
+    radii = settings[:, 0].clone()
+    fixed = (torch.arange(n, **new) % 4 > 0).double()  # else at their norms
+    tan = torch.where(settings[:, 3] > 0, settings[:, 1].tan(), -1.0)
+    # A group of its own for each
+    groups = torch.stack([settings[:, 1], settings[:, 2], tan, fixed, 0 * tan, 0 * tan], 1)
+    settings[fixed == 0, 0] = 0
     many, found = torch.arange(n, device=DEVICE), torch.zeros(n, 6, **new)
-    tables = (
-        torch.stack([many, 0 * many + 1, many], 1),
-        radii,
-        groups.contiguous(),
-        partials,
-        found,
-    )
+    spheres = torch.stack([many, 0 * many + 1, many], 1)
+    tables = many, many, many, spheres, radii, groups.contiguous(), partials, found
     with np.errstate(all="ignore"):
-        sphere_step._rule_pass[(n,)](many, *tables, BLOCK=16, num_warps=1)
+        sphere_step._rule_pass[(n,)](many, *tables, BLOCK=16, **sphere_step.HOW)
     expected = []
     for gram, (radius, lr, beta, angle) in zip(grams, settings.tolist(), strict=True):
         expected.append(sphere_step.sphere_rule(gram.tolist(), radius, lr, beta, angle > 0))
@@ -474,13 +480,13 @@ def test_the_elr_is_read_from_device_memory_at_every_step():
     elr = torch.tensor(1e-4, device=DEVICE)
     optimizer = SphereSGD(groups, lr=elr)
     optimizer.step()
-    tables = optimizer._launches
+    tables = optimizer._gram_tiles
     for value in (1e-5, 0.0):
         elr.fill_(value)
         optimizer.step()
         stats = optimizer.stats()
         assert torch.allclose(stats["angle"].tan(), value * stats["grad_norm"], rtol=1e-5)
-    assert optimizer._launches is tables  # nothing was laid out anew
+    assert optimizer._gram_tiles is tables  # nothing was laid out anew
 
 
 @runs
@@ -556,9 +562,6 @@ def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch):
     monkeypatch.setattr(sphere_step, "triton", None)
     with pytest.raises(ValueError, match=where):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
-
-
-PASSES = ("first", "rule", "third")
 
 
 def compile_ahead(which, target, momentum, half):
@@ -674,16 +677,13 @@ def fake_gpu(calls):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sphere_step, "triton", object())
         patch.setattr(sphere_step, "INTERPRET", False)
-        for name in ("_tile_pass", "_rule_pass"):
+        for name in PASSES:
             patch.setattr(sphere_step, name, Launches(calls))
-        ones = [torch.ones(n, dtype=torch.float64) for n in range(10)]  # of real numbers
-        patch.setattr(sphere_step, "_norms", lambda group: ones[count(group)])
+        patch.setattr(sphere_step, "_norms", norms_of_ones)
         patch.setattr(torch.Tensor, "pin_memory", lambda x: x)
         # Of these two there is no fake.
         patch.setattr(torch.Tensor, "nanmedian", torch.Tensor.sum)
-        plain = lambda sgd: calls.append(sgd.param_groups[0]["lr"])  # noqa: E731
-        patch.setattr(sphere_step, "unwrap", lambda step: plain)
-        patch.setattr(torch.Tensor, "data_ptr", lambda x: id(x))
+        patch.setattr(torch.Tensor, "data_ptr", addresses.of)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         with FakeTensorMode(allow_non_fake_inputs=True):
             try:
