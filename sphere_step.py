@@ -206,6 +206,12 @@ class SphereSGD(torch.optim.Optimizer):
                         radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
                         state["radius"] = radius.to(p.device, torch.float64)
             self._check()
+            for state in self.state.values():
+                for x in state.values():
+                    if isinstance(x, Tensor) and not _local(x).isfinite().all():
+                        raise ValueError("the state has a radius or momentum that is not finite")
+                if (_local(state.get("radius", torch.ones(1, device="cpu"))) <= 0).any():
+                    raise ValueError("the state has a radius that is not positive")
         except Exception:
             self.__dict__ = before  # nothing changed
             raise
@@ -240,9 +246,10 @@ class SphereSGD(torch.optim.Optimizer):
         if self._seen is None or not self._on_spheres():
             raise RuntimeError("no statistics before the first step on a sphere")
         if self._use_triton:
-            return self._partials.clone(), self._rules[: self._spheres].clone()
-        rules = self._radii.new_full((self._spheres, 6), math.nan)
-        return _table(self._grams, torch.zeros_like(self._partials)), _table(self._rules, rules)
+            return self._partials.clone(), self._rules[: len(self._radii)].clone()
+        grams = self._radii.new_zeros(len(self._owners), 6)
+        rules = self._radii.new_full((len(self._radii), 6), math.nan)
+        return _table(self._grams, grams), _table(self._rules, rules)
 
     def grams(self, last=None):
         """Gram matrices (θθ, θg, gg, θm, gm, mm) of the last step, [lines, 6] float64: of each
@@ -254,7 +261,7 @@ class SphereSGD(torch.optim.Optimizer):
         """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ,
         `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. Several steps: as `grams`."""
         last = last or self.last
-        grams = _sums_by(self.grams(last), self._owners[:, 0], self._spheres)
+        grams = _sums_by(self.grams(last), self._owners[:, 0], len(self._radii))
         _, g2, angle, radial, elr, radius = _described(grams, last[1])
         return dict(
             radius=radius, elr=elr, grad_norm=radius * g2.sqrt(), angle=angle, radial=radial
@@ -300,16 +307,12 @@ class SphereSGD(torch.optim.Optimizer):
             m = state.get("momentum_buffer")
             if m is not None and m.shape != p.shape:
                 raise ValueError(f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
-            if m is not None and not _local(m).isfinite().all():
-                raise ValueError(f"{what} has a momentum_buffer that is not finite")
             if self._sizes.get(p, p.numel()) != p.numel():
                 raise ValueError(f"{what} had {self._sizes[p]} elements: make the optimizer anew")
             if "radius" in state and group["sphere"]:
                 radius, rows = _local(state["radius"]), _rows(group, _local(p))[0]
                 if radius.numel() != rows:
                     raise ValueError(f"{what} has {rows} spheres, but {radius.numel()} radii")
-                if not (radius.isfinite() & (radius >= 0)).all():
-                    raise ValueError(f"{what} has a radius that is not finite, or negative")
         _check_overlaps(params)
         meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
         if len(meshes) > 1:
@@ -325,14 +328,11 @@ class SphereSGD(torch.optim.Optimizer):
         apply(move)
 
     def _apply_now(self, move):
-        if self._layouts is None:
-            self._lay_out(move)
         groups = self.param_groups
-        # All is checked before anything moves
-        lrs = [_lr(group, wait=not self._use_triton) for group in groups]
-        if self._ids != [id(p) for group in groups for p in group["params"]]:
+        if self._layouts is None or self._ids != [id(p) for x in groups for p in x["params"]]:
             self._lay_out(move)
-        if self._seen is None or self._seen != self._look():
+        lrs = [_lr(group, wait=not self._use_triton) for group in groups]  # before anything moves
+        if self._seen != self._look():
             self._notice(move)
         for i, copy in self._copies.items():
             copy.copy_(_local(self._params[i].grad))
@@ -346,112 +346,106 @@ class SphereSGD(torch.optim.Optimizer):
         step(options, move)
 
     def _look(self):
-        """Where θ, g, m of each tensor lie in memory, and how."""
-        seen = []
+        """How θ, g, m of each tensor lie in memory; for the kernels also where."""
+        seen, where = [], self._use_triton
         for group, states in zip(self.param_groups, self._states, strict=True):
-            momentum = group["momentum"]
+            momentum = group["momentum"] > 0
             for p, state in zip(group["params"], states, strict=True):
                 g, m = p.grad, state.get("momentum_buffer")
                 if self._sharded:
                     p, g, m = _local(p), _local(g), _local(m)
-                seen += p.data_ptr(), p.stride(), p.shape, p.dtype
+                seen += p.data_ptr() if where else p.dtype, p.stride(), p.shape
                 if g is None:
                     seen.append(None)
                     continue
                 if g.layout != torch.strided:
                     raise RuntimeError("a gradient is sparse: take sparse=False")
-                seen += g.data_ptr() if self._use_triton else 0, g.stride()
-                seen.append(momentum > 0)
+                seen += g.data_ptr() if where else g.dtype, g.stride(), momentum
                 if momentum and m is not None:
-                    seen += m.data_ptr(), m.stride()
+                    seen += m.data_ptr() if where else m.dtype, m.stride(), m.shape
         return seen
 
     def _notice(self, move):
         """After a look: gradients and momentum in the layout of θ, and their addresses."""
         if [_layout(_local(p)) for p in self._params] != self._layouts:
             self._lay_out(move)
-        self._copies, self._whole, addresses = {}, [], []
+        self._copies, self._whole, addresses, moved = {}, [], [], []
         for group, states in zip(self.param_groups, self._states, strict=True):
-            whole = group["sphere"] is not None
+            absent = 0
             for p, state in zip(group["params"], states, strict=True):
-                addresses.append([0, 0, 0])
-                if p.grad is None:
-                    whole = whole and group["sphere"] != "group"
+                x, g, m = _local(p), p.grad, 0
+                addresses.append((0, 0, 0))
+                if g is None:
+                    absent += 1
                     continue
-                x, g, m = self._in_one_layout(group, p, state, len(addresses) - 1)
-                addresses[-1] = [x.data_ptr(), g.data_ptr(), 0 if m is None else m.data_ptr()]
-            self._whole.append(whole)
-        if self._capturing() and any(p.grad is None for p in self._params):
+                if isinstance(p, DTensor):
+                    g = g.redistribute(p.device_mesh, p.placements).to_local()
+                if _layout(g) != _layout(x):
+                    _same_shape(g, x, "a gradient")
+                    g = self._copies[len(addresses) - 1] = torch.empty_like(x)
+                moved.append(x)
+                if group["momentum"]:
+                    m = state.get("momentum_buffer")
+                    if m is None or _layout(_local(m)) != _layout(x):
+                        new = state["momentum_buffer"] = torch.zeros_like(p)
+                        if m is not None:
+                            _same_shape(m, p, "a momentum_buffer")
+                            new.copy_(m)
+                    moved.append(_local(state["momentum_buffer"]))
+                    m = moved[-1].data_ptr()
+                addresses[-1] = x.data_ptr(), g.data_ptr(), m
+            self._whole.append(not absent or group["sphere"] != "group")
+        if self._capturing() and (0, 0, 0) in addresses:
             raise RuntimeError("a gradient is None in the capture of a CUDA graph")
         if self._use_triton:
-            self._addresses = self._upload(addresses, (-1, 3))
-            self._moved = [_local(p) for p in self._params if p.grad is not None]
-            momenta = [state.get("momentum_buffer") for own in self._states for state in own]
-            self._moved += [_local(m) for m in momenta if m is not None]
+            self._addresses, self._moved = self._upload(addresses, (-1, 3)), moved
         else:
             self._units = self._make_units()
         self._seen = self._look()
 
-    def _in_one_layout(self, group, p, state, i):
-        """θ, g and, with momentum, m, which lie in memory as θ does, on this rank."""
-        x, g, m = _local(p), p.grad, None
-        if isinstance(g, DTensor):
-            g = g.redistribute(p.device_mesh, p.placements)
-        g = _local(g)
-        if _layout(g) != _layout(x):
-            _same_shape(g, x, "a gradient")
-            g = self._copies[i] = torch.empty_like(x)
-        if group["momentum"]:
-            m = state.get("momentum_buffer")
-            if m is None:
-                m = state["momentum_buffer"] = torch.zeros_like(p)
-            elif _layout(_local(m)) != _layout(x):
-                _same_shape(m, p, "a momentum_buffer")
-                m = state["momentum_buffer"] = torch.empty_like(p).copy_(m)
-            m = _local(m)
-        return x, g, m
-
     def _lay_out(self, move):
         """Makes the tables."""
         self._device, self._use_triton = self._check()
-        first = self._layouts is None
+        first, self._seen, self._numbers = self._layouts is None, None, None
         groups = self.param_groups
         self._params = [p for group in groups for p in group["params"]]
         self._ids = [id(p) for p in self._params]
-        self._index = {p: i for i, p in enumerate(self._params)}
         self._states = [[self.state[p] for p in group["params"]] for group in groups]
         self._sharded = any(isinstance(p, DTensor) for p in self._params)
-        radii, owners, self._group_of_sphere, self._first_line, tensors = [], [], [], [], 0
-        for i, group in enumerate(groups):
-            for number, p in enumerate(group["params"]):
-                self._first_line.append(len(owners))
-                if not group["sphere"]:
-                    continue
-                if "radius" not in self.state[p]:
-                    what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
-                    raise ValueError(f"{what} (flat partitions?): call add_param_group")
-                sphere = len(self._group_of_sphere)
-                if group["sphere"] == "group" and number:
-                    owners.append((sphere - 1, tensors))
-                else:
-                    rows, _ = _rows(group, _local(p))
-                    owners += [(sphere + row, tensors) for row in range(rows)]
-                    self._group_of_sphere += [i] * rows
-                    radii += _local(self.state[p]["radius"]).tolist()
-                tensors += 1
+        for p in self._params:
+            if p not in self._sizes:
+                what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
+                raise ValueError(f"{what} (a flat partition?): call add_param_group")
+        self._layouts = [_layout(_local(p)) for p in self._params]
         if first and move:
             self._warn_of_moved_weights()
-        self._spheres, self._radius_list = len(radii), radii
-        self._owner_list = [sphere for sphere, _ in owners]
-        self._owners = self._upload(owners, (-1, 2))  # [lines, 2]: sphere, tensor on a sphere
+
+        # Where the lines and spheres of each tensor begin; what is on no sphere comes last
+        numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+        order = sorted(range(len(numbers)), key=lambda i: groups[numbers[i]]["sphere"] is None)
+        self._places, owners, radii, self._group_of_sphere, line = [], [], [], [], 0
+        for i in order:
+            group, p = groups[numbers[i]], self._params[i]
+            rows, length = _rows(group, _local(p))
+            last = self._group_of_sphere[-1] if self._group_of_sphere else None
+            joint = group["sphere"] in ("group", None) and last == numbers[i]
+            if not joint:
+                self._group_of_sphere += [numbers[i]] * rows
+            sphere = len(self._group_of_sphere) - rows
+            self._places.append((i, numbers[i], rows, length, line, sphere))
+            line += rows
+            if group["sphere"]:
+                tensor = len(self._places) - 1
+                owners += [(sphere + row, tensor) for row in range(rows)]
+                if not joint:
+                    radii += _local(self.state[p]["radius"]).tolist()
+        self._owner_list, self._radius_list = owners, radii
+        self._owners = self._upload(owners, (-1, 2))  # [lines, 2] int64: sphere, tensor
         self._radii = self._upload(radii, dtype=torch.float64)
-        self._layouts = [_layout(_local(p)) for p in self._params]
-        self._reductions = self._lay_out_shards(owners) if self._sharded else []
         self._line_of_part = torch.arange(len(owners), device=self._device)
-        self._partials = self._radii.new_zeros(len(owners), 6)
+        self._reductions = self._lay_out_shards() if self._sharded else []
         if self._use_triton:
             self._lay_out_tiles()
-        self._seen, self._numbers, self._units = None, None, None
 
     def _warn_of_moved_weights(self):
         for group in self._on_spheres():
@@ -462,21 +456,20 @@ class SphereSGD(torch.optim.Optimizer):
                     warnings.warn(f"{what}: the step takes them to the norms of then", stacklevel=5)
                     return
 
-    def _lay_out_shards(self, owners):
+    def _lay_out_shards(self):
         """For each process group the lines to add up over it, and 0 for those that another of its
         ranks counts, else 1: [(process group, lines, counted)]."""
-        split = [_split_over(group, p) for group in self.param_groups for p in group["params"]]
-        found = []
-        for process_group in {each: 0 for own in split for each in own}:
-            spheres, here = set(), {}
-            for i, own in enumerate(split):
-                end = (self._first_line + [len(owners)])[i + 1]
-                for line in range(self._first_line[i], end):
-                    here[line] = float(process_group in own or process_group.rank() == 0)
-                    if process_group in own:
-                        spheres.add(owners[line][0])
-            lines = [line for line, (sphere, _) in enumerate(owners) if sphere in spheres]
-            counted = self._upload([here[line] for line in lines], (-1, 1), torch.float64)
+        split, found = {}, []  # process group → its tensors
+        for i, number, _, _, _, sphere in self._places:
+            for process_group in _split_over(self.param_groups[number], self._params[i]):
+                split.setdefault(process_group, {})[i] = sphere
+        for process_group, tensors in split.items():
+            spheres, lines, counted = set(tensors.values()), [], []
+            for i, _, rows, _, line, sphere in self._places:
+                if sphere in spheres:
+                    lines += range(line, line + rows)
+                    counted += [float(i in tensors or process_group.rank() == 0)] * rows
+            counted = self._upload(counted, (-1, 1), torch.float64)
             found.append((process_group, self._upload(lines), counted))
         return found
 
@@ -507,23 +500,18 @@ class SphereSGD(torch.optim.Optimizer):
         """What PyTorch takes at once: the small tensors of a group that have as many lines of the
         same length, side by side; each other one alone. [(number of the group, numbers of the
         tensors, their one line, or lines, lines of a tensor, length)]"""
-        units, i = [], -1
-        for number, group in enumerate(self.param_groups):
-            together = {}
-            for p in group["params"]:
-                i += 1
-                if p.grad is None or not group["sphere"]:
-                    continue
-                rows, length = _rows(group, _local(p))
-                key = (p.dtype, rows, length) if rows * length <= BESIDE else i
-                together.setdefault(key, (rows, length, []))[-1].append(i)
-            for rows, length, own in together.values():
-                most = PIECE // max(rows * length, 1) or 1
-                for first in range(0, len(own), most):
-                    some = own[first : first + most]
-                    lines = [self._first_line[j] + row for j in some for row in range(rows)]
-                    lines = lines[0] if len(lines) == 1 else self._upload(lines)
-                    units.append((number, some, lines, rows, length))
+        together = {}
+        for i, number, rows, length, line, _ in self._places:
+            p = self._params[i]
+            if p.grad is not None and self.param_groups[number]["sphere"]:
+                key = (number, p.dtype, rows, length) if rows * length <= BESIDE else (number, i)
+                tensors, lines = together.setdefault((*key, rows, length), ([], []))
+                tensors.append(i)
+                lines += range(line, line + rows)
+        units = []
+        for (number, *_, rows, length), (tensors, lines) in together.items():
+            lines = lines[0] if len(lines) == 1 else self._upload(lines)
+            units.append((number, tensors, lines, rows, length))
         return units
 
     def _torch_step(self, options, move):
@@ -533,41 +521,39 @@ class SphereSGD(torch.optim.Optimizer):
             gradients[i] = copy
         momenta = [state.get("momentum_buffer") for own in self._states for state in own]
 
-        def vectors(own, beta):
-            lists = [[_local(self._params[i]) for i in own], [gradients[i] for i in own]]
-            if beta:
-                lists.append([_local(momenta[i]) for i in own])
+        def vectors(tensors, number):
+            lists = [[_local(self._params[i]) for i in tensors], [gradients[i] for i in tensors]]
+            if options[number][1]:
+                lists.append([_local(momenta[i]) for i in tensors])
             return lists
 
         # The Gram matrices
-        moves, self._grams, self._rules = [], [], []
-        for number, own, lines, rows, length in self._units:
-            lists = vectors(own, options[number][1])
-            matrices = [_beside(tensors, rows, length) for tensors in lists]
+        self._grams, self._rules, moves = [], [], []
+        for number, tensors, lines, rows, length in self._units:
+            lists = vectors(tensors, number)
+            matrices = [_beside(own, rows, length) for own in lists]
             gram = _gram_of_line if isinstance(lines, int) else _gram_of_lines
             self._grams.append((lines, gram(options[number][1], *matrices)))
             moves.append((lists, matrices))
         if self._reductions:
-            table = self._add_up(_table(self._grams, self._partials))
+            table = self._add_up(self.last[0])
             for i, (lines, _) in enumerate(self._grams):
                 gram = table[lines].tolist() if isinstance(lines, int) else table[lines].T
                 self._grams[i] = lines, gram
 
-        rules = self._rules_of_units(options)
-
         # The moves, from the last on, which the cache still has
-        if move:
-            for rule, (lists, matrices) in zip(rules[::-1], moves[::-1], strict=True):
-                _move(rule, lists, matrices)
-            for number, group in enumerate(self.param_groups):
-                if group["sphere"]:
-                    continue
+        rules = self._rules_of_units(options)
+        if not move:
+            return
+        for rule, (lists, matrices) in zip(rules[::-1], moves[::-1], strict=True):
+            _move(rule, lists, matrices)
+        for number, group in enumerate(self.param_groups):
+            own = [i for i, at, *_ in self._places if at == number and gradients[i] is not None]
+            if group["sphere"] is None and own:
                 lr, beta, _, _, _, decay = options[number]
                 if group["angle"]:
                     lr = _pace(self.last[1]).item()
-                own = [self._index[p] for p in group["params"] if p.grad is not None]
-                if own:
-                    _move((1.0, -lr, decay, lr, 0.0, beta), vectors(own, beta))
+                _move((1.0, -lr, decay, lr, 0.0, beta), vectors(own, number))
 
     def _rules_of_units(self, options):
         """The rule of each unit: of a group, or of its lines."""
@@ -589,7 +575,7 @@ class SphereSGD(torch.optim.Optimizer):
                     rules[unit] = rule
             elif all(isinstance(line, int) for line, _ in found):
                 for unit, (line, gram) in zip(units, found, strict=True):
-                    sphere = self._owner_list[line]
+                    sphere, _ = self._owner_list[line]
                     rules[unit] = sphere_rule(gram, at_radius * self._radius_list[sphere], *how)
                     self._rules.append((sphere, rules[unit]))
             else:  # many at once
@@ -617,37 +603,34 @@ class SphereSGD(torch.optim.Optimizer):
             while size < LARGEST and sum(p.numel() for p in self._params) > 16 * processors * size:
                 size *= 2
         split = {line for _, lines, _ in self._reductions for line in lines.tolist()}
+        spheres = [[0, 0, number] for number in self._group_of_sphere]
         lines, parts, members = [], [], []
-        spheres = [[0, 0, i] for i in self._group_of_sphere]
-        spheres += [[0, 0, i] for i, group in enumerate(self.param_groups) if not group["sphere"]]
-        many = list(range(self._spheres, len(spheres)))
-        grams, moves, short = {}, {}, {}  # of each dtype; of each dtype and kind
-        for tensor, group, sphere, p in self._in_order():
-            rows, length = _rows(group, _local(p))
+        grams, moves, short = {}, {}, {}  # tiles of a dtype; lines of a dtype and kind
+        for i, number, rows, length, first, first_sphere in self._places:
+            group, dtype = self.param_groups[number], str(self._params[i].dtype)[6:]
+            alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
+            alone = alone and group["sphere"] and first not in split
+            kind = PART
+            if alone:
+                kind = next((kind for kind, most in MOST.items() if length <= most), PART)
             for row in range(rows):
-                line = len(lines)
-                lines.append((tensor, row * length, length, sphere + row))
-                kind = PART
-                alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
-                if group["sphere"] and alone and line not in split:
-                    kind = next((kind for kind, most in MOST.items() if length <= most), PART)
+                line, sphere = first + row, first_sphere + row
+                lines.append((i, row * length, length, sphere))
                 if kind in LINES:
-                    short.setdefault((p.dtype, kind), []).append(line)
+                    short.setdefault((dtype, kind), []).append(line)
                     continue
+                if not spheres[sphere][1]:
+                    spheres[sphere][0] = line if self._reductions else len(parts)
                 step = size if kind == PART else ALONE
                 for start in range(0, max(length, 1), step):
                     tile = kind, line, 1, start, min(start + step, length), len(parts)
                     if kind == PART:
-                        moves.setdefault(p.dtype, []).append(tile)
-                    if not group["sphere"]:
-                        continue
-                    grams.setdefault(p.dtype, []).append(tile)
-                    if kind == PART and spheres[sphere + row][1] == 0:
-                        spheres[sphere + row][0] = line if self._reductions else len(parts)
-                        many.append(sphere + row)
-                    parts.append(line)
-                    if not self._reductions or start == 0:
-                        spheres[sphere + row][1] += 1
+                        moves.setdefault(dtype, []).append(tile)
+                    if group["sphere"]:
+                        grams.setdefault(dtype, []).append(tile)
+                        parts.append(line)
+                        spheres[sphere][1] += start == 0 or not self._reductions
+        many = {lines[line][3] for own in moves.values() for _, line, *_ in own}
         for (dtype, kind), own in short.items():
             for first in range(0, len(own), LINES[kind]):
                 some = own[first : first + LINES[kind]]
@@ -656,32 +639,15 @@ class SphereSGD(torch.optim.Optimizer):
                 grams.setdefault(dtype, []).append(tile)
                 members += some
                 parts += some
-        name = {dtype: str(dtype)[6:] for dtype in DTYPES}
-        self._gram_tiles = [(name[x], self._upload(own, (-1, 6))) for x, own in grams.items()]
-        self._move_tiles = [(name[x], self._upload(own, (-1, 6))) for x, own in moves.items()]
+        self._gram_tiles = [(dtype, self._upload(own, (-1, 6))) for dtype, own in grams.items()]
+        self._move_tiles = [(dtype, self._upload(own, (-1, 6))) for dtype, own in moves.items()]
+        tables = (members, -1), (lines, (-1, 4)), (spheres, (-1, 3)), (sorted(many), -1)
+        tables = [self._upload(*table) for table in tables]
+        self._members, self._lines, self._spheres, self._many = tables
         self._line_of_part = self._line_of_sum = self._upload(parts)
         self._sums = self._partials = self._radii.new_zeros(len(parts), 6)
         self._rules = self._radii.new_zeros(len(spheres), 6)
         self._groups = self._radii.new_zeros(len(self.param_groups), 6)
-        tables = self._upload(members), self._upload(lines, (-1, 4)), self._upload(spheres, (-1, 3))
-        self._members, self._lines, self._sphere_table = tables
-        self._many = self._upload(sorted(many))
-
-    def _in_order(self):
-        """(number of the tensor, group, its first sphere, tensor), those on no sphere last."""
-        found, rest, tensor, sphere, plain = [], [], 0, 0, self._spheres
-        for group in self.param_groups:
-            for number, p in enumerate(group["params"]):
-                if not group["sphere"]:
-                    rest.append((tensor, group, plain, p))
-                elif group["sphere"] == "group" and number:
-                    found.append((tensor, group, sphere - 1, p))
-                else:
-                    found.append((tensor, group, sphere, p))
-                    sphere += _rows(group, _local(p))[0]
-                tensor += 1
-            plain += not group["sphere"]
-        return found + rest
 
     def _triton_step(self, options, move):
         before = self._groups
@@ -695,7 +661,7 @@ class SphereSGD(torch.optim.Optimizer):
                     lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)  # or the last valid one
                     self._groups[i, 2] = lr.double().tan()
                 self._groups[i, 0] = lr
-        tables = [self._members, self._lines, self._addresses, self._sphere_table, self._radii]
+        tables = [self._members, self._lines, self._addresses, self._spheres, self._radii]
         tables += [self._groups, self._sums, self._rules]
         momentum = any(group["momentum"] for group in self.param_groups)
         with torch.cuda.device_of(self._radii):  # else Triton launches on the current one
@@ -708,9 +674,10 @@ class SphereSGD(torch.optim.Optimizer):
                 self._line_of_part = torch.arange(len(grams), device=self._device)
             if len(self._many):
                 _rule_pass[(len(self._many),)](self._many, *tables, BLOCK=512, **HOW)
-            for i, group in enumerate(g for g in self.param_groups if not g["sphere"]):
-                if group["angle"]:
-                    self._rules[self._spheres + i, 1] = -_pace(self._rules[: self._spheres])
+            for sphere, number in enumerate(self._group_of_sphere):
+                group = self.param_groups[number]
+                if group["angle"] and group["sphere"] is None:
+                    self._rules[sphere, 1] = -_pace(self._rules[: len(self._radii)])
             for dtype, tiles in self._move_tiles if move else ():
                 how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _move_pass[(len(tiles),)](tiles, *tables, **how)
