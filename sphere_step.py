@@ -45,6 +45,7 @@ except ImportError:  # as on macOS
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not accurate
+NEARLY = 100  # |bu|/k of a gradient that is nearly radial
 SMALL = 1024  # so few are summed in float64
 BESIDE = 4096  # tensors of so few elements are stepped side by side
 KNOWN = (
@@ -945,7 +946,7 @@ def _move(rule, lists, matrices=None):
     thetas, gradients, *momenta = lists
     if math.isnan(k):
         return
-    if thetas[0].element_size() < 4:
+    if thetas[0].element_size() < 4 or abs(b * u) > NEARLY * k:
         for vectors in zip(*lists, strict=True):
             _move_wide(rule, *vectors)
     elif not momenta:
@@ -962,9 +963,13 @@ def _move(rule, lists, matrices=None):
 
 
 def _move_wide(rule, theta, g, m=None):
-    """In float32 at least, rounded once."""
+    """In float32, rounded once; in float64 where g + uθ cancels to next to nothing."""
     wide = torch.promote_types(theta.dtype, torch.float32)
-    k, b, u, _, _, beta = [torch.as_tensor(x, dtype=wide, device=theta.device) for x in rule]
+    rule = [torch.as_tensor(x, dtype=torch.float64, device=theta.device) for x in rule]
+    k, b, u, _, _, beta = rule
+    if ((b * u).abs() > NEARLY * k).any():
+        wide = torch.float64
+    k, b, u, beta = k.to(wide), b.to(wide), u.to(wide), beta.to(wide)
     x = theta.to(wide)
     new = torch.addcmul(g.to(wide), x, u)
     if m is not None:
@@ -1167,13 +1172,16 @@ def _move_lines(where, k, b, u, beta, MOMENTUM: tl.constexpr, DTYPE: tl.constexp
     """m ← βm + g + uθ, θ ← kθ + bm, rounded once; nothing where k is nan, θ stays where b is 0."""
     theta_at, g_at, m_at, stop, stop_m, longest, aligned = where
     k, b = k[:, None].to(tl.float32), b[:, None].to(tl.float32)
-    u, beta = u[:, None].to(tl.float32), beta[:, None].to(tl.float32)
+    u, beta = u[:, None], beta[:, None].to(tl.float32)
+    u_rest = (u - u.to(tl.float32).to(tl.float64)).to(tl.float32)  # of a nearly radial gradient
+    u = u.to(tl.float32)
     stop, stop_m = tl.where(k == k, stop, 0), tl.where(k == k, stop_m, 0)
     stop_theta = tl.where(b != 0, stop, 0)
     for first in range(0, longest, LANES):
         columns = first + tl.arange(0, LANES)[None, :]
         theta = _load(theta_at, columns, stop, aligned, DTYPE)
         m = tl.fma(u, theta, _load(g_at, columns, stop, aligned, DTYPE))
+        m = tl.fma(u_rest, theta, m)
         if MOMENTUM:
             m = tl.fma(beta, _load(m_at, columns, stop_m, aligned, DTYPE), m)
             _store(m_at, columns, m, stop_m, aligned, DTYPE)

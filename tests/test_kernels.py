@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import test_sphere_step  # noqa: F401  (mends the interpreter)
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
