@@ -2,7 +2,9 @@
 
 import io
 import math
+import os
 import pickle
+import random
 from copy import deepcopy
 
 import pytest
@@ -1331,3 +1333,98 @@ def test_a_gradient_that_is_all_but_radial(share, count, sphere):
             assert close(new, expected, 3e-6 + 1e-15 / rest.clamp(min=1e-7) ** 2)
     if not share:
         assert torch.equal(p, theta)
+
+
+# --------------------------------------------------------- random sequences of everything at once
+
+DRAWS = 1000 if "SLOW" in os.environ else 5 if INTERPRET else 100
+
+
+class Model:
+    """What the optimizer should do, in float64 vectors, a dict per param group."""
+
+    def __init__(self):
+        self.groups = []
+
+    def add(self, params, **options):
+        x = self.cut([p.detach() for p in params], options["sphere"])
+        radii = [v.norm() for v in x]
+        self.groups.append(dict(x=x, m=[0 * v for v in x], radii=radii, **options))
+
+    @staticmethod
+    def cut(tensors, sphere):
+        return [v.double().clone() for v in spheres_of(tensors, sphere or "tensor")]
+
+    def step(self, gradients):
+        for group, tensors in zip(self.groups, gradients, strict=True):
+            g = self.cut(tensors, group["sphere"])
+            lr, beta = group["lr"], group["momentum"]
+            for i, x in enumerate(group["x"]):
+                if group["sphere"] and len(x) == 1:
+                    continue  # two points: there is no tangent
+                if group["sphere"]:
+                    m = group["m"][i]
+                    new, m = reference_step(x, g[i], m, group["radii"][i], lr, beta, group["angle"])
+                else:
+                    m = beta * group["m"][i] + g[i] + group["weight_decay"] * x
+                    new = x - lr * m
+                group["x"][i], group["m"][i] = new, m if beta else group["m"][i]
+
+
+def random_group(draw, dtype):
+    sphere = draw.choice(["group", "tensor", "row", None])
+    shapes = [
+        draw.choice([(2,), (3, 4), (7, 2, 3), (70, 5), (2, 600)]) for _ in range(draw.randint(1, 4))
+    ]
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    angle = sphere is not None and draw.random() < 0.3
+    options = dict(sphere=sphere, angle=angle, momentum=draw.choice([0.0, 0.9]))
+    options |= dict(lr=10 ** draw.uniform(-5, -3), weight_decay=draw.choice([0.0, 0.1]))
+    return params, options
+
+
+@pytest.mark.parametrize("draw", range(DRAWS))
+def test_random_sequences_of_steps_and_all_else(draw):
+    seed = random.randrange(2**31)
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = torch.float32 if INTERPRET else draw.choice([torch.float32, torch.float64])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-9
+    params, options = random_group(draw, dtype)
+    model, groups = Model(), [params]
+    model.add(params, **options)
+    optimizer = SphereSGD([{"params": params, **options}], lr=1.0)
+    for _ in range(draw.randint(3, 8)):
+        what = draw.choice(["load", "copy", "add", "lr", "observe", "lay out", "none"])
+        if what == "load":
+            other = SphereSGD(
+                [{**x, "params": x["params"]} for x in optimizer.param_groups], lr=1.0
+            )
+            other.load_state_dict(deepcopy(optimizer.state_dict()))
+            optimizer = other
+        elif what == "copy":
+            groups, optimizer = deepcopy((groups, optimizer))
+        elif what == "add" and len(groups) < 3:
+            params, options = random_group(draw, dtype)
+            groups.append(params)
+            model.add(params, **options)
+            optimizer.add_param_group({"params": params, **options})
+        elif what == "lr":
+            for group, of_model in zip(optimizer.param_groups, model.groups, strict=True):
+                group["lr"] = of_model["lr"] = of_model["lr"] * draw.choice([0.5, 2.0])
+        elif what == "lay out":
+            for p in groups[0]:  # elsewhere
+                p.data = p.data.clone()
+        gradients = [[torch.randn(p.shape).to(dtype) for p in params] for params in groups]
+        for params, own in zip(groups, gradients, strict=True):
+            for p, g in zip(params, own, strict=True):
+                p.grad = g
+        if what == "observe":
+            optimizer.observe()
+        optimizer.step()
+        model.step(gradients)
+        for params, group in zip(groups, model.groups, strict=True):
+            for x, expected in zip(
+                Model.cut([p.detach() for p in params], group["sphere"]), group["x"], strict=True
+            ):
+                assert (x - expected).norm() <= tolerance * expected.norm(), seed

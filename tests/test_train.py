@@ -756,9 +756,7 @@ def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_pat
     checkpoint = torch.load(tmp_path / "bf16" / "elr=1e-02.pt", weights_only=True)
     weights = [checkpoint["net"][f"conv{i}.weight"] for i in (1, 2, 3, 4)]
     assert all(w.dtype == torch.float32 and (w.bfloat16() != w).any() for w in weights)
-    radius = checkpoint["sphere"]["param_groups"][0]["radii"][
-        0
-    ].item()  # met to float32, not to bfloat16
+    radius = checkpoint["sphere"]["state"][0]["radius"].item()  # met to float32, not to bfloat16
     assert torch.cat([w.flatten() for w in weights]).double().norm().item() == pytest.approx(
         radius, rel=1e-6
     )
