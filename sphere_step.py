@@ -330,10 +330,10 @@ class SphereSGD(torch.optim.Optimizer):
 
     def _apply_now(self, move):
         groups = self.param_groups
-        if self._layouts is None or self._ids != [id(p) for x in groups for p in x["params"]]:
+        if self._layouts is None or self._ids != [[*map(id, x["params"])] for x in groups]:
             self._lay_out(move)
         lrs = [_lr(group, wait=not self._use_triton) for group in groups]  # before anything moves
-        if self._seen != self._look():
+        if self._seen is None or self._seen != self._look():
             self._notice(move)
         for i, copy in self._copies.items():
             copy.copy_(_local(self._params[i].grad))
@@ -351,19 +351,18 @@ class SphereSGD(torch.optim.Optimizer):
         seen, where = [], self._use_triton
         for group, states in zip(self.param_groups, self._states, strict=True):
             momentum = group["momentum"] > 0
+            seen.append(momentum)
             for p, state in zip(group["params"], states, strict=True):
-                g, m = p.grad, state.get("momentum_buffer")
+                g, m = p.grad, state.get("momentum_buffer") if momentum else None
                 if self._sharded:
                     p, g, m = _local(p), _local(g), _local(m)
-                seen += p.data_ptr() if where else p.dtype, p.stride(), p.shape
+                seen += p.stride(), p.data_ptr() if where else _layout(p)
                 if g is None:
                     seen.append(None)
-                    continue
-                if g.layout != torch.strided:
-                    raise RuntimeError("a gradient is sparse: take sparse=False")
-                seen += g.data_ptr() if where else g.dtype, g.stride(), momentum
-                if momentum and m is not None:
-                    seen += m.data_ptr() if where else m.dtype, m.stride(), m.shape
+                else:
+                    seen += g.stride(), g.data_ptr() if where else (g.dtype, g.layout)
+                if m is not None:
+                    seen += m.stride(), m.data_ptr() if where else _layout(m)
         return seen
 
     def _notice(self, move):
@@ -379,6 +378,8 @@ class SphereSGD(torch.optim.Optimizer):
                 if g is None:
                     absent += 1
                     continue
+                if g.layout != torch.strided:
+                    raise RuntimeError("a gradient is sparse: take sparse=False")
                 if isinstance(p, DTensor):
                     g = g.redistribute(p.device_mesh, p.placements).to_local()
                 if _layout(g) != _layout(x):
@@ -410,7 +411,7 @@ class SphereSGD(torch.optim.Optimizer):
         first, self._seen, self._numbers = self._layouts is None, None, None
         groups = self.param_groups
         self._params = [p for group in groups for p in group["params"]]
-        self._ids = [id(p) for p in self._params]
+        self._ids = [[*map(id, group["params"])] for group in groups]
         self._states = [[self.state[p] for p in group["params"]] for group in groups]
         self._sharded = any(isinstance(p, DTensor) for p in self._params)
         for p in self._params:
@@ -685,7 +686,9 @@ class SphereSGD(torch.optim.Optimizer):
         if move:  # else a backward pass through an old graph would not notice
             torch.autograd.graph.increment_version(self._moved)
         if self._capturing():
-            self._captured.append((tables, self._gram_tiles, self._many, self._move_tiles))
+            self._captured.append(
+                (tables, self._gram_tiles, self._many, self._move_tiles, self._copies)
+            )
 
 
 # ------------------------------------------------------------------- options, tensors and spheres
