@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from numbers import Real
 
@@ -27,9 +28,8 @@ from torch import Tensor
 
 try:
     from torch.distributed import all_reduce
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-except ImportError:  # a torch without torch.distributed
-    DTensor = ()
+except ImportError:  # a torch without it
+    all_reduce = None
 
 try:
     import triton
@@ -315,7 +315,7 @@ class SphereSGD(torch.optim.Optimizer):
                 if radius.numel() != rows:
                     raise ValueError(f"{what} has {rows} spheres, but {radius.numel()} radii")
         _check_overlaps(params)
-        meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
+        meshes = {p.device_mesh for p in params if _is_dtensor(p)}
         if len(meshes) > 1:
             raise ValueError("the DTensors are on several device meshes: an optimizer for each")
         return device, possible and self.backend != "torch"
@@ -380,7 +380,7 @@ class SphereSGD(torch.optim.Optimizer):
                     continue
                 if g.layout != torch.strided:
                     raise RuntimeError("a gradient is sparse: take sparse=False")
-                if isinstance(p, DTensor):
+                if _is_dtensor(p):
                     g = g.redistribute(p.device_mesh, p.placements).to_local()
                 if _layout(g) != _layout(x):
                     _same_shape(g, x, "a gradient")
@@ -413,7 +413,7 @@ class SphereSGD(torch.optim.Optimizer):
         self._params = [p for group in groups for p in group["params"]]
         self._ids = [[*map(id, group["params"])] for group in groups]
         self._states = [[self.state[p] for p in group["params"]] for group in groups]
-        self._sharded = any(isinstance(p, DTensor) for p in self._params)
+        self._sharded = any(_is_dtensor(p) for p in self._params)
         for p in self._params:
             if p not in self._sizes:
                 what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
@@ -499,14 +499,15 @@ class SphereSGD(torch.optim.Optimizer):
     # ------------------------------------------------------------------------ the step in PyTorch
 
     def _make_units(self):
-        """What PyTorch takes at once: the small tensors of a group that have as many lines of the
-        same length, side by side; each other one alone. [(number of the group, numbers of the
+        """What PyTorch takes at once: the small tensors of a group that have the same shape, side by
+        side; each other one alone. [(number of the group, numbers of the
         tensors, their one line, or lines, lines of a tensor, length)]"""
         together = {}
         for i, number, rows, length, line, _ in self._places:
             p = self._params[i]
             if p.grad is not None and self.param_groups[number]["sphere"]:
-                key = (number, p.dtype, rows, length) if rows * length <= BESIDE else (number, i)
+                small = rows * length <= BESIDE
+                key = (number, p.dtype, _local(p).shape) if small else (number, i)
                 tensors, lines = together.setdefault((*key, rows, length), ([], []))
                 tensors.append(i)
                 lines += range(line, line + rows)
@@ -518,15 +519,18 @@ class SphereSGD(torch.optim.Optimizer):
 
     def _torch_step(self, options, move):
         """A Gram matrix or a rule is six numbers or, of several lines, a tensor [6, lines]."""
-        gradients = [None if p.grad is None else _local(p.grad) for p in self._params]
+        gradients = [p.grad for p in self._params]
+        momenta = [state.get("momentum_buffer") for own in self._states for state in own]
+        params = self._params
+        if self._sharded:
+            params, gradients, momenta = ([*map(_local, x)] for x in (params, gradients, momenta))
         for i, copy in self._copies.items():
             gradients[i] = copy
-        momenta = [state.get("momentum_buffer") for own in self._states for state in own]
 
         def vectors(tensors, number):
-            lists = [[_local(self._params[i]) for i in tensors], [gradients[i] for i in tensors]]
+            lists = [[params[i] for i in tensors], [gradients[i] for i in tensors]]
             if options[number][1]:
-                lists.append([_local(momenta[i]) for i in tensors])
+                lists.append([momenta[i] for i in tensors])
             return lists
 
         # The Gram matrices
@@ -731,9 +735,9 @@ def _check_tensor(group, p, what):
     order = sorted(range(x.dim()), key=x.stride, reverse=True)  # as they lie in memory
     if group["sphere"] == "row":
         order.sort(key=bool)  # row after row
-    if hasattr(p, "__tensor_flatten__") and not isinstance(p, DTensor):
+    if hasattr(p, "__tensor_flatten__") and not _is_dtensor(p):
         problem = f"is a {type(p).__name__}: it must be a plain tensor or a DTensor"
-    elif isinstance(p, DTensor) and any(isinstance(x, Partial) for x in p.placements):
+    elif _is_dtensor(p) and any(x.is_partial() for x in p.placements):
         problem = "is a DTensor of partial sums"
     elif p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta":
         problem = f"is {p.dtype} on {p.device}: it must be of 16, 32 or 64 bits, with numbers"
@@ -758,14 +762,20 @@ def _check_overlaps(params):
             end, last = start + size, i
 
 
+def _is_dtensor(x):
+    """Without the import, which takes a second: before it there is no DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def _local(x):
     """A DTensor's part on this rank."""
-    return x.to_local() if DTensor and isinstance(x, DTensor) else x
+    return x.to_local() if _is_dtensor(x) else x
 
 
 def _split_over(group, p):
     """The process groups over which the lines of a tensor are split."""
-    if not group["sphere"] or not isinstance(p, DTensor):
+    if not group["sphere"] or not _is_dtensor(p):
         return []
     found = []
     for i, placement in enumerate(p.placements):
@@ -820,11 +830,12 @@ def _norms(group, zeros=False):
 
 def _like_rows(group, p, radii):
     """The radii of a tensor as its state: for shards of rows, shards."""
-    if not isinstance(p, DTensor) or group["sphere"] != "row":
+    if not _is_dtensor(p) or group["sphere"] != "row":
         return radii
-    placements = [x if x.is_shard(0) else Replicate() for x in p.placements]
-    shape = dict(shape=(len(p),), stride=(1,))
-    return DTensor.from_local(radii, p.device_mesh, placements, run_check=False, **shape)
+    tensor = sys.modules["torch.distributed.tensor"]
+    placements = [x if x.is_shard(0) else tensor.Replicate() for x in p.placements]
+    how = dict(run_check=False, shape=(len(p),), stride=(1,))
+    return tensor.DTensor.from_local(radii, p.device_mesh, placements, **how)
 
 
 def _put_on_spheres(group, norms, radii):
@@ -891,7 +902,7 @@ def _beside(tensors, rows, length):
     """The lines of tensors, [length] or [lines, length]."""
     if len(tensors) == 1:
         return _as_matrix(tensors[0], rows, length)
-    return torch.cat([x.reshape(rows, length) for x in tensors])
+    return torch.stack(tensors).reshape(len(tensors) * rows, length)
 
 
 def _pieces(x):
@@ -941,9 +952,8 @@ def _move(rule, lists, matrices=None):
         _move_wide([x[:, None] for x in rule], *matrices)
         if len(lists[0]) > 1:  # they were laid side by side
             for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
-                lines = matrix.split(len(matrix) // len(tensors))
-                new = [x.view(p.shape) for x, p in zip(lines, tensors, strict=True)]
-                torch._foreach_copy_(tensors, new)
+                new = matrix.view(len(tensors), *tensors[0].shape)
+                torch._foreach_copy_(tensors, new.unbind())
         return
     k, b, u, _, _, beta = rule
     thetas, gradients, *momenta = lists
