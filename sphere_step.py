@@ -499,9 +499,9 @@ class SphereSGD(torch.optim.Optimizer):
     # ------------------------------------------------------------------------ the step in PyTorch
 
     def _make_units(self):
-        """What PyTorch takes at once: the small tensors of a group that have the same shape, side by
-        side; each other one alone. [(number of the group, numbers of the
-        tensors, their one line, or lines, lines of a tensor, length)]"""
+        """What PyTorch takes at once: the small tensors of a group that have the same shape, side
+        by side; each other one alone. [(number of the group, numbers of the tensors, their one
+        line, or lines, lines of a tensor, length)]"""
         together = {}
         for i, number, rows, length, line, _ in self._places:
             p = self._params[i]
@@ -913,17 +913,17 @@ def _pieces(x):
 
 def _gram_of_line(beta, *vectors):
     """The Gram matrix of (θ, g, m) as in `sphere_rule`, six numbers."""
-    sums = [0.0] * 6
-    for piece in zip(*map(_pieces, vectors), strict=True):
-        small = len(piece[0]) <= SMALL
-        if small or piece[0].element_size() < 4:
-            piece = [x.double() if small else x.float() for x in piece]
-        gram = [torch.dot(x, y).item() for i, x in enumerate(piece) for y in piece[: i + 1]]
-        gram += [0.0] * (6 - len(gram))
-        if not small and not (_exact(gram, 0) and _exact(gram, beta)):
-            gram = _wide_gram(piece).tolist()
-        sums = [a + b for a, b in zip(sums, gram, strict=True)]
-    return sums
+    if len(vectors[0]) > PIECE:
+        pieces = zip(*map(_pieces, vectors), strict=True)
+        return [*map(sum, zip(*(_gram_of_line(beta, *piece) for piece in pieces), strict=True))]
+    small = len(vectors[0]) <= SMALL
+    if small or vectors[0].element_size() < 4:
+        vectors = [x.double() if small else x.float() for x in vectors]
+    gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
+    gram += [0.0] * (6 - len(gram))
+    if small or _exact(gram, 0) and _exact(gram, beta):
+        return gram
+    return _wide_gram(vectors).tolist()
 
 
 def _gram_of_lines(beta, *matrices):
@@ -946,33 +946,30 @@ def _exact(gram, beta):
 
 def _move(rule, lists, matrices=None):
     """m ← βm + g + uθ, θ ← kθ + bm, in place, for lists of θ, g and perhaps m that share a rule, or
-    for matrices of lines that have each their own; nothing where k is nan."""
+    for matrices of their lines, which may have each their own; nothing where k is nan."""
     if isinstance(rule, Tensor):
-        matrices = [x[None] if x.dim() == 1 else x for x in matrices]
-        _move_wide([x[:, None] for x in rule], *matrices)
-        if len(lists[0]) > 1:  # they were laid side by side
-            for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
-                new = matrix.view(len(tensors), *tensors[0].shape)
-                torch._foreach_copy_(tensors, new.unbind())
-        return
+        lines = [x[None] if x.dim() == 1 else x for x in matrices]
+        _move_wide([x[:, None] for x in rule], *lines)
+    elif not math.isnan(rule[0]):
+        parts = [matrices] if matrices else zip(*lists, strict=True)
+        if matrices and matrices[0].numel() > PIECE:
+            parts = [*zip(*map(_pieces, matrices), strict=True)][::-1]
+        for vectors in parts:
+            _move_by_numbers(rule, *vectors)
+    if matrices and len(lists[0]) > 1:  # they were laid side by side
+        for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
+            torch._foreach_copy_(tensors, matrix.view(len(tensors), *tensors[0].shape).unbind())
+
+
+def _move_by_numbers(rule, theta, g, m=None):
     k, b, u, _, _, beta = rule
-    thetas, gradients, *momenta = lists
-    if math.isnan(k):
-        return
-    if thetas[0].element_size() < 4 or abs(b * u) > NEARLY * k:
-        for vectors in zip(*lists, strict=True):
-            _move_wide(rule, *vectors)
-    elif not momenta:
-        if k + b * u != 1:
-            torch._foreach_mul_(thetas, k + b * u)
-        torch._foreach_add_(thetas, gradients, alpha=b)
+    if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
+        _move_wide(rule, theta, g, m)
+    elif m is None:
+        theta.mul_(k + b * u).add_(g, alpha=b)
     else:
-        (momenta,) = momenta
-        torch._foreach_mul_(momenta, beta)
-        torch._foreach_add_(momenta, gradients)
-        torch._foreach_add_(momenta, thetas, alpha=u)
-        torch._foreach_mul_(thetas, k)
-        torch._foreach_add_(thetas, momenta, alpha=b)
+        m.mul_(beta).add_(g).add_(theta, alpha=u)
+        theta.mul_(k).add_(m, alpha=b)
 
 
 def _move_wide(rule, theta, g, m=None):
