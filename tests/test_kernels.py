@@ -780,3 +780,23 @@ def test_a_captured_step_replays_with_a_new_elr():
         (x - y).norm() <= 5e-6 * y.norm()
         for x, y in zip(weights(groups), weights(others), strict=True)
     )
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-22, 1e22])
+def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale):
+    """Of tiles of each kind, with gradients whose squares float32 cannot hold, too."""
+    for sphere, shape in (("row", (140, 40)), ("row", (20, 300)), ("group", (9000,))):
+        p = torch.nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype))
+        p.grad = (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+        m = (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+        optimizer = SphereSGD([p], lr=0.1, sphere=sphere, momentum=0.9, backend="triton")
+        optimizer.state[p]["momentum_buffer"] = m
+        vectors = [torch.stack(cut([x], sphere)) for x in (p, p.grad, m)]
+        optimizer.observe()
+        found = optimizer.grams().cpu()
+        pairs = [(x, y) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
+        for column, (x, y) in zip(found.T, pairs, strict=True):
+            error = (column - (x * y).sum(1)).abs() / (x.norm(dim=1) * y.norm(dim=1))
+            assert error.max() < 1e-12
