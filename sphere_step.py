@@ -9,7 +9,8 @@ g the gradient, m the momentum (without it β = 0), η̃ the ELR. One step is
     γ = ρ‖g_t‖          tan φ = η̃ρ²‖m‖/‖θ‖            effective gradient norm, angular step
 
 or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ, g, m), a sum over
-tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm.
+tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm. With k = 1,
+b = −η and u = λ, the weight decay, this is SGD: the step of what is on no sphere.
 
 Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch; Triton for the kernels.
 """
@@ -18,11 +19,17 @@ from __future__ import annotations
 
 import math
 import os
-from inspect import unwrap
+import sys
+import warnings
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+try:
+    from torch.distributed import all_reduce
+except ImportError:  # a torch without it
+    all_reduce = None
 
 try:
     import triton
@@ -37,29 +44,41 @@ except ImportError:  # as on macOS
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
-BLOCK, WARPS = 4096, 8  # elements of a tile, and its warps
 PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not accurate
+NEARLY = 100  # |bu|/k of a gradient that is nearly radial
 SMALL = 1024  # so few are summed in float64
-KNOWN = "params param_names name lr sphere radius momentum angle weight_decay".split()
-OF_SGD = "dampening nesterov maximize".split()  # on no sphere
+BESIDE = 4096  # tensors of so few elements are stepped side by side
+KNOWN = (
+    "params param_names name lr sphere radius momentum angle weight_decay differentiable".split()
+)
 
 
-def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, where, root):
-    """`sphere_rule` for Python, tensors and Triton, which bring `where` and a square root. turn is
+# -------------------------------------------------------------------------------------- the rule
+
+
+def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
+    """`sphere_rule` for Python, tensors and Triton, which bring `where` and a square root. tan is
     tan φ, or -1: from η̃."""
-    good = (tt > 0) & ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
-    tt = where(good, tt, 1.0)
-    norm, r, q = root(tt), tg / tt, tm / tt
+    good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
+    zero = (tt == 0) & (gg > 0) & (radius > 0)  # a tensor of zeros: θ ← −ρ m/‖m‖
+    good = good & ((tt > 0) | zero)
+    tt = where(tt > 0, tt, where(zero, radius * radius, 1.0))
+    norm = root(tt)
+    per_tt = 1 / tt
+    r, q = tg * per_tt, tm * per_tt
     radius, u = where(radius == 0, norm, radius), -(r + beta * q)
     s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)  # ‖new m‖²
     s = root(where(s2 > 1e-14 * (gg + beta * beta * mm), s2, 0.0))  # a smaller part is rounding
-    tan = where(turn < 0, lr * radius * radius * s / norm, turn)
+    per_norm = norm * per_tt
+    from_lr = tan < 0
+    tan = where(from_lr, lr * radius * radius * s * per_norm, tan)
     tan = where(tan < 1e100, tan, 1e100)
     stays = (s == 0) | (tan == 0)
-    tan, s = where(stays, 0.0, tan), where(stays, 1.0, s)
-    cos = 1 / root(1 + tan * tan)
-    k, b = where(stays, 1.0, radius * cos / norm), -radius * cos * tan / s
-    elr = where(turn < 0, lr, tan * norm / radius / radius / s)
+    per_s = 1 / where(stays, 1.0, s)
+    elr = where(from_lr, lr, where(stays, 0.0, tan) * norm * per_s / (radius * radius))
+    tan = where(zero, 1e100, tan)
+    along = radius / root(1 + tan * tan)  # ρ cos φ
+    k, b = where(stays, 1.0, along * per_norm), where(stays, 0.0, -along * tan * per_s)
     good = good & (k * k + b * b + u * u < 1e77)  # they fit float32
     bad = where(good, 0.0, float("nan"))
     return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad
@@ -72,165 +91,18 @@ def sphere_rule(gram, radius, lr, beta, angle):
     `angle` φ. Gram and radius may be tensors, of many spheres. A step of length 0 gives k = 1,
     b = 0; what is not finite, or does not fit float32, nan: the sphere stays.
     """
-    turn = math.tan(lr) if angle else -1.0
+    tan = math.tan(lr) if angle else -1.0
     if isinstance(radius, Tensor):
-        lr, beta, turn = radius.new_tensor([[lr], [beta], [turn]])
-        return torch.stack(_formula(*gram, radius, lr, beta, turn, torch.where, torch.sqrt))
-    return _formula(*gram, radius, lr, beta, turn, _pick, math.sqrt)
+        lr, beta, tan = radius.new_tensor([[lr], [beta], [tan]])
+        return torch.stack(_formula(*gram, radius, lr, beta, tan, torch.where, torch.sqrt))
+    return _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)
 
 
 def _pick(condition, a, b):
     return a if condition else b
 
 
-# The tables of the kernels, made by SphereSGD._lay_out and _triton_step. A sphere is the sum of its
-# lines (tensors, or rows of one), a line that of its tiles of at most BLOCK elements.
-#
-#     tiles      [tiles of a dtype, 5] int64: tensor, start, elements, sphere, number of the tile
-#     addresses  [tensors, 3] int64: of θ, g, m; 0 for what there is not
-#     spheres    [spheres, 3] int64: first tile, tiles, group
-#     many       [spheres of several tiles] int64: which
-#     radii      [spheres] float64: ρ
-#     groups     [groups, 4] float64: η̃ or φ, β, 1 if that is an angle, 1 if at radius ρ
-#     partials   [tiles, 6] float64, written: Gram matrices
-#     rule       [spheres, 6] float64, written: k, b, u, η̃, ρ, β
-
-
-@jit
-def _where(condition, a, b):
-    return tl.where(condition, a, b)
-
-
-@jit
-def _root(x):
-    return tl.sqrt(x)
-
-
-_kernel_formula = jit(_formula)
-
-
-@jit
-def _store_six(ptr, values):
-    for i in tl.static_range(6):
-        tl.store(ptr + i, values[i])
-
-
-@jit
-def _rule(gram, radius_ptr, group_ptr, rule_ptr):
-    """`sphere_rule` of a sphere: its Gram matrix, and where its ρ, its group and its rule lie."""
-    lr, beta = tl.load(group_ptr), tl.load(group_ptr + 1)
-    is_angle, at_radius = tl.load(group_ptr + 2), tl.load(group_ptr + 3)
-    radius = tl.load(radius_ptr) * at_radius
-    turn = tl.where(is_angle != 0, tl.sin(lr) / tl.cos(lr), -1.0)
-    tt, tg, gg, tm, gm, mm = gram
-    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, turn, _where, _root)
-    _store_six(rule_ptr, rule)
-    return rule
-
-
-@jit
-def _load(address, start, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """n elements as float32, then 0; in 128-bit accesses where they are aligned."""
-    ptr, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
-    if (n == BLOCK) & (ptr.to(tl.int64) % 16 == 0):
-        aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)  # here alone
-        x = tl.load(aligned + offsets)
-    else:
-        x = tl.load(ptr + offsets, mask=offsets < n, other=0.0)
-    return x.to(tl.float32)
-
-
-@jit
-def _store(address, start, x, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    ptr, offsets = address.to(tl.pointer_type(DTYPE)) + start, tl.arange(0, BLOCK)
-    if (n == BLOCK) & (ptr.to(tl.int64) % 16 == 0):
-        aligned = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + start, 16)
-        tl.store(aligned + offsets, x.to(DTYPE))
-    else:
-        tl.store(ptr + offsets, x.to(DTYPE), mask=offsets < n)
-
-
-@jit
-def _tile_pass(tiles, addresses, spheres, radii, groups, partials, rule, FIRST: tl.constexpr,
-               MOVE: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    """A program per tile of one dtype. FIRST: its Gram matrix; a sphere of one tile is finished at
-    once. Else, after `_rule_pass`: the rule applied to the tiles of other spheres, from the last
-    on, which the cache still has. The arguments are the tables above."""
-    # Which tile, of which tensor and sphere
-    pid = tl.program_id(0).to(tl.int64)
-    if not FIRST:
-        pid = tl.num_programs(0) - 1 - pid
-    tile_ptr = tiles + 5 * pid
-    tensor, start, n = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
-    sphere, number = tl.load(tile_ptr + 3), tl.load(tile_ptr + 4)
-    theta_at = tl.load(addresses + 3 * tensor)
-    g_at, m_at = tl.load(addresses + 3 * tensor + 1), tl.load(addresses + 3 * tensor + 2)
-    sphere_ptr, rule_ptr = spheres + 3 * sphere, rule + 6 * sphere
-    alone = tl.load(sphere_ptr + 1) == 1
-    n = tl.where(g_at == 0, 0, n)  # no gradient: nothing is read
-    if not FIRST:
-        n = tl.where(alone, 0, n)  # finished
-    n_m = tl.where(m_at == 0, 0, n)
-
-    # Load
-    theta = _load(theta_at, start, n, DTYPE, BLOCK)
-    g = _load(g_at, start, n, DTYPE, BLOCK)
-    m = g
-    if MOMENTUM:
-        m = _load(m_at, start, n_m, DTYPE, BLOCK)
-
-    # The Gram matrix and, where it is that of the whole sphere, the rule
-    if FIRST:
-        x, y = theta.to(tl.float64), g.to(tl.float64)
-        b = tl.full([], 0, tl.float64)
-        gram = tl.sum(x * x), tl.sum(x * y), tl.sum(y * y), b, b, b
-        if MOMENTUM:
-            z = m.to(tl.float64)
-            gram = gram[0], gram[1], gram[2], tl.sum(x * z), tl.sum(y * z), tl.sum(z * z)
-        _store_six(partials + 6 * number, gram)
-        k, u, beta = b * float("nan"), b, b
-        if alone:
-            group_ptr = groups + 4 * tl.load(sphere_ptr + 2)
-            k, b, u, _, _, beta = _rule(gram, radii + sphere, group_ptr, rule_ptr)
-    else:
-        k, b = tl.load(rule_ptr), tl.load(rule_ptr + 1)
-        u, beta = tl.load(rule_ptr + 2), tl.load(rule_ptr + 5)
-
-    # m ← βm + g + uθ, θ ← kθ + bm, and store
-    if MOVE and k == k:  # not nan
-        g += u.to(tl.float32) * theta
-        if MOMENTUM:
-            g += beta.to(tl.float32) * m
-            _store(m_at, start, g, n_m, DTYPE, BLOCK)
-        if b != 0:
-            theta = k.to(tl.float32) * theta + b.to(tl.float32) * g
-            _store(theta_at, start, theta, n, DTYPE, BLOCK)
-
-
-@jit
-def _rule_pass(many, spheres, radii, groups, partials, rule, BLOCK: tl.constexpr):
-    """A program per sphere of several tiles: their Gram matrices, summed in a fixed order, BLOCK at
-    a time; then the rule. The arguments are the tables above."""
-    # Which sphere, and its tiles
-    pid = tl.program_id(0)
-    sphere = tl.load(many + pid)
-    sphere_ptr = spheres + 3 * sphere
-    first, count, group = tl.load(sphere_ptr), tl.load(sphere_ptr + 1), tl.load(sphere_ptr + 2)
-
-    # Load, and sum
-    columns = tl.arange(0, 8)[None, :]
-    sums = tl.zeros([BLOCK, 8], tl.float64)
-    for start in range(0, count, BLOCK):
-        tile = start + tl.arange(0, BLOCK)[:, None]
-        mask = (tile < count) & (columns < 6)
-        sums += tl.load(partials + 6 * (first + tile) + columns, mask=mask, other=0.0)
-    gram = ()
-    for i in tl.static_range(6):
-        gram += (tl.sum(tl.where(columns == i, sums, 0.0)),)
-
-    # The rule
-    _rule(gram, radii + sphere, groups + 4 * group, rule + 6 * sphere)
+# --------------------------------------------------------------------------------- the optimizer
 
 
 class SphereSGD(torch.optim.Optimizer):
@@ -239,82 +111,121 @@ class SphereSGD(torch.optim.Optimizer):
     params    tensors, or param groups with options of their own
     lr        the ELR η̃, a float or a tensor of one; every torch.optim.lr_scheduler works on it
     sphere    what shares a norm: "group", all tensors of the param group; "tensor"; "row", each
-              slice tensor[i] (output filter); None: nothing, and the group is stepped by
-              torch.optim.SGD and may have its options (weight_decay has no effect on a sphere)
-    radius    to which the weights are scaled at once; None: the norms that they have
-    momentum  β of the Riemannian heavy ball
-    angle     lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
-              learning rate η̃ρ² of the spheres (the median)
+              slice tensor[i] (output filter); None: nothing, and the group is stepped by SGD
+    radius    to which the weights are scaled at once; None: the norms that they have. With it, a
+              sphere of zeros takes its direction from its first gradient
+    momentum  β of the heavy ball, Riemannian on a sphere
+    angle     True: lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
+              learning rate η̃ρ² of the spheres that move (the median)
+    weight_decay  λ of what is on no sphere; without effect on one
     backend   "triton": kernels, at most three launches per dtype, on a GPU (on the CPU with
               TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
 
-    A tensor without a gradient stays out of that step; a sphere that is not finite stays.
+    A tensor without a gradient stays out of that step; a sphere that is not finite stays. 16-bit
+    weights lose what is smaller than half a unit in their last place: with bfloat16 an angle below
+    about 2e-3 is mostly rounded away, whatever the statistics say.
+    The radii are those of the moment when the optimizer is made: load weights before.
+    Shards: of DTensors (FSDP2, tensor parallelism) on one mesh the Gram matrices are added up by an
+    all_reduce per process group; `stats` are the global ones, of rows those on this rank. ZeRO's
+    partitions of a param group cannot share a "group" sphere: take "tensor".
     In a CUDA graph: step once before, lr a tensor on the GPU (the last valid angle holds),
-    zero_grad(set_to_none=False). Raises ValueError for a bad option, a tensor given twice, with
-    holes in memory or in shards, a sphere of norm zero, a state of other shapes; RuntimeError for
-    a sparse gradient.
+    zero_grad(set_to_none=False). Raises ValueError for a bad option, a tensor given twice or in
+    parts, with holes in memory, a sphere of norm zero, a state of other shapes; RuntimeError for a
+    sparse gradient.
     """
 
-    _layouts = None  # of the parameters for which the tables were made
-
     def __init__(self, params, lr, sphere="group", radius=None, momentum=0.0, angle=False,
-                 backend="auto"):  # fmt: skip
+                 weight_decay=0.0, backend="auto"):  # fmt: skip
         self.backend = backend
+        self._complete = False  # the groups that were given are all there
+        self._forget()
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | dict(weight_decay=weight_decay))
+        self._check()
+        self._complete = True
+
+    def _forget(self):
+        """All tables are made anew at the next step."""
+        self._layouts = None  # of the parameters for which the tables were made
+        self._seen = None  # where θ, g, m of each tensor were at the last step, and how they lie
+        self._numbers = None  # the options of the groups at the last step
+        self._sizes = {}  # elements of each parameter
+        self._captured = []  # tables that CUDA graphs read
+        for group in self.param_groups if hasattr(self, "param_groups") else ():
+            self._sizes |= {p: p.numel() for p in group["params"]}
 
     @torch.no_grad()
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.pop("radii", None)
         try:
             _check_options(group)
-            self._check()
-            for name in set(group) - set(KNOWN if group["sphere"] else KNOWN + OF_SGD):
-                if not name.endswith("_lr"):  # as schedulers leave
+            for name in set(group) - set(KNOWN):
+                if not name.endswith(("_lr", "_momentum")):  # as schedulers leave
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
-            if group["sphere"]:
-                group["radii"] = _norms(group)
+            for number, p in enumerate(group["params"], len(self._sizes)):
+                _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
+            if self._complete:
+                self._check()
+            radii = norms = _norms(group, zeros=group["radius"] is not None)
+            if group["radius"]:
+                radii = [torch.full_like(norm, group["radius"]) for norm in norms]
+                _put_on_spheres(group, norms, radii)
         except Exception:
             self.param_groups.pop()
             raise
         self._layouts = None
-        if group["radius"]:
-            group["radii"] = torch.full_like(group["radii"], group["radius"])
-            self.normalize()
+        for i, p in enumerate(group["params"]):
+            self._sizes[p] = p.numel()
+            if group["sphere"]:
+                self.state[p]["radius"] = _like_rows(group, p, radii[i])
+            if group["momentum"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def __getstate__(self):
         return super().__getstate__() | {"backend": self.backend}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._layouts = None
-        for group in self._on_spheres():  # a list before version 0.3
-            group["radii"] = torch.as_tensor(group.get("radii", ()), dtype=torch.float64).cpu()
+        self._complete = True
+        self._forget()
 
     def load_state_dict(self, state_dict):
+        """As torch's. An lr that is a tensor stays that tensor and takes the value."""
         before = dict(self.__dict__)
         try:
             super().load_state_dict(state_dict)
-            for group in self.param_groups:
+            self._captured, self._sizes = before["_captured"], before["_sizes"]
+            saved = state_dict["state"]
+            for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 _check_options(group)
+                for p, key in zip(group["params"], given["params"], strict=True):
+                    state = self.state[p]
+                    if state.get("momentum_buffer", p) is None:  # as torch's SGD leaves it
+                        del state["momentum_buffer"]
+                    if group["sphere"]:  # torch has made it of the parameter's type
+                        radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
+                        state["radius"] = radius.to(p.device, torch.float64)
             self._check()
+            for state in self.state.values():
+                for x in state.values():
+                    if isinstance(x, Tensor) and not _local(x).isfinite().all():
+                        raise ValueError("the state has a radius or momentum that is not finite")
+                if (_local(state.get("radius", torch.ones(1, device="cpu"))) <= 0).any():
+                    raise ValueError("the state has a radius that is not positive")
         except Exception:
             self.__dict__ = before  # nothing changed
             raise
+        for group, old in zip(self.param_groups, before["param_groups"], strict=True):
+            if isinstance(old["lr"], Tensor):
+                group["lr"] = old["lr"].fill_(float(group["lr"]))
 
     @torch.no_grad()
     def normalize(self):
         """Put the weights back on their spheres, from which something else moved them."""
         for group in self._on_spheres():
-            scales = group["radii"] / _norms(group)
-            for p in group["params"]:
-                rows, _ = _rows(group, p)
-                shape = [-1, *[1] * p.dim()][: p.dim()]
-                p.mul_(scales[:rows].view(shape).to(p.device))
-                if group["sphere"] != "group":
-                    scales = scales[rows:]
+            radii = [_local(self.state[p]["radius"]) for p in group["params"]]
+            _put_on_spheres(group, _norms(group, zeros=True), radii)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -331,29 +242,27 @@ class SphereSGD(torch.optim.Optimizer):
 
     @property
     def last(self):
-        """What `stats` are made of: Gram matrices of tiles, and what `sphere_rule` returned."""
-        if self._layouts is None or not self._on_spheres():
+        """What `stats` are made of: Gram matrices of parts of lines, and what `sphere_rule`
+        returned. A line is a tensor, or a row of one where rows are spheres."""
+        if self._seen is None or not self._on_spheres():
             raise RuntimeError("no statistics before the first step on a sphere")
-        return self._table(self._partials), self._table(self._rule)
-
-    def _table(self, sixes):
-        """[n, 6] of the kernels' table, or of what the PyTorch path leaves."""
-        if isinstance(sixes, Tensor):
-            return sixes.clone()
-        new = self._radii.new_tensor
-        return torch.cat([x.T if isinstance(x, Tensor) else new([x]) for x in sixes])
+        if self._use_triton:
+            return self._partials.clone(), self._rules[: len(self._radii)].clone()
+        grams = self._radii.new_zeros(len(self._owners), 6)
+        rules = self._radii.new_full((len(self._radii), 6), math.nan)
+        return _table(self._grams, grams), _table(self._rules, rules)
 
     def grams(self, last=None):
         """Gram matrices (θθ, θg, gg, θm, gm, mm) of the last step, [lines, 6] float64: of each
         tensor on a sphere, or of its rows where they are spheres; 0 without a gradient. With the
         `last` of several steps, stacked: [steps, lines, 6]."""
-        return _sums((last or self.last)[0], self._line_of_tile, len(self._lines))
+        return _sums_by((last or self.last)[0], self._line_of_part, len(self._owners))
 
     def stats(self, last=None):
         """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ,
         `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. Several steps: as `grams`."""
         last = last or self.last
-        grams = _sums(self.grams(last), self._lines[:, 0], len(self._spheres))
+        grams = _sums_by(self.grams(last), self._owners[:, 0], len(self._radii))
         _, g2, angle, radial, elr, radius = _described(grams, last[1])
         return dict(
             radius=radius, elr=elr, grad_norm=radius * g2.sqrt(), angle=angle, radial=radial
@@ -362,91 +271,56 @@ class SphereSGD(torch.optim.Optimizer):
     def layer_stats(self, last=None):
         """The same per tensor on a sphere: its `norm` ρ_i before the step, its own ELR `elr`
         = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, the `angle` by which it turned. Where rows are
-        spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ."""
+        spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ. If the parameters were
+        given with names: `name`, a list of them."""
         last = last or self.last
-        sphere, tensor = self._lines.T
+        sphere, tensor = self._owners.T
         tt, g2, angle, _, elr, radius = _described(self.grams(last), last[1][..., sphere, :])
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
-        tt, elr, gamma2, angle, n = _sums(lines, tensor, self._tensors).unbind(-1)
-        return dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
+        names = [name for group in self._on_spheres() for name in group.get("param_names", ())]
+        tensors = sum(len(group["params"]) for group in self._on_spheres())
+        tt, elr, gamma2, angle, n = _sums_by(lines, tensor, tensors).unbind(-1)
+        found = dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
+        return dict(name=names, **found) if names else found
 
     def _on_spheres(self):
         return [group for group in self.param_groups if group.get("sphere")]
 
     def _check(self):
         """The device, and whether to use the kernels. ValueError where no step can be made."""
-        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
-        device = pairs[0][1].device if pairs else torch.device("cpu")
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        device = params[0].device if params else torch.device("cpu")
         possible = triton is not None and device.type == ("cpu" if INTERPRET else "cuda")
-        possible = possible and all(p.dtype in DTYPES for _, p in pairs)
+        possible = possible and all(p.dtype in DTYPES for p in params)
         if self.backend not in ("auto", "torch", "triton" if possible else "auto"):
             what = "'auto', 'torch' or, on a GPU, not in float64, 'triton'"
             raise ValueError(f"backend={self.backend!r}: it must be {what}")
-        seen = {}
-        for number, (group, p) in enumerate(pairs):
-            first = seen.setdefault(p.data_ptr() or p, number)
-            m, problem = self.state.get(p, {}).get("momentum_buffer"), None
-            if p.device != device or not p.is_floating_point():
-                problem = f"is {p.dtype} on {p.device}, not float on {device}"
-            elif first != number:
-                problem = f"is parameter {first} again: give it once"
-            elif m is not None and m.shape != p.shape:
-                problem = f"has a momentum_buffer of shape {tuple(m.shape)}"
-            elif group["sphere"]:
-                problem = _problem(group, p)
-            if problem:
-                raise ValueError(f"parameter {number} of shape {tuple(p.shape)} {problem}")
-        for group in self._on_spheres():
-            spheres = sum(_rows(group, p)[0] for p in group["params"])
-            if group["sphere"] == "group":
-                spheres = min(spheres, 1)
-            if len(group.get("radii", range(spheres))) != spheres:
-                raise ValueError(f"a group has {spheres} spheres, but {len(group['radii'])} radii")
+        spheres = [group for group in groups if group["sphere"]]
+        if groups and not spheres and any(group["angle"] for group in groups):
+            raise ValueError("angle=True: there is no sphere that could turn by it")
+        for number, (group, p) in enumerate(zip(groups, params, strict=True)):
+            what = f"parameter {number} of shape {tuple(p.shape)}"
+            _check_tensor(group, p, what)
+            if p.device != device:
+                raise ValueError(f"{what} is on {p.device}, not on {device}")
+            state = self.state.get(p, {})
+            m = state.get("momentum_buffer")
+            if m is not None and m.shape != p.shape:
+                raise ValueError(f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
+            if self._sizes.get(p, p.numel()) != p.numel():
+                raise ValueError(f"{what} had {self._sizes[p]} elements: make the optimizer anew")
+            if "radius" in state and group["sphere"]:
+                radius, rows = _local(state["radius"]), _rows(group, _local(p))[0]
+                if radius.numel() != rows:
+                    raise ValueError(f"{what} has {rows} spheres, but {radius.numel()} radii")
+        _check_overlaps(params)
+        meshes = {p.device_mesh for p in params if _is_dtensor(p)}
+        if len(meshes) > 1:
+            raise ValueError("the DTensors are on several device meshes: an optimizer for each")
         return device, possible and self.backend != "torch"
 
-    def _lay_out(self, layouts):
-        """Makes the tables. PyTorch's tiles are its pieces, or rows."""
-        self._device, self._use_triton = self._check()
-        size = BLOCK if self._use_triton else PIECE
-        tiles, spheres, lines, line_of_tile, tensors = {}, [], [], [], 0
-        for i, group in enumerate(self._on_spheres()):
-            whole = group["sphere"] == "row" and not self._use_triton
-            for p in group["params"]:
-                rows, length = _rows(group, p)
-                step = max(length, size) if whole else size
-                for row in range(rows):
-                    if group["sphere"] != "group" or p is group["params"][0]:
-                        spheres.append([len(line_of_tile), 0, i])
-                    for start in range(0, max(length, 1), step):
-                        place = tensors, row * length + start, min(step, length - start)
-                        tile = *place, len(spheres) - 1, len(line_of_tile)
-                        tiles.setdefault(p.dtype, []).append(tile)
-                        line_of_tile.append(len(lines))
-                        spheres[-1][1] += 1
-                    lines.append((len(spheres) - 1, tensors))
-                tensors += 1
-        self._launches = [(str(x)[6:], self._upload(own, (-1, 5))) for x, own in tiles.items()]
-        self._spheres = self._upload(spheres, (-1, 3))
-        self._many = self._upload([i for i, sphere in enumerate(spheres) if sphere[1] > 1])
-        self._lines = self._upload(lines, (-1, 2))  # [lines, 2] int64: sphere, tensor
-        self._line_of_tile = self._upload(line_of_tile)  # [tiles] int64
-        radii = [x for group in self._on_spheres() for x in group["radii"].tolist()]
-        self._radii = self._upload(radii, dtype=torch.float64)
-        self._partials = self._radii.new_zeros(len(line_of_tile), 6)
-        self._rule = self._radii.new_zeros(len(spheres), 6)
-        self._groups = self._radii.new_zeros(len(self._on_spheres()), 4)
-        self._tensors, self._sgd = tensors, torch.optim.SGD([torch.zeros(0)], lr=0.0)
-        self._written, self._copies, self._layouts = None, {}, layouts
-
-    def _upload(self, values, shape=-1, dtype=torch.long):
-        """A table on the device, without a wait."""
-        table = torch.tensor(values, dtype=dtype).view(shape)
-        if self._device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                cure = "step once before, zero_grad(set_to_none=False)"
-                raise RuntimeError(f"a tensor moved in the capture of a CUDA graph: {cure}")
-            table = table.pin_memory()
-        return table.to(self._device, non_blocking=True)
+    # ------------------------------------------------------------------------------- one step
 
     def _apply(self, move):
         apply = self._apply_now
@@ -455,106 +329,373 @@ class SphereSGD(torch.optim.Optimizer):
         apply(move)
 
     def _apply_now(self, move):
-        layouts = [[_layout(p) for p in group["params"]] for group in self.param_groups]
-        if layouts != self._layouts:
-            self._lay_out(layouts)
-        groups = []
-        for group, of_group in zip(self.param_groups, layouts, strict=True):
+        groups = self.param_groups
+        if self._layouts is None or self._ids != [[*map(id, x["params"])] for x in groups]:
+            self._lay_out(move)
+        lrs = [_lr(group, wait=not self._use_triton) for group in groups]  # before anything moves
+        if self._seen is None or self._seen != self._look():
+            self._notice(move)
+        for i, copy in self._copies.items():
+            copy.copy_(_local(self._params[i].grad))
+        options = []
+        for group, lr, whole in zip(groups, lrs, self._whole, strict=True):
+            tan = math.tan(lr) if group["angle"] and not isinstance(lr, Tensor) else -1.0
+            at_radius = float(whole and move)  # a part of a sphere steps on the norm that it has
+            plain = float(group["sphere"] is None)
+            options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
+        step = self._triton_step if self._use_triton else self._torch_step
+        step(options, move)
+
+    def _look(self):
+        """How θ, g, m of each tensor lie in memory; for the kernels also where."""
+        seen, where = [], self._use_triton
+        for group, states in zip(self.param_groups, self._states, strict=True):
+            momentum = group["momentum"] > 0
+            seen.append(momentum)
+            for p, state in zip(group["params"], states, strict=True):
+                g, m = p.grad, state.get("momentum_buffer") if momentum else None
+                if self._sharded:
+                    p, g, m = _local(p), _local(g), _local(m)
+                seen += p.stride(), p.data_ptr() if where else _layout(p)
+                if g is None:
+                    seen.append(None)
+                else:
+                    seen += g.stride(), g.data_ptr() if where else (g.dtype, g.layout)
+                if m is not None:
+                    seen += m.stride(), m.data_ptr() if where else _layout(m)
+        return seen
+
+    def _notice(self, move):
+        """After a look: gradients and momentum in the layout of θ, and their addresses."""
+        if [_layout(_local(p)) for p in self._params] != self._layouts:
+            self._lay_out(move)
+        self._copies, self._whole, addresses, moved = {}, [], [], []
+        for group, states in zip(self.param_groups, self._states, strict=True):
+            absent = 0
+            for p, state in zip(group["params"], states, strict=True):
+                x, g, m = _local(p), p.grad, 0
+                addresses.append((0, 0, 0))
+                if g is None:
+                    absent += 1
+                    continue
+                if g.layout != torch.strided:
+                    raise RuntimeError("a gradient is sparse: take sparse=False")
+                if _is_dtensor(p):
+                    g = g.redistribute(p.device_mesh, p.placements).to_local()
+                if _layout(g) != _layout(x):
+                    _same_shape(g, x, "a gradient")
+                    g = self._copies[len(addresses) - 1] = torch.empty_like(x)
+                moved.append(x)
+                if group["momentum"]:
+                    m = state.get("momentum_buffer")
+                    if m is None or _layout(_local(m)) != _layout(x):
+                        new = state["momentum_buffer"] = torch.zeros_like(p)
+                        if m is not None:
+                            _same_shape(m, p, "a momentum_buffer")
+                            new.copy_(m)
+                    moved.append(_local(state["momentum_buffer"]))
+                    m = moved[-1].data_ptr()
+                addresses[-1] = x.data_ptr(), g.data_ptr(), m
+            self._whole.append(not absent or group["sphere"] != "group")
+        if self._capturing() and (0, 0, 0) in addresses:
+            raise RuntimeError("a gradient is None in the capture of a CUDA graph")
+        if self._use_triton:
+            self._addresses, self._moved = self._upload(addresses, (-1, 3)), moved
+        else:
+            self._units = self._make_units()
+        self._seen = self._look()
+
+    def _lay_out(self, move):
+        """Makes the tables."""
+        self._device, self._use_triton = self._check()
+        first, self._seen, self._numbers = self._layouts is None, None, None
+        groups = self.param_groups
+        self._params = [p for group in groups for p in group["params"]]
+        self._ids = [[*map(id, group["params"])] for group in groups]
+        self._states = [[self.state[p] for p in group["params"]] for group in groups]
+        self._sharded = any(_is_dtensor(p) for p in self._params)
+        for p in self._params:
+            if p not in self._sizes:
+                what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
+                raise ValueError(f"{what} (a flat partition?): call add_param_group")
+        self._layouts = [_layout(_local(p)) for p in self._params]
+        if first and move:
+            self._warn_of_moved_weights()
+
+        # Where the lines and spheres of each tensor begin; what is on no sphere comes last
+        numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
+        order = sorted(range(len(numbers)), key=lambda i: groups[numbers[i]]["sphere"] is None)
+        self._places, owners, radii, self._group_of_sphere, line = [], [], [], [], 0
+        for i in order:
+            group, p = groups[numbers[i]], self._params[i]
+            rows, length = _rows(group, _local(p))
+            last = self._group_of_sphere[-1] if self._group_of_sphere else None
+            joint = group["sphere"] in ("group", None) and last == numbers[i]
+            if not joint:
+                self._group_of_sphere += [numbers[i]] * rows
+            sphere = len(self._group_of_sphere) - rows
+            self._places.append((i, numbers[i], rows, length, line, sphere))
+            line += rows
             if group["sphere"]:
-                pairs = zip(group["params"], of_group, strict=True)
-                tensors = [self._vectors(group, *pair) for pair in pairs]
-                lr = _lr(group, wait=not self._use_triton)
-                # A part of a sphere steps on the norm that it has
-                fixed = move and (group["sphere"] != "group" or all(len(x) > 1 for x in tensors))
-                groups.append((group, tensors, (lr, group["momentum"], group["angle"], fixed)))
-        if groups:
-            step = self._triton_step if self._use_triton else self._torch_step
-            step(groups, move)
-        if move and len(groups) < len(self.param_groups):
-            self._plain_step()
+                tensor = len(self._places) - 1
+                owners += [(sphere + row, tensor) for row in range(rows)]
+                if not joint:
+                    radii += _local(self.state[p]["radius"]).tolist()
+        self._owner_list, self._radius_list = owners, radii
+        self._owners = self._upload(owners, (-1, 2))  # [lines, 2] int64: sphere, tensor
+        self._radii = self._upload(radii, dtype=torch.float64)
+        self._line_of_part = torch.arange(len(owners), device=self._device)
+        self._reductions = self._lay_out_shards() if self._sharded else []
+        if self._use_triton:
+            self._lay_out_tiles()
 
-    def _vectors(self, group, p, layout):
-        """θ, g and, with momentum, m, which lie in memory as θ does; without a gradient θ."""
-        g = p.grad
-        if g is None:
-            return (p,)
-        if g.layout != torch.strided:
-            raise RuntimeError("a gradient is sparse: take sparse=False")
-        if _layout(g) != layout:
-            g = _copy(g, self._copies.setdefault(p, torch.empty_like(p)))
-        if not group["momentum"]:
-            return p, g
-        state = self.state[p]
-        m = state.get("momentum_buffer")
-        if m is None:
-            m = state["momentum_buffer"] = torch.zeros_like(p)
-        elif _layout(m) != layout:
-            m = state["momentum_buffer"] = _copy(m, torch.empty_like(p))
-        return p, g, m
+    def _warn_of_moved_weights(self):
+        for group in self._on_spheres():
+            for p, norm in zip(group["params"], _norms(group, zeros=True), strict=True):
+                radius = _local(self.state[p]["radius"])
+                if ((norm / radius - 1).abs() * (norm > 0) > 0.01).any():
+                    what = "weights have moved since the optimizer was made, as by load_state_dict"
+                    warnings.warn(f"{what}: the step takes them to the norms of then", stacklevel=5)
+                    return
 
-    def _torch_step(self, groups, move):
-        """Gram matrix and rule of a sphere are numbers or, of a group's rows at once, [6, rows]."""
-        self._partials, self._rule = [], []
-        for group, tensors, (lr, beta, angle, fixed) in groups:
-            for pieces, radius in _spheres(group, tensors, self._device):
-                grams = [_gram(beta, *vectors) for vectors in pieces]
-                gram = grams[0]
-                if group["sphere"] == "row":
-                    gram = torch.cat(grams, dim=1)
-                elif len(grams) > 1:
-                    gram = [sum(entry) for entry in zip(*grams, strict=True)]
-                rule = sphere_rule(gram, radius * fixed, lr, beta, angle)
-                self._partials += grams
-                self._rule.append(rule)
-                rules = [rule] * len(pieces)
-                if group["sphere"] == "row":
-                    rules = rule.split([len(vectors[0]) for vectors in pieces], dim=1)
-                for own, vectors in zip(rules[::-1], pieces[::-1], strict=True) if move else ():
-                    _move(own, *vectors)
+    def _lay_out_shards(self):
+        """For each process group the lines to add up over it, and 0 for those that another of its
+        ranks counts, else 1: [(process group, lines, counted)]."""
+        split, found = {}, []  # process group → its tensors
+        for i, number, _, _, _, sphere in self._places:
+            for process_group in _split_over(self.param_groups[number], self._params[i]):
+                split.setdefault(process_group, {})[i] = sphere
+        for process_group, tensors in split.items():
+            spheres, lines, counted = set(tensors.values()), [], []
+            for i, _, rows, _, line, sphere in self._places:
+                if sphere in spheres:
+                    lines += range(line, line + rows)
+                    counted += [float(i in tensors or process_group.rank() == 0)] * rows
+            counted = self._upload(counted, (-1, 1), torch.float64)
+            found.append((process_group, self._upload(lines), counted))
+        return found
 
-    def _triton_step(self, groups, move):
-        numbers, addresses = [], []
-        for _, tensors, (lr, *rest) in groups:
-            numbers.append([0.0 if isinstance(lr, Tensor) else lr, *rest])
-            addresses += [[*(x.data_ptr() for x in vectors), 0, 0][:3] for vectors in tensors]
+    def _add_up(self, grams):
+        """Gram matrices of lines [lines, 6], added up over the ranks."""
+        for process_group, lines, counted in self._reductions:
+            sums = grams[lines] * counted
+            all_reduce(sums, group=process_group)
+            grams[lines] = sums
+        return grams
+
+    def _upload(self, values, shape=-1, dtype=torch.long):
+        """A table on the device, without a wait."""
+        table = torch.tensor(values, dtype=dtype, device="cpu").view(shape)
+        if self._device.type == "cuda":
+            if self._capturing():
+                cure = "step once before, zero_grad(set_to_none=False)"
+                raise RuntimeError(f"a tensor moved in the capture of a CUDA graph: {cure}")
+            table = table.pin_memory()
+        return table.to(self._device, non_blocking=True)
+
+    def _capturing(self):
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    # ------------------------------------------------------------------------ the step in PyTorch
+
+    def _make_units(self):
+        """What PyTorch takes at once: the small tensors of a group that have the same shape, side
+        by side; each other one alone. [(number of the group, numbers of the tensors, their one
+        line, or lines, lines of a tensor, length)]"""
+        together = {}
+        for i, number, rows, length, line, _ in self._places:
+            p = self._params[i]
+            if p.grad is not None and self.param_groups[number]["sphere"]:
+                small = rows * length <= BESIDE
+                key = (number, p.dtype, _local(p).shape) if small else (number, i)
+                tensors, lines = together.setdefault((*key, rows, length), ([], []))
+                tensors.append(i)
+                lines += range(line, line + rows)
+        units = []
+        for (number, *_, rows, length), (tensors, lines) in together.items():
+            lines = lines[0] if len(lines) == 1 else self._upload(lines)
+            units.append((number, tensors, lines, rows, length))
+        return units
+
+    def _torch_step(self, options, move):
+        """A Gram matrix or a rule is six numbers or, of several lines, a tensor [6, lines]."""
+        gradients = [p.grad for p in self._params]
+        momenta = [state.get("momentum_buffer") for own in self._states for state in own]
+        params = self._params
+        if self._sharded:
+            params, gradients, momenta = ([*map(_local, x)] for x in (params, gradients, momenta))
+        for i, copy in self._copies.items():
+            gradients[i] = copy
+
+        def vectors(tensors, number):
+            lists = [[params[i] for i in tensors], [gradients[i] for i in tensors]]
+            if options[number][1]:
+                lists.append([momenta[i] for i in tensors])
+            return lists
+
+        # The Gram matrices
+        self._grams, self._rules, moves = [], [], []
+        for number, tensors, lines, rows, length in self._units:
+            lists = vectors(tensors, number)
+            matrices = [_beside(own, rows, length) for own in lists]
+            gram = _gram_of_line if isinstance(lines, int) else _gram_of_lines
+            self._grams.append((lines, gram(options[number][1], *matrices)))
+            moves.append((lists, matrices))
+        if self._reductions:
+            table = self._add_up(self.last[0])
+            for i, (lines, _) in enumerate(self._grams):
+                gram = table[lines].tolist() if isinstance(lines, int) else table[lines].T
+                self._grams[i] = lines, gram
+
+        # The moves, from the last on, which the cache still has
+        rules = self._rules_of_units(options)
+        if not move:
+            return
+        for rule, (lists, matrices) in zip(rules[::-1], moves[::-1], strict=True):
+            _move(rule, lists, matrices)
+        for number, group in enumerate(self.param_groups):
+            own = [i for i, at, *_ in self._places if at == number and gradients[i] is not None]
+            if group["sphere"] is None and own:
+                lr, beta, _, _, _, decay = options[number]
+                if group["angle"]:
+                    lr = _pace(self.last[1]).item()
+                _move((1.0, -lr, decay, lr, 0.0, beta), vectors(own, number))
+
+    def _rules_of_units(self, options):
+        """The rule of each unit: of a group, or of its lines."""
+        of_groups = {}  # number → its units
+        for unit, (number, *_) in enumerate(self._units):
+            of_groups.setdefault(number, []).append(unit)
+        rules = [None] * len(self._units)
+        for number, units in of_groups.items():
+            lr, beta, tan, at_radius, _, _ = options[number]
+            how = lr, beta, tan >= 0
+            found = [self._grams[unit] for unit in units]
+            if self.param_groups[number]["sphere"] == "group":
+                grams = [x.sum(1).tolist() if isinstance(x, Tensor) else x for _, x in found]
+                total = [sum(entry) for entry in zip(*grams, strict=True)]
+                sphere = self._group_of_sphere.index(number)
+                rule = sphere_rule(total, at_radius * self._radius_list[sphere], *how)
+                self._rules.append((sphere, rule))
+                for unit in units:
+                    rules[unit] = rule
+            elif all(isinstance(line, int) for line, _ in found):
+                for unit, (line, gram) in zip(units, found, strict=True):
+                    sphere, _ = self._owner_list[line]
+                    rules[unit] = sphere_rule(gram, at_radius * self._radius_list[sphere], *how)
+                    self._rules.append((sphere, rules[unit]))
+            else:  # many at once
+                new = self._radii.new_tensor
+                grams = [x if isinstance(x, Tensor) else new(x)[:, None] for _, x in found]
+                lines = [
+                    x if isinstance(x, Tensor) else self._line_of_part[x : x + 1] for x, _ in found
+                ]
+                spheres = self._owners[torch.cat(lines), 0]
+                rule = sphere_rule(torch.cat(grams, 1), at_radius * self._radii[spheres], *how)
+                self._rules.append((spheres, rule))
+                for unit, own in zip(
+                    units, rule.split([x.shape[1] for x in grams], 1), strict=True
+                ):
+                    rules[unit] = own
+        return rules
+
+    # ----------------------------------------------------------------------- the step by kernels
+
+    def _lay_out_tiles(self):
+        """The tables of the kernels, which say what they hold."""
+        size = SMALLEST
+        if self._device.type == "cuda":  # some tiles for each processor, but not too many
+            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+            while size < LARGEST and sum(p.numel() for p in self._params) > 16 * processors * size:
+                size *= 2
+        split = {line for _, lines, _ in self._reductions for line in lines.tolist()}
+        spheres = [[0, 0, number] for number in self._group_of_sphere]
+        lines, parts, members = [], [], []
+        grams, moves, short = {}, {}, {}  # tiles of a dtype; lines of a dtype and kind
+        for i, number, rows, length, first, first_sphere in self._places:
+            group, dtype = self.param_groups[number], str(self._params[i].dtype)[6:]
+            alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
+            alone = alone and group["sphere"] and first not in split
+            kind = PART
+            if alone:
+                kind = next((kind for kind, most in MOST.items() if length <= most), PART)
+            for row in range(rows):
+                line, sphere = first + row, first_sphere + row
+                lines.append((i, row * length, length, sphere))
+                if kind in LINES:
+                    short.setdefault((dtype, kind), []).append(line)
+                    continue
+                if not spheres[sphere][1]:
+                    spheres[sphere][0] = line if self._reductions else len(parts)
+                step = size if kind == PART else ALONE
+                for start in range(0, max(length, 1), step):
+                    tile = kind, line, 1, start, min(start + step, length), len(parts)
+                    if kind == PART:
+                        moves.setdefault(dtype, []).append(tile)
+                    if group["sphere"]:
+                        grams.setdefault(dtype, []).append(tile)
+                        parts.append(line)
+                        spheres[sphere][1] += start == 0 or not self._reductions
+        many = {lines[line][3] for own in moves.values() for _, line, *_ in own}
+        for (dtype, kind), own in short.items():
+            for first in range(0, len(own), LINES[kind]):
+                some = own[first : first + LINES[kind]]
+                longest = max(lines[line][2] for line in some)
+                tile = kind, len(members), len(some), 0, longest, len(parts)
+                grams.setdefault(dtype, []).append(tile)
+                members += some
+                parts += some
+        self._gram_tiles = [(dtype, self._upload(own, (-1, 6))) for dtype, own in grams.items()]
+        self._move_tiles = [(dtype, self._upload(own, (-1, 6))) for dtype, own in moves.items()]
+        tables = (members, -1), (lines, (-1, 4)), (spheres, (-1, 3)), (sorted(many), -1)
+        tables = [self._upload(*table) for table in tables]
+        self._members, self._lines, self._spheres, self._many = tables
+        self._line_of_part = self._line_of_sum = self._upload(parts)
+        self._sums = self._partials = self._radii.new_zeros(len(parts), 6)
+        self._rules = self._radii.new_zeros(len(spheres), 6)
+        self._groups = self._radii.new_zeros(len(self.param_groups), 6)
+
+    def _triton_step(self, options, move):
         before = self._groups
-        if self._written != (numbers, addresses):  # into new memory: a graph may read the old
-            self._groups = self._upload(numbers, (-1, 4), torch.float64)
-            self._addresses = self._upload(addresses, (-1, 3))
-            self._written = numbers, addresses
-        for i, (_, _, (lr, _, angle, _)) in enumerate(groups):
+        numbers = [[0.0 if isinstance(lr, Tensor) else lr, *rest] for lr, *rest in options]
+        if numbers != self._numbers:  # into new memory: a graph may read the old
+            self._groups = self._upload(numbers, (-1, 6), torch.float64)
+            self._numbers = numbers
+        for i, (lr, *_) in enumerate(options):
             if isinstance(lr, Tensor):
-                if angle:  # or the last valid one
-                    lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)
+                if self.param_groups[i]["angle"]:
+                    lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)  # or the last valid one
+                    self._groups[i, 2] = lr.double().tan()
                 self._groups[i, 0] = lr
-        tables = self._spheres, self._radii, self._groups, self._partials, self._rule
-        momentum, many = any(beta for _, beta, *_ in numbers), len(self._many)
-        how = dict(MOVE=move, MOMENTUM=momentum, BLOCK=BLOCK, num_warps=WARPS)
+        tables = [self._members, self._lines, self._addresses, self._spheres, self._radii]
+        tables += [self._groups, self._sums, self._rules]
+        momentum = any(group["momentum"] for group in self.param_groups)
         with torch.cuda.device_of(self._radii):  # else Triton launches on the current one
-            for first in (True, False) if move and many else (True,):
-                for dtype, tiles in self._launches:
-                    more = dict(FIRST=first, DTYPE=getattr(tl, dtype), **how)
-                    _tile_pass[(len(tiles),)](tiles, self._addresses, *tables, **more)
-                if first and many:
-                    _rule_pass[(many,)](self._many, *tables, BLOCK=1024, num_warps=WARPS)
-        if self._radii.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured = dict(vars(self))  # its memory stays as long as this optimizer
+            for dtype, tiles in self._gram_tiles:
+                how = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
+                _gram_pass[(len(tiles),)](tiles, *tables, **how)
+            if self._reductions:
+                grams = _sums_by(self._sums, self._line_of_sum, len(self._owners))
+                self._partials = tables[6] = self._add_up(grams)
+                self._line_of_part = torch.arange(len(grams), device=self._device)
+            if len(self._many):
+                _rule_pass[(len(self._many),)](self._many, *tables, BLOCK=512, **HOW)
+            for sphere, number in enumerate(self._group_of_sphere):
+                group = self.param_groups[number]
+                if group["angle"] and group["sphere"] is None:
+                    self._rules[sphere, 1] = -_pace(self._rules[: len(self._radii)])
+            for dtype, tiles in self._move_tiles if move else ():
+                how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
+                _move_pass[(len(tiles),)](tiles, *tables, **how)
+        if move:  # else a backward pass through an old graph would not notice
+            torch.autograd.graph.increment_version(self._moved)
+        if self._capturing():
+            self._captured.append(
+                (tables, self._gram_tiles, self._many, self._move_tiles, self._copies)
+            )
 
-    def _plain_step(self):
-        """torch.optim.SGD's, without hooks: this optimizer's have been called."""
-        plain = []
-        for group in self.param_groups:
-            if group["sphere"]:
-                continue
-            lr = _lr(group, wait=False)
-            if group["angle"]:
-                rule = self.last[1]
-                lr = (rule[:, 3] * rule[:, 4] ** 2).nanmedian().nan_to_num(0).float()
-            on_gpu = isinstance(lr, Tensor) and lr.is_cuda
-            lr = lr.squeeze() if on_gpu else float(lr)
-            plain.append(self._sgd.defaults | group | dict(lr=lr, fused=on_gpu))
-        self._sgd.param_groups, self._sgd.state = plain, self.state
-        unwrap(torch.optim.SGD.step)(self._sgd)
+
+# ------------------------------------------------------------------- options, tensors and spheres
 
 
 class watch:
@@ -642,13 +783,18 @@ class watch:
 def _check_options(group):
     """ValueError for an option of a param group that it cannot have."""
     sphere, radius = group.get("sphere", "missing"), group.get("radius", "missing")
-    momentum = group.get("momentum", "missing")
+    momentum, angle = group.get("momentum", "missing"), group.get("angle", "missing")
+    decay = group.setdefault("weight_decay", 0.0)
     if sphere not in ("group", "tensor", "row", None):
         raise ValueError(f"sphere={sphere!r}: it must be 'group', 'tensor', 'row' or None")
     if radius is not None and not (isinstance(radius, Real) and sphere and 0 < radius < math.inf):
         raise ValueError(f"radius={radius!r}: it must be positive, on a sphere")
     if not (isinstance(momentum, Real) and 0 <= momentum < 1):
         raise ValueError(f"momentum={momentum!r}: it must be in [0, 1)")
+    if not isinstance(angle, bool):
+        raise ValueError(f"angle={angle!r}: it must be True or False; lr is the angle")
+    if not (isinstance(decay, Real) and 0 <= decay < math.inf):
+        raise ValueError(f"weight_decay={decay!r}: it must be finite, ≥ 0")
     if math.isnan(_lr(group)):
         raise ValueError(f"lr={group['lr']!r}: it must be a number")
 
@@ -657,7 +803,7 @@ def _lr(group, wait=True):
     """η̃ or φ as a number; on a GPU, where one does not wait, the tensor."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.is_cuda and not wait:
-        return lr
+        return lr.squeeze()
     number = isinstance(lr, Real) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
     if value < 0 or value >= (math.pi / 2 if group.get("angle") else math.inf):  # not if it is nan
@@ -665,27 +811,71 @@ def _lr(group, wait=True):
     return value
 
 
-def _problem(group, p):
-    """Why a tensor cannot be on a sphere, or None."""
-    order = sorted(range(p.dim()), key=p.stride, reverse=True)  # as they lie in memory
+def _check_tensor(group, p, what):
+    """ValueError where a tensor cannot be stepped."""
+    problem, x = None, _local(p)
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # as they lie in memory
     if group["sphere"] == "row":
         order.sort(key=bool)  # row after row
-    if hasattr(p, "__tensor_flatten__"):
-        return f"is a {type(p).__name__}: a sphere takes plain tensors, no shards"
-    if not p.permute(order).is_contiguous():
-        return "has holes in memory, or scattered rows: clone it"
-    return None
+    if hasattr(p, "__tensor_flatten__") and not _is_dtensor(p):
+        problem = f"is a {type(p).__name__}: it must be a plain tensor or a DTensor"
+    elif _is_dtensor(p) and any(x.is_partial() for x in p.placements):
+        problem = "is a DTensor of partial sums"
+    elif p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta":
+        problem = f"is {p.dtype} on {p.device}: it must be of 16, 32 or 64 bits, with numbers"
+    elif getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
+        problem = "is in FSDP1's flat parameter, cut anywhere: take fully_shard"
+    elif not x.permute(order).is_contiguous():
+        problem = "has holes in memory, or scattered rows: clone it"
+    if problem:
+        raise ValueError(f"{what} {problem}")
+
+
+def _check_overlaps(params):
+    local = [_local(p) for p in params]
+    places = [(x.data_ptr(), i, x.numel() * x.element_size()) for i, x in enumerate(local)]
+    end, last = 0, 0
+    for start, i, size in sorted(place for place in places if place[2]):
+        if start < end:
+            first, again = sorted((last, i))
+            what = f"parameter {again} of shape {tuple(params[again].shape)}"
+            raise ValueError(f"{what} is parameter {first} again, or a part of it: give it once")
+        if start + size > end:
+            end, last = start + size, i
+
+
+def _is_dtensor(x):
+    """Without the import, which takes a second: before it there is no DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _local(x):
+    """A DTensor's part on this rank."""
+    return x.to_local() if _is_dtensor(x) else x
+
+
+def _split_over(group, p):
+    """The process groups over which the lines of a tensor are split."""
+    if not group["sphere"] or not _is_dtensor(p):
+        return []
+    found = []
+    for i, placement in enumerate(p.placements):
+        whole = group["sphere"] == "row" and placement.is_shard(0)
+        if placement.is_shard() and not whole:
+            found.append(p.device_mesh.get_group(i))
+    return found
 
 
 def _layout(x):
     return x.dtype, x.device, x.shape, x.stride()
 
 
-def _copy(x, new):
-    if x.shape != new.shape:
-        what = f"a gradient or momentum_buffer of shape {tuple(x.shape)}"
-        raise ValueError(f"{what} for a parameter of shape {tuple(new.shape)}")
-    return new.copy_(x)
+def _same_shape(x, p, what):
+    if x.shape != p.shape:
+        raise ValueError(
+            f"{what} of shape {tuple(x.shape)} for a parameter of shape {tuple(p.shape)}"
+        )
 
 
 def _rows(group, p):
@@ -694,21 +884,67 @@ def _rows(group, p):
     return rows, p.numel() // max(rows, 1)
 
 
-def _norms(group):
-    """Of the spheres, [spheres] float64 on the CPU."""
-    squares = [p.double().square().reshape(_rows(group, p)).sum(1).cpu() for p in group["params"]]
-    elements = [p.numel() for p in group["params"]]
+def _norms(group, zeros=False):
+    """Of each tensor the norms of its spheres, [1] or [rows] float64. ValueError for one that is
+    not finite, or zero where none may be."""
+    squares, elements = [], []
+    for p in group["params"] if group["sphere"] else ():
+        rows, length = _rows(group, _local(p))
+        own = _as_matrix(_local(p.detach()), rows, length)
+        parts = [x.double().square().sum(-1, keepdim=rows == 1) for x in _pieces(own)]
+        square = torch.cat(parts) if rows > 1 else sum(parts)
+        for process_group in _split_over(group, p):
+            all_reduce(square, group=process_group)
+        squares.append(square)
+        elements.append(p.numel() if group["sphere"] == "group" else p.numel() // max(rows, 1))
     if group["sphere"] == "group" and squares:
-        squares, elements = [torch.cat(squares).sum(0, keepdim=True)], [sum(elements)]
-    for i, square in enumerate(squares):
-        if elements[i] and not (square.isfinite() & (square > 0)).all():
+        squares, elements = [sum(squares)] * len(squares), [sum(elements)] * len(squares)
+    for i, (square, n) in enumerate(zip(squares, elements, strict=True)):
+        if not n:
+            continue
+        if not square.isfinite().all() or not zeros and not (square > 0).all():
             raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *squares]).sqrt()
+        held = (square > 1e-30 * n) & (square < 1e30 * n) | (square == 0)
+        if not held.all():
+            raise ValueError(f"the weights of tensor {i} are too small or too large: scale them")
+    return [square.sqrt() for square in squares]
 
 
-def _sums(x, index, n):
+def _like_rows(group, p, radii):
+    """The radii of a tensor as its state: for shards of rows, shards."""
+    if not _is_dtensor(p) or group["sphere"] != "row":
+        return radii
+    tensor = sys.modules["torch.distributed.tensor"]
+    placements = [x if x.is_shard(0) else tensor.Replicate() for x in p.placements]
+    how = dict(run_check=False, shape=(len(p),), stride=(1,))
+    return tensor.DTensor.from_local(radii, p.device_mesh, placements, **how)
+
+
+def _put_on_spheres(group, norms, radii):
+    """Scale tensors from spheres of these norms to these radii; zeros stay."""
+    for p, norm, radius in zip(group["params"], norms, radii, strict=True):
+        x = _local(p.detach())
+        scale = torch.where(norm > 0, radius / norm, 1.0)
+        if x.numel() and x.abs().max() * scale.max() > torch.finfo(x.dtype).max:
+            raise ValueError(f"radius={group['radius']!r}: {x.dtype} cannot hold such weights")
+        x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
+
+
+def _sums_by(x, index, n):
     """x [..., m, k] summed into n rows, [..., n, k]: row i into row index[i]."""
     return x.new_zeros(*x.shape[:-2], n, x.shape[-1]).index_add(-2, index, x)
+
+
+def _table(found, table):
+    """[(row, six numbers) or (rows, tensor [6, rows])] written into the table."""
+    singles = [(row, six) for row, six in found if isinstance(row, int)]
+    if singles:
+        rows, values = zip(*singles, strict=True)
+        table[list(rows)] = table.new_tensor(values)
+    for rows, six in found:
+        if not isinstance(rows, int):
+            table[rows] = six.T
+    return table
 
 
 def _rest(gram, beta):
@@ -730,40 +966,51 @@ def _described(gram, rule):
     return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
 
 
-def _spheres(group, tensors, device):
-    """Per sphere (θ, g, m) in pieces, vectors as they lie in memory, and its radius; where rows are
-    spheres, pieces [rows, length] of all of them, and their radii."""
-    spheres = []
-    for vectors in tensors:
-        rows, length = _rows(group, vectors[0])
-        shape, strides, step = (length,), (1,), PIECE
-        if group["sphere"] == "row":
-            shape, strides, step = (rows, length), (length, 1), max(1, PIECE // max(length, 1))
-        pieces = [[x.as_strided(shape, strides) for x in vectors]]
-        if rows * length > PIECE:
-            pieces = list(zip(*(x.split(step) for x in pieces[0]), strict=True))
-        spheres.append(pieces)
-    if group["sphere"] == "tensor":
-        return zip(spheres, group["radii"].tolist(), strict=True)
-    if not spheres:
-        return []
-    radii = group["radii"]
-    return [(sum(spheres, []), radii.item() if group["sphere"] == "group" else radii.to(device))]
+def _pace(rules):
+    """The median η̃ρ² of the spheres that move, [spheres, 6]; 0 if none does."""
+    pace = rules[:, 3] * rules[:, 4] ** 2
+    return torch.where(pace > 0, pace, math.nan).nanmedian().nan_to_num(0)
 
 
-def _gram(beta, theta, *others):
-    """The Gram matrix of (θ, g, m) as in `sphere_rule`; 0 without a gradient."""
-    vectors = [theta, *others] if others else [0 * theta]
-    if theta.dim() == 2:
-        return _wide_gram(vectors)
-    small = len(theta) <= SMALL or not others
-    if small or theta.element_size() < 4:
+# ----------------------------------------------------------------------------- sums in PyTorch
+
+
+def _as_matrix(x, rows, length):
+    """As it lies in memory: [length], or [rows, length] of several lines."""
+    return x.as_strided((length,) if rows == 1 else (rows, length), (length, 1)[rows == 1 :])
+
+
+def _beside(tensors, rows, length):
+    """The lines of tensors, [length] or [lines, length]."""
+    if len(tensors) == 1:
+        return _as_matrix(tensors[0], rows, length)
+    return torch.stack(tensors).reshape(len(tensors) * rows, length)
+
+
+def _pieces(x):
+    if x.numel() <= PIECE:
+        return (x,)
+    return x.split(PIECE if x.dim() == 1 else max(1, PIECE // x.shape[1]))
+
+
+def _gram_of_line(beta, *vectors):
+    """The Gram matrix of (θ, g, m) as in `sphere_rule`, six numbers."""
+    if len(vectors[0]) > PIECE:
+        pieces = zip(*map(_pieces, vectors), strict=True)
+        return [*map(sum, zip(*(_gram_of_line(beta, *piece) for piece in pieces), strict=True))]
+    small = len(vectors[0]) <= SMALL
+    if small or vectors[0].element_size() < 4:
         vectors = [x.double() if small else x.float() for x in vectors]
     gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     gram += [0.0] * (6 - len(gram))
     if small or _exact(gram, 0) and _exact(gram, beta):
         return gram
     return _wide_gram(vectors).tolist()
+
+
+def _gram_of_lines(beta, *matrices):
+    """Of lines, a tensor [6, lines]."""
+    return torch.cat([_wide_gram(piece) for piece in zip(*map(_pieces, matrices), strict=True)], 1)
 
 
 def _wide_gram(vectors):
@@ -779,27 +1026,365 @@ def _exact(gram, beta):
     return rest > 1e-2 * whole
 
 
-def _move(rule, theta, g=None, m=None):
-    """m ← βm + g + uθ, θ ← kθ + bm, in place; nothing where k is nan."""
+def _move(rule, lists, matrices=None):
+    """m ← βm + g + uθ, θ ← kθ + bm, in place, for lists of θ, g and perhaps m that share a rule, or
+    for matrices of their lines, which may have each their own; nothing where k is nan."""
+    if isinstance(rule, Tensor):
+        lines = [x[None] if x.dim() == 1 else x for x in matrices]
+        _move_wide([x[:, None] for x in rule], *lines)
+    elif not math.isnan(rule[0]):
+        parts = [matrices] if matrices else zip(*lists, strict=True)
+        if matrices and matrices[0].numel() > PIECE:
+            parts = [*zip(*map(_pieces, matrices), strict=True)][::-1]
+        for vectors in parts:
+            _move_by_numbers(rule, *vectors)
+    if matrices and len(lists[0]) > 1:  # they were laid side by side
+        for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
+            torch._foreach_copy_(tensors, matrix.view(len(tensors), *tensors[0].shape).unbind())
+
+
+def _move_by_numbers(rule, theta, g, m=None):
     k, b, u, _, _, beta = rule
-    rows = theta.dim() == 2
-    if g is None or not rows and math.isnan(k):
-        return
-    if rows or theta.element_size() < 4:  # in float32, rounded once
-        wide = torch.promote_types(theta.dtype, torch.float32)
-        factors = [torch.as_tensor(x, dtype=wide, device=theta.device) for x in (k, b, u, beta)]
-        k, b, u, beta = (x[:, None] for x in factors) if rows else factors
-        x = theta.to(wide)
-        new = torch.addcmul(g.to(wide), x, u)
-        if m is not None:
-            new.addcmul_(m.to(wide), beta)
-            m.copy_(torch.where(k.isnan(), m, new))
-        theta.copy_(torch.where(k.isnan(), x, (k * x).addcmul_(new, b)))
+    if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
+        _move_wide(rule, theta, g, m)
     elif m is None:
         theta.mul_(k + b * u).add_(g, alpha=b)
     else:
         m.mul_(beta).add_(g).add_(theta, alpha=u)
         theta.mul_(k).add_(m, alpha=b)
+
+
+def _move_wide(rule, theta, g, m=None):
+    """In float32, rounded once; in float64 where g + uθ cancels to next to nothing."""
+    wide = torch.promote_types(theta.dtype, torch.float32)
+    rule = [torch.as_tensor(x, dtype=torch.float64, device=theta.device) for x in rule]
+    k, b, u, _, _, beta = rule
+    if ((b * u).abs() > NEARLY * k).any():
+        wide = torch.float64
+    k, b, u, beta = k.to(wide), b.to(wide), u.to(wide), beta.to(wide)
+    x = theta.to(wide)
+    new = torch.addcmul(g.to(wide), x, u)
+    if m is not None:
+        new.addcmul_(m.to(wide), beta)
+        m.copy_(torch.where(k.isnan(), m, new))
+    theta.copy_(torch.where(k.isnan(), x, (k * x).addcmul_(new, b)))
+
+
+# ----------------------------------------------------------------------------------- the kernels
+#
+# A line is a tensor, or a row of one where rows are spheres. `_lay_out_tiles` makes the tables:
+#
+#     tiles      [tiles of a dtype, 6] int64: kind, first line, lines, start, stop, first part
+#     members    [short lines] int64: lines in the order of the tiles that have several
+#     lines      [lines, 4] int64: tensor, start in it, elements, sphere
+#     addresses  [tensors, 3] int64: of θ, g, m; 0 for what there is not
+#     spheres    [spheres, 3] int64: first part, parts, group
+#     many       [spheres of several tiles, and groups on no sphere] int64: which
+#     radii      [spheres] float64: ρ
+#     groups     [groups, 6] float64: η̃ or η, β, tan φ or -1, 1 if at radius ρ, 1 if on no sphere, λ
+#     parts      [parts, 6] float64, written: Gram matrices of the lines of tiles
+#     rules      [spheres, 6] float64, written: k, b, u, η̃, ρ, β
+#
+# The kind of a tile is how many lines × elements its 128 threads take at a time, V to an access of
+# 128 bits: PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. All but PART are whole spheres, and
+# finished at once.
+#
+# Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
+# for which many GPUs have next to no units. Contraction would break them: it is off.
+
+PART, WHOLE, FEW, MANY = range(4)
+LINES = {FEW: 16, MANY: 128}
+ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from the cache
+MOST = {MANY: 64, FEW: 1024, WHOLE: ALONE}  # elements of a line
+SMALLEST, LARGEST = 4096, 1 << 17  # elements of a tile of one line
+HOW = dict(num_warps=4, enable_fp_fusion=False)
+if torch.version.hip is None:
+    HOW["maxnreg"] = 255  # two blocks to a processor; left alone, ptxas spills for a third
+
+
+@jit
+def _where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@jit
+def _root(x):
+    return tl.sqrt(x)
+
+
+_kernel_formula = jit(_formula)
+
+
+@jit
+def _store_six(ptr, values, mask):
+    for i in tl.static_range(6):
+        tl.store(ptr + i, values[i], mask=mask)
+
+
+@jit
+def _rule(gram, sphere, here, tables):
+    """`sphere_rule` of the spheres [n] that are `here`, a thread for each."""
+    spheres, radii, groups, rules = tables[3], tables[4], tables[5], tables[7]
+    group = groups + 6 * tl.load(spheres + 3 * sphere + 2, mask=here, other=0)
+    lr, beta = tl.load(group, mask=here, other=0.0), tl.load(group + 1, mask=here, other=0.0)
+    tan = tl.load(group + 2, mask=here, other=0.0)
+    radius = tl.load(radii + sphere, mask=here, other=0.0)
+    radius *= tl.load(group + 3, mask=here, other=0.0)
+    tt, tg, gg, tm, gm, mm = gram
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, _where, _root)
+    _store_six(rules + 6 * sphere, rule, here)
+    return rule
+
+
+@jit
+def _load(address, columns, stop, aligned, DTYPE: tl.constexpr):
+    """Columns below `stop` [lines, 1] as float32, then 0; 128 bits at a time if all is aligned."""
+    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if aligned:
+        vectors = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), [16, 16])  # here alone
+        x = tl.load(vectors + columns, mask=columns < stop // V * V, other=0.0)
+    else:
+        x = tl.load(ptr + columns, mask=columns < stop, other=0.0)
+    return x.to(tl.float32)
+
+
+@jit
+def _store(address, columns, x, stop, aligned, DTYPE: tl.constexpr):
+    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if aligned:
+        vectors = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), [16, 16])
+        tl.store(vectors + columns, x.to(DTYPE), mask=columns < stop // V * V)
+    else:
+        tl.store(ptr + columns, x.to(DTYPE), mask=columns < stop)
+
+
+@jit
+def _two_sum(a, b):
+    """a + b rounded, and what that lacks (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+@jit
+def _add_product(total, rest, x, y, EXACT: tl.constexpr):
+    """total + rest + xy. EXACT: so is the product in float32, of 16-bit numbers."""
+    product = x * y
+    total, error = _two_sum(total, product)
+    if not EXACT:
+        error += tl.fma(x, y, -product)
+    return total, rest + error
+
+
+@jit
+def _add_pairs(a, da, b, db, c, dc, x, dx, y, dy, z, dz):
+    a, ea = _two_sum(a, x)
+    b, eb = _two_sum(b, y)
+    c, ec = _two_sum(c, z)
+    return a, da + dx + ea, b, db + dy + eb, c, dc + dz + ec
+
+
+@jit
+def _sum_pairs(a, da, b, db, c, dc):
+    """Three sums of pairs over the columns, in float64."""
+    a, da, b, db, c, dc = tl.reduce((a, da, b, db, c, dc), 1, _add_pairs)
+    a = a.to(tl.float64) + da.to(tl.float64)
+    b = b.to(tl.float64) + db.to(tl.float64)
+    return a, b, c.to(tl.float64) + dc.to(tl.float64)
+
+
+if INTERPRET:  # where tl.reduce takes a millisecond per element
+
+    @jit
+    def _sum_pairs(a, da, b, db, c, dc):
+        pairs = ((a, da), (b, db), (c, dc))
+        return tuple(tl.sum(x.to(tl.float64) + dx.to(tl.float64), 1) for x, dx in pairs)
+
+
+@jit
+def _power(address, stop, longest, aligned, DTYPE: tl.constexpr, LANES: tl.constexpr):
+    """A power of two for each line, with which its largest element is about 1."""
+    largest = 0.0 * stop.to(tl.float32)
+    for first in range(0, longest, LANES):
+        x = _load(address, first + tl.arange(0, LANES)[None, :], stop, aligned, DTYPE)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1)[:, None])
+    bits = tl.minimum(tl.maximum(largest, 1e-37), 1e37).to(tl.int32, bitcast=True)
+    return 1.0 / (bits & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@jit
+def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+          LANES: tl.constexpr):  # fmt: skip
+    """The Gram matrices of lines, six vectors [ROWS]; of scaled lines first where float32 cannot
+    hold the squares."""
+    theta_at, g_at, m_at, stop, stop_m, longest, aligned = where
+    EXACT: tl.constexpr = DTYPE.primitive_bitwidth == 16
+    zero = tl.zeros([ROWS, LANES], tl.float32)
+    none = tl.zeros([ROWS], tl.float64)
+    tt, tg, gg, tm, gm, mm = none, none, none, none, none, none
+    scale_x = tl.full([ROWS, 1], 1.0, tl.float32)
+    scale_y, scale_z = scale_x, scale_x
+    tries = 1
+    while tries <= 2:
+        stt, stg, sgg, stm, sgm, smm = zero, zero, zero, zero, zero, zero
+        dtt, dtg, dgg, dtm, dgm, dmm = zero, zero, zero, zero, zero, zero
+        for first in range(0, longest, LANES):
+            columns = first + tl.arange(0, LANES)[None, :]
+            x = scale_x * _load(theta_at, columns, stop, aligned, DTYPE)
+            y = scale_y * _load(g_at, columns, stop, aligned, DTYPE)
+            stt, dtt = _add_product(stt, dtt, x, x, EXACT)
+            stg, dtg = _add_product(stg, dtg, x, y, EXACT)
+            sgg, dgg = _add_product(sgg, dgg, y, y, EXACT)
+            if MOMENTUM:
+                z = scale_z * _load(m_at, columns, stop_m, aligned, DTYPE)
+                stm, dtm = _add_product(stm, dtm, x, z, EXACT)
+                sgm, dgm = _add_product(sgm, dgm, y, z, EXACT)
+                smm, dmm = _add_product(smm, dmm, z, z, EXACT)
+        tt, tg, gg = _sum_pairs(stt, dtt, stg, dtg, sgg, dgg)
+        held = (tt > 1e-20) & (gg > 1e-20) & (tt + gg < 1e30) | (tl.sum(stop, 1) == 0)
+        if MOMENTUM:
+            tm, gm, mm = _sum_pairs(stm, dtm, sgm, dgm, smm, dmm)
+            held &= (mm > 1e-20) & (mm < 1e30) | (tl.sum(stop_m, 1) == 0)
+        if (tries == 1) & (tl.min(held.to(tl.int32), 0) == 0):
+            scale_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
+            scale_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)
+            scale_z = _power(m_at, stop_m, longest, aligned, DTYPE, LANES)
+        else:
+            tries = 2
+        tries += 1
+    per_x, per_y = tl.sum(1.0 / scale_x.to(tl.float64), 1), tl.sum(1.0 / scale_y.to(tl.float64), 1)
+    per_z = tl.sum(1.0 / scale_z.to(tl.float64), 1)
+    return (per_x * per_x * tt, per_x * per_y * tg, per_y * per_y * gg, per_x * per_z * tm,
+            per_y * per_z * gm, per_z * per_z * mm)  # fmt: skip
+
+
+@jit
+def _move_lines(where, k, b, u, beta, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr,
+                LANES: tl.constexpr):  # fmt: skip
+    """m ← βm + g + uθ, θ ← kθ + bm, rounded once; nothing where k is nan, θ stays where b is 0."""
+    theta_at, g_at, m_at, stop, stop_m, longest, aligned = where
+    k, b = k[:, None].to(tl.float32), b[:, None].to(tl.float32)
+    u, beta = u[:, None], beta[:, None].to(tl.float32)
+    u_rest = (u - u.to(tl.float32).to(tl.float64)).to(tl.float32)  # of a nearly radial gradient
+    u = u.to(tl.float32)
+    stop, stop_m = tl.where(k == k, stop, 0), tl.where(k == k, stop_m, 0)
+    stop_theta = tl.where(b != 0, stop, 0)
+    for first in range(0, longest, LANES):
+        columns = first + tl.arange(0, LANES)[None, :]
+        theta = _load(theta_at, columns, stop, aligned, DTYPE)
+        m = tl.fma(u, theta, _load(g_at, columns, stop, aligned, DTYPE))
+        m = tl.fma(u_rest, theta, m)
+        if MOMENTUM:
+            m = tl.fma(beta, _load(m_at, columns, stop_m, aligned, DTYPE), m)
+            _store(m_at, columns, m, stop_m, aligned, DTYPE)
+        theta = tl.fma(b, m, k * theta)
+        _store(theta_at, columns, theta, stop_theta, aligned, DTYPE)
+
+
+@jit
+def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.constexpr,
+          DTYPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """GRAM: the Gram matrices of ROWS lines; if these are whole spheres, they are moved, too. Else
+    the line is moved by the rule of its sphere."""
+    # Which lines, of which tensors and spheres
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    members, lines, addresses = tables[0], tables[1], tables[2]
+    parts, rules = tables[6], tables[7]
+    row = tl.arange(0, ROWS)
+    here = row < tl.load(tile + 2)
+    line = tl.load(tile + 1) + row
+    if ROWS > 1:
+        line = tl.load(members + line, mask=here, other=0)
+    start, stop = tl.load(tile + 3), tl.load(tile + 4)
+    tensor = tl.load(lines + 4 * line, mask=here, other=0)
+    offset = (tl.load(lines + 4 * line + 1, mask=here, other=0) + start) * BYTES
+    length = tl.load(lines + 4 * line + 2, mask=here, other=0)
+    sphere = tl.load(lines + 4 * line + 3, mask=here, other=0)
+    theta_at = tl.load(addresses + 3 * tensor, mask=here, other=0) + offset
+    g_at = tl.load(addresses + 3 * tensor + 1, mask=here, other=0)
+    m_at = tl.load(addresses + 3 * tensor + 2, mask=here, other=0)
+
+    # How far to read: not at all without a gradient; whether 128 bits at a time
+    longest = stop - start
+    stop = tl.where(g_at == 0, 0, tl.minimum(length, stop) - start)
+    stop_m = tl.where(m_at == 0, 0, stop)
+    g_at += offset
+    m_at += tl.where(m_at == 0, 0, offset)
+    odd = (theta_at | g_at | m_at | stop * BYTES) % 16 != 0
+    aligned = tl.max((odd & (stop > 0)).to(tl.int32), 0) == 0
+    where = (theta_at[:, None], g_at[:, None], m_at[:, None], stop[:, None], stop_m[:, None],
+             longest, aligned)  # fmt: skip
+
+    # The Gram matrices, and the rule; the move
+    if GRAM:
+        gram = _gram(where, MOMENTUM, DTYPE, ROWS, LANES)
+        _store_six(parts + 6 * (tl.load(tile + 5) + row), gram, here)
+        if tl.load(tile) != 0:
+            rule = _rule(gram, sphere, here, tables)
+            if MOVE:
+                k, b, u, beta = rule[0], rule[1], rule[2], rule[5]
+                _move_lines(where, k, b, u, beta, MOMENTUM, DTYPE, LANES)
+    else:
+        k, b = tl.load(rules + 6 * sphere), tl.load(rules + 6 * sphere + 1)
+        u, beta = tl.load(rules + 6 * sphere + 2), tl.load(rules + 6 * sphere + 5)
+        _move_lines(where, k, b, u, beta, MOMENTUM, DTYPE, LANES)
+
+
+@jit
+def _gram_pass(tiles, members, lines, addresses, spheres, radii, groups, parts, rules,
+               MOVE: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """A program per tile: Gram matrices; what is a whole sphere moves at once."""
+    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    tables = (members, lines, addresses, spheres, radii, groups, parts, rules)
+    tile = tiles + 6 * tl.program_id(0).to(tl.int64)
+    kind = tl.load(tile)
+    if kind < 2:
+        _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 1, 128 * V)
+    elif kind == 2:
+        _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 16, 8 * V)
+    else:
+        _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 128, V)
+
+
+@jit
+def _rule_pass(many, members, lines, addresses, spheres, radii, groups, parts, rules,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """A program per sphere of several tiles: its Gram matrices, summed in a fixed order, BLOCK at
+    a time; then the rule. Of a group on no sphere k = 1, b = -η, u = λ."""
+    tables = (members, lines, addresses, spheres, radii, groups, parts, rules)
+    sphere = tl.load(many + tl.program_id(0) + tl.arange(0, 1))
+    first, count = tl.load(spheres + 3 * sphere)[:, None], tl.load(spheres + 3 * sphere + 1)
+    group = groups + 6 * tl.load(spheres + 3 * sphere + 2)
+    columns = tl.arange(0, 8)[None, :]
+    sums = tl.zeros([BLOCK, 8], tl.float64)
+    for start in range(0, tl.max(count, 0), BLOCK):
+        part = start + tl.arange(0, BLOCK)[:, None]
+        mask = (part < count[:, None]) & (columns < 6)
+        sums += tl.load(parts + 6 * (first + part) + columns, mask=mask, other=0.0)
+    sums = tl.sum(sums, 0)[None, :]
+    gram = ()
+    for i in tl.static_range(6):
+        gram += (tl.sum(tl.where(columns == i, sums, 0.0), 1),)
+    if tl.max(tl.load(group + 4), 0) == 0:
+        _rule(gram, sphere, sphere >= 0, tables)
+    else:
+        zero, lr = gram[0] * 0.0, tl.load(group)
+        rule = (zero + 1.0, -lr, tl.load(group + 5), lr, zero, tl.load(group + 1))
+        _store_six(rules + 6 * sphere, rule, sphere >= 0)
+
+
+@jit
+def _move_pass(tiles, members, lines, addresses, spheres, radii, groups, parts, rules,
+               MOMENTUM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """A program per tile, from the last on, which the cache still has: the rule applied."""
+    tables = (members, lines, addresses, spheres, radii, groups, parts, rules)
+    tile = tiles + 6 * (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    _tile(tile, tables, False, True, MOMENTUM, DTYPE, 1, 512 * (128 // DTYPE.primitive_bitwidth))
+
+
+# ----------------------------------------------------------------------------------- by the way
 
 
 if __name__ == "__main__":

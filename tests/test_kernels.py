@@ -14,17 +14,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import test_sphere_step  # noqa: F401  (mends the interpreter)
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sphere_step
-from sphere_step import BLOCK, INTERPRET, SphereSGD
+from sphere_step import INTERPRET, SphereSGD
 
 HERE = Path(__file__)
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
+BLOCK = sphere_step.SMALLEST
 SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
 STEPS = 1000 if SLOW else 15
+PASSES = "_gram_pass", "_rule_pass", "_move_pass"
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
     reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
@@ -268,7 +271,7 @@ class Operations(TorchDispatchMode):
 @contextmanager
 def counted_launches():
     """The names of the kernels that are launched, in order."""
-    launches, kernels = [], ("_tile_pass", "_rule_pass")
+    launches, kernels = [], PASSES
 
     class Counted:
         def __init__(self, name):
@@ -297,7 +300,7 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
     optimizer.step()
     with counted_launches() as launches, Operations() as operations:
         optimizer.step()
-    assert launches == ["_tile_pass", "_rule_pass", "_tile_pass"]
+    assert launches == list(PASSES)
     assert [name for name in operations.names if not name.startswith("profiler.")] == []
 
 
@@ -307,24 +310,32 @@ def test_a_replay_after_observe_steps_on_the_same_radii():
     groups, replay = [group for group in several() if group["sphere"]], []
     optimizer = SphereSGD(groups, lr=1e-4)
     give_gradients(groups)
-    radii = [radius for group in optimizer.param_groups for radius in group["radii"]]
+    radii = norms_of(optimizer)
     recorded(optimizer, replay)
     assert len(replay) == 3
     with torch.no_grad():
         for t in weights(groups):
             t.mul_(1.5)
     optimizer.observe()
-    assert not torch.allclose(optimizer.stats()["radius"].cpu(), torch.tensor(radii).double())
+    assert not torch.allclose(optimizer.stats()["radius"].cpu(), radii)
     for launch in replay:
         launch()
-    norms = torch.cat([sphere_step._norms(group) for group in optimizer.param_groups])
-    assert torch.allclose(norms, torch.tensor(radii, dtype=torch.float64), rtol=1e-6)
+    assert torch.allclose(norms_of(optimizer), radii, rtol=1e-6)
+
+
+def norms_of(optimizer):
+    """Of the spheres, [spheres] float64."""
+    groups = optimizer.param_groups
+    vectors = [
+        x for group in groups if group["sphere"] for x in cut(group["params"], group["sphere"])
+    ]
+    return torch.stack([x.norm() for x in vectors])
 
 
 def recorded(optimizer, replay):
     """A step whose launches go to the list `replay` with what they were given, as into a CUDA graph."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_tile_pass", "_rule_pass"):
+        for name in PASSES:
 
             class Recorded:
                 kernel = getattr(sphere_step, name)
@@ -376,7 +387,7 @@ def test_launches_are_at_most_three_per_type_of_weights():
     optimizer = SphereSGD(tensors, lr=1e-5, backend="triton")
     with counted_launches() as launches:
         optimizer.step()
-    assert launches == ["_tile_pass"] * 3 + ["_rule_pass"] + ["_tile_pass"] * 3
+    assert launches == ["_gram_pass"] * 3 + ["_rule_pass"] + ["_move_pass"] * 3
     x, g = torch.cat(before), torch.cat([t.grad.double().cpu() for t in tensors])
     expected, _ = reference(x, g, 0 * x, x.norm(), 1e-5, 0.0)
     new = torch.cat([t.detach().double().cpu() for t in tensors])
@@ -390,7 +401,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
     others = copy_of(groups)
     moving, still = (SphereSGD(g, lr=1e-4, momentum=0.9) for g in (groups, others))
     moving.step(), still.step()
-    tables = [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._spheres)]
+    tables = id(moving._gram_tiles), id(moving._move_tiles), id(moving._lines)
     kept = []  # so that no address is used again
     for _ in range(2):
         for group, other in zip(groups, others, strict=True):
@@ -400,7 +411,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
                 u.grad.copy_(t.grad)
         moving.step(), still.step()
     assert all(torch.equal(a, b) for a, b in zip(weights(groups), weights(others), strict=True))
-    assert tables == [id(x) for _, *pair in moving._launches for x in pair] + [id(moving._spheres)]
+    assert tables == (id(moving._gram_tiles), id(moving._move_tiles), id(moving._lines))
 
 
 @runs
@@ -427,21 +438,17 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
         settings.append([radius, lr, rng.choice([0.0, 0.9]), angle])
     n, new = len(grams), dict(dtype=torch.float64, device=DEVICE)
     partials, settings = torch.tensor(np.array(grams), **new), torch.tensor(settings, **new)
-    radii, groups = settings[:, 0].clone(), settings[:, 1:].clone()  # a group of its own for each
-    groups = torch.cat(
-        [groups, (torch.arange(n, **new) % 4 > 0)[:, None]], 1
-    )  # else at their norms
-    settings[groups[:, 3] == 0, 0] = 0
+    radii = settings[:, 0].clone()
+    fixed = (torch.arange(n, **new) % 4 > 0).double()  # else at their norms
+    tan = torch.where(settings[:, 3] > 0, settings[:, 1].tan(), -1.0)
+    # A group of its own for each
+    groups = torch.stack([settings[:, 1], settings[:, 2], tan, fixed, 0 * tan, 0 * tan], 1)
+    settings[fixed == 0, 0] = 0
     many, found = torch.arange(n, device=DEVICE), torch.zeros(n, 6, **new)
-    tables = (
-        torch.stack([many, 0 * many + 1, many], 1),
-        radii,
-        groups.contiguous(),
-        partials,
-        found,
-    )
+    spheres = torch.stack([many, 0 * many + 1, many], 1)
+    tables = many, many, many, spheres, radii, groups.contiguous(), partials, found
     with np.errstate(all="ignore"):
-        sphere_step._rule_pass[(n,)](many, *tables, BLOCK=16, num_warps=1)
+        sphere_step._rule_pass[(n,)](many, *tables, BLOCK=16, **sphere_step.HOW)
     expected = []
     for gram, (radius, lr, beta, angle) in zip(grams, settings.tolist(), strict=True):
         expected.append(sphere_step.sphere_rule(gram.tolist(), radius, lr, beta, angle > 0))
@@ -474,13 +481,13 @@ def test_the_elr_is_read_from_device_memory_at_every_step():
     elr = torch.tensor(1e-4, device=DEVICE)
     optimizer = SphereSGD(groups, lr=elr)
     optimizer.step()
-    tables = optimizer._launches
+    tables = optimizer._gram_tiles
     for value in (1e-5, 0.0):
         elr.fill_(value)
         optimizer.step()
         stats = optimizer.stats()
         assert torch.allclose(stats["angle"].tan(), value * stats["grad_norm"], rtol=1e-5)
-    assert optimizer._launches is tables  # nothing was laid out anew
+    assert optimizer._gram_tiles is tables  # nothing was laid out anew
 
 
 @runs
@@ -558,83 +565,68 @@ def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch):
         SphereSGD([torch.randn(3).requires_grad_()], lr=0.1, backend="triton")
 
 
-PASSES = ("first", "rule", "third")
-
-
 def compile_ahead(which, target, momentum, half):
     """A pass compiled as the optimizer launches it, with no GPU present."""
     import triton
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    function = sphere_step._rule_pass if which == "rule" else sphere_step._tile_pass
-    constants = {"MOMENTUM": momentum, "BLOCK": 1024 if which == "rule" else BLOCK}
-    constants |= {"FIRST": which == "first", "MOVE": True}
+    function = getattr(sphere_step, which)
+    constants = {"MOMENTUM": momentum, "BLOCK": 512, "MOVE": True}
     constants["DTYPE"] = tl.bfloat16 if half else tl.float32
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    signature = dict.fromkeys(("tiles", "many", "addresses", "spheres"), "*i64")
-    signature |= dict.fromkeys(("radii", "groups", "partials", "rule"), "*fp64")
+    signature = dict.fromkeys(function.arg_names, "*i64")
+    signature |= dict.fromkeys(("radii", "groups", "parts", "rules"), "*fp64")
     signature |= dict.fromkeys(constants, "constexpr")
-    signature = {name: signature[name] for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
-    return triton.compile(source, target=target, options={"num_warps": sphere_step.WARPS})
+    return triton.compile(source, target=target, options=sphere_step.HOW)
 
 
-@pytest.mark.skipif(
+def disassembled(compiled):
+    """The machine code, and what its function takes, by the tools that Triton brings."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        ways = (
+            [str(folder / "nvdisasm"), file.name],
+            [str(folder / "cuobjdump"), "-res-usage", file.name],
+        )
+        return [subprocess.run(way, capture_output=True, text=True).stdout for way in ways]
+
+
+ahead = pytest.mark.skipif(
     INTERPRET or sphere_step.triton is None,
     reason="compiles, so neither in the interpreter nor without Triton",
 )
-@pytest.mark.parametrize(
-    "capability, which, momentum",
-    [
-        (90, "first", False),
-        (90, "first", True),
-        (90, "rule", True),
-        (90, "third", False),
-        (90, "third", True),
-        (80, "first", True),
-        (100, "first", True),
-    ],
-)
-def test_compiled_ahead_of_time_for_cuda_without_spills_and_with_128_bit_access(
-    capability, which, momentum, record_property
-):
-    import triton
+
+
+@ahead
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("which", PASSES)
+def test_compiled_ahead_of_time_for_cuda(which, half):
+    """128 bits at a time, no stack, two blocks to a processor, no float64 in the sums, and none of
+    their operations fused."""
     from triton.backends.compiler import GPUTarget
 
-    for half in (False, True):
-        ptx = compile_ahead(which, GPUTarget("cuda", capability, 32), momentum, half).asm["ptx"]
-        if which != "rule":  # elements over 256 threads, by fours (halves by eights)
-            tensors, per_thread = (3 if momentum else 2), BLOCK // (32 * sphere_step.WARPS)
-            vectors = per_thread // (8 if half else 4)
-            loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx))
-            assert loads >= tensors * vectors
-            assert len(re.findall(r"st\.global(?:\.\w+)*\.v4", ptx)) >= (tensors - 1) * vectors
-        folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        ptxas = folder / (
-            "ptxas-blackwell"
-            if capability >= 100 and (folder / "ptxas-blackwell").exists()
-            else "ptxas"
+    for capability in (80, 120) if "SLOW" in os.environ else (90,):
+        code, usage = disassembled(
+            compile_ahead(which, GPUTarget("cuda", capability, 32), True, half)
         )
-        architecture = re.search(r"\.target (\w+)", ptx)[1]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            command = [str(ptxas), "-v", "--gpu-name", architecture, file.name, "-o", os.devnull]
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
-        registers = int(re.search(r"Used (\d+) registers", report)[1])
-        record_property("registers per thread", registers)
-        print(
-            f"{which} pass, {architecture} momentum={momentum} half={half}: {registers} registers per thread"
-        )
-        assert registers * 32 * sphere_step.WARPS <= 65536
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        assert stack == 0 and "LDL" not in code and "STL" not in code
+        assert 2 * registers * 32 * sphere_step.HOW["num_warps"] <= 65536
+        if which != "_rule_pass":
+            assert len(re.findall(r"LDG\.E[\w.]*\.128", code)) >= 3
+            assert len(re.findall(r"STG\.E[\w.]*\.128", code)) >= 2
+        if which == "_gram_pass" and not half:  # FFMA only where a product's error is taken
+            fused = len(re.findall(r"\sFFMA ", code))
+            assert 0 < fused < len(re.findall(r"\sFADD ", code))
 
 
-@pytest.mark.skipif(
-    INTERPRET or sphere_step.triton is None,
-    reason="compiles, so neither in the interpreter nor without Triton",
-)
+@ahead
 @pytest.mark.parametrize("which", PASSES)
 def test_compiled_ahead_of_time_for_mi300(which):
     from triton.backends import backends
@@ -644,8 +636,7 @@ def test_compiled_ahead_of_time_for_mi300(which):
         pytest.skip("this Triton has no AMD compiler")
     if tuple(map(int, sphere_step.triton.__version__.split(".")[:2])) < (3, 4):
         pytest.skip("before 3.4 Triton calls a linker of ROCm, which it does not bring")
-    for momentum in (False, True):
-        assert compile_ahead(which, GPUTarget("hip", "gfx942", 64), momentum, True).asm["hsaco"]
+    assert compile_ahead(which, GPUTarget("hip", "gfx942", 64), True, True).asm["hsaco"]
 
 
 class Launches:
@@ -658,11 +649,24 @@ class Launches:
         return lambda *args, **how: self.calls.append(args)
 
 
-def count(group):
-    """Of spheres."""
-    if group["sphere"] == "row":
-        return sum(len(p) for p in group["params"])
-    return 1 if group["sphere"] == "group" else len(group["params"])
+ONES = [torch.ones(n, dtype=torch.float64) for n in range(10)]  # real numbers
+
+
+def norms_of_ones(group, zeros=False):
+    rows = [len(p) if group["sphere"] == "row" else 1 for p in group["params"]]
+    return [ONES[n] for n in rows if group["sphere"]]
+
+
+class Addresses:
+    """An address for each tensor, far from the others."""
+
+    def __init__(self):
+        self.known = []
+
+    def of(self, x):
+        if not any(x is known for known in self.known):
+            self.known.append(x)
+        return (1 + [x is known for known in self.known].index(True)) << 24
 
 
 @contextmanager
@@ -674,16 +678,18 @@ def fake_gpu(calls):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sphere_step, "triton", object())
         patch.setattr(sphere_step, "INTERPRET", False)
-        for name in ("_tile_pass", "_rule_pass"):
+        for name in PASSES:
             patch.setattr(sphere_step, name, Launches(calls))
-        ones = [torch.ones(n, dtype=torch.float64) for n in range(10)]  # of real numbers
-        patch.setattr(sphere_step, "_norms", lambda group: ones[count(group)])
+        patch.setattr(sphere_step, "_norms", norms_of_ones)
+        # The first step may wait
+        patch.setattr(SphereSGD, "_warn_of_moved_weights", lambda self: None)
         patch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-        # Of these two there is no fake.
+        # Of these there is no fake.
         patch.setattr(torch.Tensor, "nanmedian", torch.Tensor.sum)
-        plain = lambda sgd: calls.append(sgd.param_groups[0]["lr"])  # noqa: E731
-        patch.setattr(sphere_step, "unwrap", lambda step: plain)
-        patch.setattr(torch.Tensor, "data_ptr", lambda x: id(x))
+        addresses = Addresses()
+        patch.setattr(torch.Tensor, "data_ptr", lambda x: addresses.of(x))
+        card = type("card", (), {"multi_processor_count": 132})
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         with FakeTensorMode(allow_non_fake_inputs=True):
             try:
@@ -708,9 +714,7 @@ def test_a_step_mixes_no_devices_and_waits_for_no_number(angle, monkeypatch):
             calls.clear()
             optimizer.step()
             optimizer.observe()
-            assert len(calls) == 3 + 1 + 2
-            pace = calls.pop(3)  # of what is on no sphere
-            assert isinstance(pace, float) or pace.device.type == "cuda"
+            assert len(calls) == 3 + 2
             for args in calls:
                 assert all(x.device.type == "cuda" for x in args if isinstance(x, torch.Tensor))
             for stats in (optimizer.stats(), optimizer.layer_stats()):
@@ -776,3 +780,23 @@ def test_a_captured_step_replays_with_a_new_elr():
         (x - y).norm() <= 5e-6 * y.norm()
         for x, y in zip(weights(groups), weights(others), strict=True)
     )
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-22, 1e22])
+def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale):
+    """Of tiles of each kind, with gradients whose squares float32 cannot hold, too."""
+    for sphere, shape in (("row", (140, 40)), ("row", (20, 300)), ("group", (9000,))):
+        p = torch.nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype))
+        p.grad = (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+        m = (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+        optimizer = SphereSGD([p], lr=0.1, sphere=sphere, momentum=0.9, backend="triton")
+        optimizer.state[p]["momentum_buffer"] = m
+        vectors = [torch.stack(cut([x], sphere)) for x in (p, p.grad, m)]
+        optimizer.observe()
+        found = optimizer.grams().cpu()
+        pairs = [(x, y) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
+        for column, (x, y) in zip(found.T, pairs, strict=True):
+            error = (column - (x * y).sum(1)).abs() / (x.norm(dim=1) * y.norm(dim=1))
+            assert error.max() < 1e-12

@@ -217,9 +217,9 @@ def a_step_that_forgets_the_renormalization(rule, *vectors):
 
 def a_half_precision_step_that_truncates(rule, *vectors):
     sphere_step.RIGHT(rule, *vectors)
-    if vectors[0].element_size() < 4:
-        bits = vectors[0].view(torch.int16)
-        bits.bitwise_and_(-4)
+    for theta in vectors[0][0]:
+        if theta.element_size() < 4:
+            theta.view(torch.int16).bitwise_and_(-4)
 
 
 def a_convolution_with_a_wrong_gradient(conv, x):
@@ -350,7 +350,10 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         ("layer_stats", statistics("norm elr grad_norm angle".split(), 4)),
     ):
         monkeypatch.setattr(SphereSGD, name, fake)
-    monkeypatch.setattr(sphere_step, "_norms", lambda group: torch.ones(1, dtype=torch.float64))
+    one = torch.ones(1, dtype=torch.float64)
+    monkeypatch.setattr(
+        sphere_step, "_norms", lambda group, zeros=False: [one] * len(group["params"])
+    )
     monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)  # the waits of an evaluation
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [1.0] * len(x))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
