@@ -100,7 +100,24 @@ def noise(y):
 
 
 def classify_loop(logs, chance=None):
-    """What the logs of a loop, one per seed, show. logs and chance: as in regimes.classify."""
+    """What the logs of a loop, one per seed, show. logs and chance: as in regimes.classify. Of
+    several seeds the losses are averaged; each melts where it does, and the interval spans them."""
+    found = of_mean(logs, chance)
+    if len(logs) > 1 and found.freezes:
+        each = [of_mean([log], chance) for log in logs]
+        found.melts = span([loop.melts for loop in each])
+        found.coexistence = span([loop.coexistence for loop in each])
+    return found
+
+
+def span(intervals):
+    """From the lowest to the highest end of those that are there."""
+    ends = [end for interval in intervals if interval for end in interval]
+    return (min(ends), max(ends)) if ends else None
+
+
+def of_mean(logs, chance):
+    """The same, of the mean over the logs."""
     for log in logs:
         bad = ~np.isfinite(log["train_loss"])
         if bad.any():

@@ -19,7 +19,7 @@ IMPORTS = {
     "models": set(),
     "regimes": {"loop"},  # read when it is there
     "loop": {"regimes"},
-    "options": BELOW | {"contents"},
+    "options": BELOW | {"contents", "schedules"},
     "data": {"files"},
     "files": set(),
     "invariance": set(),
