@@ -291,8 +291,9 @@ def main(argv=None):
         chances = regimes.read_chance(config.out)
         for seed in seeds:
             if str(seed) not in chances:
-                at_start = Run(experiment, runs.Job(1.0, seed, Path(), ""))
-                chances[str(seed)] = measure.chance(at_start, seed)
+                with own.running(config.model):
+                    at_start = Run(experiment, runs.Job(1.0, seed, Path(), ""))
+                    chances[str(seed)] = measure.chance(at_start, seed)
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
         runs.add_to_config(config.out, chance=chances, versions=versions, **about)
@@ -312,6 +313,12 @@ def main(argv=None):
         found = report.renew(last=True)
     except Refused as refused:
         parser().error(str(refused))
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        runs.leave(config.out)
+        return 1
     except KeyboardInterrupt as signalled:
         print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
         return 128 + signalled.args[0]

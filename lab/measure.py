@@ -134,9 +134,10 @@ def chance(run, seed):
         values.append(on_batch()[1])
     for _ in range(POINTS // 8):
         random_point()
+        run.net.zero_grad()
         with torch.enable_grad():
-            loss = on_batch()[0]
-            gradients = torch.autograd.grad(loss, run.on_spheres, materialize_grads=True)
+            on_batch()[0].backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.on_spheres]
         rows = [g.flatten(1) if run.config.sphere == "row" else g.reshape(1, -1) for g in gradients]
         if all(row.any(1).all() for row in rows):
             move([-gradient for gradient in gradients])

@@ -100,12 +100,15 @@ def open_folder(out, options, contents, force=False):
             if "contents" not in config:  # version 0.3 lacks some options
                 there = options | there
             what = _difference(there, options)
-            if what:
+            has_runs = any(out.glob("*=*.csv"))
+            if what and not has_runs:
+                config = {}
+            elif what:
                 cure = "another --out, or --force"
                 raise ValueError(f"{out} holds runs with other options ({what}): {cure}")
             what = changed(config.get("contents", {}), contents)
             told = ""
-            if what and any(out.glob("*=*.csv")):
+            if what and has_runs:
                 number = 1
                 while (out / f"before-{number}").exists():
                     number += 1
@@ -120,6 +123,14 @@ def open_folder(out, options, contents, force=False):
         raise ValueError(f"{busy}: wait for it, or choose another --out") from None
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
+
+
+def leave(out):
+    """Remove a folder in which no run has begun."""
+    with suppress(OSError):
+        if not any(out.glob("*=*")):
+            (out / "config.json").unlink()
+            out.rmdir()
 
 
 def _read_config(path):

@@ -14,6 +14,7 @@ import torch
 
 import train
 from lab import figures
+from lab.options import Refused, parse, parser, prepare
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--width 2 --epochs 2 --batch-size 128 --threads 1"
@@ -30,6 +31,14 @@ def words(command, out=None):
 def run(command, out=None):
     """train.py in this process. Returns its exit status."""
     return train.main(words(command, out))
+
+
+def experiment(argv):
+    """What train.py makes of a command line before it trains; refused as there."""
+    try:
+        return prepare(parse(argv))
+    except Refused as refused:
+        parser().error(str(refused))
 
 
 def refused(capsys, command, out=None):

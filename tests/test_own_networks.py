@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import experiment
 from torch import nn
 
 import models
@@ -18,7 +19,6 @@ import train
 from lab import landscape, own, runs
 from lab.data import load
 from lab.invariance import scale_invariant_groups
-from lab.options import parse
 
 ROOT = Path(__file__).parent.parent
 TOP = """
@@ -75,7 +75,7 @@ def ask(tmp_path, command, capsys):
     def ask(code, options="", name="net", x="numbers"):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         try:
-            found = parse(command(f"--elr 0.01 {options}", code, name, x))[0].layer_groups
+            found = experiment(command(f"--elr 0.01 {options}", code, name, x)).layer_groups
         except SystemExit as exit:
             err = capsys.readouterr().err
             assert exit.code == 2 and err.count("\n") == 1, err
@@ -291,7 +291,7 @@ def test_a_batch_of_one_through_batchnorm_is_one_line(ask):
 
 def test_a_batch_of_one_is_one_line_with_a_network_of_ours_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parse(f"--elr 0.01 --model resnet18 --width 1 --batch-size 1 --out {tmp_path}".split())
+        experiment(f"--elr 0.01 --model resnet18 --width 1 --batch-size 1 --out {tmp_path}".split())
     assert "resnet18 cannot be trained on a batch of 1" in capsys.readouterr().err
 
 
@@ -310,7 +310,7 @@ def test_ctrl_c_and_the_exit_of_a_worker_that_is_told_to_stop_pass(command, code
     before = signal.signal(signal.SIGTERM, handler)
     try:
         with pytest.raises(passes):
-            parse(command("--elr 1", where + code))
+            experiment(command("--elr 1", where + code))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -326,11 +326,11 @@ def test_a_network_added_by_name_is_called_with_what_it_names_and_measured(
     command = f"--elr 1 --model mlp --data {data}/numbers.npz --out {tmp_path}/out"
     for width in (8, 5):
         more = "" if width == 8 else " --width 5"
-        options, numbers = parse((command + more).split())
-        assert options.layer_groups == [["0.weight", "0.bias"]]
-        assert own.build(options, numbers)[0].out_features == width
+        made = experiment((command + more).split())
+        assert made.layer_groups == [["0.weight", "0.bias"]]
+        assert own.build(made.config, made.data)[0].out_features == width
     with pytest.raises(SystemExit):
-        parse(f"{command} --affine".split())
+        experiment(f"{command} --affine".split())
     assert "the mlp has no --affine: leave it out\n" in capsys.readouterr().err
 
 
@@ -666,14 +666,14 @@ def net(c, k): return {MLP.format("c", "k")}
 """
     assert ask(code) == FIRST
     (tmp_path / "argparse.py").write_text(TOP + code)
-    assert parse([x.replace("mine", "argparse") for x in command("--elr 0.01")])
+    assert experiment([x.replace("mine", "argparse") for x in command("--elr 0.01")])
 
 
 def test_a_seed_that_the_file_sets_is_not_that_of_the_runs(tmp_path, command):
     code, starts = f"torch.manual_seed(1337)\ndef net(c, k): return {MLP.format('c', 'k')}", []
     for seed in (0, 1, 1):
-        options, numbers = parse(command(f"--elr 1 --seed {seed}", code, out=f"out{seed}"))
-        run = train.Run(options, numbers, train.Job(1.0, seed, tmp_path, ""))
+        made = experiment(command(f"--elr 1 --seed {seed}", code, out=f"out{seed}"))
+        run = train.Run(made, runs.Job(1.0, seed, tmp_path, ""))
         starts.append(run.net[0].weight.detach().clone())
     assert torch.equal(starts[1], starts[2]) and not torch.equal(starts[0], starts[1])
 
@@ -734,10 +734,11 @@ def test_an_error_that_begins_with_an_empty_line_is_told(ask):
 def test_a_network_that_writes_into_its_input_leaves_the_data(ask, command, tmp_path, data):
     code = f"def net(c, k): return nn.Sequential(nn.ReLU(inplace=True), {MLP.format('c', 'k')})"
     assert ask(code) == {"1.0.weight + 1.0.bias"}
-    options, numbers = parse(command("--elr 0.01", out="other"))
-    train.Run(options, numbers, train.Job(0.01, 0, tmp_path, "")).evaluate({})
-    before = load(f"{data}/numbers.npz")
-    assert torch.equal(numbers.x, before.x) and torch.equal(numbers.test_x, before.test_x)
+    made = experiment(command("--elr 0.01", out="other"))
+    job = runs.Job(0.01, 0, tmp_path / "other" / "elr=1e-02.csv", "")
+    train.train(train.Run(made, job), lambda *_, **__: None)
+    before, after = load(f"{data}/numbers.npz"), made.data
+    assert torch.equal(after.x, before.x) and torch.equal(after.test_x, before.test_x)
 
 
 # ------------------------------------------------------------------------------------- curvature
