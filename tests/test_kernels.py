@@ -26,7 +26,7 @@ GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK = sphere_step.SMALLEST
 SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
-STEPS = 1000 if SLOW else 15
+STEPS = 1000 if SLOW else 8
 PASSES = "_gram_pass", "_rule_pass", "_move_pass"
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
@@ -74,7 +74,8 @@ def test_the_check_of_bench_py_finds_the_kernels_equal_to_float64():
 
     kernels = {name: x for name, x in bench.checks().items() if "triton" in name}
     assert len(kernels) >= 9
-    assert bench.check({name: x for name, x in kernels.items() if "group, float32" in name}) == 0
+    some = {name: x for name, x in kernels.items() if SLOW or "group, float32" in name}
+    assert bench.check(some) == 0
 
 
 def reference(theta, g, m, radius, elr, beta):
@@ -203,11 +204,12 @@ def test_random_cases_agree_with_float64(dtype):
 
 
 def several(dtype=torch.float32, device=DEVICE):
-    """Every kind of sphere, small and large, as param groups."""
+    """Every kind of sphere and of tile, as param groups."""
+    long = 2 * BLOCK if SLOW else 1100  # one tile of one line
     shapes = {
-        "group": [(40, 30), (BLOCK + 5,), (7,)],
-        "tensor": [(5, 5), (2 * BLOCK,)],
-        "row": [(2, 9), (1, BLOCK + 1)],
+        "group": [(40, 30), (BLOCK + 5,) if SLOW else (900,), (7,)],
+        "tensor": [(2, 3), (long,)],
+        "row": [(2, 9), (3, 70), (1, long)],
         None: [(11,)],
     }
     groups = []
@@ -403,7 +405,7 @@ def test_gradients_at_other_addresses_in_every_step_change_nothing_and_lay_nothi
     moving.step(), still.step()
     tables = id(moving._gram_tiles), id(moving._move_tiles), id(moving._lines)
     kept = []  # so that no address is used again
-    for _ in range(2):
+    for _ in range(2 if SLOW else 1):
         for group, other in zip(groups, others, strict=True):
             for t, u in zip(group["params"], other["params"], strict=True):
                 kept.append(t.grad)
@@ -512,10 +514,11 @@ def test_gradients_may_move_change_type_and_disappear_between_steps():
 
 @runs
 def test_the_norm_is_the_radius_after_many_steps():
-    """Of a sphere that is one tile, and of one that takes both passes."""
-    theta = [torch.randn(n, device=DEVICE).requires_grad_() for n in (1000, BLOCK + 7)]
-    radii = [t.detach().double().norm() for t in theta]
-    optimizer = SphereSGD(theta, lr=1e-3, sphere="tensor", backend="triton")
+    """Of spheres that are one tile, and of one that takes all passes."""
+    theta = [torch.randn(n, device=DEVICE).requires_grad_() for n in (100, 1100, 600, 7)]
+    groups = [{"params": theta[:2], "sphere": "tensor"}, {"params": theta[2:]}]
+    optimizer = SphereSGD(groups, lr=1e-3, backend="triton")
+    radii = norms_of(optimizer)
     noise = torch.randn(2 * BLOCK, device=DEVICE)
     for t in theta:
         t.grad = torch.empty_like(t)
@@ -523,9 +526,7 @@ def test_the_norm_is_the_radius_after_many_steps():
         for t in theta:
             t.grad.copy_(noise[step : step + len(t)])
         optimizer.step()
-    assert all(
-        abs(t.double().norm() / radius - 1) < 1e-6 for t, radius in zip(theta, radii, strict=True)
-    )
+    assert torch.allclose(norms_of(optimizer), radii, rtol=1e-6, atol=0)
 
 
 @runs
@@ -611,7 +612,7 @@ def test_compiled_ahead_of_time_for_cuda(which, half):
     their operations fused."""
     from triton.backends.compiler import GPUTarget
 
-    for capability in (80, 120) if "SLOW" in os.environ else (90,):
+    for capability in (80, 90) if "SLOW" in os.environ else (90,):
         code, usage = disassembled(
             compile_ahead(which, GPUTarget("cuda", capability, 32), True, half)
         )
@@ -782,12 +783,18 @@ def test_a_captured_step_replays_with_a_new_elr():
     )
 
 
+SCALES = {torch.float32: [1.0, 1e-22, 1e22], torch.bfloat16: [1.0, 1e-22, 1e22] if SLOW else [1.0]}
+
+
 @runs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-22, 1e22])
+@pytest.mark.parametrize("dtype, scale", [(dtype, x) for dtype in SCALES for x in SCALES[dtype]])
 def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale):
     """Of tiles of each kind, with gradients whose squares float32 cannot hold, too."""
-    for sphere, shape in (("row", (140, 40)), ("row", (20, 300)), ("group", (9000,))):
+    if SLOW:
+        cases = ("row", (140, 40)), ("row", (20, 300)), ("group", (9000,))
+    else:
+        cases = ("row", (130, 9)), ("row", (17, 80)), ("group", (1100,))
+    for sphere, shape in cases:
         p = torch.nn.Parameter(torch.randn(shape, device=DEVICE).to(dtype))
         p.grad = (scale * torch.randn(shape, device=DEVICE)).to(dtype)
         m = (scale * torch.randn(shape, device=DEVICE)).to(dtype)
