@@ -208,7 +208,8 @@ def loops(code, places):
             inside = {label: place - i for label, place in places.items() if i <= place <= j}
             ways = paths([*code[i:j], ("", "EXIT", "")], inside, min)
             stores = any(re.match("STG|buffer_store|global_store", x[1]) for x in code[i:j])
-            found.append((max(ways), ways[max(ways)], stores))
+            if ways:  # else the jump goes back, but not around
+                found.append((max(ways), ways[max(ways)], stores))
     return found
 
 
