@@ -28,6 +28,8 @@ BLOCK = sphere_step.SMALLEST
 SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
 STEPS = 1000 if SLOW else 8
 PASSES = "_gram_pass", "_rule_pass", "_move_pass"
+KINDS = "direction_from zero_gradient half_precision non_finite plain_sgd random_sequences".split()
+KINDS += "turns_by_the_given does_not_fit layer_stats_of_rows".split()
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
     reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
@@ -39,24 +41,15 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; the
 @pytest.mark.skipif(INTERPRET, reason="this is that run")
 @pytest.mark.skipif(sphere_step.triton is None, reason="Triton is not installed")
 def test_the_kernels_pass_in_the_interpreter():
-    """This file and the tests of the step again, in another process, with the kernels in the place of PyTorch."""
-    which = [
-        "-k",
-        "not ten_thousand and not ahead_of_time and not compiled and not a_copy_of and not large_tensor",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        str(HERE),
-        str(HERE.with_name("test_sphere_step.py")),
-        *which,
-    ]
+    """This file and the tests of the step again, in another process, with the kernels in the place
+    of PyTorch; by default those of each kind of sphere, of zeros, what is not finite, angles."""
+    which = "not ten_thousand and not ahead_of_time and not compiled and not a_copy_of"
+    which += " and not large_tensor"
+    if not SLOW:
+        which += f" and (test_kernels or {' or '.join(KINDS)})"
+    files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     # Without what measures coverage, which would take twice the time.
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith("COV") and k != "PYTEST_ADDOPTS"
@@ -605,8 +598,12 @@ ahead = pytest.mark.skipif(
 
 
 @ahead
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(
+    "which, half",
+    [(which, half) for which in PASSES for half in (False, True)]
+    if SLOW
+    else [("_gram_pass", False), ("_rule_pass", True), ("_move_pass", True)],
+)
 def test_compiled_ahead_of_time_for_cuda(which, half):
     """128 bits at a time, no stack, two blocks to a processor, no float64 in the sums, and none of
     their operations fused."""
@@ -628,7 +625,7 @@ def test_compiled_ahead_of_time_for_cuda(which, half):
 
 
 @ahead
-@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("which", PASSES if SLOW else PASSES[1:])
 def test_compiled_ahead_of_time_for_mi300(which):
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
