@@ -140,13 +140,13 @@ def pairs(group):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_random_cases_agree_with_float64(dtype):
-    """Five of each type, on a GPU 70. float32: 1e-6 of each sphere's norm; half precision: one unit in the
+    """Four of each type, the same ones; on a GPU 70, new ones. float32: 1e-6 of each sphere's norm; half precision: one unit in the
     last place of each weight (but plain SGD, which is torch's own and rounds in between). The more
     radial the gradient, the larger the terms that cancel in the step, and their rounding."""
     import numpy as np
 
-    rng = np.random.default_rng()
-    for _ in range(70 if SLOW else 5):
+    rng = np.random.default_rng(None if SLOW else 0)
+    for _ in range(70 if SLOW else 4):
         seed = int(rng.integers(2**31))
         torch.manual_seed(seed)
         groups = random_case(np.random.default_rng(seed), dtype)
@@ -414,7 +414,7 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
     """On random Gram matrices, the ends of the ranges included."""
     import numpy as np
 
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(None if SLOW else 0)
     grams, settings = [], []
     for case in range(300 if SLOW else 60):
         vectors = rng.standard_normal((3, 5)) * 10.0 ** rng.uniform(-12, 12, (3, 1))
