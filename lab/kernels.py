@@ -77,7 +77,7 @@ class Count(NamedTuple):
     local: int  # instructions that use local memory: spills, and arrays on the stack
     wide: int  # 128-bit accesses, per thread
     wanted: float  # if all were
-    instructions: dict  # per element, of each of KINDS
+    instructions: dict  # per element, of each of KINDS; nan: the way through it was not found
 
 
 def variants():
@@ -185,6 +185,8 @@ def count(variant, architecture, threads_of_sm=2048):
             costs = [a + b for a, b in zip(costs, cost, strict=True)]
             wide += accesses
             wanted += accesses
+    if variant.elements and not wide:  # loops that are laid out otherwise, as of gfx942
+        costs = [math.nan] * len(KINDS)
     return Count(
         registers=registers,
         blocks=blocks_of(registers, threads, threads_of_sm, 65536 if cuda else 131072),
@@ -208,7 +210,8 @@ def loops(code, places):
             inside = {label: place - i for label, place in places.items() if i <= place <= j}
             ways = paths([*code[i:j], ("", "EXIT", "")], inside, min)
             stores = any(re.match("STG|buffer_store|global_store", x[1]) for x in code[i:j])
-            found.append((max(ways), ways[max(ways)], stores))
+            if ways:  # else the jump goes back, but not around
+                found.append((max(ways), ways[max(ways)], stores))
     return found
 
 

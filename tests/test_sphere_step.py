@@ -15,14 +15,21 @@ from sphere_step import INTERPRET, SphereSGD
 
 ROUNDING = 1e-12  # relative, float64
 
-if INTERPRET:  # in which a fused product and sum is rounded twice
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+if INTERPRET:
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-    def create_fma(self, x, y, z):
+    def create_fma(self, x, y, z):  # rounded once
         exact = x.data.astype("float64") * y.data + z.data
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
+    def call(self, *args, **kwargs):  # without patching the language anew, half of the time
+        ours = self.fn.__module__ == sphere_step.__name__
+        return self.rewrite()(*args, **kwargs) if ours else original_call(self, *args, **kwargs)
+
     InterpreterBuilder.create_fma = create_fma
+    original_call = InterpretedFunction.__call__
+    if hasattr(InterpretedFunction, "rewrite"):
+        InterpretedFunction.__call__ = call
 
 
 def invariant_loss(theta):
