@@ -18,7 +18,7 @@ from lab import bench, figures, landscape, measure, runs
 from lab.data import load
 from lab.landscape import Point, barrier, between, distances, evaluate, largest, operators, trace
 from lab.measure import vectors
-from lab.options import parse
+from lab.options import parse, prepare
 from models import fixed_head
 
 SMALL = ["--width", "1", "--batch-size", "256", "--epochs", "1", "--jobs", "1"]
@@ -159,8 +159,8 @@ def test_distances_are_the_angles(ends):
 
 def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(tmp_path):
     more = "--elr 0.01 --width 2 --average 3 --epochs 4 --sphere layer --out"
-    options, data = parse([*more.split(), str(tmp_path)])
-    made = train.Run(options, data, train.Job(0.01, 0, tmp_path, ""))
+    experiment = prepare(parse([*more.split(), str(tmp_path)]))
+    made, data = train.Run(experiment, runs.Job(0.01, 0, tmp_path, "")), experiment.data
     start, seen = [x.clone() for x in vectors(made.net, made.spheres)], []
     real = measure.on_train_set
     measure.on_train_set = lambda net, *_: seen.append(vectors(net, made.spheres)) or 0.0
@@ -235,7 +235,7 @@ def test_a_run_that_died_is_nan_in_its_row_and_in_no_other(ends, tmp_path, capsy
             shutil.copy(path, tmp_path)
     point = tmp_path / "elr=3e-03.pt"
     for dead in (math.nan, 0.0):
-        state = runs.load_checkpoint(point, None, "cpu")
+        state = runs.load_checkpoint(point, "cpu")
         for x in state["net"].values():
             x.copy_(x * dead)
         runs.save_checkpoint(tmp_path / "elr=4e-03.pt", state["identity"], state)

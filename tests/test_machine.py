@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 import models
 import sphere_step
 import train
-from lab import bench, landscape, machine, measure, options, witness
+from lab import bench, landscape, machine, measure, options, own, runs, witness
 from lab.data import batches, load
 from lab.invariance import scale_invariant_groups
 from models import MODELS
@@ -56,14 +56,14 @@ def run(*arguments):
 def test_a_wrong_gradient_of_our_networks_ends_a_run_before_it_trains(
     tmp_path, capsys, monkeypatch
 ):
-    build = train.build
+    build = own.build
 
     def with_a_wrong_convolution(options, data):
         net = build(options, data)
         net.conv3.__class__ = WrongConv
         return net
 
-    monkeypatch.setattr(train, "build", with_a_wrong_convolution)
+    monkeypatch.setattr(own, "build", with_a_wrong_convolution)
     assert run("--elr", 0.01, "--epochs", 2, "--out", tmp_path) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "conv3.weight" in err and torch.__version__ in err
@@ -313,16 +313,8 @@ def test_cores_are_those_that_one_may_use(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert machine.cores() == 1
     monkeypatch.setattr("lab.options.cores", lambda: 3)
-    parsed, _ = train.parse(["--sweep", "--out", str(tmp_path / "out")])
-    assert parsed.jobs == 3
-
-
-def test_bf16_that_is_slower_is_said_when_it_is_chosen(tmp_path, capsys, monkeypatch):
-    assert options.bf16_slowness() > 0
-    monkeypatch.setattr(options, "bf16_slowness", lambda: 77.0)
-    for dtype, lines in (("bf16", 1), ("fp32", 0)):
-        train.parse(["--elr", "0.1", "--dtype", dtype, "--out", str(tmp_path / dtype)])
-        assert capsys.readouterr().err.count("bf16 takes 77 × the time of fp32") == lines
+    config = options.parse(["--sweep", "--out", str(tmp_path / "out")])
+    assert options.prepare(config).config.jobs == 3
 
 
 @pytest.mark.skipif(
@@ -331,8 +323,9 @@ def test_bf16_that_is_slower_is_said_when_it_is_chosen(tmp_path, capsys, monkeyp
 def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_path, monkeypatch):
     """On fake tensors, which know their device and have no numbers. The step has a test of its own."""
     more = ["--average", "1", "--augment", "--batch-size", "512", "--out", str(tmp_path)]
-    options, data = train.parse(["--elr", "0.01", *more])
-    net, gpu, options.device = train.build(options, data), {"device": "cuda:0"}, "cuda:0"
+    experiment = options.prepare(options.parse(["--elr", "0.01", *more]))
+    config, data, _, _ = experiment
+    net, gpu, config.device = own.build(config, data), {"device": "cuda:0"}, "cuda:0"
 
     def statistics(names, n):
         def of(self, last=None):
@@ -359,7 +352,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(measure, "POINTS", 2)
     monkeypatch.setattr(train, "use", lambda device, dtype: None)
-    monkeypatch.setattr(train, "build", lambda options, data: net)
+    monkeypatch.setattr(own, "build", lambda options, data: net)
     monkeypatch.setattr(net, "to", lambda device: net, raising=False)
 
     def backward(loss):
@@ -377,8 +370,16 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
                 module._parameters[name] = on_gpu
             for name, x in [*module.named_buffers(recurse=False)]:
                 module._buffers[name] = torch.empty(x.shape, dtype=x.dtype, **gpu)
-        run = train.Run(options, data, train.Job(0.01, 0, tmp_path, ""))
-        for _ in range(2):
-            row, _ = run.train_epoch()
-            run.evaluate(row)
-        measure.chance(run.net, run.sphere, data, options, 0)
+        run = train.Run(experiment, runs.Job(0.01, 0, tmp_path, ""))
+        run.set_lr()
+        for move in (False, True):
+            means = measure.Means(run.sphere)
+            for index in batches(len(data.x), 512, run.order, "cuda:0"):
+                means.add(*train.train_step(run, index, move))
+            means.row()
+            means.layers(run.layers)
+            measure.on_test_set(net, data, "fp32")
+            measure.angles(run.start, measure.vectors(net, run.spheres))
+        run.epoch = run.epochs
+        run.average()
+        measure.chance(run, 0)
