@@ -1,5 +1,5 @@
-"""DTensors, as of FSDP2 and tensor parallelism: two and, with SLOW=1, four processes against one, the collectives
-counted, with both backends; states through torch.distributed.checkpoint."""
+"""DTensors, as of FSDP2 and tensor parallelism: two processes, with SLOW=1 four, too, against one,
+the collectives counted, with both backends; states through torch.distributed.checkpoint."""
 
 import os
 import subprocess
