@@ -26,10 +26,10 @@ GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK = sphere_step.SMALLEST
 SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
-STEPS = 1000 if SLOW else 8
+STEPS = 1000 if SLOW else 5
 PASSES = "_gram_pass", "_rule_pass", "_move_pass"
 KINDS = "direction_from zero_gradient half_precision non_finite plain_sgd random_sequences".split()
-KINDS += "turns_by_the_given does_not_fit layer_stats_of_rows".split()
+KINDS += "turns_by_the_given does_not_fit".split()
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
     reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
@@ -236,7 +236,7 @@ def weights(groups):
 
 
 @runs
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.9] if SLOW else [0.9])
 def test_weights_and_statistics_equal_the_pytorch_path(momentum):
     groups = several()
     give_gradients(groups)
@@ -614,7 +614,7 @@ def test_compiled_ahead_of_time_for_cuda(which, half):
 
     for capability in (80, 90) if "SLOW" in os.environ else (90,):
         code, usage = disassembled(
-            compile_ahead(which, GPUTarget("cuda", capability, 32), True, half)
+            compile_ahead(which, GPUTarget("cuda", capability, 32), SLOW, half)
         )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         assert stack == 0 and "LDL" not in code and "STL" not in code
