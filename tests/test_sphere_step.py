@@ -1344,7 +1344,9 @@ def test_a_gradient_that_is_all_but_radial(share, count, sphere):
 
 # --------------------------------------------------------- random sequences of everything at once
 
-DRAWS = 1000 if "SLOW" in os.environ else 5 if INTERPRET else 100
+DRAWS = 1000 if "SLOW" in os.environ else 100
+if INTERPRET:
+    DRAWS = 20 if "SLOW" in os.environ else 2
 
 
 class Model:
