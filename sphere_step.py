@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import warnings
+from inspect import unwrap
 from numbers import Real
 
 import torch
@@ -154,9 +155,12 @@ class SphereSGD(torch.optim.Optimizer):
         for group in self.param_groups if hasattr(self, "param_groups") else ():
             self._sizes |= {p: p.numel() for p in group["params"]}
 
+    # torch wraps this and the next ones for torch.compile, which takes a second to import
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+
     @torch.no_grad()
     def add_param_group(self, param_group):
-        super().add_param_group(param_group)
+        unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
             _check_options(group)
@@ -194,7 +198,7 @@ class SphereSGD(torch.optim.Optimizer):
         """As torch's. An lr that is a tensor stays that tensor and takes the value."""
         before = dict(self.__dict__)
         try:
-            super().load_state_dict(state_dict)
+            unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
             self._captured, self._sizes = before["_captured"], before["_sizes"]
             saved = state_dict["state"]
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -11,16 +11,17 @@ goes on where it stopped; what was made by other code is trained anew. Regimes: 
 NeurIPS 2022 (arXiv 2209.03695).
 """
 
-import math
 import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import math
 import sys
 import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -65,22 +66,22 @@ def train(run, tell):
     config, net, size = run.config, run.net, run.config.batch_size
     began = time.perf_counter() - run.seconds
     upto = run.epoch if run.started else None
+    before = None if run.started else before_training(run, tell)
     log = runs.Log(run.path, upto)
     layer_log = runs.Log(run.path.with_suffix(".layers.csv"), upto)
     step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
 
     with closing(log), closing(layer_log), own.running(config.model):
         while run.epoch < run.epochs and not run.ended:
-            net.train()
-            run.set_lr()
             if run.started:
+                net.train()
+                run.set_lr()
                 means = measure.Means(run.sphere, run.plain)
                 for index in batches(len(run.data.x), size, run.order, config.device):
                     means.add(*step(index))
                 run.epoch += 1
             else:
-                means = before_training(run, tell)
-                run.started = True
+                means, run.started = before, True
 
             steps = len(run.data.x) // size
             row = {"epoch": run.epoch, "step": run.epoch * steps, **means.row()}
@@ -107,6 +108,8 @@ def train(run, tell):
 def before_training(run, tell):
     """The means of epoch 0: a pass over the training set in which nothing moves. Raises ValueError
     where the gradient is wrong."""
+    run.net.train()
+    run.set_lr()
     means = measure.Means(run.sphere, run.plain)
     for index in batches(len(run.data.x), run.config.batch_size, run.order, run.config.device):
         means.add(*train_step(run, index, move=False))

@@ -60,7 +60,7 @@ class Loop:
 def is_loop(log):
     """Whether the ELR of a log falls to its least and rises to where it began."""
     elr = log.get("elr", np.empty(0))[1:]
-    if len(elr) < 2 * FEWEST or not np.isfinite(elr).all():
+    if len(elr) < 2 * FEWEST - 1 or not np.isfinite(elr).all():
         return False
     coldest = elr.argmin()
     falls, rises = (np.diff(elr[:coldest]) <= 0).all(), (np.diff(elr[coldest:]) >= 0).all()

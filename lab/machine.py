@@ -4,11 +4,9 @@ import ctypes
 import os
 import re
 from contextlib import suppress
-from inspect import unwrap
 
 import torch
 from loky import cpu_count as cores  # those of affinity and a container's quota
-from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -84,9 +82,3 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
-
-
-def start_quickly():
-    """Take off torch's optimizers what imports torch.compile, which takes a second."""
-    for name in ("add_param_group", "state_dict", "load_state_dict", "zero_grad"):
-        setattr(Optimizer, name, unwrap(getattr(Optimizer, name)))

@@ -23,7 +23,6 @@ WHICH = """elr sweep angle lr loop refine max_epochs seed seeds epochs then
     device jobs threads graph out force""".split()
 GROUPS = {"elr": "which runs", "sphere": "the step", "model": "the network", "data": "the data"}
 GROUPS["dtype"] = "the machine and the files"
-GRIDS = range(2, 10_001)  # points of a grid
 FLAG = dict(action="store_true")
 REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, 0, math.pi / 2)
 WHOLE, FEW, WIDTH = number(int), number(int, 0, 1025), number(int, 0, 2**14)
@@ -209,10 +208,10 @@ def check(config):
     if len(said) != 1:
         ways = "--elr ELR, --sweep, --angle PHI, --lr LR, --loop"
         raise Refused("", f"one of {ways} must say which runs, and only one")
-    for name in ("sweep", "loop"):
-        values = getattr(config, name)
-        if values and (len(values) != 3 or values[0] >= values[1] or values[2] not in GRIDS):
-            what = f"LO HI N with LO < HI and 2 ≤ N ≤ 10000, as in --{name} 1e-4 1 13"
+    for name, fewest, usual in (("sweep", 2, 13), ("loop", 8, 25)):
+        values, numbers = getattr(config, name), range(fewest, 10_001)
+        if values and (len(values) != 3 or values[0] >= values[1] or values[2] not in numbers):
+            what = f"LO HI N with LO < HI and {fewest} ≤ N ≤ 10000, as in --{name} 1e-4 1 {usual}"
             raise Refused(name, f"it takes {what}")
     try:
         config.device = find_device(config.device)
@@ -232,7 +231,7 @@ def check(config):
         ("max_epochs", fixed and not average, "it takes constant ELRs, and no --average"),
         ("max_epochs", most >= config.epochs, f"it is less than --epochs {config.epochs}"),
         ("average", average <= config.epochs, f"there are {config.epochs} epochs"),
-        ("warmup", config.warmup < config.epochs, f"there are {config.epochs} epochs"),
+        ("warmup", config.warmup < config.epochs, f"it is not less than --epochs {config.epochs}"),
         ("schedule", not config.loop, "--loop has its own"),
         ("warmup", not config.loop, "--loop has its own"),
         ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),

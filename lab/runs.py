@@ -32,7 +32,8 @@ from lab.contents import changed
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
-FILES = [*LOGS, "loop=*.png", "config.json", "regimes.csv", "regimes.png"]
+FILES = [*LOGS, "loop=*.png", "barrier.png", "config.json"]
+FILES += ["regimes.csv", "regimes.png", "landscape.csv", "landscape.png"]
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 

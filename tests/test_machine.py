@@ -347,6 +347,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
     monkeypatch.setattr(
         sphere_step, "_norms", lambda group, zeros=False: [one] * len(group["params"])
     )
+    monkeypatch.setattr(sphere_step, "_check_overlaps", lambda params: None)
     monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)  # the waits of an evaluation
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [1.0] * len(x))
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
