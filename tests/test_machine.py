@@ -322,7 +322,7 @@ def test_cores_are_those_that_one_may_use(tmp_path, monkeypatch):
 )
 def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_path, monkeypatch):
     """On fake tensors, which know their device and have no numbers. The step has a test of its own."""
-    more = ["--average", "1", "--augment", "--batch-size", "512", "--out", str(tmp_path)]
+    more = ["--augment", "--batch-size", "512", "--out", str(tmp_path)]
     experiment = options.prepare(options.parse(["--elr", "0.01", *more]))
     config, data, _, _ = experiment
     net, gpu, config.device = own.build(config, data), {"device": "cuda:0"}, "cuda:0"
@@ -381,6 +381,4 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
             means.layers(run.layers)
             measure.on_test_set(net, data, "fp32")
             measure.angles(run.start, measure.vectors(net, run.spheres))
-        run.epoch = run.epochs
-        run.average()
         measure.chance(run, 0)
