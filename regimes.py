@@ -262,7 +262,7 @@ def title(regime):
 
 
 @dataclass
-class Run:
+class Logged:
     """A log (column → array) and its verdict."""
 
     path: Path
@@ -406,7 +406,7 @@ def read_run(path, chance, columns=None):
         verdict.moves, verdict.why = True, str(loop)
     if not 0 < elr < math.inf or verdict.moves:
         elr = math.nan
-    return Run(path, elr, seed, log, verdict, reference)
+    return Logged(path, elr, seed, log, verdict, reference)
 
 
 def loop_of(logs, chance):
@@ -535,20 +535,28 @@ def table(runs):
             moving.setdefault(run.name.split(" seed")[0], []).append(run)
         elif math.isnan(run.elr):
             others.append(str(run))
-    for name, group in moving.items():
+    for name, group in sorted(moving.items(), key=lambda item: value_in(item[0])):
         loop = loop_of([run.log for run in group], group[0].chance)
         if loop:
             lines.append(f"{name}, {len(group)} seeds: {loop}")
             continue
         errors = [run.final("test_error") for run in group]
-        spread = np.std(errors) / math.sqrt(len(errors) - 1) if len(errors) > 1 else math.nan
         means[name], loss = np.mean(errors), np.mean([run.final("train_loss") for run in group])
         low, high = (end(row[of] for row in rows(group)) for end, of in ENDS)
-        line = f"{name}: test error {means[name]:.4f} ± {spread:.4f} ({len(group)} seeds), "
+        line = f"{name}: test error {means[name]:.4f}"
+        if len(errors) > 1:
+            line += f" ± {np.std(errors) / math.sqrt(len(errors) - 1):.4f} ({len(errors)} seeds)"
+        line += ", "
         lines.append(f"{line}train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}")
     if len(means) > 1:
         lines.append(f"best: {min(means, key=means.get)}")
     return "\n".join(lines + others)
+
+
+def value_in(name):
+    """The first number in the name of a run, to sort by."""
+    found = re.search(r"\d[\d.]*(e[-+]?\d+)?", name)
+    return float(found[0]) if found else math.inf
 
 
 def csv_lines(rows):

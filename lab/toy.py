@@ -66,7 +66,7 @@ def simulate(alphas, elrs, seeds, steps):
             log = {"epoch": ends.astype(float), "step": ends.astype(float)}
             log |= {"train_loss": losses[i, seed], "angle": angles[i, seed]}
             verdict = regimes.classify(log, chance)
-            runs.append(regimes.Run(Path("toy"), value, seed, log, verdict))
+            runs.append(regimes.Logged(Path("toy"), value, seed, log, verdict))
     return runs
 
 

@@ -98,8 +98,7 @@ def test_the_five_lines_of_the_readme_make_the_steps_of_another_optimizer_direct
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
             q.grad = optimizers.adam(q, state)
-        net = torch.nn.ParameterList(convs)
-        exec(lines, {"adam": adam, "optimizer": optimizer, "net": net})
+        exec(lines, {"adam": adam, "optimizer": optimizer, "matrices": convs})
         other.step()
     for p, q, x in zip(convs, ours, start, strict=True):
         assert torch.allclose(p, q, atol=1e-5) and (p - x).norm() > 0.05 * x.norm()

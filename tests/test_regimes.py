@@ -349,7 +349,7 @@ def sides(names):
     for elr, seeds in names.items():
         for letter in seeds:
             verdict = regimes.Verdict(regime.get(letter, "undecided"), broken=letter == "b")
-            yield regimes.Run(None, elr, 0, {}, verdict)
+            yield regimes.Logged(None, elr, 0, {}, verdict)
 
 
 @pytest.mark.parametrize(
