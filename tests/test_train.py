@@ -182,7 +182,7 @@ OF_ONE_RUN = [
     ("--wd 0.1", "--wd: this is for --lr"),
     ("--momentum 1", "--momentum: '1' is not a float32 number above 0 and below 1"),
     ("--schedule steps", "--schedule: invalid choice: 'steps'"),
-    ("--warmup 20", "--warmup: there are 20 epochs"),
+    ("--warmup 20", "--warmup: it is not less than --epochs 20"),
     ("--warmup 0", "--warmup: '0' is not a whole number above 0"),
     ("--cooldown 0.5", "--cooldown: this is for --schedule wsd"),
     ("--cooldown 1.5 --schedule wsd", "--cooldown: '1.5' is not"),
