@@ -165,7 +165,7 @@ class SphereSGD(torch.optim.Optimizer):
         try:
             _check_options(group)
             for name in set(group) - set(KNOWN):
-                if not name.endswith(("_lr", "_momentum")):  # as schedulers leave
+                if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
             for number, p in enumerate(group["params"], len(self._sizes)):
                 _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
@@ -344,7 +344,8 @@ class SphereSGD(torch.optim.Optimizer):
         options = []
         for group, lr, whole in zip(groups, lrs, self._whole, strict=True):
             tan = math.tan(lr) if group["angle"] and not isinstance(lr, Tensor) else -1.0
-            at_radius = float(whole and move)  # a part of a sphere steps on the norm that it has
+            # Without the gradient of one tensor the others keep the norm that they have together.
+            at_radius = float(whole and move)
             plain = float(group["sphere"] is None)
             options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
         step = self._triton_step if self._use_triton else self._torch_step

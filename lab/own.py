@@ -21,7 +21,7 @@ from lab.invariance import MAX_EPS, logits, scale_invariant_groups
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
 LAB = str(ROOT / "lab")
-# Of whose lines nobody is told.
+# Files whose lines are not shown in an error: their user cannot mend them.
 LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<", LAB)
 LIBRARIES += (str(ROOT / "models.py"), str(ROOT / "train.py"))
 
@@ -57,7 +57,7 @@ def load(model, data):
         with explained(f"{model} cannot be called"):
             net = function if isinstance(function, nn.Module) else _call(function, known)
         with explained(f"{model} cannot be run on the data"), torch.no_grad():
-            net.to(x.device).eval()(x)  # what is lazy is made now
+            net.to(x.device).eval()(x)  # lazy layers get their shapes here
             if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
                 net.register_forward_hook(logits)
     return net.train()
@@ -107,7 +107,7 @@ def beside(path):
         for name in set(sys.modules) - set(modules):
             file = getattr(sys.modules[name], "__file__", None) or "<"
             theirs = file.startswith(str(root)) and not file.startswith(LIBRARIES)
-            if theirs and file != str(path):  # what type hints name is looked up in it
+            if theirs and file != str(path):  # dataclasses and type hints look names up in it later
                 del sys.modules[name]
         sys.modules.update(modules)
 

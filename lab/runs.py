@@ -323,7 +323,7 @@ def bisect(out, values):
     for boundary in regimes.boundaries(runs):
         if not boundary.seen:
             continue
-        # Between its sides are those that the seeds leave undecided
+        # Between the two sides may lie ELRs at which the seeds disagree
         inside = [elr for elr in regimes.by_elr(runs) if boundary.low <= elr <= boundary.high]
         low, high = max(pairwise(inside), key=lambda gap: gap[1] / gap[0])
         for digits in range(3, 7):
@@ -432,7 +432,8 @@ def side_by_side(work, experiment, jobs, tell):
 
 
 def _worker(work, experiment, jobs, pipe):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the parent sees it, too
+    # Ctrl-C reaches the parent, too, which ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends it at once: files are whole at any moment
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -440,7 +441,8 @@ def _worker(work, experiment, jobs, pipe):
 
     def tell(*message):
         what, *_, last = message
-        if what != "busy" and not (what == "finished" and last):  # that is others' to tell
+        done_before = what == "finished" and last
+        if what != "busy" and not done_before:  # the parent tells these itself
             pipe.send(message)
 
     work(experiment, jobs, tell)
