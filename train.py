@@ -33,6 +33,7 @@ from lab import figures, measure, own, runs, witness
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
 from lab.options import Refused, parse, parser, prepare, what_next
+from lab.schedules import value_at
 from sphere_step import SphereSGD
 
 
@@ -179,7 +180,7 @@ class Run:
 
     def set_lr(self):
         """The learning rates of the epoch that begins."""
-        self.leg, self.lr = self.config.at(self.value, self.epoch, self.epochs)
+        self.leg, self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
         factor = self.lr / self.value
         for group in (self.plain or self.sphere).param_groups:
             first = group.setdefault("first_lr", float(group["lr"]))

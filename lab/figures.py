@@ -251,7 +251,8 @@ def _against(kind, groups, axes):
         for row, run in zip(rows[value], group, strict=True):
             for elr, log in second_runs(run).items():
                 row[f"then {elr}"] = log["test_error"][-1]
-                then[f"then {elr}"] = THEN | {"label": f"test, then ELR {elr}"}
+                what = "angle" if kind.startswith("angle") else "ELR"
+                then[f"then {elr}"] = THEN | {"label": f"test, then {what} {elr}"}
     for column, ax in axes.items():
         looks = {column: TRAIN if column == "train_loss" else TEST}
         if column.endswith("error"):

@@ -46,6 +46,8 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
             raise ValueError("a copy computes with the weights of the original (give build=)")
         return found
 
+    if any(torch.nn.parameter.is_lazy(p) for p in net.parameters()):
+        raise ValueError("the network has lazy layers: run it once on a batch first")
     with _undisturbed(net):
         try:
             return measured(torch.float64)

@@ -15,7 +15,7 @@ from lab.contents import contents
 from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
 from lab.runs import number, open_folder
-from lab.schedules import SCHEDULES, factor, grid, leg
+from lab.schedules import SCHEDULES, grid
 from models import MODELS
 
 # Options that choose runs, or say how they are done: no part of what a run is.
@@ -133,12 +133,6 @@ class Config:
         """ELRs, angles or learning rates, as 9 digits say them, for so do logs."""
         values = self.elr or self.angle or self.lr or (self.loop or [])[1:2] or grid(*self.sweep)
         return list(dict.fromkeys(float(f"{value:.9g}") for value in values))
-
-    def at(self, value, epoch, epochs):
-        """The leg of a loop, else None, and the ELR, angle or learning rate of this epoch."""
-        if self.loop:
-            return leg(grid(*self.loop), self.passes, epoch)
-        return None, value * factor(self.schedule, epoch, epochs, self.warmup, self.cooldown)
 
     def identity(self):
         """What all runs of a folder have in common: every option but those of WHICH."""

@@ -33,3 +33,11 @@ def leg(elrs, passes, epoch):
     if place < len(elrs):
         return "down", elrs[-1 - place]
     return "up", elrs[place - len(elrs) + 1]
+
+
+def value_at(config, value, epoch, epochs):
+    """The leg of a loop, else None, and the ELR, angle or learning rate of this epoch, 0, 1, …, of
+    so many, in a run of this value."""
+    if config.loop:
+        return leg(grid(*config.loop), config.passes, epoch)
+    return None, value * factor(config.schedule, epoch, epochs, config.warmup, config.cooldown)

@@ -36,6 +36,7 @@ from lab import machine, measure, runs
 from lab.data import batches, load
 from lab.machine import Captured
 from lab.options import parse, prepare
+from lab.schedules import value_at
 from models import MODELS
 
 SLOW = "SLOW" in os.environ
@@ -317,7 +318,7 @@ def made(run, tell):
 
     def elr(epoch):
         if config.mode == "elr":
-            return config.at(run.value, max(epoch - 1, 0), 40)[1]
+            return value_at(config, run.value, max(epoch - 1, 0), 40)[1]
         return run.value / (1 + epoch)
 
     loss = converging if run.value < 0.02 else hovering
