@@ -140,7 +140,7 @@ class Config:
         found = {name: value for name, value in found.items() if name not in WHICH}
         found["schedule"] = self.given.get("schedule")  # angles fall, and ELRs beside them do not
         for name in ("data", "model"):
-            found[name] = Path(found[name]).as_posix()  # ./mine.npz is mine.npz
+            found[name] = seen_from_here(found[name])
         found["space"] = "whole" if self.mode == "lr" else "sphere"
         longer = self.epochs != self.usual_epochs and not self.loop
         if longer and (self.average or not self.constant):
@@ -153,12 +153,23 @@ class Config:
         if self.out:
             return self.out
         usual = Config(data=self.data, model=self.model).identity()
-        model = Path(self.model).name.replace(".py:", ".")  # mine.mlp
-        name = f"{Path(self.data).stem}-{model}"
+        data = Path(seen_from_here(self.data)).with_suffix("").as_posix()
+        model = seen_from_here(self.model).replace(".py:", ".")  # mine.mlp
+        name = f"{data}-{model}".strip("/").replace("/", ".")
         for option, value in self.identity().items():
             if value != usual.get(option):
                 name += f"-{option}" if value is True else f"-{option}={value}"
         return Path("logs") / name
+
+
+def seen_from_here(name):
+    """A file, FILE.py:FUNCTION too, always written in one way; the name of ours as it is."""
+    if ":" not in name and not name.endswith((".npz", ".txt")):
+        return name
+    path = Path(name).resolve()
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return path.as_posix()
 
 
 class Experiment(NamedTuple):
