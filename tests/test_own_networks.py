@@ -930,7 +930,7 @@ NET = small()
         (Keeps(closure=True), None, "a copy computes with the weights of the original"),
         (NET, lambda: NET, "build returns the same network each time"),
         (small().requires_grad_(False), None, "requires_grad is False everywhere"),
-        (small(nn.LazyLinear(8)), None, "uninitialized parameter"),
+        (small(nn.LazyLinear(8)), None, "has lazy layers: run it once"),
     ],
     ids="closure same frozen lazy".split(),
 )
