@@ -67,7 +67,9 @@ def train(run, tell):
     config, net, size = run.config, run.net, run.config.batch_size
     began = time.perf_counter() - run.seconds
     upto = run.epoch if run.started else None
-    before = None if run.started else before_training(run, tell)
+    if not run.started:
+        with own.running(config.model):
+            before = before_training(run, tell)
     log = runs.Log(run.path, upto)
     layer_log = runs.Log(run.path.with_suffix(".layers.csv"), upto)
     step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
@@ -321,7 +323,7 @@ def main(argv=None):
         raise
     except (OSError, ValueError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        runs.leave(config.out)
+        runs.leave(config.folder())
         return 1
     except KeyboardInterrupt as signalled:
         print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
