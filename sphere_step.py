@@ -175,10 +175,6 @@ class SphereSGD(torch.optim.Optimizer):
             if group["radius"]:
                 radii = [torch.full_like(norm, group["radius"]) for norm in norms]
                 _put_on_spheres(group, norms, radii)
-            for p, radius in zip(group["params"], radii if group["sphere"] else (), strict=False):
-                most = torch.finfo(p.dtype).max if p.is_floating_point() else math.inf
-                if (radius > most).any():
-                    raise ValueError(f"a radius of {radius.max():.3g} does not fit {p.dtype}")
         except Exception:
             self.param_groups.pop()
             raise

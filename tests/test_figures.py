@@ -62,7 +62,8 @@ def test_the_panels_follow_from_the_runs(tmp_path, drawn, kind, values):
     else:
         assert titles(fig)[3:] == epochs and "mean ± s.e." in titles(fig)[1]
         errors = fig.axes[1].get_legend_handles_labels()[1]
-        assert "test, then ELR 1e-03" in errors
+        then = "angle" if kind == "angle" else "ELR"
+        assert f"test, then {then} 1e-03" in errors
         (test,) = [x for x in fig.axes[1].containers if x.get_label() == "test"]
         assert list(test.lines[0].get_xdata()) == [0.01, 0.02, 0.03]
         assert test.lines[0].get_ydata() == pytest.approx([0.09, 0.18, 0.27], rel=0.1)
