@@ -1,7 +1,7 @@
-"""Draw the pictures in docs/, and print the tables of the guide.
+"""Draw the pictures in docs/, and print the tables of the findings.
 
 python docs/draw.py          step.png; angle.png and its tables, modular.png, from benchmarks/
-python docs/draw.py logs     law.png, too, and the tables of the logs of the guide's commands
+python docs/draw.py logs     law.png, too, and the tables of the logs of the findings' commands
 """
 
 import csv
@@ -335,7 +335,7 @@ def draw_optimizers(tasks):
     figures.save(fig, ROOT / "docs" / "angle.png")
 
 
-# ------------------------------------------------------------------- tables of the guide alone
+# ------------------------------------------------------------------- tables of the findings alone
 
 
 def sizes(logs):
@@ -432,13 +432,13 @@ def second_runs(logs):
 
 def main(argv=None):
     parser = regimes.Parser(prog="draw.py", description=__doc__)
-    text = "the folder of the guide's logs; without it, what needs no logs"
+    text = "the folder of the findings' logs; without it, what needs no logs"
     parser.add_argument("logs", type=Path, nargs="?", metavar="LOGS", help=text)
     logs = parser.parse_args(argv).logs
     folders = {"law", "mod31", "mod31-then", "mod31-wd2", "mod31-wd3", *SIZES, *WITH_BOUNDARIES}
     for name in sorted(folders if logs else ()):
         if not (logs / name).is_dir():
-            parser.error(f"argument LOGS: {logs / name} is not there: its command is in the guide")
+            parser.error(f"argument LOGS: {logs / name} is not there: see docs/findings.md")
     if not OPTIMIZERS.exists():
         parser.error(f"{OPTIMIZERS} is not there: python docs/optimizers.py makes it")
     step()

@@ -3,7 +3,7 @@ the log alone; from those of several seeds more precisely.
 
 On the way down a network freezes where log loss falls most steeply against log ELR. On the way up
 it melts where the loss leaves the level that it had when frozen. Where the two ways agree the state
-does not depend on the past. docs/guide.md has the measurements behind the thresholds.
+does not depend on the past. docs/findings.md has the measurements behind the thresholds.
 """
 
 import math

@@ -16,7 +16,7 @@ from lab.data import load
 from sphere_step import SphereSGD
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 spec = importlib.util.spec_from_file_location("optimizers", ROOT / "docs" / "optimizers.py")
 optimizers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(optimizers)
@@ -84,8 +84,9 @@ def test_both_directions_are_of_root_mean_square_about_one(shape):
         assert 0.5 < direction(p, {}).square().mean().sqrt() < 1.3
 
 
-def test_the_five_lines_of_the_readme_make_the_steps_of_another_optimizer_directions():
-    lines = re.search(r"AdamH.*?```python\n(.*?)```", README, re.S)[1]
+def test_the_five_lines_of_the_findings_make_the_steps_of_another_optimizer_directions():
+    section = FINDINGS.split("## Any direction\n")[1]
+    lines = re.search(r"AdamH.*?```python\n(.*?)```", section, re.S)[1]
     assert len(lines.splitlines()) == 5
     start = [torch.randn(s) for s in SHAPES]
     convs = [torch.nn.Parameter(x.clone()) for x in start]
@@ -246,11 +247,11 @@ def test_the_table_pairs_by_seed():
 
 def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
     optimizers.few_digits(tmp_path / "ours.npz")
-    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split("### Any direction\n")[1]
+    section = FINDINGS.split("## How the figures were made\n")[1]
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data" / "digits.npz", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(.*?)```", guide, re.S)[1], {})
+    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], {})
     digits = load("digits")
     for name in ("ours.npz", "few.npz"):
         few = load(name)
