@@ -526,9 +526,8 @@ def _norms(group, zeros=False):
     for p in group["params"] if group["sphere"] else ():
         rows, length = _rows(group, _local(p))
         matrix = _as_matrix(_local(p.detach()), rows, length)
-        square = torch.zeros(rows, dtype=torch.float64, device=matrix.device)
-        for at in _pieces(matrix):
-            square[at[0]] += matrix[at].double().square().sum(1)
+        parts = [piece.double().square().sum(1) for (piece,) in _pieces([matrix])]
+        square = sum(parts) if rows == 1 else torch.cat(parts)
         for process_group in _split_over(group, p):
             all_reduce(square, group=process_group)
         squares.append(square)
@@ -645,7 +644,9 @@ class _Layout:
         self.captured = optimizer._captured
         self.params = [p for group in self.groups for p in group["params"]]
         self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
-        self.made_for = self.describe()
+        self.ids = [[*map(id, group["params"])] for group in self.groups]
+        self.sharded = any(map(_is_dtensor, self.params))
+        self.layouts = [_in_memory(x) for x in self.local_params()]
         self.copies = {}  # number of a tensor → its gradient, which lies otherwise than its θ
         self.whole = []  # of each group: no tensor of a joint sphere is without a gradient
 
@@ -675,35 +676,38 @@ class _Layout:
         self.line_of_part = torch.arange(len(self.owners), device=device)
         self.reductions = self.find_shards()  # of the lines that are split over ranks
 
-    def describe(self):
-        return [[(id(p), *_in_memory(_local(p))) for p in own["params"]] for own in self.groups]
-
     def fits(self):
         """Whether the tensors are still those, and lie as they did."""
-        return self.describe() == self.made_for
+        if [[*map(id, group["params"])] for group in self.groups] != self.ids:
+            return False
+        return [_in_memory(x) for x in self.local_params()] == self.layouts
+
+    def local_params(self):
+        return [*map(_local, self.params)] if self.sharded else self.params
 
     def gather(self):
         """(θ, g, m) of each tensor, on this rank, in the layout of θ; m is None without momentum,
         and all of it without a gradient."""
         self.copies, self.whole, found = {}, [], []
+        local = iter(self.local_params())
         for group, states in zip(self.groups, self.states, strict=True):
             absent = 0
             for p, state in zip(group["params"], states, strict=True):
-                x, g, m = _local(p), p.grad, None
+                x, g, m, layout = next(local), p.grad, None, self.layouts[len(found)]
                 if g is None:
                     absent += 1
                     found.append(None)
                     continue
                 if g.layout != torch.strided:
                     raise RuntimeError("a gradient is sparse: take sparse=False")
-                placed = not _is_dtensor(g) or g.placements == p.placements
+                moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
                 g = _gradient(p)
-                if _in_memory(g) != _in_memory(x) or not placed:
+                if moved or _in_memory(g) != layout:
                     _same_shape(g, x, "a gradient")
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
                 if group["momentum"]:
                     m = state.get("momentum_buffer")
-                    if m is None or _in_memory(_local(m)) != _in_memory(x):
+                    if m is None or _in_memory(_local(m)) != layout:
                         new = state["momentum_buffer"] = torch.zeros_like(p)
                         if m is not None:
                             _same_shape(m, p, "a momentum_buffer")
@@ -781,10 +785,9 @@ class _InPyTorch(_Layout):
         self.vectors = []  # θ, g, m of each tensor at this step
         self.present = None  # which tensors had a gradient when the units were made
         self.units = []
-        self.grams = self.rules = None  # [lines, 6], [spheres, 6] float64, of the last step
-
-    def last(self):
-        return self.grams, self.rules
+        # Of the last step: [lines, 6], [spheres, 6] float64, or still those of units, by sphere
+        self.grams, self.rules = [], {}
+        self.radius_list = self.radii.tolist()
 
     def refresh(self):
         self.vectors = self.gather()
@@ -812,26 +815,69 @@ class _InPyTorch(_Layout):
             units.append(_Unit(first.group, tensors, first.rows, first.length, lines, sphere))
         return units
 
+    def last(self):
+        if not isinstance(self.rules, Tensor):
+            rules = self.radii.new_full((len(self.radii), 6), math.nan)
+            if self.rules:
+                rules[list(self.rules)] = rules.new_tensor([*self.rules.values()])
+            self.grams, self.rules = self.table_of(self.grams), rules
+        return self.grams, self.rules
+
+    def table_of(self, grams):
+        """[lines, 6] of the Gram matrices of units: six numbers, or a tensor [6, lines]."""
+        table, singles = self.radii.new_zeros(len(self.owners), 6), {}
+        for unit, gram in zip(self.units, grams, strict=True):
+            if isinstance(gram, Tensor):
+                table[unit.lines] = gram.T
+            else:
+                singles[unit.lines.start] = gram
+        if singles:
+            table[list(singles)] = table.new_tensor([*singles.values()])
+        return table
+
     def step(self, options, move):
         # The Gram matrices
-        self.grams, work = self.radii.new_zeros(len(self.sphere_of_line), 6), []
+        grams, work = [], []
         for unit in self.units:
             lists = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
             if lists[2][0] is None:
                 lists.pop()
             matrices = [_side_by_side(tensors, unit.rows, unit.length) for tensors in lists]
-            self.grams[unit.lines] = _gram_of_lines(matrices, options[unit.group][1]).T
+            grams.append(_gram_of_lines(matrices, options[unit.group][1]))
             work.append((unit, lists, matrices))
-        self.add_up(self.grams)
 
-        # The rules, and the moves, from the last on, which the cache still has
-        sums = _sums_by(self.grams, self.sphere_of_line, len(self.radii))
-        self.rules = self.rules_of(sums, options)
+        # The rules
+        if self.reductions or any(unit.sphere is None for unit in self.units):
+            self.grams = self.table_of(grams)
+            self.add_up(self.grams)
+            sums = _sums_by(self.grams, self.sphere_of_line, len(self.radii))
+            table = sums.new_tensor(options)[self.group_of_sphere[: len(sums)]]
+            lr, beta, tan, at_radius, _, _ = table.T
+            radii = at_radius * self.radii
+            rules = _formula(*sums.T, radii, lr, beta, tan, torch.where, torch.sqrt)
+            self.rules = torch.stack(rules, 1)
+        else:  # few, and quicker as numbers
+            sums = {}
+            for unit, gram in zip(self.units, grams, strict=True):
+                if isinstance(gram, Tensor):
+                    gram = gram.sum(1).tolist()
+                before = sums.get(unit.sphere, 6 * [0.0])
+                sums[unit.sphere] = [a + b for a, b in zip(before, gram, strict=True)]
+            self.grams, self.rules = grams, {}
+            for sphere, gram in sums.items():
+                number = self.group_of_sphere[sphere]
+                lr, beta, tan, at_radius, _, _ = options[number]
+                radius = at_radius * self.radius_list[sphere]
+                self.rules[sphere] = sphere_rule(gram, radius, lr, beta, tan >= 0)
+
+        # The moves, from the last on, which the cache still has
         for unit, lists, matrices in reversed(work) if move else ():
             if unit.sphere is None:
-                _move(self.rules[self.sphere_of_line[unit.lines]], matrices)
+                rule = self.rules[self.sphere_of_line[unit.lines]]
             else:
-                _move(self.rules[unit.sphere].tolist(), matrices)
+                rule = self.rules[unit.sphere]
+                rule = rule.tolist() if isinstance(rule, Tensor) else rule
+            _move(rule, matrices)
             if len(unit.tensors) > 1:  # they were laid side by side
                 for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
                     parts = matrix.view(len(tensors), *tensors[0].shape).unbind()
@@ -841,24 +887,9 @@ class _InPyTorch(_Layout):
             if vectors and not group["sphere"]:
                 lr, beta, _, _, _, decay = options[place.group]
                 if group["angle"]:
-                    lr = _pace(self.rules).item()
+                    lr = _pace(self.last()[1]).item()
                 flat = [_as_matrix(x, 1, place.length) for x in vectors if x is not None]
                 _move((1.0, -lr, decay, lr, 0.0, beta), flat)
-
-    def rules_of(self, sums, options):
-        """`sphere_rule` of Gram matrices [spheres, 6], a tensor of the same shape."""
-        if len(sums) > 16:
-            options = sums.new_tensor(options)[self.group_of_sphere[: len(sums)]]
-            lr, beta, tan, at_radius, _, _ = options.T
-            radii = at_radius * self.radii
-            rule = _formula(*sums.T, radii, lr, beta, tan, torch.where, torch.sqrt)
-            return torch.stack(rule, 1)
-        rules = []
-        spheres = zip(sums.tolist(), self.radii.tolist(), self.group_of_sphere, strict=False)
-        for gram, radius, number in spheres:
-            lr, beta, tan, at_radius, _, _ = options[number]
-            rules.append(sphere_rule(gram, at_radius * radius, lr, beta, tan >= 0))
-        return sums.new_tensor(rules).view(-1, 6)
 
 
 def _as_matrix(x, rows, length):
@@ -873,42 +904,38 @@ def _side_by_side(tensors, rows, length):
     return torch.stack(tensors).reshape(len(tensors) * rows, length)
 
 
-def _pieces(matrix):
-    """Indices of parts of at most PIECE elements, or of one row: all columns, or all rows."""
-    rows, length = matrix.shape
+def _pieces(matrices):
+    """Matrices of as many rows, in parts of about PIECE elements: of columns, or of whole rows."""
+    rows, length = matrices[-1].shape
+    if rows * length <= PIECE:
+        return [matrices]
     if rows == 1:
-        starts = range(0, length, PIECE)
-        return [(slice(None), slice(start, start + PIECE)) for start in starts]
-    step = max(1, PIECE // max(1, length))
-    return [(slice(start, start + step), slice(None)) for start in range(0, rows, step)]
+        return [*zip(*(x.split(PIECE, 1) for x in matrices), strict=True)]
+    return [*zip(*(x.split(max(1, PIECE // length)) for x in matrices), strict=True)]
 
 
 def _gram_of_lines(matrices, beta):
-    """Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: [6, lines] float64."""
-    parts = []
-    for at in _pieces(matrices[0]):
-        vectors = [x[at] for x in matrices]
-        gram = None
-        if len(vectors[0]) == 1 and vectors[0].numel() > SMALL:
-            gram = _quick_gram([x[0] for x in vectors], beta)
-        if gram is None:
-            gram = _wide_gram(vectors)
-        parts.append(gram)
-    return sum(parts) if len(matrices[0]) == 1 else torch.cat(parts, 1)
+    """The Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: of one line six
+    numbers, of several a tensor [6, lines] float64."""
+    if len(matrices[0]) > 1:
+        grams = [_wide_gram(piece) for piece in _pieces(matrices)]
+        return grams[0] if len(grams) == 1 else torch.cat(grams, 1)
+    grams = [_gram_of_line([x[0] for x in piece], beta) for piece in _pieces(matrices)]
+    return [sum(entry) for entry in zip(*grams, strict=True)]
 
 
-def _quick_gram(vectors, beta):
-    """Of single lines [length], summed in float32; None where that is not exact enough: where sums
-    are too small, or mostly cancel."""
-    narrow = vectors[0].element_size() < 4
-    own = [x.float() if narrow else x for x in vectors]
-    gram = [torch.dot(x, y).item() for i, x in enumerate(own) for y in own[: i + 1]]
+def _gram_of_line(vectors, beta):
+    """Of vectors [length]; float32 sums, where they are neither too small nor mostly cancel."""
+    small = len(vectors[0]) <= SMALL
+    if small or vectors[0].element_size() < 4:
+        vectors = [x.double() if small else x.float() for x in vectors]
+    gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     gram += [0.0] * (6 - len(gram))
-    if min(gram[0], gram[2]) > 1e-25:
-        ways = [_rest(gram, 0), _rest(gram, beta)]
-        if all(rest > 1e-2 * whole for rest, whole in ways):
-            return vectors[0].new_tensor(gram, dtype=torch.float64)[:, None]
-    return None
+    if not small:
+        ways = [_rest(gram, 0), _rest(gram, beta)] if min(gram[0], gram[2]) > 1e-25 else [(0, 0)]
+        if any(rest <= 1e-2 * whole for rest, whole in ways):
+            return _wide_gram(vectors).tolist()
+    return gram
 
 
 def _wide_gram(vectors):
@@ -921,22 +948,20 @@ def _wide_gram(vectors):
 def _move(rule, matrices):
     """m ← βm + g + uθ, θ ← kθ + bm, in place, for θ, g and perhaps m, [lines, length] each. rule:
     its six numbers, or those of each line, a tensor [lines, 6]. Nothing moves where k is nan."""
-    numbers = not isinstance(rule, Tensor)
-    if numbers and math.isnan(rule[0]):
-        return
-    for at in reversed(_pieces(matrices[0])):
-        theta, g, *m = (x[at] for x in matrices)
-        if not numbers:
-            _move_wide(rule[at[0]].T[:, :, None], theta, g, *m)
-            continue
+    if isinstance(rule, Tensor):
+        for own, *vectors in _pieces([rule, *matrices]):
+            _move_wide(own.T[:, :, None], *vectors)
+    elif not math.isnan(rule[0]):
         k, b, u, _, _, beta = rule
-        if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
-            _move_wide(torch.tensor(rule, dtype=torch.float64, device=theta.device), theta, g, *m)
-        elif m:
-            m[0].mul_(beta).add_(g).add_(theta, alpha=u)
-            theta.mul_(k).add_(m[0], alpha=b)
-        else:
-            theta.mul_(k + b * u).add_(g, alpha=b)
+        for theta, g, *m in reversed(_pieces(matrices)):
+            if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
+                wide = torch.tensor(rule, dtype=torch.float64, device=theta.device)
+                _move_wide(wide, theta, g, *m)
+            elif m:
+                m[0].mul_(beta).add_(g).add_(theta, alpha=u)
+                theta.mul_(k).add_(m[0], alpha=b)
+            else:
+                theta.mul_(k + b * u).add_(g, alpha=b)
 
 
 def _move_wide(rule, theta, g, m=None):
@@ -1334,14 +1359,14 @@ class _ByKernels(_Layout):
 
     def look(self):
         """Which tensors there are, where θ, g, m are and how they lie."""
-        seen = []
-        for group, states in zip(self.groups, self.states, strict=True):
+        seen = [len(self.groups)]
+        for group, states in zip(self.groups, self.states, strict=False):
             momentum = group["momentum"] > 0
             seen += momentum, len(group["params"])
             for p, state in zip(group["params"], states, strict=False):
                 seen.append(id(p))
                 g, m = p.grad, state.get("momentum_buffer") if momentum else None
-                if self.reductions:
+                if self.sharded:
                     p, g, m = _local(p), _local(g), _local(m)
                 for x in (p, g, m):
                     if x is None:
