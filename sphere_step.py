@@ -850,7 +850,9 @@ class _InPyTorch(_Layout):
         if self.reductions or any(unit.sphere is None for unit in self.units):
             self.grams = self.table_of(grams)
             self.add_up(self.grams)
-            sums = _sums_by(self.grams, self.sphere_of_line, len(self.radii))
+            sums = self.grams
+            if self.owners != [*range(len(self.owners))]:  # some lines share a sphere
+                sums = _sums_by(sums, self.sphere_of_line, len(self.radii))
             table = sums.new_tensor(options)[self.group_of_sphere[: len(sums)]]
             lr, beta, tan, at_radius, _, _ = table.T
             radii = at_radius * self.radii
@@ -917,7 +919,7 @@ def _pieces(matrices):
 def _gram_of_lines(matrices, beta):
     """The Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: of one line six
     numbers, of several a tensor [6, lines] float64."""
-    if len(matrices[0]) > 1:
+    if matrices[0].shape[0] > 1:
         grams = [_wide_gram(piece) for piece in _pieces(matrices)]
         return grams[0] if len(grams) == 1 else torch.cat(grams, 1)
     grams = [_gram_of_line([x[0] for x in piece], beta) for piece in _pieces(matrices)]
@@ -926,7 +928,7 @@ def _gram_of_lines(matrices, beta):
 
 def _gram_of_line(vectors, beta):
     """Of vectors [length]; float32 sums, where they are neither too small nor mostly cancel."""
-    small = len(vectors[0]) <= SMALL
+    small = vectors[0].numel() <= SMALL
     if small or vectors[0].element_size() < 4:
         vectors = [x.double() if small else x.float() for x in vectors]
     gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
