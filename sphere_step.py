@@ -23,6 +23,7 @@ import sys
 import warnings
 from inspect import unwrap
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,22 +139,17 @@ class SphereSGD(torch.optim.Optimizer):
     def __init__(self, params, lr, sphere="group", radius=None, momentum=0.0, angle=False,
                  weight_decay=0.0, backend="auto"):  # fmt: skip
         self.backend = backend
-        self._complete = False  # the groups that were given are all there
-        self._forget()
+        self._layout = None  # of the tensors as lines and spheres: made at the first step
+        self._captured = []  # tables that CUDA graphs read
+        self._sizes = None  # elements of each tensor when it was given; None: not all are given yet
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
+        self._forget()
         self._check()
-        self._complete = True
 
     def _forget(self):
-        """All tables are made anew at the next step."""
-        self._layouts = None  # of the parameters for which the tables were made
-        self._seen = None  # where θ, g, m of each tensor were at the last step, and how they lie
-        self._numbers = None  # the options of the groups at the last step
-        self._sizes = {}  # elements of each parameter
-        self._captured = []  # tables that CUDA graphs read
-        for group in self.param_groups if hasattr(self, "param_groups") else ():
-            self._sizes |= {p: p.numel() for p in group["params"]}
+        self._layout, self._captured = None, []
+        self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     # torch wraps this and the next ones for torch.compile, which takes a second to import
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
@@ -167,9 +163,10 @@ class SphereSGD(torch.optim.Optimizer):
             for name in set(group) - set(KNOWN):
                 if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
-            for number, p in enumerate(group["params"], len(self._sizes)):
+            before = sum(len(other["params"]) for other in self.param_groups[:-1])
+            for number, p in enumerate(group["params"], before):
                 _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
-            if self._complete:
+            if self._sizes is not None:
                 self._check()
             radii = norms = _norms(group, zeros=group["radius"] is not None)
             if group["radius"]:
@@ -178,9 +175,9 @@ class SphereSGD(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._layouts = None
         for i, p in enumerate(group["params"]):
-            self._sizes[p] = p.numel()
+            if self._sizes is not None:
+                self._sizes[p] = p.numel()
             if group["sphere"]:
                 self.state[p]["radius"] = _like_rows(group, p, radii[i])
             if group["momentum"]:
@@ -191,7 +188,6 @@ class SphereSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._complete = True
         self._forget()
 
     def load_state_dict(self, state_dict):
@@ -210,13 +206,14 @@ class SphereSGD(torch.optim.Optimizer):
                     if group["sphere"]:  # torch has made it of the parameter's type
                         radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
                         state["radius"] = radius.to(p.device, torch.float64)
+                    for x in state.values():
+                        if isinstance(x, Tensor) and not _local(x).isfinite().all():
+                            raise ValueError(
+                                "the state has a radius or momentum that is not finite"
+                            )
+                    if "radius" in state and (_local(state["radius"]) <= 0).any():
+                        raise ValueError("the state has a radius that is not positive")
             self._check()
-            for state in self.state.values():
-                for x in state.values():
-                    if isinstance(x, Tensor) and not _local(x).isfinite().all():
-                        raise ValueError("the state has a radius or momentum that is not finite")
-                if (_local(state.get("radius", torch.ones(1, device="cpu"))) <= 0).any():
-                    raise ValueError("the state has a radius that is not positive")
         except Exception:
             self.__dict__ = before  # nothing changed
             raise
@@ -244,33 +241,58 @@ class SphereSGD(torch.optim.Optimizer):
         """As `step`, at the norms that the weights have, but nothing moves: for `stats`."""
         self._apply(move=False)
 
+    def _apply(self, move):
+        apply = self._apply_now
+        if torch.compiler.is_compiling():
+            apply = torch.compiler.disable(apply)  # which takes a second to import
+        apply(move)
+
+    def _apply_now(self, move):
+        if self._layout is None or not self._layout.fits():
+            kind, device = self._check()
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if p not in self._sizes:
+                    what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
+                    raise ValueError(f"{what} (a flat partition?): call add_param_group")
+            first, self._layout = self._layout is None, kind(self, device)
+            if first and move:
+                self._warn_of_moved_weights()
+        layout = self._layout
+        lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
+        layout.refresh()  # raises, if anything does, before anything moves
+        options = []
+        for group, lr, whole in zip(self.param_groups, lrs, layout.whole, strict=True):
+            tan = math.tan(lr) if group["angle"] and not isinstance(lr, Tensor) else -1.0
+            # Without the gradient of one tensor the others keep the norm that they have together.
+            at_radius = float(whole and move)
+            plain = float(group["sphere"] is None)
+            options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
+        layout.step(options, move)
+
     @property
     def last(self):
         """What `stats` are made of: Gram matrices of parts of lines, and what `sphere_rule`
         returned. A line is a tensor, or a row of one where rows are spheres."""
-        if self._seen is None or not self._on_spheres():
+        if self._layout is None or not self._on_spheres():
             raise RuntimeError("no statistics before the first step on a sphere")
-        if self._use_triton:
-            return self._partials.clone(), self._rules[: len(self._radii)].clone()
-        grams = self._radii.new_zeros(len(self._owners), 6)
-        rules = self._radii.new_full((len(self._radii), 6), math.nan)
-        return _table(self._grams, grams), _table(self._rules, rules)
+        return self._layout.last()
 
     def grams(self, last=None):
         """Gram matrices (θθ, θg, gg, θm, gm, mm) of the last step, [lines, 6] float64: of each
         tensor on a sphere, or of its rows where they are spheres; 0 without a gradient. With the
         `last` of several steps, stacked: [steps, lines, 6]."""
-        return _sums_by((last or self.last)[0], self._line_of_part, len(self._owners))
+        parts, _ = last or self.last
+        return _sums_by(parts, self._layout.line_of_part, len(self._layout.sphere_of_line))
 
     def stats(self, last=None):
         """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ,
         `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. Several steps: as `grams`."""
         last = last or self.last
-        grams = _sums_by(self.grams(last), self._owners[:, 0], len(self._radii))
+        layout = self._layout
+        grams = _sums_by(self.grams(last), layout.sphere_of_line, len(layout.radii))
         _, g2, angle, radial, elr, radius = _described(grams, last[1])
-        return dict(
-            radius=radius, elr=elr, grad_norm=radius * g2.sqrt(), angle=angle, radial=radial
-        )
+        gamma = radius * g2.sqrt()
+        return dict(radius=radius, elr=elr, grad_norm=gamma, angle=angle, radial=radial)
 
     def layer_stats(self, last=None):
         """The same per tensor on a sphere: its `norm` ρ_i before the step, its own ELR `elr`
@@ -278,8 +300,8 @@ class SphereSGD(torch.optim.Optimizer):
         spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ. If the parameters were
         given with names: `name`, a list of them."""
         last = last or self.last
-        sphere, tensor = self._owners.T
-        tt, g2, angle, _, elr, radius = _described(self.grams(last), last[1][..., sphere, :])
+        rules, tensor = last[1][..., self._layout.sphere_of_line, :], self._layout.tensor_of_line
+        tt, g2, angle, _, elr, radius = _described(self.grams(last), rules)
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
         names = [name for group in self._on_spheres() for name in group.get("param_names", ())]
         tensors = sum(len(group["params"]) for group in self._on_spheres())
@@ -291,7 +313,7 @@ class SphereSGD(torch.optim.Optimizer):
         return [group for group in self.param_groups if group.get("sphere")]
 
     def _check(self):
-        """The device, and whether to use the kernels. ValueError where no step can be made."""
+        """How a step is made, and the device. ValueError where none can be made."""
         groups = [group for group in self.param_groups for _ in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         device = params[0].device if params else torch.device("cpu")
@@ -300,15 +322,13 @@ class SphereSGD(torch.optim.Optimizer):
         if self.backend not in ("auto", "torch", "triton" if possible else "auto"):
             what = "'auto', 'torch' or, on a GPU, not in float64, 'triton'"
             raise ValueError(f"backend={self.backend!r}: it must be {what}")
-        spheres = [group for group in groups if group["sphere"]]
-        if groups and not spheres and any(group["angle"] for group in groups):
+        if any(group["angle"] for group in groups) and not any(x["sphere"] for x in groups):
             raise ValueError("angle=True: there is no sphere that could turn by it")
         for number, (group, p) in enumerate(zip(groups, params, strict=True)):
-            what = f"parameter {number} of shape {tuple(p.shape)}"
+            what, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
             _check_tensor(group, p, what)
             if p.device != device:
                 raise ValueError(f"{what} is on {p.device}, not on {device}")
-            state = self.state.get(p, {})
             m = state.get("momentum_buffer")
             if m is not None and m.shape != p.shape:
                 raise ValueError(f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
@@ -319,140 +339,9 @@ class SphereSGD(torch.optim.Optimizer):
                 if radius.numel() != rows:
                     raise ValueError(f"{what} has {rows} spheres, but {radius.numel()} radii")
         _check_overlaps(params)
-        meshes = {p.device_mesh for p in params if _is_dtensor(p)}
-        if len(meshes) > 1:
+        if len({p.device_mesh for p in params if _is_dtensor(p)}) > 1:
             raise ValueError("the DTensors are on several device meshes: an optimizer for each")
-        return device, possible and self.backend != "torch"
-
-    # ------------------------------------------------------------------------------- one step
-
-    def _apply(self, move):
-        apply = self._apply_now
-        if torch.compiler.is_compiling():
-            apply = torch.compiler.disable(apply)  # which takes a second to import
-        apply(move)
-
-    def _apply_now(self, move):
-        groups = self.param_groups
-        if self._layouts is None or self._ids != [[*map(id, x["params"])] for x in groups]:
-            self._lay_out(move)
-        lrs = [_lr(group, wait=not self._use_triton) for group in groups]  # before anything moves
-        if self._seen is None or self._seen != self._look():
-            self._notice(move)
-        for i, copy in self._copies.items():
-            copy.copy_(_local(self._params[i].grad))
-        options = []
-        for group, lr, whole in zip(groups, lrs, self._whole, strict=True):
-            tan = math.tan(lr) if group["angle"] and not isinstance(lr, Tensor) else -1.0
-            # Without the gradient of one tensor the others keep the norm that they have together.
-            at_radius = float(whole and move)
-            plain = float(group["sphere"] is None)
-            options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
-        step = self._triton_step if self._use_triton else self._torch_step
-        step(options, move)
-
-    def _look(self):
-        """How θ, g, m of each tensor lie in memory; for the kernels also where."""
-        seen, where = [], self._use_triton
-        for group, states in zip(self.param_groups, self._states, strict=True):
-            momentum = group["momentum"] > 0
-            seen.append(momentum)
-            for p, state in zip(group["params"], states, strict=True):
-                g, m = p.grad, state.get("momentum_buffer") if momentum else None
-                if self._sharded:
-                    p, g, m = _local(p), _local(g), _local(m)
-                seen += p.stride(), p.data_ptr() if where else _layout(p)
-                if g is None:
-                    seen.append(None)
-                else:
-                    seen += g.stride(), g.data_ptr() if where else (g.dtype, g.layout)
-                if m is not None:
-                    seen += m.stride(), m.data_ptr() if where else _layout(m)
-        return seen
-
-    def _notice(self, move):
-        """After a look: gradients and momentum in the layout of θ, and their addresses."""
-        if [_layout(_local(p)) for p in self._params] != self._layouts:
-            self._lay_out(move)
-        self._copies, self._whole, addresses, moved = {}, [], [], []
-        for group, states in zip(self.param_groups, self._states, strict=True):
-            absent = 0
-            for p, state in zip(group["params"], states, strict=True):
-                x, g, m = _local(p), p.grad, 0
-                addresses.append((0, 0, 0))
-                if g is None:
-                    absent += 1
-                    continue
-                if g.layout != torch.strided:
-                    raise RuntimeError("a gradient is sparse: take sparse=False")
-                if _is_dtensor(p):
-                    g = g.redistribute(p.device_mesh, p.placements).to_local()
-                if _layout(g) != _layout(x):
-                    _same_shape(g, x, "a gradient")
-                    g = self._copies[len(addresses) - 1] = torch.empty_like(x)
-                moved.append(x)
-                if group["momentum"]:
-                    m = state.get("momentum_buffer")
-                    if m is None or _layout(_local(m)) != _layout(x):
-                        new = state["momentum_buffer"] = torch.zeros_like(p)
-                        if m is not None:
-                            _same_shape(m, p, "a momentum_buffer")
-                            new.copy_(m)
-                    moved.append(_local(state["momentum_buffer"]))
-                    m = moved[-1].data_ptr()
-                addresses[-1] = x.data_ptr(), g.data_ptr(), m
-            self._whole.append(not absent or group["sphere"] != "group")
-        if self._capturing() and (0, 0, 0) in addresses:
-            raise RuntimeError("a gradient is None in the capture of a CUDA graph")
-        if self._use_triton:
-            self._addresses, self._moved = self._upload(addresses, (-1, 3)), moved
-        else:
-            self._units = self._make_units()
-        self._seen = self._look()
-
-    def _lay_out(self, move):
-        """Makes the tables."""
-        self._device, self._use_triton = self._check()
-        first, self._seen, self._numbers = self._layouts is None, None, None
-        groups = self.param_groups
-        self._params = [p for group in groups for p in group["params"]]
-        self._ids = [[*map(id, group["params"])] for group in groups]
-        self._states = [[self.state[p] for p in group["params"]] for group in groups]
-        self._sharded = any(_is_dtensor(p) for p in self._params)
-        for p in self._params:
-            if p not in self._sizes:
-                what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
-                raise ValueError(f"{what} (a flat partition?): call add_param_group")
-        self._layouts = [_layout(_local(p)) for p in self._params]
-        if first and move:
-            self._warn_of_moved_weights()
-
-        # Where the lines and spheres of each tensor begin; what is on no sphere comes last
-        numbers = [number for number, group in enumerate(groups) for _ in group["params"]]
-        order = sorted(range(len(numbers)), key=lambda i: groups[numbers[i]]["sphere"] is None)
-        self._places, owners, radii, self._group_of_sphere, line = [], [], [], [], 0
-        for i in order:
-            group, p = groups[numbers[i]], self._params[i]
-            rows, length = _rows(group, _local(p))
-            last = self._group_of_sphere[-1] if self._group_of_sphere else None
-            joint = group["sphere"] in ("group", None) and last == numbers[i]
-            if not joint:
-                self._group_of_sphere += [numbers[i]] * rows
-            sphere = len(self._group_of_sphere) - rows
-            self._places.append((i, numbers[i], rows, length, line, sphere))
-            line += rows
-            if group["sphere"]:
-                tensor = len(self._places) - 1
-                owners += [(sphere + row, tensor) for row in range(rows)]
-                if not joint:
-                    radii += _local(self.state[p]["radius"]).tolist()
-        self._owner_list, self._radius_list = owners, radii
-        self._owners = self._upload(owners, (-1, 2))  # [lines, 2] int64: sphere, tensor
-        self._radii = self._upload(radii, dtype=torch.float64)
-        self._line_of_part = torch.arange(len(owners), device=self._device)
-        self._reductions = self._lay_out_shards() if self._sharded else []
-        if self._use_triton:
-            self._lay_out_tiles()
+        return _ByKernels if possible and self.backend != "torch" else _InPyTorch, device
 
     def _warn_of_moved_weights(self):
         for group in self._on_spheres():
@@ -460,247 +349,8 @@ class SphereSGD(torch.optim.Optimizer):
                 radius = _local(self.state[p]["radius"])
                 if ((norm / radius - 1).abs() * (norm > 0) > 0.01).any():
                     what = "weights have moved since the optimizer was made, as by load_state_dict"
-                    warnings.warn(f"{what}: the step takes them to the norms of then", stacklevel=5)
+                    warnings.warn(f"{what}: the step takes them to the norms of then", stacklevel=7)
                     return
-
-    def _lay_out_shards(self):
-        """For each process group the lines to add up over it, and 0 for those that another of its
-        ranks counts, else 1: [(process group, lines, counted)]."""
-        split, found = {}, []  # process group → its tensors
-        for i, number, _, _, _, sphere in self._places:
-            for process_group in _split_over(self.param_groups[number], self._params[i]):
-                split.setdefault(process_group, {})[i] = sphere
-        for process_group, tensors in split.items():
-            spheres, lines, counted = set(tensors.values()), [], []
-            for i, _, rows, _, line, sphere in self._places:
-                if sphere in spheres:
-                    lines += range(line, line + rows)
-                    counted += [float(i in tensors or process_group.rank() == 0)] * rows
-            counted = self._upload(counted, (-1, 1), torch.float64)
-            found.append((process_group, self._upload(lines), counted))
-        return found
-
-    def _add_up(self, grams):
-        """Gram matrices of lines [lines, 6], added up over the ranks."""
-        for process_group, lines, counted in self._reductions:
-            sums = grams[lines] * counted
-            all_reduce(sums, group=process_group)
-            grams[lines] = sums
-        return grams
-
-    def _upload(self, values, shape=-1, dtype=torch.long):
-        """A table on the device, without a wait."""
-        table = torch.tensor(values, dtype=dtype, device="cpu").view(shape)
-        if self._device.type == "cuda":
-            if self._capturing():
-                cure = "step once before, zero_grad(set_to_none=False)"
-                raise RuntimeError(f"a tensor moved in the capture of a CUDA graph: {cure}")
-            table = table.pin_memory()
-        return table.to(self._device, non_blocking=True)
-
-    def _capturing(self):
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    # ------------------------------------------------------------------------ the step in PyTorch
-
-    def _make_units(self):
-        """What PyTorch takes at once: the small tensors of a group that have the same shape, side
-        by side; each other one alone. [(number of the group, numbers of the tensors, their one
-        line, or lines, lines of a tensor, length)]"""
-        together = {}
-        for i, number, rows, length, line, _ in self._places:
-            p = self._params[i]
-            if p.grad is not None and self.param_groups[number]["sphere"]:
-                small = rows * length <= BESIDE
-                key = (number, p.dtype, _local(p).shape) if small else (number, i)
-                tensors, lines = together.setdefault((*key, rows, length), ([], []))
-                tensors.append(i)
-                lines += range(line, line + rows)
-        units = []
-        for (number, *_, rows, length), (tensors, lines) in together.items():
-            lines = lines[0] if len(lines) == 1 else self._upload(lines)
-            units.append((number, tensors, lines, rows, length))
-        return units
-
-    def _torch_step(self, options, move):
-        """A Gram matrix or a rule is six numbers or, of several lines, a tensor [6, lines]."""
-        gradients = [p.grad for p in self._params]
-        momenta = [state.get("momentum_buffer") for own in self._states for state in own]
-        params = self._params
-        if self._sharded:
-            params, gradients, momenta = ([*map(_local, x)] for x in (params, gradients, momenta))
-        for i, copy in self._copies.items():
-            gradients[i] = copy
-
-        def vectors(tensors, number):
-            lists = [[params[i] for i in tensors], [gradients[i] for i in tensors]]
-            if options[number][1]:
-                lists.append([momenta[i] for i in tensors])
-            return lists
-
-        # The Gram matrices
-        self._grams, self._rules, moves = [], [], []
-        for number, tensors, lines, rows, length in self._units:
-            lists = vectors(tensors, number)
-            matrices = [_beside(own, rows, length) for own in lists]
-            gram = _gram_of_line if isinstance(lines, int) else _gram_of_lines
-            self._grams.append((lines, gram(options[number][1], *matrices)))
-            moves.append((lists, matrices))
-        if self._reductions:
-            table = self._add_up(self.last[0])
-            for i, (lines, _) in enumerate(self._grams):
-                gram = table[lines].tolist() if isinstance(lines, int) else table[lines].T
-                self._grams[i] = lines, gram
-
-        # The moves, from the last on, which the cache still has
-        rules = self._rules_of_units(options)
-        if not move:
-            return
-        for rule, (lists, matrices) in zip(rules[::-1], moves[::-1], strict=True):
-            _move(rule, lists, matrices)
-        for number, group in enumerate(self.param_groups):
-            own = [i for i, at, *_ in self._places if at == number and gradients[i] is not None]
-            if group["sphere"] is None and own:
-                lr, beta, _, _, _, decay = options[number]
-                if group["angle"]:
-                    lr = _pace(self.last[1]).item()
-                _move((1.0, -lr, decay, lr, 0.0, beta), vectors(own, number))
-
-    def _rules_of_units(self, options):
-        """The rule of each unit: of a group, or of its lines."""
-        of_groups = {}  # number → its units
-        for unit, (number, *_) in enumerate(self._units):
-            of_groups.setdefault(number, []).append(unit)
-        rules = [None] * len(self._units)
-        for number, units in of_groups.items():
-            lr, beta, tan, at_radius, _, _ = options[number]
-            how = lr, beta, tan >= 0
-            found = [self._grams[unit] for unit in units]
-            if self.param_groups[number]["sphere"] == "group":
-                grams = [x.sum(1).tolist() if isinstance(x, Tensor) else x for _, x in found]
-                total = [sum(entry) for entry in zip(*grams, strict=True)]
-                sphere = self._group_of_sphere.index(number)
-                rule = sphere_rule(total, at_radius * self._radius_list[sphere], *how)
-                self._rules.append((sphere, rule))
-                for unit in units:
-                    rules[unit] = rule
-            elif all(isinstance(line, int) for line, _ in found):
-                for unit, (line, gram) in zip(units, found, strict=True):
-                    sphere, _ = self._owner_list[line]
-                    rules[unit] = sphere_rule(gram, at_radius * self._radius_list[sphere], *how)
-                    self._rules.append((sphere, rules[unit]))
-            else:  # many at once
-                new = self._radii.new_tensor
-                grams = [x if isinstance(x, Tensor) else new(x)[:, None] for _, x in found]
-                lines = [
-                    x if isinstance(x, Tensor) else self._line_of_part[x : x + 1] for x, _ in found
-                ]
-                spheres = self._owners[torch.cat(lines), 0]
-                rule = sphere_rule(torch.cat(grams, 1), at_radius * self._radii[spheres], *how)
-                self._rules.append((spheres, rule))
-                for unit, own in zip(
-                    units, rule.split([x.shape[1] for x in grams], 1), strict=True
-                ):
-                    rules[unit] = own
-        return rules
-
-    # ----------------------------------------------------------------------- the step by kernels
-
-    def _lay_out_tiles(self):
-        """The tables of the kernels, which say what they hold."""
-        size = SMALLEST
-        if self._device.type == "cuda":  # some tiles for each processor, but not too many
-            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            while size < LARGEST and sum(p.numel() for p in self._params) > 16 * processors * size:
-                size *= 2
-        split = {line for _, lines, _ in self._reductions for line in lines.tolist()}
-        spheres = [[0, 0, number] for number in self._group_of_sphere]
-        lines, parts, members = [], [], []
-        grams, moves, short = {}, {}, {}  # tiles of a dtype; lines of a dtype and kind
-        for i, number, rows, length, first, first_sphere in self._places:
-            group, dtype = self.param_groups[number], str(self._params[i].dtype)[6:]
-            alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
-            alone = alone and group["sphere"] and first not in split
-            kind = PART
-            if alone:
-                kind = next((kind for kind, most in MOST.items() if length <= most), PART)
-            for row in range(rows):
-                line, sphere = first + row, first_sphere + row
-                lines.append((i, row * length, length, sphere))
-                if kind in LINES:
-                    short.setdefault((dtype, kind), []).append(line)
-                    continue
-                if not spheres[sphere][1]:
-                    spheres[sphere][0] = line if self._reductions else len(parts)
-                step = size if kind == PART else ALONE
-                for start in range(0, max(length, 1), step):
-                    tile = kind, line, 1, start, min(start + step, length), len(parts)
-                    if kind == PART:
-                        moves.setdefault(dtype, []).append(tile)
-                    if group["sphere"]:
-                        grams.setdefault(dtype, []).append(tile)
-                        parts.append(line)
-                        spheres[sphere][1] += start == 0 or not self._reductions
-        many = {lines[line][3] for own in moves.values() for _, line, *_ in own}
-        for (dtype, kind), own in short.items():
-            for first in range(0, len(own), LINES[kind]):
-                some = own[first : first + LINES[kind]]
-                longest = max(lines[line][2] for line in some)
-                tile = kind, len(members), len(some), 0, longest, len(parts)
-                grams.setdefault(dtype, []).append(tile)
-                members += some
-                parts += some
-        self._gram_tiles = [(dtype, self._upload(own, (-1, 6))) for dtype, own in grams.items()]
-        self._move_tiles = [(dtype, self._upload(own, (-1, 6))) for dtype, own in moves.items()]
-        tables = (members, -1), (lines, (-1, 4)), (spheres, (-1, 3)), (sorted(many), -1)
-        tables = [self._upload(*table) for table in tables]
-        self._members, self._lines, self._spheres, self._many = tables
-        self._line_of_part = self._line_of_sum = self._upload(parts)
-        self._sums = self._partials = self._radii.new_zeros(len(parts), 6)
-        self._rules = self._radii.new_zeros(len(spheres), 6)
-        self._groups = self._radii.new_zeros(len(self.param_groups), 6)
-
-    def _triton_step(self, options, move):
-        before = self._groups
-        numbers = [[0.0 if isinstance(lr, Tensor) else lr, *rest] for lr, *rest in options]
-        if numbers != self._numbers:  # into new memory: a graph may read the old
-            self._groups = self._upload(numbers, (-1, 6), torch.float64)
-            self._numbers = numbers
-        for i, (lr, *_) in enumerate(options):
-            if isinstance(lr, Tensor):
-                if self.param_groups[i]["angle"]:
-                    lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)  # or the last valid one
-                    self._groups[i, 2] = lr.double().tan()
-                self._groups[i, 0] = lr
-        tables = [self._members, self._lines, self._addresses, self._spheres, self._radii]
-        tables += [self._groups, self._sums, self._rules]
-        momentum = any(group["momentum"] for group in self.param_groups)
-        with torch.cuda.device_of(self._radii):  # else Triton launches on the current one
-            for dtype, tiles in self._gram_tiles:
-                how = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
-                _gram_pass[(len(tiles),)](tiles, *tables, **how)
-            if self._reductions:
-                grams = _sums_by(self._sums, self._line_of_sum, len(self._owners))
-                self._partials = tables[6] = self._add_up(grams)
-                self._line_of_part = torch.arange(len(grams), device=self._device)
-            if len(self._many):
-                _rule_pass[(len(self._many),)](self._many, *tables, BLOCK=512, **HOW)
-            for sphere, number in enumerate(self._group_of_sphere):
-                group = self.param_groups[number]
-                if group["angle"] and group["sphere"] is None:
-                    self._rules[sphere, 1] = -_pace(self._rules[: len(self._radii)])
-            for dtype, tiles in self._move_tiles if move else ():
-                how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
-                _move_pass[(len(tiles),)](tiles, *tables, **how)
-        if move:  # else a backward pass through an old graph would not notice
-            torch.autograd.graph.increment_version(self._moved)
-        if self._capturing():
-            self._captured.append(
-                (tables, self._gram_tiles, self._many, self._move_tiles, self._copies)
-            )
-
-
-# ------------------------------------------------------------------- options, tensors and spheres
 
 
 class watch:
@@ -785,23 +435,26 @@ class watch:
         return dict(step=self._steps) | rows[0]
 
 
+# -------------------------------------------------------- options, tensors, norms, and their shards
+
+
 def _check_options(group):
     """ValueError for an option of a param group that it cannot have."""
-    sphere, radius = group.get("sphere", "missing"), group.get("radius", "missing")
-    momentum, angle = group.get("momentum", "missing"), group.get("angle", "missing")
-    decay = group.setdefault("weight_decay", 0.0)
-    if sphere not in ("group", "tensor", "row", None):
-        raise ValueError(f"sphere={sphere!r}: it must be 'group', 'tensor', 'row' or None")
-    if radius is not None and not (isinstance(radius, Real) and sphere and 0 < radius < math.inf):
-        raise ValueError(f"radius={radius!r}: it must be positive, on a sphere")
-    if not (isinstance(momentum, Real) and 0 <= momentum < 1):
-        raise ValueError(f"momentum={momentum!r}: it must be in [0, 1)")
-    if not isinstance(angle, bool):
-        raise ValueError(f"angle={angle!r}: it must be True or False; lr is the angle")
-    if not (isinstance(decay, Real) and 0 <= decay < math.inf):
-        raise ValueError(f"weight_decay={decay!r}: it must be finite, ≥ 0")
-    if math.isnan(_lr(group)):
-        raise ValueError(f"lr={group['lr']!r}: it must be a number")
+    group.setdefault("weight_decay", 0.0)
+    names = "sphere", "radius", "momentum", "angle", "weight_decay"
+    sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in names)
+    at_radius = isinstance(radius, Real) and sphere is not None and 0 < radius < math.inf
+    rules = [
+        ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
+        ("radius", radius is None or at_radius, "positive, on a sphere"),
+        ("momentum", isinstance(momentum, Real) and 0 <= momentum < 1, "in [0, 1)"),
+        ("angle", isinstance(angle, bool), "True or False; lr is the angle"),
+        ("weight_decay", isinstance(decay, Real) and 0 <= decay < math.inf, "finite, ≥ 0"),
+        ("lr", not math.isnan(_lr(group)), "a number"),
+    ]
+    for name, good, wanted in rules:
+        if not good:
+            raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
 
 
 def _lr(group, wait=True):
@@ -849,6 +502,59 @@ def _check_overlaps(params):
             end, last = start + size, i
 
 
+def _same_shape(x, p, what):
+    if x.shape != p.shape:
+        shapes = f"shape {tuple(x.shape)} for a parameter of shape {tuple(p.shape)}"
+        raise ValueError(f"{what} of {shapes}")
+
+
+def _in_memory(x):
+    """How a tensor lies there."""
+    return x.dtype, x.device, x.shape, x.stride()
+
+
+def _rows(group, p):
+    """Lines of a tensor, and their length."""
+    rows = len(p) if group["sphere"] == "row" and p.dim() else 1
+    return rows, p.numel() // max(rows, 1)
+
+
+def _norms(group, zeros=False):
+    """Of each tensor the norms of its spheres, [1] or [rows] float64. ValueError for one that is
+    not finite, or zero where none may be."""
+    squares, elements = [], []
+    for p in group["params"] if group["sphere"] else ():
+        rows, length = _rows(group, _local(p))
+        matrix = _as_matrix(_local(p.detach()), rows, length)
+        parts = [piece.double().square().sum(1) for (piece,) in _pieces([matrix])]
+        square = sum(parts) if rows == 1 else torch.cat(parts)
+        for process_group in _split_over(group, p):
+            all_reduce(square, group=process_group)
+        squares.append(square)
+        elements.append(p.numel() if group["sphere"] == "group" else p.numel() // max(rows, 1))
+    if group["sphere"] == "group" and squares:
+        squares, elements = [sum(squares)] * len(squares), [sum(elements)] * len(squares)
+    for i, (square, n) in enumerate(zip(squares, elements, strict=True)):
+        if not n:
+            continue
+        if not square.isfinite().all() or not zeros and not (square > 0).all():
+            raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
+        held = (square > 1e-30 * n) & (square < 1e30 * n) | (square == 0)
+        if not held.all():
+            raise ValueError(f"the weights of tensor {i} are too small or too large: scale them")
+    return [square.sqrt() for square in squares]
+
+
+def _put_on_spheres(group, norms, radii):
+    """Scale tensors from spheres of these norms to these radii; zeros stay."""
+    for p, norm, radius in zip(group["params"], norms, radii, strict=True):
+        x = _local(p.detach())
+        scale = torch.where(norm > 0, radius / norm, 1.0)
+        if x.numel() and x.abs().max() * scale.max() > torch.finfo(x.dtype).max:
+            raise ValueError(f"radius={group['radius']!r}: {x.dtype} cannot hold such weights")
+        x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
+
+
 def _is_dtensor(x):
     """Without the import, which takes a second: before it there is no DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -872,49 +578,6 @@ def _split_over(group, p):
     return found
 
 
-def _layout(x):
-    return x.dtype, x.device, x.shape, x.stride()
-
-
-def _same_shape(x, p, what):
-    if x.shape != p.shape:
-        raise ValueError(
-            f"{what} of shape {tuple(x.shape)} for a parameter of shape {tuple(p.shape)}"
-        )
-
-
-def _rows(group, p):
-    """Lines of a tensor, and their length."""
-    rows = len(p) if group["sphere"] == "row" and p.dim() else 1
-    return rows, p.numel() // max(rows, 1)
-
-
-def _norms(group, zeros=False):
-    """Of each tensor the norms of its spheres, [1] or [rows] float64. ValueError for one that is
-    not finite, or zero where none may be."""
-    squares, elements = [], []
-    for p in group["params"] if group["sphere"] else ():
-        rows, length = _rows(group, _local(p))
-        own = _as_matrix(_local(p.detach()), rows, length)
-        parts = [x.double().square().sum(-1, keepdim=rows == 1) for x in _pieces(own)]
-        square = torch.cat(parts) if rows > 1 else sum(parts)
-        for process_group in _split_over(group, p):
-            all_reduce(square, group=process_group)
-        squares.append(square)
-        elements.append(p.numel() if group["sphere"] == "group" else p.numel() // max(rows, 1))
-    if group["sphere"] == "group" and squares:
-        squares, elements = [sum(squares)] * len(squares), [sum(elements)] * len(squares)
-    for i, (square, n) in enumerate(zip(squares, elements, strict=True)):
-        if not n:
-            continue
-        if not square.isfinite().all() or not zeros and not (square > 0).all():
-            raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
-        held = (square > 1e-30 * n) & (square < 1e30 * n) | (square == 0)
-        if not held.all():
-            raise ValueError(f"the weights of tensor {i} are too small or too large: scale them")
-    return [square.sqrt() for square in squares]
-
-
 def _like_rows(group, p, radii):
     """The radii of a tensor as its state: for shards of rows, shards."""
     if not _is_dtensor(p) or group["sphere"] != "row":
@@ -925,31 +588,12 @@ def _like_rows(group, p, radii):
     return tensor.DTensor.from_local(radii, p.device_mesh, placements, **how)
 
 
-def _put_on_spheres(group, norms, radii):
-    """Scale tensors from spheres of these norms to these radii; zeros stay."""
-    for p, norm, radius in zip(group["params"], norms, radii, strict=True):
-        x = _local(p.detach())
-        scale = torch.where(norm > 0, radius / norm, 1.0)
-        if x.numel() and x.abs().max() * scale.max() > torch.finfo(x.dtype).max:
-            raise ValueError(f"radius={group['radius']!r}: {x.dtype} cannot hold such weights")
-        x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
+# --------------------------------------------------------------------------------- the statistics
 
 
 def _sums_by(x, index, n):
     """x [..., m, k] summed into n rows, [..., n, k]: row i into row index[i]."""
     return x.new_zeros(*x.shape[:-2], n, x.shape[-1]).index_add(-2, index, x)
-
-
-def _table(found, table):
-    """[(row, six numbers) or (rows, tensor [6, rows])] written into the table."""
-    singles = [(row, six) for row, six in found if isinstance(row, int)]
-    if singles:
-        rows, values = zip(*singles, strict=True)
-        table[list(rows)] = table.new_tensor(values)
-    for rows, six in found:
-        if not isinstance(rows, int):
-            table[rows] = six.T
-    return table
 
 
 def _rest(gram, beta):
@@ -977,92 +621,354 @@ def _pace(rules):
     return torch.where(pace > 0, pace, math.nan).nanmedian().nan_to_num(0)
 
 
-# ----------------------------------------------------------------------------- sums in PyTorch
+# ------------------------------------------------------------------------------ lines and spheres
+
+
+class _Place(NamedTuple):
+    """Of a tensor its number, its group's, its lines, their length, the first line and sphere."""
+
+    tensor: int
+    group: int
+    rows: int
+    length: int
+    line: int
+    sphere: int
+
+
+class _Layout:
+    """The tensors of an optimizer as lines and spheres. A line is a tensor, or a row of one where
+    rows are spheres. What is on no sphere comes last."""
+
+    def __init__(self, optimizer, device):
+        self.groups, self.device = optimizer.param_groups, device
+        self.captured = optimizer._captured
+        self.params = [p for group in self.groups for p in group["params"]]
+        self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
+        self.ids = [[*map(id, group["params"])] for group in self.groups]
+        self.sharded = any(map(_is_dtensor, self.params))
+        self.layouts = [_in_memory(x) for x in self.local_params()]
+        self.copies = {}  # number of a tensor → its gradient, which lies otherwise than its θ
+        self.whole = []  # of each group: no tensor of a joint sphere is without a gradient
+
+        numbers = [number for number, group in enumerate(self.groups) for _ in group["params"]]
+        order = sorted(range(len(numbers)), key=lambda i: self.groups[numbers[i]]["sphere"] is None)
+        self.places, self.group_of_sphere = [], []
+        self.owners = []  # the sphere of each line
+        radii, tensor_of_line, line = [], [], 0
+        for i in order:
+            number, p = numbers[i], self.params[i]
+            group = self.groups[number]
+            rows, length = _rows(group, _local(p))
+            begun = self.group_of_sphere[-1:] == [number]
+            if not begun or group["sphere"] in ("tensor", "row"):
+                self.group_of_sphere += [number] * rows
+                if group["sphere"]:
+                    radii += _local(optimizer.state[p]["radius"]).tolist()
+            sphere = len(self.group_of_sphere) - rows
+            self.places.append(_Place(i, number, rows, length, line, sphere))
+            line += rows
+            if group["sphere"]:
+                self.owners += range(sphere, sphere + rows)
+                tensor_of_line += [len(self.places) - 1] * rows
+        self.radii = self.upload(radii, dtype=torch.float64)
+        self.sphere_of_line = self.upload(self.owners)
+        self.tensor_of_line = self.upload(tensor_of_line)
+        self.line_of_part = torch.arange(len(self.owners), device=device)
+        self.reductions = self.find_shards()  # of the lines that are split over ranks
+
+    def fits(self):
+        """Whether the tensors are still those, and lie as they did."""
+        if [[*map(id, group["params"])] for group in self.groups] != self.ids:
+            return False
+        return [_in_memory(x) for x in self.local_params()] == self.layouts
+
+    def local_params(self):
+        return [*map(_local, self.params)] if self.sharded else self.params
+
+    def gather(self):
+        """(θ, g, m) of each tensor, on this rank, in the layout of θ; m is None without momentum,
+        and all of it without a gradient."""
+        self.copies, self.whole, found = {}, [], []
+        local = iter(self.local_params())
+        for group, states in zip(self.groups, self.states, strict=True):
+            absent = 0
+            for p, state in zip(group["params"], states, strict=True):
+                x, g, m, layout = next(local), p.grad, None, self.layouts[len(found)]
+                if g is None:
+                    absent += 1
+                    found.append(None)
+                    continue
+                if g.layout != torch.strided:
+                    raise RuntimeError("a gradient is sparse: take sparse=False")
+                moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
+                g = _gradient(p)
+                if moved or _in_memory(g) != layout:
+                    _same_shape(g, x, "a gradient")
+                    g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
+                if group["momentum"]:
+                    m = state.get("momentum_buffer")
+                    if m is None or _in_memory(_local(m)) != layout:
+                        new = state["momentum_buffer"] = torch.zeros_like(p)
+                        if m is not None:
+                            _same_shape(m, p, "a momentum_buffer")
+                            new.copy_(m)
+                    m = _local(state["momentum_buffer"])
+                found.append((x, g, m))
+            self.whole.append(not absent or group["sphere"] != "group")
+        return found
+
+    def find_shards(self):
+        """For each process group the lines to add up over it, and 0 for those that another of its
+        ranks counts, else 1: [(process group, lines, counted)]."""
+        split, found = {}, []  # process group → its tensors and their spheres
+        for place in self.places:
+            for over in _split_over(self.groups[place.group], self.params[place.tensor]):
+                split.setdefault(over, {})[place.tensor] = place.sphere
+        for process_group, tensors in split.items():
+            spheres, lines, counted = set(tensors.values()), [], []
+            for place in self.places:
+                if place.sphere in spheres:
+                    lines += range(place.line, place.line + place.rows)
+                    mine = place.tensor in tensors or process_group.rank() == 0
+                    counted += [float(mine)] * place.rows
+            counted = self.upload(counted, (-1, 1), torch.float64)
+            found.append((process_group, self.upload(lines), counted))
+        return found
+
+    def add_up(self, grams):
+        """Gram matrices of lines [lines, 6], added up over the ranks, in place."""
+        for process_group, lines, counted in self.reductions:
+            sums = grams[lines] * counted
+            all_reduce(sums, group=process_group)
+            grams[lines] = sums
+
+    def upload(self, values, shape=-1, dtype=torch.long):
+        """A table on the device, without a wait."""
+        table = torch.tensor(values, dtype=dtype, device="cpu").view(shape)
+        if self.device.type == "cuda":
+            if self.capturing():
+                cure = "step once before, zero_grad(set_to_none=False)"
+                raise RuntimeError(f"a tensor moved in the capture of a CUDA graph: {cure}")
+            table = table.pin_memory()
+        return table.to(self.device, non_blocking=True)
+
+    def capturing(self):
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _gradient(p):
+    """On this rank, placed as the parameter is."""
+    if not _is_dtensor(p):
+        return p.grad
+    return p.grad.redistribute(p.device_mesh, p.placements).to_local()
+
+
+# ------------------------------------------------------------------------ the step in PyTorch
+
+
+class _Unit(NamedTuple):
+    """What PyTorch takes at once: a tensor, or the small ones of a group that have one shape."""
+
+    group: int
+    tensors: list[int]
+    rows: int  # of each tensor
+    length: int
+    lines: object  # which they are: a slice or a tensor
+    sphere: int | None  # if all lines are on one
+
+
+class _InPyTorch(_Layout):
+    kernels = False
+
+    def __init__(self, optimizer, device):
+        super().__init__(optimizer, device)
+        self.vectors = []  # θ, g, m of each tensor at this step
+        self.present = None  # which tensors had a gradient when the units were made
+        self.units = []
+        # Of the last step: [lines, 6], [spheres, 6] float64, or still those of units, by sphere
+        self.grams, self.rules = [], {}
+        self.radius_list = self.radii.tolist()
+
+    def refresh(self):
+        self.vectors = self.gather()
+        present = [vectors is not None for vectors in self.vectors]
+        if present != self.present:
+            self.units, self.present = self.make_units(present), present
+
+    def make_units(self, present):
+        together = {}
+        for place in self.places:
+            size, p = place.rows * place.length, _local(self.params[place.tensor])
+            if size and present[place.tensor] and self.groups[place.group]["sphere"]:
+                key = (place.group, p.dtype, p.shape) if size <= BESIDE else place.tensor
+                together.setdefault(key, []).append(place)
+        units = []
+        for places in together.values():
+            first = places[0]
+            lines = slice(first.line, first.line + first.rows)
+            if len(places) > 1:
+                several = (range(place.line, place.line + place.rows) for place in places)
+                lines = self.upload([line for own in several for line in own])
+            one = self.groups[first.group]["sphere"] == "group" or len(places) * first.rows == 1
+            sphere = first.sphere if one else None
+            tensors = [place.tensor for place in places]
+            units.append(_Unit(first.group, tensors, first.rows, first.length, lines, sphere))
+        return units
+
+    def last(self):
+        if not isinstance(self.rules, Tensor):
+            rules = self.radii.new_full((len(self.radii), 6), math.nan)
+            if self.rules:
+                rules[list(self.rules)] = rules.new_tensor([*self.rules.values()])
+            self.grams, self.rules = self.table_of(self.grams), rules
+        return self.grams, self.rules
+
+    def table_of(self, grams):
+        """[lines, 6] of the Gram matrices of units: six numbers, or a tensor [6, lines]."""
+        table, singles = self.radii.new_zeros(len(self.owners), 6), {}
+        for unit, gram in zip(self.units, grams, strict=True):
+            if isinstance(gram, Tensor):
+                table[unit.lines] = gram.T
+            else:
+                singles[unit.lines.start] = gram
+        if singles:
+            table[list(singles)] = table.new_tensor([*singles.values()])
+        return table
+
+    def step(self, options, move):
+        # The Gram matrices
+        grams, work = [], []
+        for unit in self.units:
+            lists = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
+            if lists[2][0] is None:
+                lists.pop()
+            matrices = [_side_by_side(tensors, unit.rows, unit.length) for tensors in lists]
+            grams.append(_gram_of_lines(matrices, options[unit.group][1]))
+            work.append((unit, lists, matrices))
+
+        # The rules
+        if self.reductions or any(unit.sphere is None for unit in self.units):
+            self.grams = self.table_of(grams)
+            self.add_up(self.grams)
+            sums = self.grams
+            if self.owners != [*range(len(self.owners))]:  # some lines share a sphere
+                sums = _sums_by(sums, self.sphere_of_line, len(self.radii))
+            table = sums.new_tensor(options)[self.group_of_sphere[: len(sums)]]
+            lr, beta, tan, at_radius, _, _ = table.T
+            radii = at_radius * self.radii
+            rules = _formula(*sums.T, radii, lr, beta, tan, torch.where, torch.sqrt)
+            self.rules = torch.stack(rules, 1)
+        else:  # few, and quicker as numbers
+            sums = {}
+            for unit, gram in zip(self.units, grams, strict=True):
+                if isinstance(gram, Tensor):
+                    gram = gram.sum(1).tolist()
+                before = sums.get(unit.sphere, 6 * [0.0])
+                sums[unit.sphere] = [a + b for a, b in zip(before, gram, strict=True)]
+            self.grams, self.rules = grams, {}
+            for sphere, gram in sums.items():
+                number = self.group_of_sphere[sphere]
+                lr, beta, tan, at_radius, _, _ = options[number]
+                radius = at_radius * self.radius_list[sphere]
+                self.rules[sphere] = sphere_rule(gram, radius, lr, beta, tan >= 0)
+
+        # The moves, from the last on, which the cache still has
+        for unit, lists, matrices in reversed(work) if move else ():
+            if unit.sphere is None:
+                rule = self.rules[self.sphere_of_line[unit.lines]]
+            else:
+                rule = self.rules[unit.sphere]
+                rule = rule.tolist() if isinstance(rule, Tensor) else rule
+            _move(rule, matrices)
+            if len(unit.tensors) > 1:  # they were laid side by side
+                for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
+                    parts = matrix.view(len(tensors), *tensors[0].shape).unbind()
+                    torch._foreach_copy_(tensors, parts)
+        for place in self.places if move else ():
+            vectors, group = self.vectors[place.tensor], self.groups[place.group]
+            if vectors and not group["sphere"]:
+                lr, beta, _, _, _, decay = options[place.group]
+                if group["angle"]:
+                    lr = _pace(self.last()[1]).item()
+                flat = [_as_matrix(x, 1, place.length) for x in vectors if x is not None]
+                _move((1.0, -lr, decay, lr, 0.0, beta), flat)
 
 
 def _as_matrix(x, rows, length):
-    """As it lies in memory: [length], or [rows, length] of several lines."""
-    return x.as_strided((length,) if rows == 1 else (rows, length), (length, 1)[rows == 1 :])
+    """As it lies in memory, [rows, length]."""
+    return x.as_strided((rows, length), (length, 1))
 
 
-def _beside(tensors, rows, length):
-    """The lines of tensors, [length] or [lines, length]."""
+def _side_by_side(tensors, rows, length):
+    """Their lines, [lines, length]."""
     if len(tensors) == 1:
         return _as_matrix(tensors[0], rows, length)
     return torch.stack(tensors).reshape(len(tensors) * rows, length)
 
 
-def _pieces(x):
-    if x.numel() <= PIECE:
-        return (x,)
-    return x.split(PIECE if x.dim() == 1 else max(1, PIECE // x.shape[1]))
+def _pieces(matrices):
+    """Matrices of as many rows, in parts of about PIECE elements: of columns, or of whole rows."""
+    rows, length = matrices[-1].shape
+    if rows * length <= PIECE:
+        return [matrices]
+    if rows == 1:
+        return [*zip(*(x.split(PIECE, 1) for x in matrices), strict=True)]
+    return [*zip(*(x.split(max(1, PIECE // length)) for x in matrices), strict=True)]
 
 
-def _gram_of_line(beta, *vectors):
-    """The Gram matrix of (θ, g, m) as in `sphere_rule`, six numbers."""
-    if len(vectors[0]) > PIECE:
-        pieces = zip(*map(_pieces, vectors), strict=True)
-        return [*map(sum, zip(*(_gram_of_line(beta, *piece) for piece in pieces), strict=True))]
-    small = len(vectors[0]) <= SMALL
+def _gram_of_lines(matrices, beta):
+    """The Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: of one line six
+    numbers, of several a tensor [6, lines] float64."""
+    if matrices[0].shape[0] > 1:
+        grams = [_wide_gram(piece) for piece in _pieces(matrices)]
+        return grams[0] if len(grams) == 1 else torch.cat(grams, 1)
+    grams = [_gram_of_line([x[0] for x in piece], beta) for piece in _pieces(matrices)]
+    return [sum(entry) for entry in zip(*grams, strict=True)]
+
+
+def _gram_of_line(vectors, beta):
+    """Of vectors [length]; float32 sums, where they are neither too small nor mostly cancel."""
+    small = vectors[0].numel() <= SMALL
     if small or vectors[0].element_size() < 4:
         vectors = [x.double() if small else x.float() for x in vectors]
     gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     gram += [0.0] * (6 - len(gram))
-    if small or _exact(gram, 0) and _exact(gram, beta):
-        return gram
-    return _wide_gram(vectors).tolist()
-
-
-def _gram_of_lines(beta, *matrices):
-    """Of lines, a tensor [6, lines]."""
-    return torch.cat([_wide_gram(piece) for piece in zip(*map(_pieces, matrices), strict=True)], 1)
+    if not small:
+        ways = [_rest(gram, 0), _rest(gram, beta)] if min(gram[0], gram[2]) > 1e-25 else [(0, 0)]
+        if any(rest <= 1e-2 * whole for rest, whole in ways):
+            return _wide_gram(vectors).tolist()
+    return gram
 
 
 def _wide_gram(vectors):
-    """In float64, [6, ...]; summed by pairs, unlike torch.dot."""
+    """In float64, [6, …]; summed by pairs, unlike torch.dot."""
     vectors = [x.double() for x in vectors]
     gram = [(x * y).sum(-1) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     return torch.stack(gram + [0 * gram[0]] * (6 - len(gram)))
 
 
-def _exact(gram, beta):
-    """Whether float32 sums are good enough: not too small, nor mostly cancelled."""
-    rest, whole = _rest(gram, beta) if min(gram[0], gram[2]) > 1e-25 else (0, 0)
-    return rest > 1e-2 * whole
-
-
-def _move(rule, lists, matrices=None):
-    """m ← βm + g + uθ, θ ← kθ + bm, in place, for lists of θ, g and perhaps m that share a rule, or
-    for matrices of their lines, which may have each their own; nothing where k is nan."""
+def _move(rule, matrices):
+    """m ← βm + g + uθ, θ ← kθ + bm, in place, for θ, g and perhaps m, [lines, length] each. rule:
+    its six numbers, or those of each line, a tensor [lines, 6]. Nothing moves where k is nan."""
     if isinstance(rule, Tensor):
-        lines = [x[None] if x.dim() == 1 else x for x in matrices]
-        _move_wide([x[:, None] for x in rule], *lines)
+        for own, *vectors in _pieces([rule, *matrices]):
+            _move_wide(own.T[:, :, None], *vectors)
     elif not math.isnan(rule[0]):
-        parts = [matrices] if matrices else zip(*lists, strict=True)
-        if matrices and matrices[0].numel() > PIECE:
-            parts = [*zip(*map(_pieces, matrices), strict=True)][::-1]
-        for vectors in parts:
-            _move_by_numbers(rule, *vectors)
-    if matrices and len(lists[0]) > 1:  # they were laid side by side
-        for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
-            torch._foreach_copy_(tensors, matrix.view(len(tensors), *tensors[0].shape).unbind())
-
-
-def _move_by_numbers(rule, theta, g, m=None):
-    k, b, u, _, _, beta = rule
-    if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
-        _move_wide(rule, theta, g, m)
-    elif m is None:
-        theta.mul_(k + b * u).add_(g, alpha=b)
-    else:
-        m.mul_(beta).add_(g).add_(theta, alpha=u)
-        theta.mul_(k).add_(m, alpha=b)
+        k, b, u, _, _, beta = rule
+        for theta, g, *m in reversed(_pieces(matrices)):
+            if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
+                wide = torch.tensor(rule, dtype=torch.float64, device=theta.device)
+                _move_wide(wide, theta, g, *m)
+            elif m:
+                m[0].mul_(beta).add_(g).add_(theta, alpha=u)
+                theta.mul_(k).add_(m[0], alpha=b)
+            else:
+                theta.mul_(k + b * u).add_(g, alpha=b)
 
 
 def _move_wide(rule, theta, g, m=None):
     """In float32, rounded once; in float64 where g + uθ cancels to next to nothing."""
     wide = torch.promote_types(theta.dtype, torch.float32)
-    rule = [torch.as_tensor(x, dtype=torch.float64, device=theta.device) for x in rule]
     k, b, u, _, _, beta = rule
     if ((b * u).abs() > NEARLY * k).any():
         wide = torch.float64
@@ -1077,11 +983,10 @@ def _move_wide(rule, theta, g, m=None):
 
 # ----------------------------------------------------------------------------------- the kernels
 #
-# A line is a tensor, or a row of one where rows are spheres. `_lay_out_tiles` makes the tables:
+# `_ByKernels` makes the tables:
 #
 #     tiles      [tiles of a dtype, 6] int64: kind, first line, lines, start, stop, first part
-#     members    [short lines] int64: lines in the order of the tiles that have several
-#     lines      [lines, 4] int64: tensor, start in it, elements, sphere
+#     lines      [lines, 4] int64: tensor, start in it, elements, sphere; short ones last
 #     addresses  [tensors, 3] int64: of θ, g, m; 0 for what there is not
 #     spheres    [spheres, 3] int64: first part, parts, group
 #     many       [spheres of several tiles, and groups on no sphere] int64: which
@@ -1129,7 +1034,7 @@ def _store_six(ptr, values, mask):
 @jit
 def _rule(gram, sphere, here, tables):
     """`sphere_rule` of the spheres [n] that are `here`, a thread for each."""
-    spheres, radii, groups, rules = tables[3], tables[4], tables[5], tables[7]
+    spheres, radii, groups, rules = tables[2], tables[3], tables[4], tables[6]
     group = groups + 6 * tl.load(spheres + 3 * sphere + 2, mask=here, other=0)
     lr, beta = tl.load(group, mask=here, other=0.0), tl.load(group + 1, mask=here, other=0.0)
     tan = tl.load(group + 2, mask=here, other=0.0)
@@ -1295,13 +1200,10 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
     the line is moved by the rule of its sphere."""
     # Which lines, of which tensors and spheres
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    members, lines, addresses = tables[0], tables[1], tables[2]
-    parts, rules = tables[6], tables[7]
+    lines, addresses, parts, rules = tables[0], tables[1], tables[5], tables[6]
     row = tl.arange(0, ROWS)
     here = row < tl.load(tile + 2)
     line = tl.load(tile + 1) + row
-    if ROWS > 1:
-        line = tl.load(members + line, mask=here, other=0)
     start, stop = tl.load(tile + 3), tl.load(tile + 4)
     tensor = tl.load(lines + 4 * line, mask=here, other=0)
     offset = (tl.load(lines + 4 * line + 1, mask=here, other=0) + start) * BYTES
@@ -1338,11 +1240,11 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
 
 
 @jit
-def _gram_pass(tiles, members, lines, addresses, spheres, radii, groups, parts, rules,
+def _gram_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
                MOVE: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A program per tile: Gram matrices; what is a whole sphere moves at once."""
     V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-    tables = (members, lines, addresses, spheres, radii, groups, parts, rules)
+    tables = (lines, addresses, spheres, radii, groups, parts, rules)
     tile = tiles + 6 * tl.program_id(0).to(tl.int64)
     kind = tl.load(tile)
     if kind < 2:
@@ -1354,11 +1256,11 @@ def _gram_pass(tiles, members, lines, addresses, spheres, radii, groups, parts, 
 
 
 @jit
-def _rule_pass(many, members, lines, addresses, spheres, radii, groups, parts, rules,
+def _rule_pass(many, lines, addresses, spheres, radii, groups, parts, rules,
                BLOCK: tl.constexpr):  # fmt: skip
     """A program per sphere of several tiles: its Gram matrices, summed in a fixed order, BLOCK at
     a time; then the rule. Of a group on no sphere k = 1, b = -η, u = λ."""
-    tables = (members, lines, addresses, spheres, radii, groups, parts, rules)
+    tables = (lines, addresses, spheres, radii, groups, parts, rules)
     sphere = tl.load(many + tl.program_id(0) + tl.arange(0, 1))
     first, count = tl.load(spheres + 3 * sphere)[:, None], tl.load(spheres + 3 * sphere + 1)
     group = groups + 6 * tl.load(spheres + 3 * sphere + 2)
@@ -1381,12 +1283,162 @@ def _rule_pass(many, members, lines, addresses, spheres, radii, groups, parts, r
 
 
 @jit
-def _move_pass(tiles, members, lines, addresses, spheres, radii, groups, parts, rules,
+def _move_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
                MOMENTUM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A program per tile, from the last on, which the cache still has: the rule applied."""
-    tables = (members, lines, addresses, spheres, radii, groups, parts, rules)
+    tables = (lines, addresses, spheres, radii, groups, parts, rules)
     tile = tiles + 6 * (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     _tile(tile, tables, False, True, MOMENTUM, DTYPE, 1, 512 * (128 // DTYPE.primitive_bitwidth))
+
+
+class _ByKernels(_Layout):
+    kernels = True
+
+    def __init__(self, optimizer, device):
+        """Makes the tables, which say above what they hold."""
+        super().__init__(optimizer, device)
+        self.seen, self.now = None, ()  # what `look` found at the last upload of addresses, and now
+        self.addresses = None  # of θ, g, m
+        self.moved = []  # the tensors that a step changes
+        self.numbers = None  # the options that `settings` holds
+        size = SMALLEST
+        if device.type == "cuda":  # some tiles for each processor, but not too many
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            while size < LARGEST and sum(p.numel() for p in self.params) > 16 * processors * size:
+                size *= 2
+        lines, parts, many, grams, moves = [], [], set(), {}, {}  # tiles by dtype
+        for place in sorted(self.places, key=self.order):
+            kind, dtype = self.kind(place), str(self.params[place.tensor].dtype)[6:]
+            for row in range(place.rows):
+                line, start = len(lines), row * place.length
+                lines.append((place.tensor, start, place.length, place.sphere + row))
+                tiles = grams.setdefault(dtype, [])
+                if kind in LINES:
+                    if not tiles or tiles[-1][0] != kind or tiles[-1][2] == LINES[kind]:
+                        tiles.append([kind, line, 0, 0, 0, len(parts)])
+                    tiles[-1][2] += 1
+                    tiles[-1][4] = max(tiles[-1][4], place.length)
+                    parts.append(place.line + row)
+                    continue
+                step = size if kind == PART else ALONE
+                for start in range(0, max(place.length, 1), step):
+                    stop = min(start + step, place.length)
+                    tile = kind, line, 1, start, stop, len(parts)
+                    if kind == PART:
+                        many.add(place.sphere + row)
+                        moves.setdefault(dtype, []).append(tile)
+                    if self.groups[place.group]["sphere"]:
+                        tiles.append(tile)
+                        parts.append(place.line + row)
+        spheres = [[0, 0, number] for number in self.group_of_sphere]
+        for i, line in enumerate(range(len(self.owners)) if self.reductions else parts):
+            sphere = spheres[self.owners[line]]
+            if not sphere[1]:
+                sphere[0] = i
+            sphere[1] += 1
+        self.gram_tiles = [(dtype, self.upload(x, (-1, 6))) for dtype, x in grams.items() if x]
+        self.move_tiles = [(dtype, self.upload(x, (-1, 6))) for dtype, x in moves.items()]
+        self.lines, self.spheres = self.upload(lines, (-1, 4)), self.upload(spheres, (-1, 3))
+        self.many, self.line_of_part = self.upload(sorted(many)), self.upload(parts)
+        self.part_lines = self.line_of_part
+        self.parts = self.sums = self.radii.new_zeros(len(parts), 6)
+        self.rules = self.radii.new_zeros(len(spheres), 6)
+        self.settings = self.radii.new_zeros(len(self.groups), 6)
+
+    def kind(self, place):
+        """That of the tiles of a tensor."""
+        group = self.groups[place.group]
+        alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
+        split = _split_over(group, self.params[place.tensor])
+        if group["sphere"] and alone and not split:
+            return next((kind for kind, most in MOST.items() if place.length <= most), PART)
+        return PART
+
+    def order(self, place):
+        """Long lines as they come, so that the parts of a sphere are together; then short ones."""
+        kind = self.kind(place)
+        return (kind, str(self.params[place.tensor].dtype)) if kind in LINES else (PART, "")
+
+    def look(self):
+        """Which tensors there are, where θ, g, m are and how they lie."""
+        seen = [len(self.groups)]
+        for group, states in zip(self.groups, self.states, strict=False):
+            momentum = group["momentum"] > 0
+            seen += momentum, len(group["params"])
+            for p, state in zip(group["params"], states, strict=False):
+                seen.append(id(p))
+                g, m = p.grad, state.get("momentum_buffer") if momentum else None
+                if self.sharded:
+                    p, g, m = _local(p), _local(g), _local(m)
+                for x in (p, g, m):
+                    if x is None:
+                        seen.append(None)
+                    else:
+                        seen += x.data_ptr(), x.stride()
+        return seen
+
+    def fits(self):
+        self.now = self.look()
+        return self.now == self.seen or super().fits()
+
+    def refresh(self):
+        """Brings the addresses up to date."""
+        if self.now == self.seen:
+            for i, copy in self.copies.items():
+                copy.copy_(_gradient(self.params[i]))
+            return
+        vectors = self.gather()
+        if self.capturing() and None in vectors:
+            raise RuntimeError("a gradient is None in the capture of a CUDA graph")
+        addresses = []
+        self.moved = []
+        for own in vectors:
+            addresses.append([x.data_ptr() if x is not None else 0 for x in own or 3 * [None]])
+            self.moved += [x for x in (own or ())[::2] if x is not None]  # θ, m
+        self.addresses = self.upload(addresses, (-1, 3))
+        self.seen = self.look()
+
+    def step(self, options, move):
+        before = self.settings
+        numbers = [[0.0 if isinstance(lr, Tensor) else lr, *rest] for lr, *rest in options]
+        if numbers != self.numbers:  # into new memory: a graph may read the old
+            self.settings = self.upload(numbers, (-1, 6), torch.float64)
+            self.numbers = numbers
+        for i, (lr, *_) in enumerate(options):
+            if isinstance(lr, Tensor):
+                if self.groups[i]["angle"]:
+                    lr = torch.where(lr >= math.pi / 2, before[i, 0], lr)  # or the last valid one
+                    self.settings[i, 2] = lr.double().tan()
+                self.settings[i, 0] = lr
+        tables = [self.lines, self.addresses, self.spheres, self.radii, self.settings, self.sums]
+        tables.append(self.rules)
+        momentum = any(group["momentum"] for group in self.groups)
+        with torch.cuda.device_of(self.radii):  # else Triton launches on the current one
+            for dtype, tiles in self.gram_tiles:
+                how = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
+                _gram_pass[(len(tiles),)](tiles, *tables, **how)
+            if self.reductions:
+                grams = _sums_by(self.sums, self.part_lines, len(self.owners))
+                self.add_up(grams)
+                self.parts = tables[5] = grams
+                self.line_of_part = torch.arange(len(grams), device=self.device)
+            if len(self.many):
+                _rule_pass[(len(self.many),)](self.many, *tables, BLOCK=512, **HOW)
+            for sphere, number in enumerate(self.group_of_sphere):
+                group = self.groups[number]
+                if group["angle"] and group["sphere"] is None:
+                    self.rules[sphere, 1] = -_pace(self.rules[: len(self.radii)])
+            for dtype, tiles in self.move_tiles if move else ():
+                how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
+                _move_pass[(len(tiles),)](tiles, *tables, **how)
+        if move:  # else a backward pass through an old graph would not notice
+            torch.autograd.graph.increment_version(self.moved)
+        if self.capturing():
+            read = self.gram_tiles, self.many, self.move_tiles, self.copies
+            self.captured.append((tables, read))
+
+    def last(self):
+        return self.parts.clone(), self.rules[: len(self.radii)].clone()
 
 
 # ----------------------------------------------------------------------------------- by the way
