@@ -141,15 +141,12 @@ class SphereSGD(torch.optim.Optimizer):
         self.backend = backend
         self._layout = None  # of the tensors as lines and spheres: made at the first step
         self._captured = []  # tables that CUDA graphs read
-        self._sizes = None  # elements of each tensor when it was given; None: not all are given yet
+        self._sizes = {}  # elements of each tensor when it was given
+        self._complete = False  # whether all groups are given that it is made with
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
-        self._forget()
+        self._complete = True
         self._check()
-
-    def _forget(self):
-        self._layout, self._captured = None, []
-        self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     # torch wraps this and the next ones for torch.compile, which takes a second to import
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
@@ -163,10 +160,9 @@ class SphereSGD(torch.optim.Optimizer):
             for name in set(group) - set(KNOWN):
                 if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
-            before = sum(len(other["params"]) for other in self.param_groups[:-1])
-            for number, p in enumerate(group["params"], before):
+            for number, p in enumerate(group["params"], len(self._sizes)):
                 _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
-            if self._sizes is not None:
+            if self._complete:
                 self._check()
             radii = norms = _norms(group, zeros=group["radius"] is not None)
             if group["radius"]:
@@ -176,8 +172,7 @@ class SphereSGD(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         for i, p in enumerate(group["params"]):
-            if self._sizes is not None:
-                self._sizes[p] = p.numel()
+            self._sizes[p] = p.numel()
             if group["sphere"]:
                 self.state[p]["radius"] = _like_rows(group, p, radii[i])
             if group["momentum"]:
@@ -188,7 +183,9 @@ class SphereSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._forget()
+        self._complete = True
+        self._layout, self._captured = None, []
+        self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict):
         """As torch's. An lr that is a tensor stays that tensor and takes the value."""
