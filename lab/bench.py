@@ -14,6 +14,7 @@ import re
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -23,10 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import models
 import regimes
 import train
-from lab import kernels, measure, witness
-from lab.data import batches
+from lab import kernels, measure
+from lab.data import load
 from lab.machine import Captured, keep_memory, use
 from lab.options import parse, prepare
 from lab.runs import Job, number
@@ -89,7 +91,7 @@ def checks():
         found[name] = partial(convolution_error, threads), 1e-5
     for model, dtype in product(MODELS, ("fp32", "bf16")):
         name = f"gradients along the weights, {model}, {dtype}"
-        found[name] = partial(largest_share, model, dtype), witness.ROUNDING[dtype]
+        found[name] = partial(largest_share, model, dtype), measure.ROUNDING[dtype]
     if DEVICE == "cuda":
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
@@ -191,16 +193,13 @@ def convolution_error(threads):
 
 def largest_share(model, dtype):
     """The largest share of a gradient along the weights, over widths."""
-    worst, data = 0.0, "modular" if model == "transformer" else "digits"
+    worst, data = 0.0, load("modular" if model == "transformer" else "digits", device=DEVICE)
+    options = Namespace(batch_size=16, dtype=dtype)
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
-        options = ["--data", data, "--model", model, "--width", str(width), "--dtype", dtype]
-        run = our_run(*options)
-        means = measure.Means(run.sphere)
-        for index in batches(128, run.config.batch_size, run.order, DEVICE):
-            means.add(*train.train_step(run, index, move=False))
-        means.row()
-        shares = witness.radial_shares(means.first, run.sphere, run.layer_groups)
-        worst = max(worst, *shares.values())
+        net = models.build(model, data, width=width).to(DEVICE)
+        spheres = measure.spheres_of(net.layer_groups, "layer")
+        shares = measure.radial_shares(net, spheres, data, options)
+        worst = max(worst, shares.max().item())
     return worst
 
 

@@ -17,6 +17,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def between(a, b, t, way):
         of_x = torch.where(omega < 1e-9, 1 - t, ((1 - t) * omega).sin() / sine)
         of_y = torch.where(omega < 1e-9, t, (t * omega).sin() / sine)
         unit = of_x * x / radius + of_y * y / other
-        measure.put(net, sphere, unit * ((1 - t) * radius + t * other))
+        measure.move_to(net, sphere, unit * ((1 - t) * radius + t * other))
     return net
 
 
@@ -148,7 +149,7 @@ def operators(point, samples=SAMPLES):
     training mode, in chunks of the set. Raises ValueError where there are none.
     """
     net, data = point.net.train(), point.data
-    weights = [net.get_parameter(name) for sphere in point.spheres for name in sphere["names"]]
+    weights = [attrgetter(name)(net) for sphere in point.spheres for name in sphere["names"]]
     radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
     radius, n = torch.cat(radius).cpu().numpy(), min(samples or len(data.x), len(data.x))
     buffers, batches = [(x, x.clone()) for x in net.buffers()], []
