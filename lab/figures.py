@@ -77,9 +77,9 @@ def save(fig, path, name=""):
 
 def tick(axis):
     """At least two labelled ticks on a logarithmic axis, where powers of ten may be too few."""
-    from matplotlib.ticker import LogFormatterMathtext, LogLocator, MaxNLocator
+    from matplotlib.ticker import FixedLocator, LogFormatterMathtext, LogLocator, MaxNLocator
 
-    if axis.get_scale() == "linear":
+    if axis.get_scale() == "linear" or isinstance(axis.get_major_locator(), FixedLocator):
         return
     low, high = sorted(axis.get_view_interval())
     zero = [0] if low <= 0 else []
