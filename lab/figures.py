@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -207,11 +207,10 @@ def of_sweep(runs, path, name=""):
         there = {column for group in groups.values() for run in group for column in run.log}
         error = "test_error" if "test_error" in there else "train_error"
         angle, gradient = ("angle", "grad_norm") if kind.startswith("ELR") else ("elr", "elr")
-        if len(groups) > 1 and not isinstance(next(iter(groups)), str):
-            rows.append((_ends, kind, groups, ["train_loss", error, angle]))
-        rows.append((_epochs, kind, groups, ["train_loss", error, gradient]))
-        for *_, columns in rows:
-            columns[:] = [column for column in columns if column in there]
+        several = len(groups) > 1 and not isinstance(next(iter(groups)), str)
+        for draw_row, last in ((_ends, angle), (_epochs, gradient))[not several :]:
+            columns = [column for column in ("train_loss", error, last) if column in there]
+            rows.append((draw_row, kind, groups, columns))
     layout = []
     for i, (*_, columns) in enumerate(rows):
         layout.append([f"{i} {column}" for column in columns for _ in range(6 // len(columns))])
@@ -284,13 +283,13 @@ def _epochs(kind, groups, axes):
         xlabel = f"epoch, at {kind} {first:g}"
     for i, (value, group) in enumerate(groups.items()):
         look = dict(color=scale.to_rgba(value) if scale else f"C{i}", lw=1)
-        for run in group:
-            label, seconds = value if named else None, second_runs(run).values()
-            if seconds:
-                xlabel = "epoch (dotted: --then)"
-            for column, ax in axes.items():
+        for run, (column, ax) in product(group, axes.items()):
+            if column in run.log:
+                label = value if named else None
                 ax.plot(run.log["epoch"], run.log[column], label=label, **look)
-                for second in seconds:
+            for second in second_runs(run).values():
+                xlabel = "epoch (dotted: --then)"
+                if column in second.log:
                     epoch = run.log["epoch"][-1] + second.log["epoch"]
                     ax.plot(epoch, second.log[column], ":", **look)
     for column, ax in axes.items():

@@ -91,9 +91,10 @@ def test_two_folders_are_not_taken_for_seeds_of_one(tmp_path, drawn):
     for folder in ("one", "two"):
         for elr in (0.01, 0.02):
             write(tmp_path / folder / f"elr={elr:.0e}.csv", elr)
+    write(tmp_path / "two" / "other.csv", columns=["epoch", "train_loss"])  # has a row of its own
     assert figures.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     assert {"ELR (one)", "ELR (two)"} <= {ax.get_xlabel() for ax in drawn[0].axes}
-    assert len(titles(drawn[0])) == 12 and (tmp_path / "one" / "regimes.png").exists()
+    assert len(titles(drawn[0])) == 13 and (tmp_path / "one" / "regimes.png").exists()
 
 
 def test_every_logarithmic_axis_has_two_ticks_and_all_that_was_drawn():
