@@ -138,37 +138,34 @@ def count(variant, architecture, threads_of_sm=2048):
     """The `Count` of a variant on 80, 90, … or "gfx942", without a GPU."""
     code, places, registers, lanes = compiled(variant, architecture)
     threads = variant.options["num_warps"] * lanes
-    graph = flow(code, places)
-    bodies = innermost_loops(graph)
     each = variant.elements / threads or 1  # elements of a thread
-    longest = max(map(width, (name for _, name, _ in code)))
-    ways = paths(graph, 0, code, longest, max if variant.part == "whole" else min)
-    needed = each * variant.bytes
-    n = min((n for n in ways if n * longest >= needed), default=max(ways))
-    costs, wide, wanted, around = ways[n], n * (longest == 16), needed / 16, min(ways.values())
-    found = []  # loops over the elements: whether they store, instructions of an element, accesses
-    for head, body in bodies if variant.elements else ():
-        names = [code[i][1] for i in body if i in range(len(code))]
-        longest, stores = max(map(width, names)), any(map(STORE.match, names))
+    graph = flow(code, places)
+    loops, names = innermost_loops(graph), [name for _, name, _ in code]
+    longest = max(map(width, names))
+    ways = paths(graph, 0, names, longest, max if variant.part == "whole" else min)
+    n, costs = max(ways.items()) if variant.elements else (0, min(ways.values()))
+    accesses, bodies = [(n, longest)], []
+    for head, body in loops if variant.elements else ():
+        inside = [names[i] for i in body if i in range(len(names))]
+        longest, stores = max(map(width, inside)), any(map(STORE.match, inside))
         vectors = variant.reads + (variant.writes if stores else 0)
-        n, cost = max(paths(body, head, code, longest, min).items())
+        n, cost = max(paths(body, head, names, longest, min).items())
         if longest and n and n % vectors == 0:  # else it reads tables alone
-            turns = variant.size * vectors / (n * longest)
-            found.append((stores, [turns * x for x in cost], n * (longest == 16), n * longest / 16))
-    if found:
+            turns = each * variant.size * vectors / (n * longest)
+            bodies.append((stores, [turns * x for x in cost], (n, longest)))
+    if bodies:
         # The longest of several loops, for tiles of several kinds; what is around them, once
-        costs, wide, wanted = around, 0, 0
+        costs, accesses = min(ways.values()), []
         for stores in {"sums": [False], "move": [True], "whole": [False, True]}[variant.part]:
-            _, cost, n, all_wide = max(x for x in found if x[0] == stores)
-            costs = [a + each * b for a, b in zip(costs, cost, strict=True)]
-            wide += n
-            wanted += all_wide
+            _, cost, access = max(body for body in bodies if body[0] == stores)
+            costs = [a + b for a, b in zip(costs, cost, strict=True)]
+            accesses.append(access)
     return Count(
         registers=registers,
         blocks=blocks_of(registers, threads, threads_of_sm, 65536 if lanes == 32 else 131072),
-        local=sum(bool(LOCAL.match(name)) for _, name, _ in code),
-        wide=wide,
-        wanted=wanted,
+        local=sum(bool(LOCAL.match(name)) for name in names),
+        wide=sum(n for n, longest in accesses if longest == 16),
+        wanted=sum(n * longest for n, longest in accesses) / 16,
         instructions={name: x / each for name, x in zip(COUNTED, costs, strict=True)},
     )
 
@@ -256,19 +253,18 @@ def blocks_of(registers, threads, threads_of_sm, registers_of_sm):
     return min(registers_of_sm // granted, threads_of_sm) // threads
 
 
-def paths(graph, start, code, longest, pick):
+def paths(graph, start, names, longest, pick):
     """Instructions of each of COUNTED on the way from `start` to the end that has the fewest of
     them (pick = min) or the most (max, as the sums of a tile alone are followed by the rule), by
     the number of accesses of the longest kind on it."""
     ways = {start: {0: (0,) * len(COUNTED)}}
     for i in networkx.topological_sort(graph):
-        if i == -1 or i == len(code):
+        if i in (-1, len(names)):
             end = i
         elif i in ways:
-            name = code[i][1]
-            own = [bool(kind.match(name)) for kind in COUNTED.values()]
+            own = [bool(kind.match(names[i])) for kind in COUNTED.values()]
             for n, costs in ways.pop(i).items():
-                n += width(name) == longest
+                n += width(names[i]) == longest
                 costs = tuple(a + b for a, b in zip(costs, own, strict=True))
                 for after in graph.successors(i):
                     way = ways.setdefault(after, {})

@@ -3,13 +3,14 @@
     python -m lab.landscape barrier A.pt B.pt          the loss on the way from one to the other
     python -m lab.landscape distance A.pt B.pt C.pt    angles between them, of each layer, too
     python -m lab.landscape curvature A.pt --k 5       eigenvalues and traces of Hessian and GGN
-    python -m lab.landscape summary logs/digits-convnet    all of it for every ELR of a sweep
+    python -m lab.landscape summary logs/digits-convnet    a sweep: landscape.csv, landscape.png
 
 Distances and curvature are those on the unit sphere: angles, and second derivatives times ρ².
 BatchNorm's statistics are computed anew at every point. Better optima just above the convergence
 boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
+import argparse
 import math
 import sys
 import time
@@ -36,7 +37,6 @@ from lab.own import build
 from lab.runs import load_checkpoint, number
 
 SAMPLES = 1024  # training inputs whose loss is differentiated twice
-PRODUCTS = 35  # with the Hessian: about 22 of ARPACK, and the time of a barrier
 
 
 @dataclass
@@ -103,15 +103,15 @@ def between(a, b, t, way):
             turn = measure.angles([x], [y])[:, None] / math.pi
             of_x = (1 - t) * torch.sinc((1 - t) * turn) / torch.sinc(turn)
             of_y = t * torch.sinc(t * turn) / torch.sinc(turn)
-            radius, other = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
-            unit = of_x * x / radius + of_y * y / other
-            measure.put(net, sphere, unit * ((1 - t) * radius + t * other))
+            unit = of_x * F.normalize(x) + of_y * F.normalize(y)
+            radius = torch.lerp(x.norm(dim=1), y.norm(dim=1), t)
+            measure.put(net, sphere, unit * radius[:, None])
     return net
 
 
 def barrier(a, b, way="circle", points=21):
-    """By how much at most the train loss exceeds the line between the ends' losses; (t, train loss,
-    test error) along the way. Raises ValueError for two different networks."""
+    """How far the train loss rises above the line between the ends' losses; (t, train loss, test
+    error) along the way. Raises ValueError for two different networks."""
     check_same(a, b)
     path = [(t, *evaluate(a, between(a, b, t, way))) for t in np.linspace(0, 1, points).tolist()]
     first, last = path[0][1], path[-1][1]
@@ -119,9 +119,11 @@ def barrier(a, b, way="circle", points=21):
 
 
 def check_same(first, *others):
+    def kind(point):
+        return [(name, p.shape) for name, p in point.net.named_parameters()], point.spheres
+
     for other in others:
-        one, two = ([(n, p.shape) for n, p in x.net.named_parameters()] for x in (first, other))
-        if one != two or first.spheres != other.spheres:
+        if kind(first) != kind(other):
             difference = "is another network, or on other spheres, than"
             raise ValueError(f"{other.path} {difference} {first.path}")
 
@@ -267,7 +269,8 @@ def tell_time(path, device, samples, checkpoints):
     ones = operator @ np.ones(operator.shape[0])  # the first is slower
     began = time.perf_counter()
     operator @ ones
-    minutes = checkpoints * PRODUCTS * (time.perf_counter() - began) / 60
+    products = 35  # 22 of ARPACK, and the time of a barrier
+    minutes = checkpoints * products * (time.perf_counter() - began) / 60
     print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
 
 
@@ -282,28 +285,26 @@ def table(rows):
 
 
 def parser():
-    parser = regimes.Parser(prog="lab.landscape", description=__doc__.split("\n")[0])
+    style = argparse.RawDescriptionHelpFormatter
+    parser = regimes.Parser(prog="lab.landscape", description=__doc__, formatter_class=style)
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     commands = parser.add_subparsers(required=True)
 
-    def command(name, show, text, **checkpoints):
-        one = commands.add_parser(name, help=text, description=text)
+    def command(name, show, **checkpoints):
+        one = commands.add_parser(name)
         one.set_defaults(show=show)
-        one.add_argument("checkpoints", type=Path, help="of train.py", **checkpoints)
+        one.add_argument("checkpoints", type=Path, **checkpoints)
         return partial(one.add_argument, type=number(int, 0, 10**6), metavar="N")
 
-    add = command("barrier", show_barrier, "loss on the ways between two", nargs=2, metavar="PT")
+    add = command("barrier", show_barrier, nargs=2, metavar="PT")
     add("--points", default=21, help="along the way (default: 21)")
     add("--out", type=Path, metavar="PNG", help="(default: barrier.png beside the first)")
-    text = "angles (radians) between them, of the network and of each layer"
-    command("distance", show_distances, text, nargs="+", metavar="PT")
+    command("distance", show_distances, nargs="+", metavar="PT")
     samples = dict(default=SAMPLES, help=f"over so many training inputs (default: {SAMPLES})")
-    text = "eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
-    add = command("curvature", show_curvature, text, nargs="+", metavar="PT")
+    add = command("curvature", show_curvature, nargs="+", metavar="PT")
     add("--k", default=3, help="how many eigenvalues (default: 3)")
     add("--samples", **samples)
-    text = "all of it for the folder of a sweep: landscape.csv, landscape.png"
-    command("summary", show_summary, text, metavar="DIR")("--samples", **samples)
+    command("summary", show_summary, metavar="DIR")("--samples", **samples)
     return parser
 
 
@@ -358,12 +359,11 @@ def show_curvature(args):
         print(f"{path}, on the unit sphere, over {n} training inputs")
         for name, operator in operators(point, args.samples).items():
             values = largest(operator, args.k)
-            if name == "hessian":
-                edge = 2 / values[0]
             shown = ", ".join(f"{value:.5g}" for value in values)
             print(f"  {name}: largest eigenvalues {shown}; trace {trace(operator):.5g}")
-        trained = "trained at {mode} {value:g}".format_map(point.options)
-        print(f"  2/λ_max = {edge:.4g}, above which descent is unstable; {trained}")
+            if name == "hessian":
+                trained = "trained at {mode} {value:g}".format_map(point.options)
+                print(f"  2/λ_max = {2 / values[0]:.4g}: descent above is unstable; {trained}")
 
 
 if __name__ == "__main__":

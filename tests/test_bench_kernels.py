@@ -99,10 +99,11 @@ def test_a_loop_is_found_wherever_its_parts_lie():
     places = {".L_top": 1, ".L_test": 3, ".L_middle": 5}
     graph = kernels.flow(code, places)
     ((head, body),) = kernels.innermost_loops(graph)
-    around = kernels.paths(body, head, code, 16, min)
+    names = [name for _, name, _ in code]
+    around = kernels.paths(body, head, names, 16, min)
     assert head == 3 and set(body) == {1, 2, 3, 5, 6, -1} and list(around) == [1]
     assert dict(zip(kernels.COUNTED, around[1], strict=True))["FP32"] == 1
-    assert list(kernels.paths(graph, 0, code, 16, min)) == [0]
+    assert list(kernels.paths(graph, 0, names, 16, min)) == [0]
 
 
 def test_spills_are_seen():
