@@ -113,6 +113,8 @@ def test_every_logarithmic_axis_has_two_ticks_and_all_that_was_drawn():
         ticks = [x for x in ax.get_yticks() if low <= x <= high]
         texts = ax.yaxis.get_major_formatter().format_ticks(ticks)
         assert 2 <= len(set(texts)) == len(texts) <= 8, (seed, values, texts)
+        if values[0] > 0:  # and they are not all at one end
+            assert ticks[-1] / ticks[0] > (high / low) ** 0.4, (seed, values, texts)
 
 
 def test_an_error_axis_is_no_larger_than_the_errors(tmp_path, drawn):
