@@ -192,11 +192,11 @@ def draw_modular():
         rows = list(csv.DictReader(file))
     for row in rows:
         row |= {name: float(cell) for name, cell in row.items() if name != "regime"}
-    of_elr, names = figures.rows_by_elr(rows)
+    of_elr = figures.by_elr(rows)
     fig, axes = figures.subplots([["a", "b"]], 3.6)
     error, time = axes["a"], axes["b"]
     look = dict(fmt="o:", color=figures.THEN["color"], label=f"{EARLY} epochs, mean ± s.e.")
-    figures.ends(error, of_elr, {f"test_error_{EARLY}": look})
+    figures.means(error, of_elr, {f"test_error_{EARLY}": look})
     for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
         some = [row for row in rows if row["converged_400"] == wanted]
         x, y = [row["elr"] for row in some], [row["test_error_400"] for row in some]
@@ -210,9 +210,9 @@ def draw_modular():
             if inside:
                 known[elr] = inside
         look = look | {"label": f"{column} error"}
-        figures.ends(time, known, {f"{column}_below_5": look})
+        figures.means(time, known, {f"{column}_below_5": look})
     time.set(yscale="log", ylabel="epoch", title="first error below 5 %, mean ± s.e.")
-    figures.bands(axes.values(), names)
+    figures.bands(axes.values(), of_elr)
     figures.save(fig, ROOT / "docs" / "modular.png", "addition modulo 31, transformer of width 64")
 
 
@@ -314,24 +314,18 @@ def draw_optimizers(tasks):
     """Mean test errors against φ₀, ELR and learning rate; of each learning rate the best decay."""
     fig, axes = figures.subplots([list("ab"), list("cd"), list("ef")][: (len(tasks) + 1) // 2], 9.5)
     for ax, (task, ways) in zip(axes.values(), tasks.items(), strict=False):
-        means = {}
         for kind, (style, tone, label) in KINDS.items():
             rows = {}
             for value in sorted({way[1] for way in ways if way[0] == kind}):
                 at_value = {way: x for way, x in ways.items() if way[1] == value}
                 errors = list(at_value[best(at_value, kind)].values())
                 rows[value] = [{"error": x} for x in errors]
-                means[kind, value] = np.mean(errors)
-            look = dict(fmt=style, color=tone, label=label, elinewidth=0.7, capsize=0)
-            figures.ends(ax, rows, {"error": look})
+            look = dict(fmt=style, color=tone, label=label, elinewidth=0.7)
+            figures.means(ax, rows, {"error": look})
         ax.set(xscale="log", xlabel="φ₀, ELR or learning rate", title=f"test error, {task}")
-        ax.set_yscale("symlog", linthresh=0.01)
-        low, high = 0.8 * min(means.values()), 1.1 * max(means.values())
-        ticks = [x for x in (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if low <= x <= high]
-        ax.set_yticks(ticks, [f"{x:g}" for x in ticks])
-        ax.set_ylim(low - 0.0005, high)
+        figures.logarithmic(ax)
     for ax in list(axes.values())[len(tasks) :]:
-        ax.axis("off")
+        ax.remove()
     figures.save(fig, ROOT / "docs" / "angle.png")
 
 
@@ -410,11 +404,6 @@ def law(logs):
     for ax in axes.values():
         ax.set(xscale="log", yscale="log", xlabel="batch size")
         ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
-        ax.minorticks_off()
-    axes["a"].set_yticks([0.0005, 0.001, 0.002, 0.005, 0.01, 0.02])
-    axes["b"].set_yticks([0.05, 0.1, 0.2, 0.5, 1])
-    for ax in axes.values():
-        ax.yaxis.set_major_formatter("{x:g}")
     figures.save(fig, ROOT / "docs" / "law.png")
 
 

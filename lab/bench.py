@@ -69,11 +69,16 @@ def machine():
     return platform.machine()
 
 
-def report(case, times, baseline):
-    """Print the milliseconds of each way, and its speed as a multiple of the baseline's."""
-    print(f"\n{case:48}{'ms':>11}{'speed':>9}")
+def report(case, times, moved, elements):
+    """Print the milliseconds of each way; of those that move bytes how many of an element, and the
+    time that a copy would take for them as a share of their own."""
+    print(f"\n{case:48}{'ms':>11}{'bytes':>9}{'share':>9}" if moved else f"\n{case:48}{'ms':>11}")
     for name, seconds in times.items():
-        print(f"  {name:46}{seconds * 1e3:11.3f}{times[baseline] / seconds:9.2f}")
+        line = f"  {name:46}{seconds * 1e3:11.3f}"
+        if name in moved:
+            share = moved[name] / moved["copy"] * times["copy"] / seconds
+            line += f"{moved[name] / elements:9.1f}{share:9.0%}"
+        print(line)
 
 
 def checks():
@@ -133,8 +138,8 @@ def step_error(sphere, dtype, backend, device=DEVICE):
         beta, angle = case % 2 * 0.9, case > 2
         theta, g, m = ([torch.randn(shape).to(device, dtype) for shape in shapes] for _ in range(3))
         params = [x.clone().requires_grad_() for x in theta]
-        how = dict(sphere=sphere, momentum=beta, angle=angle, backend=backend)
-        optimizer = SphereSGD(params, lr=0.3 if angle else 1e-4, **how)
+        options = dict(sphere=sphere, momentum=beta, angle=angle, backend=backend)
+        optimizer = SphereSGD(params, lr=0.3 if angle else 1e-4, **options)
         for p, gradient, buffer in zip(params, g, m, strict=True):
             p.grad = gradient
             if beta:
@@ -239,8 +244,7 @@ def time_step(repetitions):
 
 
 def time_one_step(case, shapes, turns, dtype=torch.float32):
-    """Milliseconds of each way, and its `least_bytes` at the speed at which a copy moves bytes, as
-    a share of them."""
+    """Each way to make a step over tensors of these shapes."""
     elr = 1e-13  # so small that the weights stay what they are, however often
     params = [torch.randn(x, device=DEVICE, dtype=dtype).requires_grad_() for x in shapes]
     for p in params:
@@ -265,13 +269,7 @@ def time_one_step(case, shapes, turns, dtype=torch.float32):
     ways["SGD, then norms and scaling"] = usual
     ways["plain SGD, fused"] = torch.optim.SGD(params, lr=elr, fused=True).step
     times = interleaved(ways, turns, warm=3)
-    print(f"\n{case:48}{'ms':>11}{'bytes':>9}{'share':>9}")
-    for name, seconds in times.items():
-        line = f"  {name:46}{seconds * 1e3:11.3f}"
-        if name in moved:
-            share = moved[name] / moved["copy"] * times["copy"] / seconds
-            line += f"{moved[name] / sum(p.numel() for p in params):9.1f}{share:9.0%}"
-        print(line)
+    report(case, times, moved, sum(p.numel() for p in params))
 
 
 def least_bytes(params, sphere, beta):
@@ -321,7 +319,7 @@ def time_iteration(repetitions):
 
         ways["statistics of 89 steps"] = statistics
         times = interleaved(ways, 400 * repetitions, warm=50)
-        report(name, times, "forward and backward")
+        report(name, times, {}, 0)
 
 
 def show_kernels(repetitions):
@@ -335,16 +333,16 @@ def main():
     text = "Is this machine right, and how fast is it?"
     parser = regimes.Parser(prog="lab.bench", description=text)
     ways = dict(step=time_step, kernels=show_kernels, iteration=time_iteration)
-    parser.add_argument("what", choices=("check", *ways), help="what to check or to time")
+    parser.add_argument("command", choices=("check", *ways))
     text = "medians are over so many (default: %(default)s)"
-    how = dict(type=number(int, 1, 10**6), default=5, metavar="N")
-    parser.add_argument("--repetitions", **how, help=text)
+    add = parser.add_argument
+    add("--repetitions", type=number(int, 1, 10**6), default=5, metavar="N", help=text)
     args = parser.parse_args()
     print(f"on {machine()}, torch {torch.__version__}", flush=True)
-    if args.what == "check":
+    if args.command == "check":
         return check(checks())
     keep_memory()
-    ways[args.what](args.repetitions)
+    ways[args.command](args.repetitions)
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import networkx
 import torch
 
 import sphere_step
@@ -40,13 +41,15 @@ LABEL = re.compile(r"(\.L\w+):")
 INSTRUCTION = re.compile(r"\s+(?:/\*\w{4,}\*/\s+)?(@!?\w+\s+)?([A-Za-z]\w*(?:\.\w+)*)(.*)")
 JUMP = re.compile(r"BRA|s_c?branch")
 END = re.compile(r"EXIT|s_endpgm")
-WIDE = re.compile(r"(LDG|STG)\S*\.128|(global|buffer)_(load|store)_dwordx4")
+ACCESS = re.compile(r"(?:LDG|STG)|(?:global|buffer)_(?:load|store)_dword")
+WIDTHS = {".64": 8, ".128": 16, "x2": 8, "x4": 16}  # bytes of an access; else 4
+STORE = re.compile(r"STG|(global|buffer)_store")
 LOCAL = re.compile(r"LDL|STL|scratch_")
-KINDS = {
+COUNTED = {
     "all": re.compile(r"[A-Z]|[a-rt-z]"),  # AMD issues scalar instructions beside these
     "FP32": re.compile(r"F(ADD|MUL|FMA|SETP|MNMX|SEL)|v_(pk_)?(add|sub|mul|fma|fmac)_f32"),
     "FP64": re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|v_(?!cvt|rcp|rsq)\w+_f64"),
-    "conversions": re.compile(r"(F2F|F2I|I2F)\S*F64|MUFU\S*64H|v_(cvt|rcp|rsq)_\w*f64"),
+    "conv": re.compile(r"(F2F|F2I|I2F)\S*F64|MUFU\S*64H|v_(cvt|rcp|rsq)_\w*f64"),
 }
 
 
@@ -77,31 +80,33 @@ class Count(NamedTuple):
     local: int  # instructions that use local memory: spills, and arrays on the stack
     wide: int  # 128-bit accesses, per thread
     wanted: float  # if all were
-    instructions: dict  # per element, of each of KINDS; nan: the way through it was not found
+    instructions: dict  # per element, of each of COUNTED
 
 
 def variants():
-    """What SphereSGD launches for each kind of sphere, taken down in place of being launched."""
+    """What SphereSGD launches for each kind of sphere, taken down in place of being launched. This
+    function alone knows the kernels: by their names and arguments, from the launches themselves."""
     from triton.runtime.jit import JITFunction, mangle_type
 
     found = {}
     kinds = {"joint": ("group", [(1 << 22,)]), "one tile": ("tensor", 64 * [(ONE_TILE,)])}
-    kinds |= {"rows of 64": ("row", [(4096, 64)]), "no sphere": (None, [(1 << 22,)])}
-    for kind, dtype, beta in product(kinds, ("float32", "bfloat16"), (0.0, 0.9)):
+    kinds |= {"rows": ("row", [(4096, 64)]), "no sphere": (None, [(1 << 22,)])}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for kind, dtype, beta in product(kinds, dtypes, (0.0, 0.9)):
         sphere, shapes = kinds[kind]
-        params = [torch.ones(shape, dtype=getattr(torch, dtype)) for shape in shapes]
+        params = [torch.ones(shape, dtype=dtypes[dtype]) for shape in shapes]
         for p in params:
             p.grad = torch.ones_like(p)
         launched = []
 
-        def take_down(kernel, *args, grid, warmup, launched=launched, **more):
-            values = dict(zip(kernel.arg_names, args, strict=False)) | more
+        def take_down(kernel, *args, grid, warmup, launched=launched, **options):
+            values = dict(zip(kernel.arg_names, args, strict=False)) | options
             launched.append((kernel, grid[0], values))
 
-        how = dict(lr=1e-3, sphere=sphere, momentum=beta, backend="triton")
+        options = dict(lr=1e-3, sphere=sphere, momentum=beta, backend="triton")
         here = patch.object(sphere_step, "INTERPRET", True)  # on the CPU
         with here, patch.object(JITFunction, "run", take_down):
-            sphere_step.SphereSGD(params, **how).step()
+            sphere_step.SphereSGD(params, **options).step()
         moved = 2 if beta else 1  # θ, m
         for i, (kernel, programs, values) in enumerate(launched):
             part = "move" if i else "sums"
@@ -117,12 +122,12 @@ def variants():
                     constants[argument.name] = value
                 else:
                     signature[argument.name] = mangle_type(value)
-            name = f"{kind}, {dtype}, momentum {beta}: {part}"
             reads, writes, elements = 1 + moved, moved, sum(p.numel() for p in params) // programs
             if part == "sums":
                 writes = 0
             if part == "rule":
                 reads = writes = elements = 0
+            name = f"{kind} {dtype}{' momentum' if beta else ''} {part}"
             made = part, kernel, signature, constants, values, elements, reads, writes
             key = kernel.__name__, str((signature, constants, made[-3:]))
             found.setdefault(key, Variant(name, *made, p.element_size()))
@@ -131,6 +136,43 @@ def variants():
 
 def count(variant, architecture, threads_of_sm=2048):
     """The `Count` of a variant on 80, 90, … or "gfx942", without a GPU."""
+    code, places, registers, lanes = compiled(variant, architecture)
+    threads = variant.options["num_warps"] * lanes
+    each = variant.elements / threads or 1  # elements of a thread
+    graph = flow(code, places)
+    loops, names = innermost_loops(graph), [name for _, name, _ in code]
+    longest = max(map(width, names))
+    ways = paths(graph, 0, names, longest, max if variant.part == "whole" else min)
+    n, costs = max(ways.items()) if variant.elements else (0, min(ways.values()))
+    accesses, bodies = [(n, longest)], []
+    for head, body in loops if variant.elements else ():
+        inside = [names[i] for i in body if i in range(len(names))]
+        longest, stores = max(map(width, inside)), any(map(STORE.match, inside))
+        vectors = variant.reads + (variant.writes if stores else 0)
+        n, cost = max(paths(body, head, names, longest, min).items())
+        if longest and n and n % vectors == 0:  # else it reads tables alone
+            turns = each * variant.size * vectors / (n * longest)
+            bodies.append((stores, [turns * x for x in cost], (n, longest)))
+    if bodies:
+        # The longest of several loops, for tiles of several kinds; what is around them, once
+        costs, accesses = min(ways.values()), []
+        for stores in {"sums": [False], "move": [True], "whole": [False, True]}[variant.part]:
+            _, cost, access = max(body for body in bodies if body[0] == stores)
+            costs = [a + b for a, b in zip(costs, cost, strict=True)]
+            accesses.append(access)
+    return Count(
+        registers=registers,
+        blocks=blocks_of(registers, threads, threads_of_sm, 65536 if lanes == 32 else 131072),
+        local=sum(bool(LOCAL.match(name)) for name in names),
+        wide=sum(n for n, longest in accesses if longest == 16),
+        wanted=sum(n * longest for n, longest in accesses) / 16,
+        instructions={name: x / each for name, x in zip(COUNTED, costs, strict=True)},
+    )
+
+
+def compiled(variant, architecture):
+    """The (guard, name, rest) of each instruction, the places of labels in them, the registers of a
+    thread, the lanes of a warp."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -155,63 +197,53 @@ def count(variant, architecture, threads_of_sm=2048):
     else:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", asm["amdgcn"])[1])
         text, _ = asm["amdgcn"].split(".rodata", 1)
-        if "buffer_" in text:
-            text = text.replace("global_", "of_tables_")
     code, places = [], {}
     for line in text.splitlines():
         if LABEL.match(line):
             places[LABEL.match(line)[1]] = len(code)
         elif INSTRUCTION.match(line):
             code.append(INSTRUCTION.match(line).groups())
-    threads = variant.options["num_warps"] * target.warp_size
-    each = variant.elements / threads  # elements of a thread
-    ways = paths(code, places, max if variant.part == "whole" else min)
-    wanted = each * variant.bytes / 16
-    wide = min((n for n in ways if n >= wanted), default=max(ways))
-    costs = [n / (each or 1) for n in ways[wide]]
-    inside = [x for x in loops(code, places) if x[0]]
-    if inside and each:
-        # The longest of several loops, for tiles of several kinds; what is around them, once
-        costs = [n / each for n in min(ways.values())]
-        wide = wanted = 0
-        for stores in {"sums": [False], "move": [True], "whole": [False, True]}[variant.part]:
-            bits = 8 * variant.size * (variant.reads + (variant.writes if stores else 0))
-            own = [
-                (accesses, [n * bits / 128 / accesses for n in cost])
-                for accesses, cost, has_stores in inside
-                if has_stores == stores
-            ]
-            accesses, cost = max(own, key=lambda x: x[1])
-            costs = [a + b for a, b in zip(costs, cost, strict=True)]
-            wide += accesses
-            wanted += accesses
-    if variant.elements and not wide:  # loops that are laid out otherwise, as of gfx942
-        costs = [math.nan] * len(KINDS)
-    return Count(
-        registers=registers,
-        blocks=blocks_of(registers, threads, threads_of_sm, 65536 if cuda else 131072),
-        local=sum(bool(LOCAL.match(name)) for _, name, _ in code),
-        wide=wide,
-        wanted=wanted,
-        instructions=dict(zip(KINDS, costs, strict=True)),
-    )
+    return code, places, registers, target.warp_size
 
 
-def loops(code, places):
-    """(128-bit accesses, instructions of KINDS, whether it stores) of each innermost loop."""
-    edges = []
-    for j, (_, name, rest) in enumerate(code):
-        label = re.search(r"\.L\w+", rest)
-        if JUMP.match(name) and label and places[label[0]] < j:
-            edges.append((places[label[0]], j))
-    found = []
-    for i, j in edges:
-        if not any(i <= a and b <= j for a, b in edges if (a, b) != (i, j)):
-            inside = {label: place - i for label, place in places.items() if i <= place <= j}
-            ways = paths([*code[i:j], ("", "EXIT", "")], inside, min)
-            stores = any(re.match("STG|buffer_store|global_store", x[1]) for x in code[i:j])
-            if ways:  # else the jump goes back, but not around
-                found.append((max(ways), ways[max(ways)], stores))
+def width(name):
+    """The bytes that an instruction moves from or to global memory, of each lane."""
+    if not ACCESS.match(name):
+        return 0
+    return max((n for mark, n in WIDTHS.items() if mark in name), default=4)
+
+
+def flow(code, places):
+    """Which instruction may follow which; len(code) is the end."""
+    graph = networkx.DiGraph()
+    for i, (guard, name, rest) in enumerate(code):
+        jumps, ends = JUMP.match(name), END.match(name)
+        if jumps:
+            graph.add_edge(i, places.get(re.search(r"\.L\w+", rest)[0], i))
+        if ends:
+            graph.add_edge(i, len(code))
+        if guard or "," in rest or name.startswith("s_cbranch") or not (jumps or ends):
+            graph.add_edge(i, i + 1)
+    graph.remove_edges_from(list(networkx.selfloop_edges(graph)))
+    return graph
+
+
+def innermost_loops(graph):
+    """(first instruction, graph) of each; the way back leads to the end, -1. Takes the ways back
+    out of the graph, so that it is gone through once."""
+    found, parts = [], True
+    while parts:
+        parts = [x for x in networkx.strongly_connected_components(graph) if len(x) > 1]
+        for part in parts:
+            entries = [i for i in part if not part.issuperset(graph.predecessors(i))]
+            head = min(entries or part)
+            body = networkx.DiGraph(graph.subgraph(part))
+            back = list(body.in_edges(head))
+            body.remove_edges_from(back)
+            graph.remove_edges_from(back)
+            body.add_edges_from((i, -1) for i, _ in back)
+            if networkx.is_directed_acyclic_graph(body):
+                found.append((head, body))
     return found
 
 
@@ -221,32 +253,23 @@ def blocks_of(registers, threads, threads_of_sm, registers_of_sm):
     return min(registers_of_sm // granted, threads_of_sm) // threads
 
 
-def paths(code, places, pick):
-    """Instructions of each of KINDS on the way from entry to exit that has the fewest of them (pick
-    = min) or the most (max, as the sums of a tile alone are followed by the rule), by the number of
-    128-bit accesses on it. A loop is gone through once.
-
-    code: (guard, name, rest) of each instruction; places: of the labels in it.
-    """
-    ways, ends = [{0: (0,) * len(KINDS)}, *({} for _ in code)], {}
-    for i, (guard, name, rest) in enumerate(code):
-        next_ones = []
-        conditional = guard or "," in rest or name.startswith("s_cbranch")
-        if conditional or not (JUMP.match(name) or END.match(name)):
-            next_ones.append(ways[i + 1])
-        if END.match(name):
-            next_ones.append(ends)
-        if JUMP.match(name):
-            place = places.get(re.search(r"\.L\w+", rest)[0], 0)
-            if place > i:
-                next_ones.append(ways[place])
-        own = [bool(kind.match(name)) for kind in KINDS.values()]
-        for wide, costs in ways[i].items():
-            wide += bool(WIDE.match(name))
-            costs = tuple(a + b for a, b in zip(costs, own, strict=True))
-            for way in next_ones:
-                way[wide] = pick(costs, way.get(wide, costs))
-    return ends
+def paths(graph, start, names, longest, pick):
+    """Instructions of each of COUNTED on the way from `start` to the end that has the fewest of
+    them (pick = min) or the most (max, as the sums of a tile alone are followed by the rule), by
+    the number of accesses of the longest kind on it."""
+    ways = {start: {0: (0,) * len(COUNTED)}}
+    for i in networkx.topological_sort(graph):
+        if i in (-1, len(names)):
+            end = i
+        elif i in ways:
+            own = [bool(kind.match(names[i])) for kind in COUNTED.values()]
+            for n, costs in ways.pop(i).items():
+                n += width(names[i]) == longest
+                costs = tuple(a + b for a, b in zip(costs, own, strict=True))
+                for after in graph.successors(i):
+                    way = ways.setdefault(after, {})
+                    way[n] = pick(costs, way.get(n, costs))
+    return ways[end]
 
 
 def times(variant, counted, card):
@@ -265,15 +288,16 @@ def show():
     """A line per variant and architecture; the memory's time as a share of the longest one."""
     for architecture in dict.fromkeys(card[0] for card in CARDS.values()):
         cards = [name for name, card in CARDS.items() if card[0] == architecture]
-        head = " regs blocks spills    128-bit    all   FP32   FP64   conv  bytes"
-        print(f"\n{architecture:<42}{head}" + "".join(f"{name:>9}" for name in cards))
+        head = f"\n{architecture:<28} regs blocks spills  128-bit"
+        head += "".join(f"{name:>6}" for name in COUNTED) + " bytes"
+        print(head + "".join(f"  {card}" for card in cards))
         for variant in variants():
             found = count(variant, architecture, CARDS[cards[0]][-1])
-            line = f"{variant.name:42}{found.registers:5}{found.blocks:7}{found.local:7}"
-            wide = f"{found.wide} of {found.wanted:.2g}"
-            counts = "".join(f"{n:7.4g}" for n in found.instructions.values())
-            line += f"{wide:>11}{counts}{variant.bytes:7}"
+            line = f"{variant.name:28}{found.registers:5}{found.blocks:7}{found.local:7}"
+            line += f"{f'{found.wide} of {found.wanted:.2g}':>9}"
+            line += "".join(f"{n:6.3g}" for n in found.instructions.values())
+            line += f"{variant.bytes:6}"
             for card in cards if variant.elements else ():
                 seconds = times(variant, found, card)
-                line += f"{seconds[0] / max(seconds):9.0%}"
+                line += f"{seconds[0] / max(seconds):{len(card) + 2}.0%}"
             print(line, flush=True)

@@ -3,13 +3,14 @@
     python -m lab.landscape barrier A.pt B.pt          the loss on the way from one to the other
     python -m lab.landscape distance A.pt B.pt C.pt    angles between them, of each layer, too
     python -m lab.landscape curvature A.pt --k 5       eigenvalues and traces of Hessian and GGN
-    python -m lab.landscape summary logs/digits-convnet    all of it for every ELR of a sweep
+    python -m lab.landscape summary logs/digits-convnet    a sweep: landscape.csv, landscape.png
 
 Distances and curvature are those on the unit sphere: angles, and second derivatives times ρ².
 BatchNorm's statistics are computed anew at every point. Better optima just above the convergence
 boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 """
 
+import argparse
 import math
 import sys
 import time
@@ -37,7 +38,6 @@ from lab.own import build
 from lab.runs import load_checkpoint, number
 
 SAMPLES = 1024  # training inputs whose loss is differentiated twice
-PRODUCTS = 35  # with the Hessian: about 22 of ARPACK, and the time of a barrier
 
 
 @dataclass
@@ -53,6 +53,10 @@ class Point:
     def vectors(self):
         return measure.vectors(self.net, self.spheres)
 
+    def network(self):
+        """Another one of its kind. Not every network can be copied."""
+        return build(Namespace(**self.options), self.data).to(self.data.x.device)
+
 
 def read(path, device="cpu"):
     """A checkpoint. Raises ValueError where it is none of train.py."""
@@ -61,13 +65,14 @@ def read(path, device="cpu"):
         raise ValueError(f"{path}: there is no such file")
     options = state["identity"]
     data = _data(options["data"], options["modulus"], options["label_noise"], device)
-    net = build(Namespace(**options), data).to(device)
+    point = Point(path, None, data, options, state["spheres"])
+    point.net = point.network()
     try:
-        net.load_state_dict(state["net"])
+        point.net.load_state_dict(state["net"])
     except RuntimeError:
-        what = f"{options['model']} has changed since: its weights do not fit"
-        raise ValueError(f"{path}: {what}") from None
-    return Point(path, net, data, options, state["spheres"])
+        model = options["model"]
+        raise ValueError(f"{path}: {model} has changed since: its weights do not fit") from None
+    return point
 
 
 @cache
@@ -88,43 +93,40 @@ def between(a, b, t, way):
     """The network at t in [0, 1] on the way from a to b: a straight "line" between the weights, or
     the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
     straight). At 0 and 1 exactly a and b."""
-    net = build(Namespace(**a.options), a.data).to(
-        a.data.x.device
-    )  # not every network can be copied
+    net = a.network()
     net.load_state_dict((b if t == 1 else a).net.state_dict())
     if t in (0, 1):
         return net
     for p, q in zip(net.parameters(), b.net.parameters(), strict=True):
         p.data.lerp_(q.data, t)
-    if way == "line":
-        return net
-    for sphere, x, y in zip(a.spheres, a.vectors(), b.vectors(), strict=True):
-        radius, other = x.norm(dim=1, keepdim=True), y.norm(dim=1, keepdim=True)
-        omega = measure.angles([x], [y])[:, None]
-        sine = omega.sin().clamp(min=1e-300)
-        of_x = torch.where(omega < 1e-9, 1 - t, ((1 - t) * omega).sin() / sine)
-        of_y = torch.where(omega < 1e-9, t, (t * omega).sin() / sine)
-        unit = of_x * x / radius + of_y * y / other
-        measure.move_to(net, sphere, unit * ((1 - t) * radius + t * other))
+    if way == "circle":
+        for sphere, x, y in zip(a.spheres, a.vectors(), b.vectors(), strict=True):
+            turn = measure.angles([x], [y])[:, None] / math.pi
+            of_x = (1 - t) * torch.sinc((1 - t) * turn) / torch.sinc(turn)
+            of_y = t * torch.sinc(t * turn) / torch.sinc(turn)
+            unit = of_x * F.normalize(x) + of_y * F.normalize(y)
+            radius = torch.lerp(x.norm(dim=1), y.norm(dim=1), t)
+            measure.move_to(net, sphere, unit * radius[:, None])
     return net
 
 
 def barrier(a, b, way="circle", points=21):
-    """By how much at most the train loss exceeds the line between the ends' losses; (t, train loss,
-    test error) along the way. Raises ValueError for two different networks."""
+    """How far the train loss rises above the line between the ends' losses; (t, train loss, test
+    error) along the way. Raises ValueError for two different networks."""
     check_same(a, b)
     path = [(t, *evaluate(a, between(a, b, t, way))) for t in np.linspace(0, 1, points).tolist()]
     first, last = path[0][1], path[-1][1]
-    return max(loss - ((1 - t) * first + t * last) for t, loss, _ in path), path
+    return max(loss - (1 - t) * first - t * last for t, loss, _ in path), path
 
 
-def check_same(*points):
-    first, *others = points
+def check_same(first, *others):
+    def kind(point):
+        return [(name, p.shape) for name, p in point.net.named_parameters()], point.spheres
+
     for other in others:
-        one, two = ([(n, p.shape) for n, p in x.net.named_parameters()] for x in (first, other))
-        if one != two or first.spheres != other.spheres:
-            what = "is another network, or on other spheres, than"
-            raise ValueError(f"{other.path} {what} {first.path}")
+        if kind(first) != kind(other):
+            difference = "is another network, or on other spheres, than"
+            raise ValueError(f"{other.path} {difference} {first.path}")
 
 
 def distances(points):
@@ -133,20 +135,19 @@ def distances(points):
     parts = {"network": points[0].spheres}
     for sphere in points[0].spheres:
         parts |= {name: [{"names": [name], "rows": False}] for name in sphere["names"]}
-    found = {}
     for name, spheres in parts.items():
         places = [measure.vectors(point.net, spheres) for point in points]
         rows = [[measure.angles(x, y).mean().item() for y in places] for x in places]
-        found[name] = np.array(rows)
-    return found
+        parts[name] = np.array(rows)
+    return parts
 
 
 def operators(point, samples=SAMPLES):
     """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
     `ggn`, which for the cross-entropy is the Fisher matrix; over so many training inputs.
 
-    Second derivatives by the weights on spheres, each times its radius: D H D with D = diag(ρ), in
-    training mode, in chunks of the set. Raises ValueError where there are none.
+    D H D with D = diag(ρ) and the second derivatives H by the weights on spheres, in training mode,
+    in chunks of the set. Raises ValueError where there are none.
     """
     net, data = point.net.train(), point.data
     weights = [attrgetter(name)(net) for sphere in point.spheres for name in sphere["names"]]
@@ -172,14 +173,14 @@ def operators(point, samples=SAMPLES):
 
     shape = (len(radius), len(radius))
     kinds = {"hessian": hessian_times, "ggn": ggn_times}
-    how = {name: partial(product, kind) for name, kind in kinds.items()}
-    return {name: LinearOperator(shape, times, dtype=np.float64) for name, times in how.items()}
+    times = {name: partial(product, kind) for name, kind in kinds.items()}
+    return {name: LinearOperator(shape, x, dtype=np.float64) for name, x in times.items()}
 
 
 def gradient(of, by, *directions, again=False):
     """By a list of tensors, as one vector; `again` if it is to be differentiated itself."""
-    how = dict(create_graph=again, retain_graph=True, materialize_grads=True)
-    return torch.cat([x.reshape(-1) for x in torch.autograd.grad(of, by, *directions, **how)])
+    options = dict(create_graph=again, retain_graph=True, materialize_grads=True)
+    return torch.cat([x.reshape(-1) for x in torch.autograd.grad(of, by, *directions, **options)])
 
 
 def hessian_times(logits, y, weights, v):
@@ -213,15 +214,15 @@ def check_twice(logits):
 
 
 def largest(operator, k):
-    """The k largest eigenvalues, by ARPACK, to 0.1 %; nan where the matrix is nan or 0, as that of
-    a run that has died."""
+    """The k largest eigenvalues, by ARPACK, to 1e-4; nan where the matrix is nan or 0, as that of a
+    run that has died. That of the Hessian is λ_max, the sharpness."""
     n = operator.shape[0]
     k, start = min(k, n - 1), np.random.default_rng(0).standard_normal(n)
     first = operator @ start
     if not (np.isfinite(first).all() and first.any()):
         return np.full(k, math.nan)
-    how = dict(which="LA", tol=1e-3, v0=start, return_eigenvectors=False)
-    return np.sort(eigsh(operator, k, **how))[::-1]
+    values = eigsh(operator, k, which="LA", tol=1e-4, v0=start, return_eigenvectors=False)
+    return np.sort(values)[::-1]
 
 
 def trace(operator, probes=20):
@@ -230,32 +231,30 @@ def trace(operator, probes=20):
     return float(np.mean([z @ (operator @ z) for z in signs]))
 
 
-COLUMNS = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
-COLUMNS += "sharpness then_sharpness edge barrier_to_next".split()
-HEADS = "ELR,seed,regime,test error,dropped,averaged,both,λ_max,dropped,2/λ_max,to next"
+QUANTITIES = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
+QUANTITIES += "sharpness then_sharpness edge barrier_to_next".split()
+HEADS = "ELR,seed,regime,test error,second run,averaged,both,λ_max,second run,2/λ_max,to next"
 
 
 def summarize(folder, device, samples):
     """A row per run of a sweep, nan for what it has not (--then, --average, a loss). Barriers are
     those to the next larger ELR, between second runs where there are some."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder")
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
+    if not runs:
+        raise ValueError(f"{folder}: no runs here whose ELR stays")
     parts, found, ends = [], [], []
     for run in runs:
-        parts.append({run.path: run.log})
-        for then, log in figures.second_runs(run).items():
-            parts[-1][run.path.with_suffix(f".then={then}.csv")] = log
-    paths = [path.with_suffix(".pt") for logs in parts for path in logs]
-    if not paths:
-        raise ValueError(f"{folder}: no runs here whose ELR stays")
-    tell_time(read(paths[0], device), len(paths), samples)
-    for run, logs in zip(tqdm(runs, unit="run", disable=None), parts, strict=True):
-        row = dict.fromkeys(COLUMNS, math.nan)
+        parts.append([run, *list(figures.second_runs(run).values())[-1:]])
+    tell_time(runs[0].path.with_suffix(".pt"), device, samples, sum(map(len, parts)))
+    for both in tqdm(parts, unit="run", disable=None):
+        row, run = dict.fromkeys(QUANTITIES, math.nan), both[0]
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
-        for path, log in logs.items():
-            which = "" if path == run.path else "then_"
-            end = read(path.with_suffix(".pt"), device)
-            row[f"{which}test_error"] = log["test_error"][-1]
-            row[f"{which}avg_test_error"] = log.get("avg_test_error", [math.nan])[-1]
+        for which, part in zip(("", "then_"), both, strict=False):
+            end = read(part.path.with_suffix(".pt"), device)
+            row[f"{which}test_error"] = part.log["test_error"][-1]
+            row[f"{which}avg_test_error"] = part.log.get("avg_test_error", [math.nan])[-1]
             row[f"{which}sharpness"] = largest(operators(end, samples)["hessian"], 1)[0]
         row["edge"] = 2 / row["sharpness"]
         found.append(row)
@@ -266,52 +265,47 @@ def summarize(folder, device, samples):
     return found
 
 
-def tell_time(point, checkpoints, samples):
-    operator = operators(point, samples)["hessian"]
-    operator @ np.ones(operator.shape[0])  # the first is slower
+def tell_time(path, device, samples, checkpoints):
+    operator = operators(read(path, device), samples)["hessian"]
+    ones = operator @ np.ones(operator.shape[0])  # the first is slower
     began = time.perf_counter()
-    operator @ np.ones(operator.shape[0])
-    minutes = checkpoints * PRODUCTS * (time.perf_counter() - began) / 60
+    operator @ ones
+    products = 35  # 22 of ARPACK, and the time of a barrier
+    minutes = checkpoints * products * (time.perf_counter() - began) / 60
     print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
 
 
 def table(rows):
-    lines = ["".join(f"{head:>12}" for head in HEADS.split(","))]
+    lines = [HEADS.split(",")]
     for row in rows:
         cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
-        lines.append("".join(f"{cell.replace('nan', '–'):>12}" for cell in cells))
-    return "\n".join(lines)
+        lines.append(["–" if cell == "nan" else cell for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pad = "  ".join(f"{{:>{width}}}" for width in widths)
+    return "\n".join(pad.format(*line) for line in lines)
 
 
 def parser():
-    text = "What the loss looks like around and between the ends of runs, from their checkpoints."
-    example = "example: python -m lab.landscape summary logs/digits-convnet"
-    parser = regimes.Parser(prog="lab.landscape", description=text, epilog=example)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = regimes.Parser(prog="lab.landscape", description=__doc__, formatter_class=style)
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
-    what = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    def command(name, text):
-        return what.add_parser(name, help=text, description=text).add_argument
+    def command(name, show, **checkpoints):
+        one = commands.add_parser(name)
+        one.set_defaults(show=show)
+        one.add_argument("checkpoints", type=Path, **checkpoints)
+        return partial(one.add_argument, type=number(int, 1, 10**6), metavar="N")
 
-    points = dict(type=Path, metavar="PT", help="a checkpoint of train.py")
-    few, many = number(int, 1, 10**6), number(int, 2, 10**6)
-    text = "the loss (nats) between two, on the straight line and on the great circle"
-    add = command("barrier", text)
-    add("checkpoints", nargs=2, **points)
-    add("--points", type=many, default=21, metavar="N", help="along the way (default: 21)")
+    add = command("barrier", show_barrier, nargs=2, metavar="PT")
+    add("--points", default=21, help="along the way (default: 21)")
     add("--out", type=Path, metavar="PNG", help="(default: barrier.png beside the first)")
-    text = "angles (radians) between checkpoints, of the network and of each layer"
-    command("distance", text)("checkpoints", nargs="+", **points)
-    text = "eigenvalues and traces of Hessian and Gauss-Newton matrix on the unit sphere"
-    add = command("curvature", text)
-    add("checkpoints", nargs="+", **points)
-    add("--k", type=few, default=3, help="how many eigenvalues (default: 3)")
-    samples = dict(type=many, default=SAMPLES, metavar="N")
-    samples["help"] = f"over so many training inputs (default: {SAMPLES})"
+    command("distance", show_distances, nargs="+", metavar="PT")
+    samples = dict(default=SAMPLES, help=f"over so many training inputs (default: {SAMPLES})")
+    add = command("curvature", show_curvature, nargs="+", metavar="PT")
+    add("--k", default=3, help="how many eigenvalues (default: 3)")
     add("--samples", **samples)
-    add = command("summary", "all of it for a sweep: landscape.csv, landscape.png")
-    add("folder", type=Path, metavar="DIR", help="of the sweep")
-    add("--samples", **samples)
+    command("summary", show_summary, metavar="DIR")("--samples", **samples)
     return parser
 
 
@@ -321,12 +315,7 @@ def main(argv=None):
     try:
         args.device = find_device(args.device)
         use(args.device)
-        if args.what == "summary":
-            show_summary(args)
-            return 0
-        points = [read(path, args.device) for path in args.checkpoints]
-        show = dict(barrier=show_barrier, distance=show_distances, curvature=show_curvature)
-        show[args.what](args, points)
+        args.show(args)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, RuntimeError) as error:
@@ -335,45 +324,47 @@ def main(argv=None):
 
 
 def show_summary(args):
-    rows = summarize(args.folder, args.device, args.samples)
-    regimes.write_csv(args.folder / "landscape.csv", rows)
-    figures.of_landscape(rows, args.folder / "landscape.png", str(args.folder))
+    folder = args.checkpoints
+    rows = summarize(folder, args.device, args.samples)
+    regimes.write_csv(folder / "landscape.csv", rows)
+    figures.of_landscape(rows, folder / "landscape.png", str(folder))
     print(table(rows))
-    print(f"written: {args.folder / 'landscape.csv'}, {args.folder / 'landscape.png'}")
+    print(f"written: {folder / 'landscape.csv'}, {folder / 'landscape.png'}")
 
 
-def show_barrier(args, points):
-    ways, out = {}, args.out or points[0].path.with_name("barrier.png")
-    if not out.parent.is_dir():
-        raise ValueError(f"argument --out: {out.parent} is no folder: make it first")
+def show_barrier(args):
+    a, b = (read(path, args.device) for path in args.checkpoints)
+    ways, out = {}, args.out or a.path.with_name("barrier.png")
     for way, name in (("line", "straight line"), ("circle", "great circle")):
-        height, ways[name] = barrier(*points, way, args.points)
+        height, ways[name] = barrier(a, b, way, args.points)
         losses = [loss for _, loss, _ in ways[name]]
         ends = f"train loss {losses[0]:.4g}, {losses[-1]:.4g} at the ends"
         print(f"{name}: barrier {height:.4g}; {ends}, at most {np.max(losses):.4g}")
-    figures.of_barrier(ways, out, " to ".join(point.path.stem for point in points))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figures.of_barrier(ways, out, a.path.name, b.path.name)
     print(f"written: {out}")
 
 
-def show_distances(args, points):
+def show_distances(args):
+    points = [read(path, args.device) for path in args.checkpoints]
     for name, angles in distances(points).items():
         print(f"angles in radians, {name}")
         for point, row in zip(points, angles, strict=True):
             print("  ".join(f"{angle:7.4f}" for angle in row) + f"  {point.path}")
 
 
-def show_curvature(args, points):
-    for point in points:
+def show_curvature(args):
+    for path in args.checkpoints:
+        point = read(path, args.device)
         n = min(args.samples, len(point.data.x))
-        print(f"{point.path}, on the unit sphere, over {n} training inputs")
+        print(f"{path}, on the unit sphere, over {n} training inputs")
         for name, operator in operators(point, args.samples).items():
             values = largest(operator, args.k)
-            if name == "hessian":
-                edge = 2 / values[0]
             shown = ", ".join(f"{value:.5g}" for value in values)
             print(f"  {name}: largest eigenvalues {shown}; trace {trace(operator):.5g}")
-        how = "trained at {mode} {value:g}".format_map(point.options)
-        print(f"  2/λ_max = {edge:.4g}, above which descent is unstable; {how}")
+            if name == "hessian":
+                trained = "trained at {mode} {value:g}".format_map(point.options)
+                print(f"  2/λ_max = {2 / values[0]:.4g}: descent above is unstable; {trained}")
 
 
 if __name__ == "__main__":

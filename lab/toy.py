@@ -22,7 +22,7 @@ import numpy as np
 import regimes
 from lab import figures
 
-ROWS = 200  # of a log
+LENGTH = 200  # rows of a log
 
 
 def descend(theta, alphas, elr):
@@ -47,7 +47,7 @@ def simulate(alphas, elrs, seeds, steps):
     theta /= np.sqrt((theta * theta).sum((-1, -2), keepdims=True))
     elr = np.array(elrs)[:, None, None, None]
     first = descend(theta, alpha, elr)[1].sum(-1)
-    ends = np.linspace(0, steps, min(ROWS, steps) + 1).astype(int)
+    ends = np.linspace(0, steps, min(LENGTH, steps) + 1).astype(int)
     losses, angles = [first], [np.zeros_like(first)]
     for begin, end in zip(ends, ends[1:], strict=False):
         loss, angle = 0.0, 0.0
@@ -84,8 +84,8 @@ def main(argv=None):
     add("--alphas", nargs="+", type=float, default=[1.0, 2.0, 4.0], help="(default: 1 2 4)")
     which = parser.add_mutually_exclusive_group().add_argument
     which("--elr", nargs="+", type=float, help="ELRs")
-    how = dict(nargs=3, type=float, default=[1e-2, 1e2, 13], metavar=("LO", "HI", "N"))
-    which("--sweep", **how, help="log-spaced (default: 1e-2 1e2 13)")
+    three = dict(nargs=3, type=float, default=[1e-2, 1e2, 13], metavar=("LO", "HI", "N"))
+    which("--sweep", **three, help="log-spaced (default: 1e-2 1e2 13)")
     add("--seeds", type=int, default=1, metavar="K", help="starts (default: 1)")
     add("--refine", type=int, default=0, metavar="N", help="bisect both boundaries")
     add("--steps", type=int, default=20_000, metavar="N", help="(default: 20000)")

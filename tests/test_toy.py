@@ -1,10 +1,11 @@
 """The toy against its closed form, and its step against SphereSGD's."""
 
-import csv
+import re
 
 import numpy as np
 import pytest
 import torch
+from helpers import read
 
 import regimes
 from lab import toy
@@ -78,49 +79,52 @@ def test_a_random_point_has_half_the_sum_of_the_alphas_on_average():
 
 @pytest.mark.draws
 def test_the_command_line_brackets_the_threshold_and_writes_table_and_picture(tmp_path, capsys):
-    out = str(tmp_path / "out")
-    command = ["--alphas", "5", "1", "1", "--sweep", "0.02", "2", "5", "--refine", "6"]
-    assert toy.main([*command, "--steps", "2000", "--seeds", "2", "--out", out]) == 0
+    command = "--alphas 5 1 1 --sweep 0.02 2 5 --refine 6 --steps 2000 --seeds 2 --out"
+    assert toy.main([*command.split(), str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    line = next(x for x in text.splitlines() if x.startswith("convergence | chaotic"))
-    low, high = (float(x) for x in line.split(": ")[1].split(" (")[0].split(" to "))
+    low, high = map(float, re.search(r"convergence \| chaotic .*: (\S+) to (\S+)", text).groups())
     assert low <= 1 / 7 <= high < 1.06 * low
-    with open(tmp_path / "out" / "toy.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(tmp_path / "out" / "toy.csv")
     assert list(rows[0]) == ["elr", "seed", "regime", "loss", "theory", "skill"]
     assert {row["regime"] for row in rows} <= set(regimes.ORDER) | {"undecided"}
     assert (tmp_path / "out" / "toy.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("elr", ["0.142857", "0.14285714", "0.1234567"])
-def test_an_elr_is_taken_as_it_is_given(tmp_path, capsys, elr):
-    command = ["--elr", elr, "1", "--steps", "10", "--out", str(tmp_path / "out")]
-    assert toy.main(command) == 0 and f"{float(elr):.9g}" in (tmp_path / "out/toy.csv").read_text()
-    assert regimes.elr_name(float(elr)) in capsys.readouterr().out
+def test_an_elr_is_taken_as_it_is_given(tmp_path, capsys):
+    elrs = ["0.14285714", "0.1234567"]
+    assert toy.main(["--elr", *elrs, "--steps", "10", "--out", str(tmp_path / "out")]) == 0
+    assert [row["elr"] for row in read(tmp_path / "out" / "toy.csv")] == sorted(elrs)
+    out = capsys.readouterr().out
+    assert all(regimes.elr_name(float(elr)) in out for elr in elrs)
+
+
+NUMBERS = "--alphas, --elr, --sweep: they take numbers from 1e-38"
+GRID = "--sweep: it takes LO HI N"
+LEAST = "--seeds, --refine, --steps: they are at least 1, 0, 10"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["--alphas", "-1"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
-        (["--alphas", "nan"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
-        (["--elr", "0"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
-        (["--elr", "x"], "--elr: invalid float value: 'x'"),
-        (["--elr", "1e308"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
-        (["--sweep", "0", "1", "3"], "--alphas, --elr, --sweep: they take numbers from 1e-38"),
-        (["--sweep", "1", "0.1", "5"], "--sweep: it takes LO HI N"),
-        (["--sweep", "0.1", "1", "2.5"], "--sweep: it takes LO HI N"),
-        (["--sweep", "0.1", "1", "1e30"], "--sweep: it takes LO HI N"),
-        (["--elr", "1", "--sweep", "0.1", "1", "5"], "--sweep: not allowed with argument --elr"),
-        (["--seeds", "0"], "--seeds, --refine, --steps: they are at least 1, 0, 10"),
-        (["--steps", "9"], "--seeds, --refine, --steps: they are at least 1, 0, 10"),
-        (["--refine", "-1"], "--seeds, --refine, --steps: they are at least 1, 0, 10"),
+        ("--alphas -1", NUMBERS),
+        ("--alphas nan", NUMBERS),
+        ("--elr 0", NUMBERS),
+        ("--elr x", "--elr: invalid float value: 'x'"),
+        ("--elr 1e308", NUMBERS),
+        ("--sweep 0 1 3", NUMBERS),
+        ("--sweep 1 0.1 5", GRID),
+        ("--sweep 0.1 1 2.5", GRID),
+        ("--sweep 0.1 1 1e30", GRID),
+        ("--elr 1 --sweep 0.1 1 5", "--sweep: not allowed with argument --elr"),
+        ("--seeds 0", LEAST),
+        ("--steps 9", LEAST),
+        ("--refine -1", LEAST),
     ],
 )
-def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+def test_bad_arguments_are_one_line(tmp_path, capsys, monkeypatch, command, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        toy.main(arguments)
+        toy.main(command.split())
     err = capsys.readouterr().err
     assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
     assert not list(tmp_path.iterdir())
