@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import regimes
-from lab import figures, measure, own, runs, witness
+from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
 from lab.options import Refused, parse, parser, prepare, what_next
@@ -69,7 +69,7 @@ def train(run, tell):
     upto = run.epoch if run.started else None
     if not run.started:
         with own.running(config.model):
-            before = before_training(run, tell)
+            before = before_training(run)
     log = runs.Log(run.path, upto)
     layer_log = runs.Log(run.path.with_suffix(".layers.csv"), upto)
     step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
@@ -108,15 +108,13 @@ def train(run, tell):
     return True
 
 
-def before_training(run, tell):
-    """The means of epoch 0: a pass over the training set in which nothing moves. Raises ValueError
-    where the gradient is wrong."""
+def before_training(run):
+    """The means of epoch 0: a pass over the training set in which nothing moves."""
     run.net.train()
     run.set_lr()
     means = measure.Means(run.sphere, run.plain)
     for index in batches(len(run.data.x), run.config.batch_size, run.order, run.config.device):
         means.add(*train_step(run, index, move=False))
-    witness.check_gradient(run, means, tell)
     return means
 
 

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 
 import regimes
 import train
-from lab import kernels, measure, witness
-from lab.data import batches
+from lab import kernels, measure
 from lab.machine import Captured, keep_memory, use
 from lab.options import parse, prepare
 from lab.runs import Job, number
@@ -89,7 +88,7 @@ def checks():
         found[name] = partial(convolution_error, threads), 1e-5
     for model, dtype in product(MODELS, ("fp32", "bf16")):
         name = f"gradients along the weights, {model}, {dtype}"
-        found[name] = partial(largest_share, model, dtype), witness.ROUNDING[dtype]
+        found[name] = partial(largest_share, model, dtype), measure.ROUNDING[dtype]
     if DEVICE == "cuda":
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
@@ -195,12 +194,9 @@ def largest_share(model, dtype):
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
         options = ["--data", data, "--model", model, "--width", str(width), "--dtype", dtype]
         run = our_run(*options)
-        means = measure.Means(run.sphere)
-        for index in batches(128, run.config.batch_size, run.order, DEVICE):
-            means.add(*train.train_step(run, index, move=False))
-        means.row()
-        shares = witness.radial_shares(means.first, run.sphere, run.layer_groups)
-        worst = max(worst, *shares.values())
+        spheres = measure.spheres_of(run.layer_groups, "layer")
+        shares = measure.radial_shares(run.net, spheres, run.data, run.config)
+        worst = max(worst, shares.max().item())
     return worst
 
 

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/files.py lab/measure.py
+SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/measure.py
     lab/schedules.py lab/own.py lab/invariance.py lab/machine.py""".split()
 
 

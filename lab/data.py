@@ -1,17 +1,19 @@
-"""Data sets as tensors that live on the device; a batch is an indexing there."""
+"""Data sets as tensors that live on the device; a batch is an indexing there. Own data are a file
+.npz of arrays, or a text."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab import files
-
-DIGITS = Path(__file__).parents[1] / "data" / "digits.npz"
-CHUNK = 512  # inputs at once outside of training
 NAMES = ("digits", "modular", "cifar10", "cifar100", "svhn")
+DIGITS = Path(__file__).parents[1] / "data" / "digits.npz"
+PARTS = ("x", "y", "test_x", "test_y")
+KERAS = {"x_train": "x", "y_train": "y", "x_test": "test_x", "y_test": "test_y"}
+CHUNK = 512  # inputs at once outside of training
 
 
 @dataclass
@@ -25,12 +27,12 @@ class Data:
     y: Tensor
     test_x: Tensor
     test_y: Tensor
+    labels: list | None = None
+    notes: list[str] = field(default_factory=list)
     classes: int = 0
     mean: Tensor | None = None
     std: Tensor | None = None
     tokens: int | None = None
-    labels: list | None = None
-    notes: list[str] = field(default_factory=list)
 
     def inputs(self, index, augment=False):
         """The training inputs at these indices, normalized."""
@@ -47,18 +49,18 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     `root`. Raises ValueError where it cannot be read. digits: 1,797 of 8×8, Alpaydin and Kaynak
     (UCI, 1998), as in scikit-learn, 1,437 to train on."""
     if name == "digits":
-        data = Data(**files.arrays(DIGITS) | {"notes": []})
+        data = arrays(DIGITS)
     elif name == "modular":
-        data = Data(*modular(modulus))
+        data = modular(modulus)
     elif name in NAMES:
-        data = Data(*_download(name, Path(root)))
-    elif name.endswith(".npz"):
-        data = Data(**files.arrays(Path(name)))
-    elif name.endswith(".txt"):
-        data = Data(**files.text(Path(name)))
-    else:
+        data = _download(name, Path(root))
+    elif not name.endswith((".npz", ".txt")):
         raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)}, FILE.npz, FILE.txt")
-    for part in ("x", "y", "test_x", "test_y"):
+    elif not Path(name).is_file():
+        raise ValueError(f"there is no file {name}")
+    else:
+        data = arrays(Path(name)) if name.endswith(".npz") else text(Path(name))
+    for part in PARTS:
         setattr(data, part, getattr(data, part).to(device))
     data.classes = int(max(data.y.max(), data.test_y.max())) + 1
     if data.classes < 2:
@@ -79,11 +81,134 @@ def modular(p):
     x, y = torch.stack([a, b, torch.full_like(a, p)], 1), (a + b) % p
     order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
     train, test = order[: round(0.7 * p * p)], order[round(0.7 * p * p) :]
-    return [x[train], y[train], x[test], y[test]]
+    return Data(x[train], y[train], x[test], y[test])
+
+
+def text(path, length=16):
+    """The characters of a file as tokens, the next one as label: 20,000 windows at random from the
+    first nine tenths, 4,000 from the last, the same for every seed."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read as text in UTF-8 ({error})") from None
+    cut, generator, parts = len(content) * 9 // 10, torch.Generator().manual_seed(0), []
+    known = sorted(set(content[:cut]))
+    tokens = {character: token for token, character in enumerate(known)}
+    for part, n in ((content[:cut], 20_000), (content[cut:], 4_000)):
+        codes = torch.tensor([tokens[character] for character in part if character in tokens])
+        if len(codes) < 1000:
+            raise ValueError(f"{path} is too short: it takes 10,000 characters")
+        start = torch.randint(len(codes) - length, (n, 1), generator=generator)
+        windows = codes[start + torch.arange(length + 1)]
+        parts += [windows[:, :-1], windows[:, -1]]
+    notes = [f"{len(content)} characters, {len(known)} different ones, in windows of {length}"]
+    unknown = sorted(set(content[cut:]) - set(known))
+    if unknown:
+        notes.append(f"left out, as only the last tenth has them: {' '.join(map(repr, unknown))}")
+    return Data(*parts, known, notes)
+
+
+def arrays(path):
+    """The arrays x, y, test_x, test_y of a file .npz, or x_train, …, as in Keras' files. Raises
+    ValueError where they are not inputs and labels."""
+    found = _read(path)
+    last = found["x"].shape[-1:]
+    for name, array in found.items():
+        try:
+            if name.endswith("x"):
+                found[name] = _inputs(array)
+            else:
+                found[name] = _labels(array, len(found[name.replace("y", "x")]))
+        except ValueError as error:
+            which = f"the array {name} of type {array.dtype} and shape {list(array.shape)}"
+            raise ValueError(f"{path}: {which} {error}") from None
+    x, y, test_x, test_y = found.values()
+    if x.shape[1:] != test_x.shape[1:] or x.dtype != test_x.dtype:
+        raise ValueError(f"{path}: test_x is not of the kind and shape of x")
+
+    known, y, counts = np.unique(y, return_inverse=True, return_counts=True)
+    n, once = len(known), (counts == 1).sum()
+    if n > 20 and once > n / 4:
+        values = f"y has {n} different values, {once} of them once"
+        raise ValueError(f"{path}: {values}: only classes can be trained, no numbers to predict")
+    lacking = test_y[~np.isin(test_y, known)].tolist()
+    if lacking:
+        raise ValueError(f"{path}: the label {lacking[0]} is in test_y, not in y")
+    labels, notes = None, []
+    if known.tolist() != list(range(n)):
+        labels = known.tolist()
+        renamed = f"{n} labels, {known[0]} to {known[-1]}, are the classes 0 to {n - 1}"
+        notes.append(f"{renamed}: see config.json")
+    if x.dtype == np.int64:
+        notes.append("whole numbers [N, T] are read as tokens: else save x.astype(float)")
+    elif x.shape[-1:] != last:
+        notes.append(f"x is read as images [N, channels, H, W] = {list(x.shape)}")
+    parts = x, y, test_x, np.searchsorted(known, test_y)
+    x, y, test_x, test_y = map(torch.from_numpy, parts)
+    if x.dtype == torch.float64:
+        x, test_x = standardized(x, test_x)
+    return Data(x, y, test_x, test_y, labels, notes)
+
+
+def _read(path):
+    """The four arrays of the file, by our names."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {KERAS.get(name.lower(), name): name for name in file.files}
+            found = {name: file[stored[name]] for name in PARTS if name in stored}
+    except Exception:  # damage can show anywhere
+        message = "is damaged, or no .npz file of numbers and text (objects: save x.astype(str))"
+        raise ValueError(f"{path} {message}") from None
+    for name in PARTS:
+        if name not in found:
+            there = f"it has {', '.join(stored.values())}, and takes {', '.join(PARTS)}"
+            raise ValueError(f"{path} has no array {name}: {there}")
+    return found
+
+
+def _inputs(x):
+    """Images [N, C, H, W] uint8 or float64, numbers [N, M] float64, tokens [N, T] int64."""
+    few = x.ndim == 2 and x.dtype in (bool, np.uint8)
+    if x.ndim not in (2, 3, 4) or x.dtype.kind not in "fiub" or few:
+        raise ValueError("must be images [N, (C,) H, W], floats [N, M] or tokens int64 [N, T]")
+    if not x.size:
+        raise ValueError("is empty")
+    if x.ndim == 2 and x.dtype.kind in "iu":
+        if x.min() < 0 or x.max() > 10**6:
+            raise ValueError("has tokens below 0 or above a million: numbers are floats")
+        return x.astype(np.int64, order="C")
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        x = np.moveaxis(x, 3, 1)
+    if x.dtype == np.uint8:
+        return np.ascontiguousarray(x)
+    x = x.astype(np.float64, order="C")
+    held = abs(x) < 1e100  # not if it is nan
+    if not held.all():
+        raise ValueError(f"has nan, inf or more than 1e100 in column {held.all(0).argmin()}")
+    return x
+
+
+def _labels(y, n):
+    """[n], whole numbers or text."""
+    if y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "biuU":
+        raise ValueError(f"must be {n} labels, whole numbers or text: y.astype(int), y.argmax(1)")
+    return y.ravel()
+
+
+def standardized(x, test_x):
+    """[N, M], or images, as float32 of mean 0 and deviation 1 in x, by column or channel; 0 where x
+    is constant."""
+    over = [0, 2, 3][: x.dim() - 1]
+    first = x[:1].amin(over, keepdim=True)  # of time stamps only the last digits differ
+    std, mean = torch.std_mean(x - first, over, keepdim=True)
+    std[std <= 1e-15 * x.abs().amax(over, keepdim=True)] = torch.inf  # constant but for rounding
+    return ((x - first - mean) / std).float(), ((test_x - first - mean) / std).float()
 
 
 def _download(name, root):
-    """The same of a data set of torchvision, from `root` once it is there."""
+    """A data set of torchvision, from `root` once it is there."""
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name]
@@ -92,15 +217,13 @@ def _download(name, root):
         for part in ("train", "test"):
             which = dict(split=part) if svhn else dict(train=part == "train")
             found = kind(root, download=True, **which)
-            x, y = torch.from_numpy(found.data), found.labels if svhn else found.targets
-            x = x if svhn else x.permute(0, 3, 1, 2).contiguous()
-            parts += [x, torch.as_tensor(y).long()]
+            labels = found.labels if svhn else found.targets
+            parts += [torch.from_numpy(_inputs(found.data)), torch.as_tensor(labels).long()]
     except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
         files = list(kind.split_list.values())[:2] if svhn else [(kind.url, kind.filename)]
         where = " and ".join(f"{url} as {root / file}" for url, file, *_ in files)
-        what = f"{name} cannot be downloaded ({error})"
-        raise ValueError(f"{what}: get {where} by hand") from None
-    return parts
+        raise ValueError(f"{name} cannot be downloaded ({error}): get {where} by hand") from None
+    return Data(*parts)
 
 
 def add_label_noise(data, share):
@@ -116,14 +239,11 @@ def crop_and_flip(x):
     """Images [N, channels, H, W], each its own random crop after padding by H/8, half flipped."""
     n, _, height, width = x.shape
     pad = max(1, height // 8)
-    shift = torch.randint(2 * pad + 1, (2, n, 1), device=x.device)
-    rows = shift[0] + torch.arange(height, device=x.device)
-    columns = shift[1] + torch.arange(width, device=x.device)
-    flip = torch.rand(n, 1, device=x.device) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    padded = F.pad(x, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    top, left = torch.randint(2 * pad + 1, (2, n), device=x.device)
+    flip = torch.rand(n, 1, 1, 1, device=x.device) < 0.5
+    crops = F.pad(x, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    x = crops[torch.arange(n, device=x.device), :, top, left]  # of all crops [N, C, top, left, …]
+    return torch.where(flip, x.flip(3), x)
 
 
 def batches(n, size, generator, device="cpu"):

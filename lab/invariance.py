@@ -1,7 +1,9 @@
 """Which weights of any network are scale invariant? Works alone when copied (torch, numpy, scipy).
 
-scale_invariant_groups(torchvision.models.resnet18(), torch.randn(4, 3, 64, 64)) gives
-[["conv1.weight"], ["layer1.0.conv1.weight"], …].
+from invariance import scale_invariant_groups
+
+net, batch = torchvision.models.resnet18(), torch.randn(4, 3, 64, 64)
+scale_invariant_groups(net, batch)  # [["conv1.weight"], ["layer1.0.conv1.weight"], …]
 """
 
 import random
@@ -15,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-MAX_EPS = 0.01  # of what others call a normalization
+MAX_EPS = 0.01  # a larger constant in a normalization is taken for a part of the function
 
 
 def scale_invariant_groups(net, batch, build=None, rows=False):
@@ -52,14 +54,16 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
         try:
             return measured(torch.float64)
         except Exception as error:
-            found, why = measured(torch.float32), f"{type(error).__name__}: {error}".split("\n")[0]
-            print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({why})")
+            found, reason = measured(torch.float32), str(error).partition("\n")[0]
+            reason = f"{type(error).__name__}: {reason}"
+            print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({reason})")
             return found
 
 
 @contextmanager
 def _undisturbed(net):
-    """Without cuDNN, which needs its eps. Random numbers and gradients go on as before."""
+    """Afterwards random numbers and gradients are what they were. Without cuDNN, whose BatchNorm
+    takes no eps below 1e-5."""
     pythons, numpys, cudnn = random.getstate(), np.random.get_state(), torch.backends.cudnn.enabled
     gradients = [(p, p.grad) for p in net.parameters()]
     devices = [p.device for p, _ in gradients if p.is_cuda][:1]
@@ -99,6 +103,7 @@ def logits(net, inputs, output):
 
 
 def _find(net, batch, rows):
+    """The sets, by name, in a network of this function's own."""
     torch.manual_seed(0)
     trained = [(name, p) for name, p in net.train().named_parameters() if p.requires_grad]
     if not trained:
@@ -106,19 +111,20 @@ def _find(net, batch, rows):
     names, params = zip(*trained, strict=True)
     dtype = params[0].dtype
     noise, tolerance = (1e-7, 1e-6) if dtype == torch.float64 else (2e-5, 1e-3)
-    for p in params:  # a bias of 0 would hide something
+    for p in params:  # at its start, a bias of 0, the network has symmetries that training breaks
         p.data += 0.1 * torch.randn_like(p) * (p.data.square().mean().sqrt() + 0.1)
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
 
     def outputs(seed, backward=False):
-        for begin in (random.seed, np.random.seed, torch.manual_seed):  # dropout drops the same
+        """The same in each call with this seed: batch, dropout, buffers."""
+        for begin in (random.seed, np.random.seed, torch.manual_seed):
             begin(seed)
         for buffer, value in buffers:
             buffer.data.copy_(value)
         order = torch.randint(len(batch), batch.shape, device=batch.device)
         with _WithoutEps(dtype) as mode:
-            x = batch.gather(0, order)  # mixed
-            if dtype == torch.float32:  # or whole examples
+            x = batch.gather(0, order)  # examples mixed number by number: more kinds of them
+            if dtype == torch.float32:  # whole ones: of mixtures the network may know nothing
                 x = batch[order.flatten(1)[:, 0]]
             out = logits(net, (), net(x))
             mode.forward = False
@@ -143,22 +149,22 @@ def _find(net, batch, rows):
     null = right[singular < noise * len(matrix) ** 0.5].numpy()
 
     def unchanged(chosen):
+        """Whether the outputs stay when these tensors, or their rows, are multiplied."""
         if rows and any(params[i].dim() < 2 for i in chosen):
             return False
-        before, olds = outputs(0), [(params[i], params[i].detach().clone()) for i in chosen]
-        changes = []
-        for factor in (0.5, 3.0):
+        before, changes = outputs(0), []
+        olds = [(params[i], params[i].detach().clone()) for i in chosen]
+        for factor in (0.5, 3.0, 1.0):  # 1: as it was
             for p, old in olds:
-                torch.manual_seed(1)
+                torch.manual_seed(1)  # row i has the same power in each tensor
                 power = torch.rand(len(p), *[1] * (p.dim() - 1)).to(p) if rows else 1
                 p.data.copy_(old * factor**power)
             changes.append((outputs(0) - before).norm())
-        for p, old in olds:
-            p.data.copy_(old)
-        return all(change <= tolerance * before.norm() for change in changes)
+        return max(changes) <= tolerance * before.norm()
 
     found = _smallest(null, np.array([p.numel() for p in params]), unchanged)
-    # A weight that is so when multiplied has a wrong gradient: the check before training tells.
+    # What is invariant, but not in the null space, has a wrong gradient. It is a set, so that the
+    # check before training can tell.
     for i, p in enumerate(params):
         if p.dim() > 1 and all(i not in chosen for chosen in found) and unchanged([i]):
             found.append([i])
@@ -176,7 +182,8 @@ class _WithoutEps(TorchDispatchMode):
 
     def __init__(self, dtype):
         super().__init__()
-        self.dtype, self.forward = dtype, True
+        self.dtype = dtype
+        self.forward = True  # in a backward pass constant tensors are gradients
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, mutable = function.overloadpacket.__name__, function._schema.is_mutable
@@ -211,8 +218,9 @@ def _smallest(null, numel, holds):
     """The disjoint sets that hold of those whose vectors of zeros and ones lie in the space of
     `null` [dimension, n]: the smallest first, then that of more numbers.
 
-    In the reduced echelon form a basis vector has a 1 at its own pivot and 0 at the others': there
-    a vector has its coordinates. The rest is integer programming.
+    Each basis vector is 1 at one pivot and 0 at the others, so that a vector in the space is the
+    sum of basis vectors times its own entries at the pivots. That is linear, and "zeros and ones,
+    as few ones as can be" makes it an integer program.
     """
     from scipy.linalg import qr  # which takes a moment
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -220,19 +228,19 @@ def _smallest(null, numel, holds):
     found, n, one = [], len(numel), np.eye(len(numel))
     if not len(null):
         return found
-    free = np.ones(n)
     pivots = qr(null, mode="r", pivoting=True)[1][: len(null)]
     basis = np.linalg.solve(null[:, pivots], null)
     basis = np.where(abs(basis - basis.round()) < 1e-4, basis.round(), basis)
     rules = [LinearConstraint(one - basis.T @ one[pivots], -1e-3, 1e-3)]
-    rules.append(LinearConstraint(np.ones(n), 1))
+    rules.append(LinearConstraint(np.ones(n), 1))  # not the empty set
     cost = 1 - numel / (2 * numel.sum()) + 0.01 * np.arange(n) / n**2  # of equals the first
     options = dict(c=cost, integrality=1, options={"mip_rel_gap": 0})
+    free = np.ones(n)  # 0 where a set that was found has the tensor
     while (x := milp(bounds=Bounds(0, free), constraints=rules, **options).x) is not None:
         chosen = np.flatnonzero(x > 0.5)
         if holds(chosen):
             found.append(chosen)
             free[chosen] = 0
-        else:
+        else:  # nor may a larger set that has all of it
             rules.append(LinearConstraint(x.round(), ub=len(chosen) - 1))
     return found

@@ -104,7 +104,7 @@ def between(a, b, t, way):
         of_x = torch.where(omega < 1e-9, 1 - t, ((1 - t) * omega).sin() / sine)
         of_y = torch.where(omega < 1e-9, t, (t * omega).sin() / sine)
         unit = of_x * x / radius + of_y * y / other
-        measure.put(net, sphere, unit * ((1 - t) * radius + t * other))
+        measure.move_to(net, sphere, unit * ((1 - t) * radius + t * other))
     return net
 
 

@@ -1,4 +1,5 @@
-"""What is measured of a network: loss, error, chance, averaged weights, points on the spheres."""
+"""What is measured of a network: loss, error, chance, averaged weights, points on its spheres; and
+whether its gradient is right."""
 
 from copy import deepcopy
 
@@ -12,6 +13,12 @@ POINTS = 512  # at which chance is measured
 OF_STEPS = "elr train_loss train_error grad_norm angle radial".split()
 OF_LAYERS = "norm elr grad_norm angle".split()
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
+
+# What share of a gradient may point along the weights: by rounding, and by the eps of others'
+# normalizations. docs/guide.md has the measurements.
+ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
+EPS_SHARE = 3e-3
+ROW_SHARE = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
 
 
 def logits_of(net, x, dtype="fp32"):
@@ -32,7 +39,7 @@ class Means:
 
     def __init__(self, sphere, plain=None):
         self.sphere, self.plain = sphere, plain
-        self.kept, self.first, self.steps = [], None, 0
+        self.kept, self.steps = [], 0
         self.sums, self.layer_sums = 0, 0
 
     def add(self, *step):
@@ -45,16 +52,14 @@ class Means:
         if not self.kept:
             return
         losses, wrong, *last = (torch.stack(x) for x in zip(*self.kept, strict=True))
-        if self.first is None:
-            self.first = last
         self.steps += len(self.kept)
         self.kept = []
         stats, layers = self.sphere.stats(last), self.sphere.layer_stats(last)
         if self.plain:
             group = self.plain.param_groups[0]
             pace = group["lr"] / (1 - group.get("momentum", 0))
-            stats["elr"], layers["elr"] = pace / stats["radius"] ** 2, pace / layers["norm"] ** 2
-            for found in (stats, layers):
+            for found, norm in ((stats, "radius"), (layers, "norm")):
+                found["elr"] = pace / found[norm] ** 2
                 found["angle"] = (found["elr"] * found["grad_norm"]).atan()
         if self.sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
             elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
@@ -106,68 +111,15 @@ def on_train_set(net, data, dtype):
 
 
 @torch.no_grad()
-def chance(run, seed):
-    """Mean and deviation of loss and error on a batch, over random points of the run's spheres, to
-    which its network is moved. stepped: the same after a step of 90° along the gradient of another
-    batch. constant: of the best constant prediction."""
-    run.net.train()
-    data, size, values, stepped = run.data, run.config.batch_size, [], []
-    generator = torch.Generator().manual_seed(seed)
-
-    def on_batch():
-        index = batches(len(data.x), size, generator, run.config.device)[0]
-        logits, y = logits_of(run.net, data.inputs(index), run.config.dtype), data.y[index]
-        wrong = (logits.argmax(1) != y).double().mean()
-        loss = F.cross_entropy(logits, y)
-        return loss, torch.stack([loss.detach().double(), wrong])
-
-    def move(directions):
-        for p, direction in zip(run.on_spheres, directions, strict=True):
-            p.copy_(direction)
-        run.sphere.normalize()
-
-    def random_point():
-        move([torch.randn(p.shape, generator=generator) for p in run.on_spheres])
-
-    for _ in range(POINTS):
-        random_point()
-        values.append(on_batch()[1])
-    for _ in range(POINTS // 8):
-        random_point()
-        run.net.zero_grad()
-        with torch.enable_grad():
-            on_batch()[0].backward()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.on_spheres]
-        rows = [g.flatten(1) if run.config.sphere == "row" else g.reshape(1, -1) for g in gradients]
-        if all(row.any(1).all() for row in rows):
-            move([-gradient for gradient in gradients])
-            stepped.append(on_batch()[1])
-
-    share = F.one_hot(data.y, data.classes).double().mean(0)
-    entropy = -share.xlogy(share).sum().item()
-    found = summary(values)
-    found["constant"] = {"train_loss": entropy, "train_error": 1 - share.max().item()}
-    if len(stepped) > 1:
-        found["stepped"] = summary(stepped)
-    return found
-
-
-def summary(values):
-    """Of a list of [2] tensors, loss and error."""
-    loss, error = torch.stack(values).unbind(1)
-    found = {"train_loss": loss, "train_error": error}
-    found = {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in found.items()}
-    return found | {"points": len(values)}
-
-
-@torch.no_grad()
 def on_average(averaged, net, spheres, data, dtype):
     """Train loss and test error of the mean of weights, put back on the spheres of `net`."""
     mean = deepcopy(averaged.module)
-    for sphere, x, y in zip(spheres, vectors(mean, spheres), vectors(net, spheres), strict=True):
-        put(mean, sphere, F.normalize(x) * y.norm(dim=1, keepdim=True))
+    to_norms_of(vectors(net, spheres), mean, spheres)
     loss = on_train_set(mean, data, dtype)
     return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
+
+
+# ------------------------------------------------------------------------- points on the spheres
 
 
 def spheres_of(layer_groups, sphere):
@@ -180,25 +132,33 @@ def spheres_of(layer_groups, sphere):
     return [{"names": names, "rows": False} for names in layer_groups]
 
 
-def vectors(net, spheres):
-    """The points on the spheres, float64: per entry of `spheres` a matrix, a row per sphere."""
+@torch.no_grad()
+def vectors(net, spheres, gradient=False):
+    """The points on the spheres, float64: per entry of `spheres` a matrix, a row per sphere. Or the
+    gradients there."""
     found = []
     for sphere in spheres:
-        tensors = [net.get_parameter(name).detach().double() for name in sphere["names"]]
-        if sphere["rows"]:
-            found.append(tensors[0].reshape(len(tensors[0]), -1))
-        else:
-            found.append(torch.cat([x.reshape(-1) for x in tensors])[None])
+        tensors = [net.get_parameter(name) for name in sphere["names"]]
+        if gradient:
+            tensors = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
+        rows = len(tensors[0]) if sphere["rows"] else 1
+        found.append(torch.cat([x.double().reshape(rows, -1) for x in tensors], 1))
     return found
 
 
 @torch.no_grad()
-def put(net, sphere, points):
+def move_to(net, sphere, points):
     """The inverse of `vectors`, for one entry: write the points into the weights."""
     tensors = [net.get_parameter(name) for name in sphere["names"]]
     parts = points.reshape(-1).split([x.numel() for x in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def to_norms_of(points, net, spheres):
+    """Scale the weights on each sphere to the norm that the point there has."""
+    for sphere, x, y in zip(spheres, vectors(net, spheres), points, strict=True):
+        move_to(net, sphere, F.normalize(x) * y.norm(dim=1, keepdim=True))
 
 
 def angles(some, others):
@@ -208,3 +168,107 @@ def angles(some, others):
         x, y = F.normalize(x), F.normalize(y)
         found.append(2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1)))
     return torch.cat(found)
+
+
+# ---------------------------------------------------------------------------------------- chance
+
+
+@torch.no_grad()
+def chance(run, seed):
+    """Mean and deviation of loss and error on a batch, over random points of the run's spheres, to
+    which its network is moved. stepped: the same after a step of 90° along the gradient of another
+    batch. constant: of the best constant prediction."""
+    net, data, config = run.net.train(), run.data, run.config
+    generator = torch.Generator().manual_seed(seed)
+    values, stepped = [], []
+
+    def on_batch():
+        order = torch.randperm(len(data.x), generator=generator)
+        index = order[: config.batch_size].to(config.device)
+        logits, y = logits_of(net, data.inputs(index), config.dtype), data.y[index]
+        wrong = (logits.argmax(1) != y).double().mean()
+        loss = F.cross_entropy(logits, y)
+        return loss, torch.stack([loss.detach().double(), wrong])
+
+    def move_along(directions):
+        for p, direction in zip(run.on_spheres, directions, strict=True):
+            p.copy_(direction)
+        to_norms_of(run.start, net, run.spheres)
+
+    for i in range(POINTS + POINTS // 8):
+        move_along([torch.randn(p.shape, generator=generator) for p in run.on_spheres])
+        if i < POINTS:
+            values.append(on_batch()[1])
+            continue
+        net.zero_grad()
+        with torch.enable_grad():
+            on_batch()[0].backward()
+        gradients = [p.grad for p in run.on_spheres if p.grad is not None and p.grad.any()]
+        if len(gradients) == len(run.on_spheres):
+            move_along(-gradient for gradient in gradients)
+            stepped.append(on_batch()[1])
+
+    share = F.one_hot(data.y, data.classes).double().mean(0)
+    entropy = -share.xlogy(share).sum().item()
+    found = _summary(values)
+    found["constant"] = {"train_loss": entropy, "train_error": 1 - share.max().item()}
+    if len(stepped) > 1:
+        found["stepped"] = _summary(stepped)
+    return found
+
+
+def _summary(values):
+    """Of a list of [2] tensors, loss and error."""
+    std, mean = torch.std_mean(torch.stack(values), 0)
+    found = {}
+    for i, name in enumerate(("train_loss", "train_error")):
+        found[name] = {"mean": mean[i].item(), "std": std[i].item()}
+    return found | {"points": len(values)}
+
+
+# ------------------------------------------------------------------------- is the gradient right?
+
+
+def radial_shares(net, spheres, data, options):
+    """Which share of the gradient points along the weights, over 8 batches, [spheres]:
+    √(Σ⟨θ,g⟩²/Σ‖θ‖²‖g‖²).
+
+    Where the set is scale invariant, ⟨θ,g⟩ = 0, whatever the data: the share is rounding, or the
+    gradient is wrong. That of a set without effect is rounding itself, and so shares are of a tenth
+    of the largest √Σ‖θ‖²‖g‖² at least."""
+    along, size = 0, 0
+    order = batches(len(data.x), options.batch_size, torch.Generator().manual_seed(0))
+    net.train()
+    for index in order[:8]:
+        index = index.to(data.x.device)
+        net.zero_grad()
+        logits = logits_of(net, data.inputs(index), options.dtype)
+        F.cross_entropy(logits, data.y[index]).backward()
+        pairs = list(zip(vectors(net, spheres), vectors(net, spheres, gradient=True), strict=True))
+        along = along + torch.cat([(x * g).sum(1) for x, g in pairs]) ** 2
+        size = size + torch.cat([x.norm(dim=1) * g.norm(dim=1) for x, g in pairs]) ** 2
+    return (along / size.clamp(min=0.01 * size.max())).sqrt()
+
+
+def check_gradient(net, layer_groups, data, options, ours):
+    """Is the gradient by each layer group orthogonal to it? Raises ValueError where in a network of
+    ours it is not. Elsewhere, and by single rows, it need not be: returns what is to be said."""
+    said, bound = [], ROUNDING[options.dtype]
+    share, worst = radial_shares(net, spheres_of(layer_groups, "layer"), data, options).max(0)
+    if share > bound + (0 if ours else EPS_SHARE):
+        processor = torch.backends.cpu.get_cpu_capability()
+        if data.x.is_cuda:
+            processor = torch.cuda.get_device_name()
+        text = f"{share:.2g} of the gradient by {' + '.join(layer_groups[worst])} points along the "
+        text += "weights: is there a normalization behind it, and a right backward? Else torch "
+        text += f"{torch.__version__} computes it wrong on this processor ({processor}): see "
+        text += "python -m lab.bench check"
+        if ours:
+            raise ValueError(text)
+        said.append(f"note: {text}")
+    if options.sphere == "row":
+        share = radial_shares(net, spheres_of(layer_groups, "row"), data, options).mean()
+        if share > ROW_SHARE:
+            text = f"{share:.2g} of the rows' gradients points along them"
+            said.append(f"note: {text}: rows are not scale invariant; layers may be")
+    return said

@@ -1,5 +1,5 @@
 """The network of a run: ours by name, or somebody's own, FILE.py:FUNCTION, loaded and tried. What
-goes wrong in their code is told in one line."""
+goes wrong in their code is said in one line."""
 
 import inspect
 import math
@@ -11,19 +11,18 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import models
+from lab import measure
 from lab.contents import ROOT, package_root
-from lab.data import CHUNK
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
+from lab.machine import use
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
-LAB = str(ROOT / "lab")
 # Files whose lines are not shown in an error: their user cannot mend them.
-LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<", LAB)
-LIBRARIES += (str(ROOT / "models.py"), str(ROOT / "train.py"))
+NOT_THEIRS = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
+NOT_THEIRS += tuple(str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py", "lab"))
 
 
 def build(options, data):
@@ -39,7 +38,10 @@ def load(model, data):
     """The network FILE.py:FUNCTION, on the device of the data, whose output are its logits. The
     file runs anew each time. Raises ValueError."""
     file, _, name = model.rpartition(":")
-    x, path = data.normalized(data.x[:2]), Path(file).resolve()
+    path = Path(file).resolve()
+    if not name or not path.is_file():
+        raise ValueError(f"{model} is no FILE.py:FUNCTION that is there")
+    x = data.normalized(data.x[:2])
     devices = [x.device] if x.is_cuda else []
     known = dict(channels=x.shape[1], classes=data.classes, example=x[0].cpu())
     if data.tokens is not None:
@@ -66,14 +68,14 @@ def load(model, data):
 def _call(function, known):
     """Call it with what it names of `known`, or with (channels, classes)."""
     signature = inspect.signature(function)
-    parameters = signature.parameters.values()
-    named = {p.name: known[p.name] for p in parameters if p.name in known}
-    starred = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    named = {name: known[name] for name in signature.parameters if name in known}
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
     try:
         signature.bind(**named)
     except TypeError:
-        starred, named = True, {}
-    if starred and not named:
+        named = {}
+        kinds.add(inspect.Parameter.VAR_POSITIONAL)
+    if not named and kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         return function(known["channels"], known["classes"])
     return function(**named)
 
@@ -88,14 +90,13 @@ def beside(path):
     `from .blocks import Block` is looked up.
     """
     root = package_root(path)
-    package = ModuleType("_own")
-    package.__path__ = [str(root)]
+    folders = dict.fromkeys([str(path.parent), str(root)])
     modules, argv, places, here = dict(sys.modules), sys.argv, list(sys.path), os.getcwd()
     for name in modules:
         if name.partition(".")[0] in OUR_MODULES:
             del sys.modules[name]
-    sys.modules["_own"] = package
-    folders = dict.fromkeys([str(path.parent), str(root)])
+    package = sys.modules["_own"] = ModuleType("_own")
+    package.__path__ = [str(root)]
     sys.path[:0] = folders
     sys.argv = [str(path)]
     try:
@@ -106,29 +107,27 @@ def beside(path):
         os.chdir(here)
         for name in set(sys.modules) - set(modules):
             file = getattr(sys.modules[name], "__file__", None) or "<"
-            theirs = file.startswith(str(root)) and not file.startswith(LIBRARIES)
+            theirs = file.startswith(str(root)) and not file.startswith(NOT_THEIRS)
             if theirs and file != str(path):  # dataclasses and type hints look names up in it later
                 del sys.modules[name]
         sys.modules.update(modules)
 
 
 @contextmanager
-def explained(what):
+def explained(failure, passing=()):
     """What goes wrong in somebody's code, as a ValueError of one line, with the last line of their
-    own that it passed. Ctrl-C passes, and an exit by a signal handler of ours."""
+    own that it passed. Ctrl-C passes, and what is in `passing`."""
     try:
         yield
-    except (KeyboardInterrupt, BrokenPipeError):
+    except (KeyboardInterrupt, BrokenPipeError, *passing):
         raise
     except BaseException as error:  # sys.exit in their file, too
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames[-1].filename.startswith(LAB) and not isinstance(error, Exception):
-            raise
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-        theirs = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if not frame.filename.startswith(NOT_THEIRS)]
         if theirs:
             why += f"; {theirs[-1].filename}, line {theirs[-1].lineno}"
-        raise ValueError(f"{what} ({why})") from error
+        raise ValueError(f"{failure} ({why})") from error
 
 
 @contextmanager
@@ -137,43 +136,27 @@ def running(model):
     if ":" not in model:
         yield
         return
-    try:
-        with explained(f"{model} cannot be trained"):
-            yield
-    except ValueError as error:
-        if isinstance(error.__cause__, OSError | MemoryError):  # a full disk
-            raise error.__cause__ from None
-        raise
+    with explained(f"{model} cannot be trained", passing=(OSError, MemoryError)):  # a full disk
+        yield
 
 
 def rehearse(net, data, options):
-    """Raises ValueError where the network cannot be run as it will be."""
-    model, device, size = options.model, data.x.device, options.batch_size
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bf16")
-    x, y = data.inputs(torch.arange(size, device=device)), data.y[:size]
-    with explained(f"{model} cannot be trained on a batch of {size}"):
-        with autocast:
-            out = net(x).float()
+    """Raises ValueError where the network cannot be run on a batch as it will be."""
+    size = options.batch_size
+    x = data.inputs(torch.arange(size, device=data.x.device))
+    bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
+    with explained(f"{options.model} cannot be trained on a batch of {size}"), bf16:
+        out = net(x)
         if out.shape != (size, data.classes):
             wanted = f"[{size}, {data.classes} classes]"
             raise ValueError(f"the network's output is {list(out.shape)}, not {wanted}")
-        if not out.requires_grad:
-            raise ValueError("nothing is trained: requires_grad is False everywhere")
-        F.cross_entropy(out, y).backward()
-        for p in net.parameters():
-            if p.is_complex() or (p.grad is not None and p.grad.is_sparse):
-                raise ValueError("a parameter is complex, or its gradient sparse")
-    last = data.test_x.split(CHUNK)[-1]  # the last batch of measure.on_test_set
-    with explained(f"{model} cannot be tested on a batch of {len(last)}"):
-        with autocast, torch.no_grad():
-            net.eval()(data.normalized(last))
 
 
 def layer_groups(options, data):
     """The network, a batch, and the names of the parameters in each layer group: what our networks
     say; what is found in others, and printed. For sphere "row" only tensors whose rows are scale
     invariant. Raises ValueError where there are none, or the network cannot be trained."""
-    model, rows = options.model, options.sphere == "row"
+    use(options.device, options.dtype)
 
     def make():
         torch.manual_seed(options.seed)
@@ -182,21 +165,31 @@ def layer_groups(options, data):
     net = make()
     rehearse(net, data, options)
     x = data.inputs(torch.arange(min(32, len(data.x)), device=data.x.device))
-    if ":" not in model and hasattr(net, "layer_groups"):
-        return net, x, net.layer_groups
-    with explained(f"{model} cannot be measured"):
-        found = scale_invariant_groups(net, x, make, rows)
-    if options.average:
-        with explained(f"{model} cannot be copied, for --average"):
-            scale_invariant_groups(net, x, rows=rows)
+    ours = ":" not in options.model and hasattr(net, "layer_groups")
+    if ours:
+        groups = net.layer_groups
+    else:
+        if options.average:  # which computes with copies: they must hold weights of their own
+            make = None
+        with explained(f"{options.model} cannot be measured"):
+            found = scale_invariant_groups(net, x, make, options.sphere == "row")
+        groups = _usable(net, found, options.sphere == "row")
+    for note in measure.check_gradient(net, groups, data, options, ours):
+        print(note, file=sys.stderr)
+    return net, x, groups
+
+
+def _usable(net, found, rows):
+    """Those that are not zero, which have no direction; printed with their norms."""
     weights = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-
-    def has_direction(group):
+    usable = []
+    for group in found:
         if rows:
-            return all(weights[name].flatten(1).any(dim=1).all() for name in group)
-        return any(weights[name].any() for name in group)
-
-    usable = [group for group in found if has_direction(group)]
+            moved = all(weights[name].flatten(1).any(dim=1).all() for name in group)
+        else:
+            moved = any(weights[name].any() for name in group)
+        if moved:
+            usable.append(group)
     if not usable:
         raise ValueError(_why_none(net, found, rows))
     print(f"{'norm':>9}  sphere")
@@ -204,19 +197,20 @@ def layer_groups(options, data):
         norm = math.hypot(*(weights.pop(name).norm().item() for name in group))
         print(f"{norm:9.3g}  {' + '.join(group)}")
     print(f"{'':9}  off the spheres, by plain SGD: {', '.join(weights) or 'nothing'}")
-    return net, x, usable
+    return usable
 
 
 def _why_none(net, found, rows):
     if found:
         return f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
     if rows:
-        what = "is there a normalization of single channels, as BatchNorm?"
-        return f"no scale-invariant rows: {what} Else take --sphere layer"
-    why = f"is there a normalization layer, of eps ≤ {MAX_EPS}, behind weights that are trained?"
-    once = {name for name, _ in net.named_parameters()}
+        return "no scale-invariant rows, as before a BatchNorm: take --sphere layer"
+    names = {}  # several of one tensor, as of a head that is tied to the embedding
     for name, p in net.named_parameters(remove_duplicate=False):
-        if name not in once:  # as a head that is tied to the embedding
-            other = next(first for first, q in net.named_parameters() if q is p)
-            why = f"{other} is {name}, too, and is there a normalization behind both?"
-    return f"no scale-invariant weights: {why}"
+        names.setdefault(p, []).append(name)
+    for own in names.values():
+        if len(own) > 1:
+            tied = f"{' is '.join(own)}, too: is there a normalization behind both?"
+            return f"no scale-invariant weights: {tied}"
+    where = f"of eps ≤ {MAX_EPS}, behind weights that are trained?"
+    return f"no scale-invariant weights: is there a normalization layer, {where}"

@@ -170,7 +170,7 @@ def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(
         measure.on_average(made.averaged, made.net, made.spheres, data, "fp32")
         other = [torch.nn.functional.normalize(torch.randn_like(x)) * x.norm() for x in start]
         for sphere, x in zip(made.spheres, other, strict=True):
-            measure.put(made.net, sphere, x)
+            measure.move_to(made.net, sphere, x)
         made.averaged.update_parameters(made.net)
         measure.on_average(made.averaged, made.net, made.spheres, data, "fp32")
     finally:

@@ -22,11 +22,9 @@ IMPORTS = {
     "regimes": {"loop"},  # read when it is there
     "loop": {"regimes"},
     "options": BELOW | {"contents", "schedules"},
-    "data": {"files"},
-    "files": set(),
+    "data": set(),
     "invariance": set(),
-    "own": {"models", "invariance", "contents", "data"},
-    "witness": {"measure"},
+    "own": {"models", "invariance", "contents", "machine", "measure"},
     "measure": {"data", "sphere_step"},
     "contents": set(),
     "schedules": set(),
