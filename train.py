@@ -21,6 +21,7 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -154,7 +155,7 @@ class Run:
         config, net = self.config, self.net
         groups = []
         for sphere in self.spheres:
-            params = [net.get_parameter(name) for name in sphere["names"]]
+            params = [attrgetter(name)(net) for name in sphere["names"]]
             groups.append(dict(params=params, sphere="row" if sphere["rows"] else "group"))
         self.on_spheres = [p for group in groups for p in group["params"]]
         trained = [p for p in net.parameters() if p.requires_grad]

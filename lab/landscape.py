@@ -17,6 +17,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def operators(point, samples=SAMPLES):
     training mode, in chunks of the set. Raises ValueError where there are none.
     """
     net, data = point.net.train(), point.data
-    weights = [net.get_parameter(name) for sphere in point.spheres for name in sphere["names"]]
+    weights = [attrgetter(name)(net) for sphere in point.spheres for name in sphere["names"]]
     radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
     radius, n = torch.cat(radius).cpu().numpy(), min(samples or len(data.x), len(data.x))
     buffers, batches = [(x, x.clone()) for x in net.buffers()], []

@@ -2,6 +2,7 @@
 whether its gradient is right."""
 
 from copy import deepcopy
+from operator import attrgetter  # ScriptModules have no get_parameter
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,7 @@ def vectors(net, spheres, gradient=False):
     gradients there."""
     found = []
     for sphere in spheres:
-        tensors = [net.get_parameter(name) for name in sphere["names"]]
+        tensors = [attrgetter(name)(net) for name in sphere["names"]]
         if gradient:
             tensors = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
         rows = len(tensors[0]) if sphere["rows"] else 1
@@ -149,7 +150,7 @@ def vectors(net, spheres, gradient=False):
 @torch.no_grad()
 def move_to(net, sphere, points):
     """The inverse of `vectors`, for one entry: write the points into the weights."""
-    tensors = [net.get_parameter(name) for name in sphere["names"]]
+    tensors = [attrgetter(name)(net) for name in sphere["names"]]
     parts = points.reshape(-1).split([x.numel() for x in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -174,7 +174,9 @@ def layer_groups(options, data):
         with explained(f"{options.model} cannot be measured"):
             found = scale_invariant_groups(net, x, make, options.sphere == "row")
         groups = _usable(net, found, options.sphere == "row")
-    for note in measure.check_gradient(net, groups, data, options, ours):
+    with running(options.model):
+        notes = measure.check_gradient(net, groups, data, options, ours)
+    for note in notes:
         print(note, file=sys.stderr)
     return net, x, groups
 
