@@ -14,6 +14,7 @@ import re
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -23,9 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import models
 import regimes
 import train
 from lab import kernels, measure
+from lab.data import load
 from lab.machine import Captured, keep_memory, use
 from lab.options import parse, prepare
 from lab.runs import Job, number
@@ -190,12 +193,12 @@ def convolution_error(threads):
 
 def largest_share(model, dtype):
     """The largest share of a gradient along the weights, over widths."""
-    worst, data = 0.0, "modular" if model == "transformer" else "digits"
+    worst, data = 0.0, load("modular" if model == "transformer" else "digits", device=DEVICE)
+    options = Namespace(batch_size=16, dtype=dtype)
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
-        options = ["--data", data, "--model", model, "--width", str(width), "--dtype", dtype]
-        run = our_run(*options)
-        spheres = measure.spheres_of(run.layer_groups, "layer")
-        shares = measure.radial_shares(run.net, spheres, run.data, run.config)
+        net = models.build(model, data, width=width).to(DEVICE)
+        spheres = measure.spheres_of(net.layer_groups, "layer")
+        shares = measure.radial_shares(net, spheres, data, options)
         worst = max(worst, shares.max().item())
     return worst
 

@@ -57,7 +57,7 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     elif not name.endswith((".npz", ".txt")):
         raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)}, FILE.npz, FILE.txt")
     elif not Path(name).is_file():
-        raise ValueError(f"there is no file {name}")
+        raise ValueError(f"{name}: there is no such file")
     else:
         data = arrays(Path(name)) if name.endswith(".npz") else text(Path(name))
     for part in PARTS:

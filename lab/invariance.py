@@ -160,7 +160,7 @@ def _find(net, batch, rows):
                 power = torch.rand(len(p), *[1] * (p.dim() - 1)).to(p) if rows else 1
                 p.data.copy_(old * factor**power)
             changes.append((outputs(0) - before).norm())
-        return max(changes) <= tolerance * before.norm()
+        return all(change <= tolerance * before.norm() for change in changes)
 
     found = _smallest(null, np.array([p.numel() for p in params]), unchanged)
     # What is invariant, but not in the null space, has a wrong gradient. It is a set, so that the

@@ -37,35 +37,21 @@ def scaled(weight, factor):
         weight.mul_(factor)
 
 
-@pytest.mark.parametrize(("channels", "classes", "size"), [(1, 10, 8), (3, 100, 32), (2, 3, 19)])
-def test_scaling_a_layer_by_ten_leaves_the_logits(channels, classes, size):
+@pytest.mark.parametrize(("channels", "classes", "size"), [(1, 10, 8), (2, 3, 19)])
+def test_scaling_a_layer_of_the_convnet_by_ten_leaves_the_logits(channels, classes, size):
     net = convnet(channels, classes, width=4).double()
     x = torch.randn(8, channels, size, size, dtype=torch.float64)
     logits = net(x)
     assert logits.shape == (8, classes)
-    for (name,) in net.layer_groups:
-        scaled(net.get_parameter(name), 10)
-        print(f"{name}: {relative(net(x), logits):.1e}")
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    assert net.layer_groups == [[name] for name in trained]
+    for i, name in enumerate(trained):
+        weight = net.get_parameter(name)
+        assert weight.shape[:2] == (4 * 2**i, 2 * 2**i if i else channels)
+        scaled(weight, 10)
         assert relative(net(x), logits) < EPS_BREAKS
-        scaled(net.get_parameter(name), 1 / 10)
-
-
-def test_only_the_convolutions_are_trained_and_all_are_on_spheres():
-    net = convnet(3, 7, width=5)
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    assert trained == {name for group in net.layer_groups for name in group}
-    assert [tuple(net.get_parameter(f"conv{i}.weight").shape[:2]) for i in (1, 2, 3, 4)] == [
-        (5, 3),
-        (10, 5),
-        (20, 10),
-        (40, 20),
-    ]
-
-
-def test_the_head_has_norm_ten_and_a_bias():
-    head = convnet(1, 10).head
-    assert abs(head.weight.norm().item() - 10) < 1e-5 and head.bias is not None
-    assert not head.weight.requires_grad and not head.bias.requires_grad
+        scaled(weight, 1 / 10)
+    assert abs(net.head.weight.norm().item() - 10) < 1e-5 and net.head.bias is not None
 
 
 # ----------------------------------------------------------------- resnet18, written a second time
@@ -97,7 +83,7 @@ def second_resnet18(weights, x):
     return norm(x).clamp(min=0).mean((2, 3)) @ weights["head.weight"].t()
 
 
-@pytest.mark.parametrize(("width", "size"), [(4, 8), (8, 16), (64, 8)])
+@pytest.mark.parametrize(("width", "size"), [(4, 8), (8, 16)])
 def test_resnet18_is_the_papers_network_written_a_second_time(width, size):
     net = resnet18(3, 10, width=width).double()
     x = torch.randn(3, 3, size, size, dtype=torch.float64)
@@ -152,15 +138,13 @@ def test_the_sets_found_in_the_transformer_are_its_tensors_each_by_itself():
     assert as_sets(found) == as_sets(net.layer_groups) and len(found) == 9
 
 
-# ------------------------------------------------------------------------------------------- finding the spheres of any network
+# ----------------------------------------------------------------- finding the spheres of any network
 
 
 def test_resnet18_has_twelve_sets_none_of_whose_parts_is_invariant():
     net = resnet18(2, 5, width=2).double()
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.eps = (
-            1e-13  # a channel of small variance shows eps: up to 4e-7 in 60 draws, once above 1e-6
-        )
+        norm.eps = 1e-13  # a channel of small variance shows it: once in 60 draws above 1e-6
     x = torch.randn(16, 2, 16, 16, dtype=torch.float64)
     logits = net(x)
     assert logits.shape == (16, 5) and len(net.layer_groups) == 12
@@ -184,49 +168,29 @@ def as_sets(groups):
 @pytest.mark.parametrize("build", [convnet, pytest.param(resnet18, marks=slow)])
 def test_the_sets_found_are_those_that_our_networks_declare(build):
     net = build(3, 10, width=4)
-    assert as_sets(scale_invariant_groups(net, torch.randn(8, 3, 16, 16))) == as_sets(
-        net.layer_groups
-    )
+    found = scale_invariant_groups(net, torch.randn(8, 3, 16, 16))
+    assert as_sets(found) == as_sets(net.layer_groups)
 
 
-@slow
-def test_affine_batchnorm_adds_the_scales_and_shifts_that_another_normalization_follows():
-    net = resnet18(3, 10, width=2, affine=True)
-    found = as_sets(scale_invariant_groups(net, torch.randn(16, 3, 8, 8)))
-
-    def affine(*norms):
-        return frozenset(f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias"))
-
-    names = [f"stage{stage}_block{block}" for stage in (1, 2, 3, 4) for block in (1, 2)]
-    expected = as_sets(net.layer_groups) | {affine(f"{name}.norm1") for name in names}
-    # What a stage writes to its stream can be scaled before its last convolutions, too. The shift in
-    # a shortcut has no effect: it adds a constant to a stream that only normalizations read.
-    for stage in (2, 3, 4):
-        parts = ("block1.norm2", "block2.norm2", "block1.shortcut.0")
-        shift = frozenset({f"stage{stage}_block1.shortcut.0.bias"})
-        expected |= {affine(*(f"stage{stage}_{x}" for x in parts)) - shift, shift}
-    assert found == expected
-
-
-def thin_resnet18(width):
-    """The first two stages of torchvision's network, with fewer channels."""
+def thin_resnet10(width):
+    """The first two stages of torchvision's network of one block each, with fewer channels."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
     class Thin(ResNet):
         def _make_layer(self, block, planes, *more, **options):
             return super()._make_layer(block, planes * width // 64, *more, **options)
 
-    net = Thin(BasicBlock, [2, 2, 2, 2], num_classes=10)
+    net = Thin(BasicBlock, [1, 1, 1, 1], num_classes=10)
     net.inplanes = width
     net.conv1, net.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-    net.layer1 = net._make_layer(BasicBlock, 64, 2)
-    net.layer2 = net._make_layer(BasicBlock, 128, 2, stride=2)
+    net.layer1 = net._make_layer(BasicBlock, 64, 1)
+    net.layer2 = net._make_layer(BasicBlock, 128, 1, stride=2)
     net.layer3, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Linear(2 * width, 10)
     return net
 
 
-def check_by_scaling(net, x, found, whole=True):
-    """Each set leaves the outputs when it is scaled; with `whole`, no single parameter left over does."""
+def check_by_scaling(net, x, found):
+    """Each set leaves the outputs when it is scaled; no single parameter left over does."""
     net = deepcopy(net).double().train()
     for module in net.modules():
         if isinstance(getattr(module, "eps", None), float):
@@ -234,7 +198,7 @@ def check_by_scaling(net, x, found, whole=True):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    x = x.double() if x.is_floating_point() else x
+    x = x.double()
 
     def outputs():
         torch.manual_seed(0)
@@ -249,123 +213,48 @@ def check_by_scaling(net, x, found, whole=True):
         assert relative(outputs(), before) < 1e-6, group
         for name in group:
             scaled(params[name], 1 / 2)
-    for name in set(params) - set().union(*found) if whole else ():
+    for name in set(params) - set().union(*found):
         scaled(params[name], 2)
         assert relative(outputs(), before) > 1e-6, name
         scaled(params[name], 1 / 2)
 
 
-@pytest.mark.parametrize("width", [8, pytest.param(64, marks=slow)])
-def test_torchvisions_resnet18_in_full(width):
-    net = torchvision.models.resnet18(num_classes=10) if width == 64 else thin_resnet18(width)
-    stages = (1, 2, 3, 4) if width == 64 else (1, 2)
-    x = torch.randn(4, 3, 32, 32)
-    state, rng = deepcopy(net.state_dict()), torch.get_rng_state()
+@pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=slow)])
+def test_torchvisions_resnet_in_full(blocks):
+    net, stages = thin_resnet10(8), (1, 2)
+    if blocks == 2:
+        net, stages = torchvision.models.resnet18(num_classes=10), (1, 2, 3, 4)
+    x, state = torch.randn(4, 3, 32, 32), deepcopy(net.state_dict())
     found = as_sets(scale_invariant_groups(net, x))
-    assert torch.equal(torch.get_rng_state(), rng)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     expected = {frozenset({name}) for name, p in net.named_parameters() if p.dim() == 4}
+
+    def affine(*norms):
+        return frozenset(f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias"))
+
     for stage in stages:
-        expected |= {
-            frozenset({f"layer{stage}.{block}.bn1.{kind}" for kind in ("weight", "bias")})
-            for block in (0, 1)
-        }
-        stream = [f"layer{stage}.{block}.bn2" for block in (0, 1)] + [
-            "bn1" if stage == 1 else f"layer{stage}.0.downsample.1"
-        ]
-        if stage < stages[-1]:  # the last stream goes to the head without another normalization
-            expected.add(
-                frozenset({f"{name}.{kind}" for name in stream for kind in ("weight", "bias")})
-            )
+        expected |= {affine(f"layer{stage}.{block}.bn1") for block in range(blocks)}
+        stream = [f"layer{stage}.{block}.bn2" for block in range(blocks)]
+        stream.append("bn1" if stage == 1 else f"layer{stage}.0.downsample.1")
+        if stage < stages[-1]:
+            expected.add(affine(*stream))  # the last one goes to the head without a normalization
     assert found == expected
     check_by_scaling(net, x, found)
 
 
 @slow
 def test_torchvisions_mobilenet_v3_small_by_scaling_every_set_and_every_parameter_left():
-    net, x = (
-        torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25),
-        torch.randn(4, 3, 64, 64),
-    )
+    net = torchvision.models.mobilenet_v3_small(num_classes=10, width_mult=0.25)
+    x = torch.randn(4, 3, 64, 64)
     found = as_sets(scale_invariant_groups(net, x))
-    assert {
-        frozenset({name})
-        for name, p in net.named_parameters()
-        if name.endswith(".0.weight") and p.dim() == 4
-    } <= found
-    check_by_scaling(net, x, found)
-
-
-@slow
-@pytest.mark.parametrize("whole", [False, True])
-def test_torchvisions_vgg11_bn_in_full(whole):
-    """Without `whole` the classifier, of whose 120 million weights none is invariant, is a small one of the same kind."""
-    net, x = torchvision.models.vgg11_bn(num_classes=10), torch.randn(2, 3, 64, 64)
-    if not whole:
-        net.classifier = nn.Sequential(
-            nn.Linear(512 * 49, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 10)
-        )
-    found = as_sets(scale_invariant_groups(net, x))
-    convs = [name for name, p in net.named_parameters() if p.dim() == 4]
-    expected = {frozenset({name}) for name in convs} | {
-        frozenset({name.replace("weight", "bias")}) for name in convs
-    }
-    norms = [
-        f"features.{int(name.split('.')[1]) + 1}" for name in convs[:-1]
-    ]  # the last is followed by the classifier
-    expected |= {frozenset({f"{name}.weight", f"{name}.bias"}) for name in norms}
-    assert found == expected
-
-
-def mlp(norm):
-    return nn.Sequential(
-        nn.Linear(5, 7),
-        norm(7),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Linear(7, 6),
-        norm(6),
-        nn.ReLU(),
-        nn.Linear(6, 3),
-    )
-
-
-def test_an_mlp_with_layernorm_and_dropout_has_its_linear_layers_but_the_last():
-    net, x = mlp(nn.LayerNorm), torch.randn(8, 5)
-    found = as_sets(scale_invariant_groups(net, x))
-    assert found == {frozenset({"0.weight", "0.bias"}), frozenset({"4.weight", "4.bias"})}
+    convs = [(name, p) for name, p in net.named_parameters() if name.endswith(".0.weight")]
+    assert {frozenset({name}) for name, p in convs if p.dim() == 4} <= found
     check_by_scaling(net, x, found)
 
 
 def test_nothing_is_found_without_normalization_despite_rescaling_symmetries():
-    assert scale_invariant_groups(mlp(nn.Identity), torch.randn(8, 5)) == []
-
-
-def test_the_direction_of_a_weight_normalized_layer_is_invariant():
-    net = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)), nn.Tanh(), nn.Linear(7, 3)
-    )
-    assert scale_invariant_groups(net, torch.randn(8, 5)) == [
-        ["0.parametrizations.weight.original1"]
-    ]
-
-
-class Tied(nn.Module):
-    """Token embedding and output layer share a tensor, used before and after a normalization."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 8, bias=False)
-        self.out = nn.Linear(8, 11, bias=False)
-        self.out.weight = self.embed.weight
-
-    def forward(self, tokens):
-        x = F.layer_norm(self.embed(tokens), (8,), eps=0.0)
-        return self.out(F.layer_norm(self.hidden(x), (8,), eps=0.0))
-
-
-def test_a_tied_weight_counts_once_and_is_not_invariant_for_one_of_its_two_uses():
-    assert scale_invariant_groups(Tied(), torch.randint(11, (4, 5))) == [["hidden.weight"]]
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Dropout(0.3), nn.Linear(7, 3))
+    assert scale_invariant_groups(net, torch.randn(8, 5)) == []
 
 
 # ------------------------------------------------- networks drawn from a grammar, beside the truth
@@ -376,31 +265,22 @@ class DrawnNorm(nn.Module):
 
     def __init__(self, kind, width, affine, eps):
         super().__init__()
-        self.kind, self.tiny = kind, eps
+        self.kind, self.eps = kind, eps
         self.weight = nn.Parameter(torch.rand(width) + 0.5) if affine else None
-        shift = affine and kind in ("batch", "layer", "group")
-        self.bias = nn.Parameter(torch.randn(width)) if shift else None
+        self.bias = nn.Parameter(torch.randn(width)) if affine and kind != "root" else None
 
     def forward(self, x):
-        width, tiny = x.shape[-1], self.tiny
+        width = x.shape[-1]
         if self.kind == "none":
             return x
         if self.kind == "batch":
             flat = x.reshape(-1, width)
-            new = F.batch_norm(flat, None, None, self.weight, self.bias, training=True, eps=tiny)
+            new = F.batch_norm(flat, None, None, self.weight, self.bias, True, eps=self.eps)
             return new.view_as(x)
         if self.kind == "layer":
-            return F.layer_norm(x, (width,), self.weight, self.bias, tiny)
-        if self.kind == "group":
-            flat = x.reshape(-1, width)
-            return F.group_norm(flat, 2, self.weight, self.bias, tiny).view_as(x)
-        if self.kind == "root":  # in float32, as Llama's; the truth is not
-            new = x.float() if tiny > 1e-20 else x
-            new = new * torch.rsqrt(new.pow(2).mean(-1, keepdim=True) + tiny)
-        elif self.kind == "deviation":
-            new = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + tiny)
-        else:
-            new = F.normalize(x, dim=-1, eps=tiny)
+            return F.layer_norm(x, (width,), self.weight, self.bias, self.eps)
+        new = x.float() if self.eps > 1e-20 else x  # in float32, as Llama's; the truth is not
+        new = new * torch.rsqrt(new.pow(2).mean(-1, keepdim=True) + self.eps)
         return new.to(x.dtype) * (1 if self.weight is None else self.weight)
 
 
@@ -431,7 +311,7 @@ class Drawn(nn.Module):
     def __init__(self, seed, eps):
         super().__init__()
         choose = random.Random(seed)
-        width, norms = 6, ["batch", "layer", "group", "root", "deviation", "unit", "none"]
+        width, norms = 6, ["batch", "layer", "root", "none"]
 
         def norm():
             return DrawnNorm(choose.choice(norms), width, choose.random() < 0.5, eps)
@@ -498,7 +378,7 @@ def minimal_sets(net, x):
 @pytest.mark.parametrize("seeds", range(30 if SLOW else 1))
 def test_in_networks_drawn_from_a_grammar_no_set_is_missed_and_none_invented(seeds):
     drawn, seed = 0, 100 * seeds
-    while drawn < 10:
+    while drawn < (10 if SLOW else 5):
         seed += 1
         torch.manual_seed(seed)
         net = Drawn(seed, eps=1e-5)
