@@ -120,8 +120,8 @@ def arrays(path):
             else:
                 found[name] = _labels(array, len(found[name.replace("y", "x")]))
         except ValueError as error:
-            which = f"the array {name} of type {array.dtype} and shape {list(array.shape)}"
-            raise ValueError(f"{path}: {which} {error}") from None
+            given = f"the array {name} of type {array.dtype} and shape {list(array.shape)}"
+            raise ValueError(f"{path}: {given} {error}") from None
     x, y, test_x, test_y = found.values()
     if x.shape[1:] != test_x.shape[1:] or x.dtype != test_x.dtype:
         raise ValueError(f"{path}: test_x is not of the kind and shape of x")
@@ -215,8 +215,8 @@ def _download(name, root):
     svhn, parts = name == "svhn", []
     try:
         for part in ("train", "test"):
-            which = dict(split=part) if svhn else dict(train=part == "train")
-            found = kind(root, download=True, **which)
+            half = dict(split=part) if svhn else dict(train=part == "train")
+            found = kind(root, download=True, **half)
             labels = found.labels if svhn else found.targets
             parts += [torch.from_numpy(_inputs(found.data)), torch.as_tensor(labels).long()]
     except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError

@@ -49,9 +49,10 @@ class Captured:
             return self.function(index)
         if self.calls == 4:
             self.index, self.graph = index.clone(), torch.cuda.CUDAGraph()
-            how = dict(stream=torch.cuda.current_stream(), capture_error_mode="thread_local")
+            stream = torch.cuda.current_stream()
+            mode = dict(capture_error_mode="thread_local")  # other threads may allocate meanwhile
             try:
-                with torch.cuda.graph(self.graph, **how):  # other threads may allocate meanwhile
+                with torch.cuda.graph(self.graph, stream=stream, **mode):
                     self.out = self.function(self.index)
             except RuntimeError as error:
                 why = str(error).splitlines()[0]

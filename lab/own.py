@@ -21,8 +21,8 @@ from lab.machine import use
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
 # Files whose lines are not shown in an error: their user cannot mend them.
-NOT_THEIRS = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
-NOT_THEIRS += tuple(str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py", "lab"))
+LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
+LIBRARIES += tuple(str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py", "lab"))
 
 
 def build(options, data):
@@ -107,7 +107,7 @@ def beside(path):
         os.chdir(here)
         for name in set(sys.modules) - set(modules):
             file = getattr(sys.modules[name], "__file__", None) or "<"
-            theirs = file.startswith(str(root)) and not file.startswith(NOT_THEIRS)
+            theirs = file.startswith(str(root)) and not file.startswith(LIBRARIES)
             if theirs and file != str(path):  # dataclasses and type hints look names up in it later
                 del sys.modules[name]
         sys.modules.update(modules)
@@ -124,7 +124,7 @@ def explained(failure, passing=()):
     except BaseException as error:  # sys.exit in their file, too
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
         frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if not frame.filename.startswith(NOT_THEIRS)]
+        theirs = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
         if theirs:
             why += f"; {theirs[-1].filename}, line {theirs[-1].lineno}"
         raise ValueError(f"{failure} ({why})") from error

@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run
+from helpers import experiment, refused, run, words
 from torchvision import datasets
 
 from lab.data import DIGITS, add_label_noise, batches, crop_and_flip, load
@@ -358,13 +358,11 @@ def test_train_and_test_windows_come_from_different_parts_of_the_text(tmp_path):
     assert (data.x == 0).double().mean() > 0.99 and (data.test_x == 1).all()
 
 
-def test_a_text_is_learned_by_the_transformer_of_its_own_accord(tmp_path, capsys):
+def test_a_text_gets_the_transformer_of_its_own_accord(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("the cat sat on the mat. " * 900)
-    command = f"--elr 1e-3 --epochs 1 --batch-size 512 --width 8 --data {tmp_path}/mine.txt"
-    assert run(command, tmp_path / "out") == 0
+    made = experiment(words(f"--elr 1e-3 --width 8 --data {tmp_path}/mine.txt", tmp_path / "out"))
     assert "21600 characters, 11 different ones, in windows of 16\n" in capsys.readouterr().out
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["options"]["model"] == "transformer" and len(config["labels"]) == 11
+    assert made.config.model == "transformer" and len(made.layer_groups) == 9
 
 
 FILES = [
