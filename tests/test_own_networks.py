@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run
+from helpers import experiment, log, refused, run, words
 from torch import nn
 
 import models
@@ -100,7 +100,6 @@ class net(Base):
         ('(__import__("collections").namedtuple("Out", "aux logits")(hidden, logits))', BASE),
         ("(logits, hidden) if self.training else logits", BASE),  # as torchvision's Inception
         ('{"out": logits}', "the output is a dict without logits"),
-        ("None", "the output is a NoneType without logits"),
         ("hidden, logits", "the network's output is [16, 8], not [16, 3 classes]"),
         ("logits / 0", "contained non-finite values"),
     ],
@@ -129,11 +128,9 @@ def test_a_script_module_is_trained(write, tmp_path):
 
 CALLED = [
     ("def net(example, classes, width=64): return", "len(example)", "classes"),
-    ("def net(num_inputs, num_outputs, width=64): return", "num_inputs", "num_outputs"),
     ("def net(width=64, channels=99, depth=2, classes=99): return", "channels", "classes"),
     ("def net(*, classes, channels, width=3): return", "channels", "classes"),
     ("def net(channels, classes, /): return", "channels", "classes"),
-    ("def net(classes, channels, **rest): return", "channels", "classes"),
     ("from functools import partial\nnet = partial(lambda width, channels, classes:", "channels", "classes", ", 9)"),
     ("net =", 6, 3),  # the network itself
     ("def net(): return", 6, 3),
@@ -176,8 +173,7 @@ def test_a_network_added_by_name_is_called_with_what_it_names_and_measured(
     assert models.build("mlp", numbers, width=5)[0].out_features == 5
     command = f"--elr 1 --model mlp --data {data}/numbers.npz"
     assert "the mlp has no --affine: leave it out\n" in refused(capsys, f"{command} --affine")
-    assert run(f"{command} --epochs 1 --jobs 1", tmp_path) == 0
-    assert "0.weight + 0.bias\n" in capsys.readouterr().out
+    assert experiment(words(command, tmp_path)).layer_groups == [["0.weight", "0.bias"]]
 
 
 # ------------------------------------------------------------------------------- what goes wrong
@@ -299,7 +295,6 @@ NORM, NONE = "self.norm(h).relu()", "no scale-invariant weights"
 CASES = {
     "an activation is kept": ("", "self.kept = [h]", NORM, BASE),
     "float32 is added": ("", "h = h + torch.ones(len(x), 1) @ torch.zeros(1, 8)", NORM, BASE),
-    "to float16 and back": ("", "h = h.half().float()", NORM, BASE),
     "a state": ("self.state = torch.zeros(8)", "self.state = self.state.detach() * 0.9; h = h + 0 * self.state", NORM, BASE),
     "written into": ("", "new = torch.zeros(len(x), 8); new[torch.arange(len(x))] = h; h = new", NORM, BASE),
     "autocast": ("", "h = torch.autocast('cpu')(lambda x: self.first(x))(x).float()", NORM, BASE),
@@ -497,8 +492,8 @@ class net(Base):
     assert ask(code) == {*BASE, *(f"more.{i}.weight + more.{i}.bias" for i in range(3))}
     command = f"--elr 0.01 --sphere layer --epochs 1 {write(code)}"
     assert run(command, tmp_path / "out") == 0
-    for log in (tmp_path / "out").glob("elr*.csv"):
-        assert log.read_text().count("\n") > 2 and "nan" not in log.read_text()
+    for path in (tmp_path / "out").glob("elr*.csv"):
+        assert path.read_text().count("\n") > 2 and "nan" not in path.read_text()
 
 
 @pytest.mark.parametrize(
@@ -613,10 +608,10 @@ class net(Base):
 """
     (tmp_path / "neighbour.py").write_text("def same(x):\n    return x\n")
     here, command = os.getcwd(), write(code)
-    for epochs, out in ((1, "a"), (2, "a"), (2, "b")):
-        assert run(f"--elr 0.001 --epochs {epochs} {command}", tmp_path / out) == 0
-    logs = [(tmp_path / out / "elr=1e-03.layers.csv").read_bytes() for out in "ab"]
-    assert logs[0] == logs[1] and os.getcwd() == here
+    for epochs in (1, 2):
+        assert run(f"--elr 0.001 --epochs {epochs} {command}", tmp_path / "out") == 0
+    rows = log(tmp_path / "out", "elr=1e-03")
+    assert [row["epoch"] for row in rows] == [0, 1, 2] and os.getcwd() == here
 
 
 def test_a_network_that_writes_into_its_input_leaves_the_data(write, data):
@@ -637,8 +632,7 @@ def test_a_network_that_writes_into_its_input_leaves_the_data(write, data):
     "layers",
     [
         "nn.utils.parametrizations.spectral_norm(nn.Conv2d(c, 6, 3)), nn.BatchNorm2d(6)",
-        "nn.Conv2d(c, 6, 3), nn.InstanceNorm2d(6), nn.Dropout(0.3)",
-        "Checkpointed(nn.Conv2d(c, 6, 3), nn.GroupNorm(2, 6))",
+        "Checkpointed(nn.Conv2d(c, 6, 3), nn.InstanceNorm2d(6), nn.Dropout(0.3))",
     ],
 )
 def test_the_curvature_of_what_is_trained_is_symmetric_and_the_same_each_time(
@@ -663,37 +657,33 @@ def net(c, k):
         assert np.array_equal(operator @ v, operator @ v) and v @ (ggn @ v) > 0
 
 
-@pytest.mark.parametrize("kind", ["once", "reentrant", "weight"])
-@pytest.mark.filterwarnings("ignore:.*requires_grad=True")
-def test_what_has_no_second_derivative_is_one_line_that_names_it(write, tmp_path, kind, capsys):
+@pytest.mark.parametrize("name", ["Once", "weight_norm"])
+def test_what_has_no_second_derivative_is_one_line_that_names_it(write, tmp_path, name, capsys):
     code = """
-from torch.utils.checkpoint import checkpoint
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
+        return x.clone()
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        return gradient * (ctx.saved_tensors[0] > 0)
-class once(Base):
-    def forward(self, x): return self.last(Once.apply(self.norm(self.first(x))))
-class reentrant(Base):
-    def forward(self, x):
-        return self.last(checkpoint(self.norm, self.first(x), use_reentrant=True).relu())
-class weight(Base):
+        return gradient
+def Once_net(c, k):
+    net = weight_norm_net(c, k)
+    nn.utils.parametrize.remove_parametrizations(net.first, "weight")
+    net.norm.register_forward_hook(lambda norm, inputs, output: Once.apply(output))
+    return net
+class weight_norm_net(Base):
     def __init__(self, channels, classes):
         super().__init__(channels, classes)
         nn.utils.parametrizations.weight_norm(self.first)
     def forward(self, x): return self.last(self.norm(self.first(x)).relu())
 """
-    assert run(f"--elr 0.001 --epochs 1 {write(code, name=kind)}", tmp_path / "out") == 0
+    assert run(f"--elr 0.001 --epochs 1 {write(code, name=f'{name}_net')}", tmp_path / "out") == 0
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         landscape.main(["curvature", str(tmp_path / "out" / "elr=1e-03.pt")])
     err = capsys.readouterr().err
-    name = {"once": "Once", "reentrant": "CheckpointFunction", "weight": "weight_norm"}[kind]
     assert exit.value.code == 2 and err.count("\n") == 1
     assert re.search(rf"{name} has no (right )?second derivative", err)
 
