@@ -253,23 +253,25 @@ def radial_shares(net, spheres, data, options):
 
 def check_gradient(net, layer_groups, data, options, ours):
     """Is the gradient by each layer group orthogonal to it? Raises ValueError where in a network of
-    ours it is not. Elsewhere, and by single rows, it need not be: returns what is to be said."""
-    said, bound = [], ROUNDING[options.dtype]
+    ours it is not. Elsewhere, and by single rows, it need not be: returns notes."""
+    notes, bound = [], ROUNDING[options.dtype]
     share, worst = radial_shares(net, spheres_of(layer_groups, "layer"), data, options).max(0)
     if share > bound + (0 if ours else EPS_SHARE):
         processor = torch.backends.cpu.get_cpu_capability()
         if data.x.is_cuda:
             processor = torch.cuda.get_device_name()
-        text = f"{share:.2g} of the gradient by {' + '.join(layer_groups[worst])} points along the "
-        text += "weights: is there a normalization behind it, and a right backward? Else torch "
-        text += f"{torch.__version__} computes it wrong on this processor ({processor}): see "
-        text += "python -m lab.bench check"
+        message = (
+            f"{share:.2g} of the gradient by {' + '.join(layer_groups[worst])} points along the "
+            "weights: is there a normalization behind it, and a right backward? Else torch "
+            f"{torch.__version__} computes it wrong on this processor ({processor}): "
+            "see python -m lab.bench check"
+        )
         if ours:
-            raise ValueError(text)
-        said.append(f"note: {text}")
+            raise ValueError(message)
+        notes.append(f"note: {message}")
     if options.sphere == "row":
         share = radial_shares(net, spheres_of(layer_groups, "row"), data, options).mean()
         if share > ROW_SHARE:
-            text = f"{share:.2g} of the rows' gradients points along them"
-            said.append(f"note: {text}: rows are not scale invariant; layers may be")
-    return said
+            along = f"{share:.2g} of the rows' gradients points along them"
+            notes.append(f"note: {along}: rows are not scale invariant; layers may be")
+    return notes

@@ -169,9 +169,11 @@ def layer_groups(options, data):
     if ours:
         groups = net.layer_groups
     else:
-        if options.average:  # which computes with copies: they must hold weights of their own
+        failure = f"{options.model} cannot be measured"
+        if options.average:
             make = None
-        with explained(f"{options.model} cannot be measured"):
+            failure += " on a copy, as --average takes"
+        with explained(failure):
             found = scale_invariant_groups(net, x, make, options.sphere == "row")
         groups = _usable(net, found, options.sphere == "row")
     with running(options.model):

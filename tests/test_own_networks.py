@@ -324,6 +324,7 @@ def test_what_a_network_does_beside_its_layers_hides_no_set_and_makes_none(ask, 
 
 def test_a_copy_that_computes_with_the_originals_weights_is_refused_for_the_average(ask):
     message = ask(WITH.format(*CASES["a closure of the start"][:3]), average=1)
+    assert "cannot be measured on a copy, as --average takes" in message
     assert "a copy computes with the weights of the original" in message
 
 
