@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import experiment, refused, run, words
+from helpers import experiment, refused, words
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -259,7 +259,7 @@ def tf32():
 
 def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys):
     machine.use("cpu", "tf32")
-    assert run("--elr 0.1 --epochs 1 --width 2 --batch-size 512", tmp_path) == 0
+    experiment(words("--elr 0.1 --width 2", tmp_path))
     assert not tf32()
     for dtype in ("tf32", "bf16", "tf32", "fp32"):
         machine.use("cpu", dtype)
