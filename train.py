@@ -5,10 +5,10 @@
     python train.py --angle 0.05              an angle per step, falling along a cosine: no ELR
     python train.py --lr 0.05 --wd 5e-3       ordinary training, and the ELR that it implies
 
-Writes into --out (default logs/<data>-<model>): elr=1e-02.csv, a row per epoch; .layers.csv, a row
-per epoch and tensor; .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command
-goes on where it stopped; what was made by other code is trained anew. Regimes: Kodryan et al.,
-NeurIPS 2022 (arXiv 2209.03695).
+Writes into logs/<data>-<model>, or --out: elr=1e-02.csv, a row per epoch; .layers.csv, a row per
+epoch and tensor; .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command goes
+on where it stopped; what was made by other code is trained anew. Regimes: Kodryan et al., NeurIPS
+2022 (arXiv 2209.03695).
 """
 
 import signal
@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import math
+import os
 import sys
 import time
 from contextlib import closing
@@ -60,31 +61,30 @@ def train_step(run, index, move=True):
 
 
 def train(run, tell):
-    """The epochs that are left: each is a pass over the training set, rows in the logs, and a
-    checkpoint. Returns whether there were any. tell: as runs.Watch.tell."""
-    if run.started and (run.ended or run.epoch >= run.epochs):
+    """The epochs that are left, from the run's checkpoint on: each is a pass over the training set,
+    rows in the logs, and a checkpoint. Returns whether there were any. tell: as runs.Watch.tell."""
+    run.load()
+    if not run.goes_on():
         return False
     config, net, size = run.config, run.net, run.config.batch_size
     began = time.perf_counter() - run.seconds
     upto = run.epoch if run.started else None
-    if not run.started:
-        with own.running(config.model):
-            before = before_training(run, tell)
     log = runs.Log(run.path, upto)
     layer_log = runs.Log(run.path.with_suffix(".layers.csv"), upto)
     step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
 
     with closing(log), closing(layer_log), own.running(config.model):
-        while run.epoch < run.epochs and not run.ended:
+        while run.goes_on():
+            run.set_lr()
             if run.started:
                 net.train()
-                run.set_lr()
                 means = measure.Means(run.sphere, run.plain)
                 for index in batches(len(run.data.x), size, run.order, config.device):
                     means.add(*step(index))
                 run.epoch += 1
             else:
-                means, run.started = before, True
+                means = before_training(run, tell)
+                run.started = True
 
             steps = len(run.data.x) // size
             row = {"epoch": run.epoch, "step": run.epoch * steps, **means.row()}
@@ -92,10 +92,8 @@ def train(run, tell):
                 row["elr"] = run.lr  # exactly
             row |= measure.on_test_set(net, run.data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
-            now = measure.vectors(net, run.spheres)
-            row["distance"] = measure.angles(run.start, now).mean().item()
-            if config.loop:
-                row["leg"] = run.leg
+            turned = measure.angles(run.start, measure.vectors(net, run.spheres))
+            row["distance"] = turned.mean().item()
             if run.averaged:
                 row |= run.average()
             # To log one more column, give the row one more entry here.
@@ -112,7 +110,6 @@ def before_training(run, tell):
     """The means of epoch 0: a pass over the training set in which nothing moves. Raises ValueError
     where the gradient is wrong."""
     run.net.train()
-    run.set_lr()
     means = measure.Means(run.sphere, run.plain)
     for index in batches(len(run.data.x), run.config.batch_size, run.order, run.config.device):
         means.add(*train_step(run, index, move=False))
@@ -128,12 +125,16 @@ class Run:
     job          runs.Job: value (ELR, angle or learning rate), seed, path of the log
     """
 
-    STATE = ("epoch", "seconds", "ended", "start")  # in a checkpoint, beside the parts
+    # In a checkpoint
+    PARTS = ("net", "sphere", "plain", "averaged")
+    STATE = ("epoch", "seconds", "ended", "start")
 
     def __init__(self, experiment, job):
         config, self.data, layer_groups, self.contents = experiment
-        self.config, self.value, self.seed = config, job.value, job.seed
-        self.path, self.name, self.init = job.path, job.name, job.init
+        self.config, self.value, self.init = config, job.value, job.init
+        self.path, self.name = job.path, job.name
+        # What a checkpoint must share with this run
+        self.identity = config.identity() | dict(value=job.value, seed=job.seed, name=job.name)
         use(config.device, config.dtype)
         torch.manual_seed(job.seed)
         self.net = own.build(config, self.data).to(config.device)
@@ -164,7 +165,7 @@ class Run:
         self.plain = None
         if config.mode == "lr":
             self.plain = torch.optim.SGD(trained, self.value, momentum, weight_decay=config.wd or 0)
-            self.sphere = SphereSGD(self.on_spheres, lr=0.0)
+            self.sphere = SphereSGD(groups, lr=0.0)
             return
         known = set(self.on_spheres)
         rest = [p for p in trained if p not in known]
@@ -180,9 +181,20 @@ class Run:
         angle = config.mode == "angle"
         self.sphere = SphereSGD(groups, lr=self.value, momentum=momentum, angle=angle)
 
+    def goes_on(self):
+        """Whether epochs are left. A run that is undecided gets more, up to --max-epochs."""
+        if not self.started:
+            return True
+        if self.epoch >= self.epochs and self.config.max_epochs and not self.init:
+            verdict = runs.read_run(self.path).verdict
+            if verdict.regime == "undecided":
+                more = min(verdict.more_epochs or 0, self.config.max_epochs)
+                self.epochs = max(self.epochs, more)
+        return self.epoch < self.epochs and not self.ended
+
     def set_lr(self):
         """The learning rates of the epoch that begins."""
-        self.leg, self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
+        self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
         factor = self.lr / self.value
         for group in (self.plain or self.sphere).param_groups:
             first = group.setdefault("first_lr", float(group["lr"]))
@@ -201,31 +213,23 @@ class Run:
         )
 
     def parts(self):
-        parts = dict(net=self.net, sphere=self.sphere, plain=self.plain, averaged=self.averaged)
+        parts = {name: getattr(self, name) for name in self.PARTS}
         return {name: part for name, part in parts.items() if part is not None}
-
-    def identity(self):
-        """What a checkpoint must share with this run."""
-        found = self.config.identity() | {"mode": self.config.mode}
-        found |= {"value": self.value, "seed": self.seed}
-        if not self.config.constant:
-            found["epochs"] = self.epochs
-        return found
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {name: getattr(self, name) for name in self.STATE}
         state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
-        state |= {"spheres": self.spheres, "origin": self.init and self.init["checksum"]}
-        state["contents"] = self.contents
+        state |= {"spheres": self.spheres, "contents": self.contents}
+        state["origin"] = self.init and self.init["checksum"]
         if "cuda" in self.config.device:
             state["cuda"] = torch.cuda.get_rng_state(self.config.device)
-        runs.save_checkpoint(self.path.with_suffix(".pt"), self.identity(), state)
+        runs.save_checkpoint(self.path.with_suffix(".pt"), self.identity, state)
 
     def load(self):
         """Go on from the checkpoint, if there is one from the same start."""
         path = self.path.with_suffix(".pt")
-        state = runs.load_checkpoint(path, self.config.device, self.identity(), self.contents)
+        state = runs.load_checkpoint(path, self.config.device, self.identity, self.contents)
         if state is None or state["origin"] != (self.init and self.init["checksum"]):
             return
         for name, part in self.parts().items():
@@ -240,42 +244,42 @@ class Run:
 
 
 def work(experiment, jobs, tell, patient=False):
-    """The runs, one after another, each to its verdict; one that fails leaves the others their
-    turn. One that another process is at is left out, or waited for if `patient`."""
+    """The runs, one after another; one that fails leaves the others their turn. One that another
+    process is at is left out, or waited for if `patient`."""
     config = experiment.config
     for job in jobs:
         try:
             with runs.lock(job.path.with_suffix(".lock"), patient):
-                run, worked = Run(experiment, job), False
-                run.load()
-                while True:
-                    worked = train(run, tell) or worked
-                    found = runs.read_run(job.path)
-                    verdict = found.verdict
-                    more = min(verdict.more_epochs or 0, config.max_epochs or 0)
-                    if verdict.regime != "undecided" or more <= run.epochs:
-                        break
-                    run.epochs = more
-                text = str(verdict)
-                if not config.loop:
-                    text += f"; test error {found.final('test_error'):.3f}"
+                worked = train(Run(experiment, job), tell)
+                found = runs.result(job.path)
                 if config.then:
                     second = runs.second_job(job, config.then, config.device)
-                    run = Run(experiment, second)
-                    run.load()
-                    worked = train(run, tell) or worked
-                    found = runs.read_run(second.path)
-                    text += f"; then at {config.then:g}: train loss {found.final('train_loss'):.3g}"
-                    text += f", test error {found.final('test_error'):.3f}"
-            tell("finished", job.name, text, not worked)
+                    worked = train(Run(experiment, second), tell) or worked
+                    found += f"; then at {config.then:g}: {runs.result(second.path)}"
+            tell("finished", job.name, found, not worked)
         except runs.Busy as busy:
-            tell("busy", job.name, str(busy))
+            tell("busy", job.name, f"{busy}: this waits for it")
         except BrokenPipeError:  # who reads what we print has gone away
             raise
         except (OSError, MemoryError, ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
             tell("failed", job.name, (str(error) or type(error).__name__).splitlines()[0])
+
+
+def measure_chance(experiment, seeds):
+    """Loss and error at random points of the sphere, and what the runs are made with, into the
+    folder's config.json."""
+    config = experiment.config
+    chances = regimes.read_chance(config.out)
+    for seed in seeds:
+        if str(seed) not in chances:
+            with own.running(config.model):
+                at_start = Run(experiment, runs.Job(1.0, seed, Path(), ""))
+                chances[str(seed)] = measure.chance(at_start, seed)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
+    runs.add_to_config(config.out, chance=chances, versions=versions, **about)
 
 
 def stop(number, _):
@@ -289,31 +293,23 @@ def main(argv=None):
     config = parse(argv)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    if config.rank:  # of torchrun's processes the first tells what all have done
+        sys.stdout = open(os.devnull, "w")
     values, new, failed = [], config.values, False
     seeds = range(config.seed, config.seed + config.seeds)
     try:
         experiment = prepare(config)
         keep_memory()
-        chances = regimes.read_chance(config.out)
-        for seed in seeds:
-            if str(seed) not in chances:
-                with own.running(config.model):
-                    at_start = Run(experiment, runs.Job(1.0, seed, Path(), ""))
-                    chances[str(seed)] = measure.chance(at_start, seed)
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
-        runs.add_to_config(config.out, chance=chances, versions=versions, **about)
+        measure_chance(experiment, seeds)
         report = figures.Report(config)
         for _ in range(1 + config.refine):
             jobs = runs.jobs_of(config, new, seeds)
             with closing(runs.Watch(config, jobs, report.renew)) as watch:
                 if config.jobs > 1:
                     runs.side_by_side(work, experiment, jobs, watch.tell)
-                work(experiment, watch.left(), watch.tell)
-                # What another process is at comes last.
-                patient = len(jobs) > 1 or config.ranks > 1
-                work(experiment, watch.left(), watch.tell, patient)
-            failed = failed or watch.failed or watch.left()
+                for patient in (False, True):  # what another process is at comes last
+                    work(experiment, watch.left(), watch.tell, patient)
+            failed = failed or watch.failed
             values = values + new
             new = runs.bisect(config.out, values)
         found = report.renew(last=True)
@@ -328,7 +324,7 @@ def main(argv=None):
     except KeyboardInterrupt as signalled:
         print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
         return 128 + signalled.args[0]
-    if found and not config.rank:
+    if found:
         if len(values) * len(seeds) > 1:
             print(regimes.table(found))
         written = [config.out / "regimes.csv", *report.pictures]

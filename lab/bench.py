@@ -338,7 +338,7 @@ def main():
     ways = dict(step=time_step, kernels=show_kernels, iteration=time_iteration)
     parser.add_argument("what", choices=("check", *ways), help="what to check or to time")
     text = "medians are over so many (default: %(default)s)"
-    how = dict(type=number(int, 0, 10**6), default=5, metavar="N")
+    how = dict(type=number(int, 1, 10**6), default=5, metavar="N")
     parser.add_argument("--repetitions", **how, help=text)
     args = parser.parse_args()
     print(f"on {machine()}, torch {torch.__version__}", flush=True)

@@ -175,7 +175,7 @@ class Report:
         regimes.write_csv(out / "regimes.csv", regimes.rows(runs))
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):
-            self.pictures = draw(runs, out, self.options.title)
+            self.pictures = draw(runs, out, str(out))
             self.next_drawing = 2 * time.monotonic() - began
             self.stale = False
         return runs

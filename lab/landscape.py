@@ -293,7 +293,7 @@ def parser():
         return what.add_parser(name, help=text, description=text).add_argument
 
     points = dict(type=Path, metavar="PT", help="a checkpoint of train.py")
-    few, many = number(int, 0, 10**6), number(int, 1, 10**6)
+    few, many = number(int, 1, 10**6), number(int, 2, 10**6)
     text = "the loss (nats) between two, on the straight line and on the great circle"
     add = command("barrier", text)
     add("checkpoints", nargs=2, **points)

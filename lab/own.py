@@ -24,6 +24,7 @@ LAB = str(ROOT / "lab")
 # Files whose lines are not shown in an error: their user cannot mend them.
 LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<", LAB)
 LIBRARIES += (str(ROOT / "models.py"), str(ROOT / "train.py"))
+LOADED = {}  # somebody's file → the files of all modules that it has loaded, and itself
 
 
 def build(options, data):
@@ -91,6 +92,7 @@ def beside(path):
     package = ModuleType("_own")
     package.__path__ = [str(root)]
     modules, argv, places, here = dict(sys.modules), sys.argv, list(sys.path), os.getcwd()
+    known = files_of_modules()
     for name in modules:
         if name.partition(".")[0] in OUR_MODULES:
             del sys.modules[name]
@@ -101,6 +103,8 @@ def beside(path):
     try:
         yield ".".join(["_own", *path.parent.relative_to(root).parts])
     finally:
+        files = {file for file in files_of_modules() - known if not file.startswith(LIBRARIES)}
+        LOADED.setdefault(path, {path}).update(Path(file).resolve() for file in files)
         sys.path[:] = dict.fromkeys([*places, *folders])  # last: forward may import, too
         sys.argv = argv
         os.chdir(here)
@@ -110,6 +114,11 @@ def beside(path):
             if theirs and file != str(path):  # dataclasses and type hints look names up in it later
                 del sys.modules[name]
         sys.modules.update(modules)
+
+
+def files_of_modules():
+    """Where the modules that are loaded came from."""
+    return {getattr(module, "__file__", None) or "<" for module in list(sys.modules.values())}
 
 
 @contextmanager

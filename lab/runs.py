@@ -83,42 +83,43 @@ def read_run(path):
     return regimes.read_run(path, regimes.read_chance(path.parent))
 
 
-def open_folder(out, options, contents, force=False):
-    """Make the folder, or find that its runs have these options and were made by these contents.
-    Where contents have changed, the old runs move into out/before-1, or -2, …; with `force` they
-    are removed. Returns what is to be told.
+def result(path):
+    """What a run gave, in a line: its regime; where its ELR moves, how it ended."""
+    run = read_run(path)
+    error = f"test error {run.final('test_error'):.3f}"
+    if path.name.startswith("loop="):
+        return str(run.verdict)
+    if run.verdict.moves:
+        loss, elr = run.final("train_loss"), run.log["elr"]
+        return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}"
+    return f"{run.verdict}; {error}"
 
-    Raises ValueError, having changed nothing, where the folder cannot be written, or its runs have
-    other options or are in progress."""
+
+def open_folder(out, options, contents, given):
+    """Make the folder, or find that its runs have these options and were made by these contents.
+    Where not, the old runs move into out/before-1, or -2, …: returns what is to be told of it.
+
+    Raises ValueError, having changed nothing, where the folder cannot be written, where its runs
+    are in progress, or have other options although this folder was `given`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with lock(out / "folder.lock", patient=True):
             remove_leftovers(out)
-            if force:
-                _clear(out)
-            config = _read_config(out / "config.json")
-            there = config.get("options", options)
-            if "contents" not in config:  # version 0.3 lacks some options
-                there = options | there
-            what = _difference(there, options)
-            has_runs = any(out.glob("*=*.csv"))
-            if what and not has_runs:
+            config, told = read_config(out), ""
+            if not [old for pattern in LOGS for old in out.glob(pattern)]:
                 config = {}
-            elif what:
-                cure = "another --out, or --force"
-                raise ValueError(f"{out} holds runs with other options ({what}): {cure}")
-            what = changed(config.get("contents", {}), contents)
-            told = ""
-            if what and has_runs:
-                number = 1
-                while (out / f"before-{number}").exists():
-                    number += 1
-                _clear(out, out / f"before-{number}")
-                told = f"{what} since these runs: trained anew; the old ones are in "
-                told += f"{out / f'before-{number}'}"
-            if what or not config:
-                config = {"options": options, "contents": contents}
-                _write_config(out, config)
+            elif "contents" not in config:
+                told = "Version 0.4 has changed things"
+            else:
+                told = difference(config["options"], options)
+                if told and given:
+                    what = f"{out} holds runs with other options ({told})"
+                    raise ValueError(f"{what}: choose another --out, or remove it")
+                told = told or changed(config["contents"], contents)
+            if told:
+                told += f": trained anew; the old runs are in {move_aside(out)}"
+            if told or not config:
+                write_config(out, {"options": options, "contents": contents})
             return told
     except Busy as busy:
         raise ValueError(f"{busy}: wait for it, or choose another --out") from None
@@ -134,45 +135,21 @@ def leave(out):
             out.rmdir()
 
 
-def _read_config(path):
+def read_config(out):
     """A folder's config.json; empty if there is none. Raises ValueError where it is damaged."""
+    path = out / "config.json"
     if not path.exists():
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         for part in (config["options"], config.get("contents", {})):
-            if not isinstance(part, dict):
-                raise ValueError
+            part.keys()
         return config
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} is damaged: choose another --out, or --force") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: choose another --out, or remove it") from None
 
 
-def _clear(out, to=None):
-    """Move what is ours in a folder into another, or remove it. Raises Busy, having done nothing,
-    where a run is in progress."""
-    for held in out.glob("*=*.lock"):
-        with lock(held):
-            pass
-    if to:
-        to.mkdir()
-    for pattern in FILES:
-        for old in out.glob(pattern):
-            if to:
-                old.rename(to / old.name)
-            else:
-                old.unlink()
-
-
-def _difference(there, here):
-    """In words, the first entry that differs; "" if none does."""
-    for key in {**here, **there}:
-        if there.get(key) != here.get(key):
-            return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
-    return ""
-
-
-def _write_config(out, config):
+def write_config(out, config):
     text = json.dumps(config, indent=2, default=str) + "\n"
     regimes.write_whole(out / "config.json", text.encode())
 
@@ -180,7 +157,32 @@ def _write_config(out, config):
 def add_to_config(out, **entries):
     """Write these into a folder's config.json, in the place of those of their names."""
     with lock(out / "folder.lock", patient=True):
-        _write_config(out, _read_config(out / "config.json") | entries)
+        write_config(out, read_config(out) | entries)
+
+
+def move_aside(out):
+    """Move what is ours in a folder into a new one in it. Raises Busy, having done nothing, where a
+    run is in progress."""
+    for held in out.glob("*=*.lock"):
+        with lock(held):
+            pass
+    number = 1
+    while (out / f"before-{number}").exists():
+        number += 1
+    place = out / f"before-{number}"
+    place.mkdir()
+    for pattern in FILES:
+        for old in out.glob(pattern):
+            old.rename(place / old.name)
+    return place
+
+
+def difference(there, here):
+    """In words, the first entry that differs; "" if none does."""
+    for key in {**here, **there}:
+        if there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there, {here.get(key)!r} here"
+    return ""
 
 
 def save_checkpoint(path, identity, state):
@@ -205,7 +207,7 @@ def load_checkpoint(path, device, identity=None, contents=None):
         there = dict(state["identity"])
     except Exception:  # what is no checkpoint can fail anywhere
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
-    what = _difference(there, identity) if identity else ""
+    what = difference(there, identity) if identity else ""
     if contents and not what:
         what = changed(state.get("contents", {}), contents)
     if what:
@@ -254,40 +256,42 @@ def lock(path, patient=False):
 
 
 class Log:
-    """A CSV file that grows by whole rows, floats to 9 digits. Its columns are those of the first
-    row. Of rows that are there, those up to epoch `upto` are kept; None: none of them. Raises
-    ValueError where one is missing."""
+    """A CSV file that grows by whole rows, floats to 9 digits; it begins with the first row, whose
+    columns it has. Of rows that are there, those up to epoch `upto` are kept; None: none of them.
+    Raises ValueError where one is missing."""
 
     def __init__(self, path, upto=None):
-        kept = []
+        self.path, self.file = path, None
         if upto is not None:
-            kept = _rows_up_to(path, upto)
-        regimes.write_whole(path, "".join(kept).encode())
-        self.empty = not kept
-        self.file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            self._open(_rows_up_to(path, upto))
+
+    def _open(self, content=b""):
+        regimes.write_whole(self.path, content)
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows):
         lines = [row.values() for row in rows]
-        if self.empty:
+        if self.file is None:
+            self._open()
             lines.insert(0, rows[0].keys())
-            self.empty = False
         size, content = os.fstat(self.file).st_size, regimes.csv_lines(lines)
         if os.write(self.file, content) < len(content):  # the disk is full
             os.ftruncate(self.file, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self):
-        os.close(self.file)
+        if self.file is not None:
+            os.close(self.file)
 
 
 def _rows_up_to(path, upto):
-    """The header of a log, and its whole rows up to that epoch."""
+    """The header of a log, and its whole rows up to that epoch, in bytes."""
     kept, epochs = [], set()
     with suppress(ValueError, FileNotFoundError):
         header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept.append(header)
         for line in lines:
-            epoch = int(line.split(",")[0])
+            epoch = int(line.partition(",")[0])
             if line.endswith("\n") and epoch <= upto:
                 kept.append(line)
                 epochs.add(epoch)
@@ -295,23 +299,23 @@ def _rows_up_to(path, upto):
         checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
         what = f"remove {checkpoint}, and this run starts again"
         raise ValueError(f"{path} lacks rows or is damaged: {what}")
-    return kept
+    return "".join(kept).encode()
 
 
-def number(kind, low=0, high=math.inf):
-    """An argparse type: a number of that kind between low and high, in float32."""
+def number(kind, low=None, high=math.inf):
+    """An argparse type: a whole number from low (1) to high, or a float between low (0) and high
+    that float32 can hold."""
+    whole = kind is int
+    low = whole if low is None else low
+    to = f"{'to' if whole else 'and below'} {high:.9g}" if high < math.inf else ""
+    what = f"whole number from {low}" if whole else f"float32 number above {low}"
 
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        held = kind is int or 1.18e-38 < value < 3.4e38
-        if not (low < value < high and held):
-            name = "whole number" if kind is int else "float32 number"
-            below = f" and below {high:.6g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} above {low:.6g}{below}")
-        return value
+            if low <= value <= high if whole else max(low, 1.18e-38) < value < min(high, 3.4e38):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {to}".rstrip())
 
     return parse
 
@@ -335,70 +339,51 @@ def bisect(out, values):
 
 
 class Watch:
-    """What one sees of runs: on a terminal bars; else a line per finished run, and one a minute of
-    a run that takes longer. `renew` is called whenever a run is finished."""
+    """What one sees of runs: a bar of all their epochs, outside of a terminal a line a minute; a
+    line for each that has finished, whereupon `renew` is called."""
 
     def __init__(self, config, jobs, renew):
-        self.jobs, self.renew, self.quiet = jobs, renew, config.rank > 0
+        self.jobs, self.renew = jobs, renew
+        self.epochs = {job.name: (0, config.epochs) for job in jobs}  # done, wanted
         self.told, self.finished, self.failed = set(), set(), False
-        self.bars, self.last, self.terminal = {}, {}, sys.stderr.isatty()
-        hidden = not self.terminal or len(jobs) == 1
-        look = dict(unit="run", position=config.jobs, leave=False, disable=hidden)
-        self.all_runs = tqdm(desc="runs", total=len(jobs), **look)
+        hidden = config.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(unit="epoch", leave=False, disable=hidden)
+        self.next_line = time.monotonic() + 60
 
     def left(self):
         """The jobs that nobody has told the end of."""
         return [job for job in self.jobs if job.name not in self.finished]
 
-    def tell(self, what, name, *details, worker=0):
+    def tell(self, what, name, *details):
         """A run's message: "epoch" (epoch, epochs, text), "finished" (verdict, whether there was
         nothing to do), "note" (text), "busy" (text), "failed" (text)."""
-        if what == "epoch" and self.terminal:
-            self._bar(worker, name, *details)
-        elif what == "epoch":
-            self._line(name, *details)
+        if what == "epoch":
+            epoch, epochs, shown = details
+            self.epochs[name] = epoch, epochs
+            done, total = map(sum, zip(*self.epochs.values(), strict=True))
+            self.bar.total = total
+            self.bar.set_description_str(f"{name}: {shown}", refresh=False)
+            self.bar.update(done - self.bar.n)
+            if time.monotonic() > self.next_line and self.bar.disable:
+                print(f"epoch {done} of {total}; {name}: {shown}", flush=True)
+                self.next_line += 60
         elif what == "finished":
-            self._finished(name, *details)
+            self.finished.add(name)
+            text, nothing_to_do = details
+            done = " (already done)" if nothing_to_do else ""
+            tqdm.write(f"{name}{done}: {text}", file=sys.stdout)
+            sys.stdout.flush()
+            self.renew()
         elif what == "failed":
             self.failed = True
             self.finished.add(name)
             tqdm.write(f"train.py: error: {name}: {details[0]}", file=sys.stderr)
-        elif name not in self.told and (what == "note" or not self.quiet):
+        elif name not in self.told:
             self.told.add(name)
             tqdm.write(details[0], file=sys.stderr)
 
-    def _finished(self, name, text, nothing_to_do):
-        self.finished.add(name)
-        if nothing_to_do and self.quiet:
-            return
-        if nothing_to_do:
-            name += " (already done)"
-        tqdm.write(f"{name}: {text}", file=sys.stdout)
-        sys.stdout.flush()
-        self.all_runs.update()
-        self.renew()
-
-    def _bar(self, worker, name, epoch, epochs, shown):
-        if self.last.get(worker) != name:
-            self.last[worker] = name
-            if worker in self.bars:
-                self.bars[worker].close()
-            look = dict(unit="epoch", position=worker, leave=False)
-            self.bars[worker] = tqdm(desc=name, initial=epoch, **look)
-        bar = self.bars[worker]
-        bar.total = epochs
-        bar.update(epoch - bar.n)
-        bar.set_postfix_str(shown)
-
-    def _line(self, name, epoch, epochs, shown):
-        since = self.last.setdefault(name, time.monotonic())
-        if time.monotonic() - since > 60:
-            print(f"{name}: epoch {epoch} of {epochs}, {shown}", flush=True)
-            self.last[name] = time.monotonic()
-
     def close(self):
-        for bar in (self.all_runs, *self.bars.values()):
-            bar.close()
+        self.bar.close()
 
 
 def side_by_side(work, experiment, jobs, tell):
@@ -406,23 +391,23 @@ def side_by_side(work, experiment, jobs, tell):
     at. On Linux they fork, with what this process has imported and read."""
     fork = sys.platform == "linux" and experiment.config.device == "cpu"
     context = multiprocessing.get_context("fork" if fork else "spawn")
-    processes, pipes = [], {}
+    processes, pipes = [], []
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until a worker has its own handlers
     try:
-        for number in range(min(experiment.config.jobs, len(jobs))):
+        for _ in range(min(experiment.config.jobs, len(jobs))):
             here, there = context.Pipe(duplex=False)
             process = context.Process(target=_worker, args=(work, experiment, jobs, there))
             process.start()
             there.close()  # so that the end of the worker is the end of the pipe
             processes.append(process)
-            pipes[here] = number
+            pipes.append(here)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         while pipes:
-            for pipe in wait(list(pipes)):
+            for pipe in wait(pipes):
                 try:
-                    tell(*pipe.recv(), worker=pipes[pipe])
+                    tell(*pipe.recv())
                 except (EOFError, ConnectionResetError):
-                    del pipes[pipe]
+                    pipes.remove(pipe)
     finally:
         for process in processes:
             process.terminate()

@@ -263,7 +263,7 @@ def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
     "command, why",
     [
         ("--tasks chess", "argument --tasks: invalid choice"),
-        ("--seeds 0", "argument --seeds: '0' is not a whole number above 0"),
+        ("--seeds 0", "argument --seeds: '0' is not a whole number from 1"),
     ],
 )
 def test_a_bad_argument_is_one_line(command, why, capsys):
