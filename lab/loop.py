@@ -64,7 +64,7 @@ def is_loop(log):
         return False
     coldest = elr.argmin()
     falls, rises = (np.diff(elr[:coldest]) <= 0).all(), (np.diff(elr[coldest:]) >= 0).all()
-    return bool(0 < coldest and falls and rises and elr[coldest] < elr.max())
+    return bool(0 < coldest < len(elr) - 1 and falls and rises and elr[coldest] < elr.max())
 
 
 def leg_of(log):

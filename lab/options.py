@@ -204,7 +204,7 @@ def parse(argv=None):
 def check(config):
     """Raises Refused where options do not go together, or not with this machine."""
     if len(WAYS & config.given.keys()) != 1:
-        raise Refused("elr", "this, --sweep, --angle, --lr or --loop must say which runs")
+        raise Refused("elr", "give one of this, --sweep, --angle, --lr, --loop")
     for name, fewest in (("sweep", 2), ("loop", 8)):
         grid, numbers = getattr(config, name), range(fewest, 10_001)
         if grid and (len(grid) != 3 or grid[0] >= grid[1] or grid[2] not in numbers):

@@ -303,19 +303,21 @@ def _rows_up_to(path, upto):
 
 
 def number(kind, low=None, high=math.inf):
-    """An argparse type: a whole number from low (1) to high, or a float between low (0) and high
-    that float32 can hold."""
+    """An argparse type: a whole number from low (1) to high, or a number between low (0) and high
+    that float32 holds."""
     whole = kind is int
-    low = whole if low is None else low
-    to = f"{'to' if whole else 'and below'} {high:.9g}" if high < math.inf else ""
-    what = f"whole number from {low}" if whole else f"float32 number above {low}"
+    if low is None:
+        low = 1 if whole else 0
+    name = f"whole number from {low}" if whole else f"float32 number above {low}"
+    if high < math.inf:
+        name += f" to {high}" if whole else f" and below {high:.6g}"
 
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
             if low <= value <= high if whole else max(low, 1.18e-38) < value < min(high, 3.4e38):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {to}".rstrip())
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name}")
 
     return parse
 

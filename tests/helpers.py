@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # late imports take seconds: children have it when they are forked
 
 import train
 from lab import figures
@@ -25,7 +27,7 @@ NOTHING = lambda *_, **__: None  # noqa: E731
 
 def words(command, out=None):
     """A command line in one string, as a list; `out` may have spaces."""
-    return [*command.split(), *(["--out", str(out)] if out else [])]
+    return [*shlex.split(command), *(["--out", str(out)] if out else [])]
 
 
 def run(command, out=None):

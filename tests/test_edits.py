@@ -19,108 +19,125 @@ from helpers import (
     start_copy,
 )
 
-from lab import contents, landscape, runs
+from lab import contents, landscape, own, runs
 from lab.data import load
 
-SCRIPTS = contents.SCRIPTS
 LOSS = "loss = F.cross_entropy(logits, y)"
 SMOOTH = "loss = F.cross_entropy(logits, y, label_smoothing=0.1)"
 
-# A folder of somebody's: mine.py, and what it imports from there, in each way that there is.
+# A folder of somebody's: mine.py, and what it imports, in each way that there is.
 OWN = {
-    "mine.py": """
+    "own/mine.py": """
+import os
+import sys
 import parts.deep
 from blocks import WIDTH
 from parts import *
 from parts.layers import head
 from models import norm
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "elsewhere"))
+from inserted import scale
+from own.beside_it import bias
+if WIDTH < 0:
+    import wrong
 
 def net(example, classes):
     from late import relu
-    linear = parts.deep.nn.Linear(len(example), WIDTH)
-    return parts.deep.nn.Sequential(linear, norm(WIDTH), relu(), head(WIDTH, classes))
+    linear = parts.deep.nn.Linear(len(example), WIDTH, bias)
+    return parts.deep.nn.Sequential(linear, norm(WIDTH), relu(), head(WIDTH * scale, classes))
 """,
-    "blocks.py": "WIDTH = 8\n",
-    "models.py": "from torch import nn\nnorm = nn.LayerNorm\n",  # has the name of ours
-    "late.py": "from torch.nn import ReLU as relu\n",
-    "parts/__init__.py": "__all__ = []\n",
-    "parts/layers.py": "from . import deep\nfrom .below.here import head\n",
-    "parts/deep.py": "from torch import nn\n",
-    "parts/below/__init__.py": "",
-    "parts/below/here.py": "from .. import beside\nfrom ..deep import nn\nhead = nn.Linear\n",
-    "parts/beside.py": "x = 1\n",
+    "own/blocks.py": "WIDTH = 8\n",
+    "own/models.py": "from torch import nn\nnorm = nn.LayerNorm\n",  # has the name of ours
+    "own/late.py": "from torch.nn import ReLU as relu\n",
+    "own/parts/__init__.py": "__all__ = []\n",
+    "own/parts/layers.py": "from . import deep\nfrom .below.here import head\n",
+    "own/parts/deep.py": "from torch import nn\n",
+    "own/parts/below/__init__.py": "",
+    "own/parts/below/here.py": "from .. import beside\nfrom ..deep import nn\nhead = nn.Linear\n",
+    "own/parts/beside.py": "x = 1\n",
+    "own/beside_it.py": "bias = True\n",  # from the folder that one is in
+    "elsewhere/inserted.py": "scale = 1\n",  # from sys.path
 }
+WRONG = "own/wrong.py"  # not imported
 
 
 @pytest.fixture
 def project(tmp_path):
-    return copy_of_project(tmp_path / "project")
+    folder = copy_of_project(tmp_path / "project")
+    make_own(folder, shift=1)
+    return folder
 
 
 def make_own(folder, shift):
     rng = np.random.default_rng(0)
     y = np.arange(80) % 2
     x = rng.normal(size=(80, 5)) + shift * y[:, None]
-    for name, text in OWN.items():
+    for name, text in {**OWN, WRONG: "syntax error"}.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         if not (folder / name).exists():
             (folder / name).write_text(text)
-    np.savez(folder / "mine.npz", x=x, y=y, test_x=x, test_y=y)
+    np.savez(folder / "own" / "mine.npz", x=x, y=y, test_x=x, test_y=y)
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def moved(project, command, output, number, name):
-    """One line says that `name` has changed and where the old files are; there they are, whole."""
+def moved(project, command, output, number, what):
+    """One line says what has changed and where the old files are; there they are, whole."""
     status, text = in_copy(project, command)
     assert status == 0 and "(already done)" not in text, text
-    (line,) = [line for line in text.splitlines() if "changed" in line]
     there = f"logs/{output.name}/before-{number}"
-    told = f"{name} has changed since these runs: trained anew; the old ones are in {there}"
-    assert line == told
+    (line,) = [line for line in text.splitlines() if "before-" in line]
+    assert line == f"{what}: trained anew; the old runs are in {there}"
     return project / there
 
 
 def test_contents_change_where_code_does_and_only_there(project, monkeypatch):
-    """Scripts of ours, a file of theirs, what it imports from its folder, in each way."""
+    """Scripts of ours, a file of theirs, all that it has imported."""
     monkeypatch.setattr(contents, "ROOT", project)
-    make_own(project / "own", shift=1)
-    model, data = f"{project / 'own'}/mine.py:net", load(str(project / "own" / "mine.npz"))
-    before = contents.contents(model, data)
-    edited = [*SCRIPTS, *(f"own/{name}" for name in OWN)]
-    for name in edited:
-        path = project / name
-        text = path.read_text().replace('"""\n\n', '\nMore."""\n\n\n', 1)
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(str(project))  # as `python train.py` does
+    mine, data = project / "own" / "mine.py", load(str(project / "own" / "mine.npz"))
+    own.load(f"{mine}:net", data)
+
+    def now():
+        return contents.contents(data, own.LOADED[mine])
+
+    before = now()
+    assert set(before) == {*contents.SCRIPTS, *OWN, "the data"}
+    for name in before.keys() - {"the data"}:
+        text = (project / name).read_text().replace('"""\n\n', '\nMore."""\n\n\n', 1)
         text = re.sub(r"^(\w+) = ", r"\1   =   ", text, flags=re.M)
-        path.write_text(text + "\n\n# a comment\n")
-    assert contents.contents(model, data) == before
-    for name in edited:
+        (project / name).write_text(text + "\n\n# a comment\n")
+    assert now() == before
+    for name in before.keys() - {"the data"}:
         with open(project / name, "a") as file:
             file.write("\nADDED = 1\n")
-        after = contents.contents(model, data)
-        shown = name if name == "own/models.py" else name.removeprefix("own/")
-        assert [key for key in before | after if before.get(key) != after.get(key)] == [shown]
+        after = now()
+        assert [key for key in before | after if before.get(key) != after.get(key)] == [name]
         before = after
 
 
 def test_what_makes_a_run_is_edited_and_it_is_trained_anew(project):
-    make_own(project / "own", shift=1)
     command = "--model own/mine.py:net --data own/mine.npz --elr 0.1 --epochs 1 --threads 1"
     status, text = in_copy(project, command)
+    assert status == 0 and "before-" not in text, text
     (out,) = (project / "logs").iterdir()
-    assert status == 0 and "changed" not in text, text
-    edited = "train.py own/mine.py own/parts/beside.py sphere_step.py own/mine.npz".split()
+    edited = """train.py own/mine.py own/parts/beside.py own/beside_it.py elsewhere/inserted.py
+        own/mine.npz lab/options.py""".split()
     for number, name in enumerate(edited, start=1):
-        old, shown = files(out), name.removeprefix("own/")
+        old, what = files(out), f"{name} has changed"
         if name.endswith(".npz"):
-            make_own(project / "own", shift=2)
-            shown = "the data"
+            make_own(project, shift=2)
+            what = "the data has changed"
+        elif name == "lab/options.py":  # a default
+            edit(project / name, 'DATA, 16, "training', 'DATA, 20, "training')
+            what = "batch_size is 16 there, 20 here"
         else:
             with open(project / name, "a") as file:
                 file.write("\nADDED = 1\n")
-        assert files(moved(project, command, out, number, shown)) == old, name
+        assert files(moved(project, command, out, number, what)) == old, name
         assert files(out).keys() == old.keys()
     with open(project / "own" / "mine.py", "a") as file:
         file.write("\n# a comment\n")
@@ -133,7 +150,7 @@ def test_after_an_edit_nothing_goes_on_from_the_old_weights(project, tmp_path):
     assert in_copy(project, f"{command} logs/a")[0] == 0
     edit(project / "train.py", LOSS, SMOOTH)
     more = f"{SUMS} --elr 0.5 --epochs 3 --out"
-    old = moved(project, f"{more} logs/a", project / "logs" / "a", 1, "train.py")
+    old = moved(project, f"{more} logs/a", project / "logs" / "a", 1, "train.py has changed")
     assert len(read(old / "regimes.csv")) == 2
     assert [row["elr"] for row in read(project / "logs" / "a" / "regimes.csv")] == ["0.5"]
     assert in_copy(project, f"{more} {tmp_path / 'whole'}")[0] == 0
@@ -167,32 +184,36 @@ def test_the_ranks_of_torchrun_move_the_old_runs_once(project):
     assert len(read(out / "regimes.csv")) == 2
 
 
-def make_old(out):
-    """What version 0.3 would have left."""
-    config = json.loads((out / "config.json").read_text())
-    del config["contents"], config["options"]["warmup"], config["options"]["cooldown"]
-    (out / "config.json").write_text(json.dumps(config))
-    for path in out.glob("*.pt"):
-        state = runs.load_checkpoint(path, "cpu")
-        identity = state.pop("identity")
-        for name in ("warmup", "cooldown"):
-            del identity[name]
-        del state["contents"], state["checksum"]
-        runs.save_checkpoint(path, identity, state)
+# What version 0.3 wrote of the run of SUMS.
+OLD = dict(space="sphere", wd=None, momentum=None, data="modular", modulus=5, label_noise=None)
+OLD |= dict(augment=False, model="transformer", width=4, affine=False, train_head=False)
+OLD |= dict(sphere="network", batch_size=8, average=None, dtype="fp32", schedule=None)
+OLD["device"] = "cpu"
 
 
 def test_runs_of_version_0_3_are_kept_read_and_trained_anew(tmp_path, capsys):
     command = f"--elr 0.5 {SUMS}"
     assert run(command, tmp_path) == 0
-    make_old(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["contents"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"options": OLD}))
+    path = tmp_path / "elr=5e-01.pt"
+    state = runs.load_checkpoint(path, "cpu")
+    for name in ("contents", "checksum", "identity"):
+        del state[name]
+    runs.save_checkpoint(path, OLD | dict(mode="elr", value=0.5, seed=0), state)
     old = files(tmp_path)
     capsys.readouterr()
     assert run(command, tmp_path) == 0
-    out = capsys.readouterr().out
-    assert f"trained anew; the old ones are in {tmp_path / 'before-1'}\n" in out
-    assert "(already done)" not in out and files(tmp_path / "before-1") == old
-    assert landscape.main(["summary", str(tmp_path / "before-1"), "--samples", "8"]) in (0, None)
+    out, before = capsys.readouterr().out, tmp_path / "before-1"
+    assert f": trained anew; the old runs are in {before}\n" in out
+    assert "(already done)" not in out and files(before) == old
+    assert landscape.main(["summary", str(before), "--samples", "8"]) in (0, None)
     assert "0.5" in capsys.readouterr().out
+    path.write_bytes(old[path.name])  # beside new ones
+    assert run(f"{command} --epochs 3", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "elr=5e-01.pt is the checkpoint of another run" in error
     assert "(width is 4 there, 8 here)" in refused(capsys, f"{command} --width 8", tmp_path)
 
 

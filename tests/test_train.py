@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shlex
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train
-from lab import machine, measure, runs
+from lab import machine, measure, options, runs
 from lab.data import batches, load
 from lab.machine import Captured
 from lab.options import parse, prepare
@@ -42,166 +42,201 @@ from models import MODELS
 SLOW = "SLOW" in os.environ
 
 
-@pytest.mark.skipif(not SLOW, reason="test_readme.py does so with seed 0")
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_three_regimes_are_named(tmp_path, capsys, seed):
-    assert run(f"--elr 0.001 0.01 0.3 --seed {seed}", tmp_path) == 0
-    out = capsys.readouterr().out
-    for elr, regime in (("1e-03", "convergence"), ("1e-02", "chaotic"), ("3e-01", "divergence")):
-        assert f"elr {elr} seed {seed}: {regime}" in out
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch):
+    """Of chance; most of these tests ask nothing of it."""
+    monkeypatch.setattr(measure, "POINTS", 8)
 
 
-def test_a_short_run_at_a_tiny_elr_is_not_called_equilibrium_or_divergence(tmp_path, capsys):
-    assert run("--elr 1e-5 --epochs 4 --width 2 --batch-size 64", tmp_path) == 0
-    assert "elr 1e-05: undecided: too short" in capsys.readouterr().out
-
+# ----------------------------------------------------------------------------- what is written
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
     seconds distance""".split()
 
 
-@pytest.mark.draws
-def test_a_run_writes_the_files_of_the_contract(tmp_path):
-    assert run(f"--elr 0.01 {QUICK}", tmp_path) == 0
-    rows = log(tmp_path)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run, and what it prints."""
+    folder, text = tmp_path_factory.mktemp("plain"), io.StringIO()
+    with redirect_stdout(text):
+        assert run(f"--elr 0.01 {QUICK}", folder) == 0
+    (folder / "printed").write_text(text.getvalue())
+    return folder
+
+
+def test_a_run_writes_the_files_of_the_contract(plain):
+    rows = log(plain)
     assert list(rows[0]) == COLUMNS
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 11), (2, 22)]
     for row in rows:
         assert all(map(math.isfinite, row.values()))
         assert 0 <= row["train_error"] <= 1 and 0 <= row["test_error"] <= 1
         assert row["radial"] < 1e-4
-    layers = read(tmp_path / "elr=1e-02.layers.csv")
+    layers = read(plain / "elr=1e-02.layers.csv")
     assert [row["layer"] for row in layers] == 3 * [f"conv{i}.weight" for i in (1, 2, 3, 4)]
     for epoch in "012":  # the squares of the norms add up to the sphere's: so do the inverse ELRs
         elrs = [float(row["elr"]) for row in layers if row["epoch"] == epoch]
         assert sum(1 / elr for elr in elrs) == pytest.approx(1 / 0.01, rel=0.01)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((plain / "config.json").read_text())
     assert config["command"]["epochs"] == 2 and config["command"]["elr"] == [0.01]
+    assert config["threads"] == 1
     assert config["options"]["width"] == 2 and "torch" in config["versions"]
     assert {"train.py", "sphere_step.py", "models.py", "the data"} <= set(config["contents"])
     chance = config["chance"]["0"]
-    assert chance["points"] == measure.POINTS and abs(chance["train_error"]["mean"] - 0.9) < 0.05
-    checkpoint = torch.load(tmp_path / "elr=1e-02.pt", weights_only=True)
+    assert chance["points"] >= 8 and abs(chance["train_error"]["mean"] - 0.9) < 0.05
+    checkpoint = torch.load(plain / "elr=1e-02.pt", weights_only=True)
     assert checkpoint["epoch"] == 2 and "conv1.weight" in checkpoint["net"]
     assert checkpoint["contents"] == config["contents"]
-    assert len(read(tmp_path / "regimes.csv")) == 1 and (tmp_path / "regimes.png").exists()
-    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.lock"))
+    assert len(read(plain / "regimes.csv")) == 1 and (plain / "regimes.png").exists()
+    assert not list(plain.glob("*.tmp")) and not list(plain.glob("*.lock"))
 
 
-def test_equal_commands_write_equal_bytes_but_for_the_seconds(tmp_path):
+def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsys):
+    verdict, written, following = (plain / "printed").read_text().splitlines()
+    assert verdict.startswith("elr 1e-02: undecided: too short")
+    assert written == f"written: {plain / 'regimes.csv'}, {plain / 'regimes.png'}"
+    assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 128"
+    before = (plain / "elr=1e-02.csv").read_bytes()
+    assert run(f"--elr 0.01 {QUICK}", plain) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("elr 1e-02 (already done): undecided: ") and not err
+    assert (plain / "elr=1e-02.csv").read_bytes() == before
+
+
+@pytest.mark.draws
+def test_the_picture_is_drawn(tmp_path):
+    assert run(f"--elr 0.01 {SUMS}", tmp_path) == 0
+    assert (tmp_path / "regimes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_equal_commands_write_equal_bytes_but_for_the_seconds_and_start_at_one_point(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
-        assert run(f"--elr 0.01 0.1 {QUICK}", folder) == 0
+        assert run(f"--elr 0.01 0.1 {SUMS}", folder) == 0
     for path in a.glob("elr=*.csv"):
         assert without_seconds(path) == without_seconds(b / path.name)
     assert (a / "regimes.csv").read_bytes() == (b / "regimes.csv").read_bytes()
-
-
-def test_every_elr_starts_from_the_same_point_and_a_seed_changes_it(tmp_path):
-    assert run(f"--elr 0.01 0.1 {TINY}", tmp_path) == 0
-    assert run(f"--elr 0.01 {TINY} --seed 1", tmp_path) == 0
+    assert run(f"--elr 0.01 {SUMS} --seed 1", a) == 0
     names = "elr=1e-02", "elr=1e-01", "elr=1e-02.seed=1"
-    first = [log(tmp_path, name)[0]["train_loss"] for name in names]
+    first = [log(a, name)[0]["train_loss"] for name in names]
     assert first[0] == first[1] != first[2]
 
 
-@pytest.mark.parametrize("sphere", ["network", "layer", "row"])
-def test_layers_and_rows_keep_their_norms_and_on_the_joint_sphere_layers_move(tmp_path, sphere):
-    assert run(f"--elr 0.01 {QUICK} --sphere {sphere}", tmp_path) == 0
-    norms = {}
-    for row in read(tmp_path / "elr=1e-02.layers.csv"):
-        norms.setdefault(row["layer"], []).append(float(row["norm"]))
-        if sphere != "network":
-            assert float(row["elr"]) == pytest.approx(0.01, rel=1e-5)
-    moved = [max(values) / min(values) - 1 for values in norms.values()]
-    assert max(moved) > 1e-3 if sphere == "network" else max(moved) < 1e-6
+def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path):
+    path = tmp_path / "log.csv"
+    log = runs.Log(path)
+    assert not path.exists()
+    log.add({"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 1 / 3})
+    assert path.read_text() == "epoch,loss\n1,0.1\n2,0.333333333\n"
+    log.close()
 
 
-def test_a_finished_run_is_not_done_again_and_force_starts_afresh(tmp_path, capsys):
-    path = tmp_path / "elr=1e-02.csv"
-    assert run(f"--elr 0.01 {TINY}", tmp_path) == 0
-    before = path.read_bytes()
-    capsys.readouterr()
-    assert run(f"--elr 0.01 {TINY}", tmp_path) == 0
-    assert "(already done)" in capsys.readouterr().out and path.read_bytes() == before
-    (tmp_path / "notes.txt").write_text("mine")
-    assert run(f"--elr 0.1 {TINY} --force", tmp_path) == 0
-    assert not path.exists() and (tmp_path / "notes.txt").exists()
+def test_a_loss_that_is_not_finite_ends_that_run_alone(tmp_path, capsys, monkeypatch):
+    def poison(run, seed):  # after the network was tried
+        run.data.std[:] = math.nan
+        spread = {"mean": 6.0, "std": 1.0}
+        return {"train_loss": spread, "train_error": {"mean": 0.9, "std": 0.1}, "points": 1}
+
+    monkeypatch.setattr(measure, "chance", poison)
+    assert run(f"--elr 0.01 0.1 {TINY}", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert not err and out.count("undecided: in epoch 0 the loss is not finite") == 2
+    assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (
+            "--angle 0.1 --epochs 2 --schedule constant --then 0.01",
+            "angle 1e-01: {}; then at 0.01: {}",
+        ),
+        ("--elr 0.1 --schedule linear --epochs 20", "elr 1e-01: {}"),
+        ("--lr 0.1 --epochs 2", "lr 1e-01: {}"),
+    ],
+)
+def test_of_a_run_whose_elr_moves_one_line_says_what_it_gave(tmp_path, capsys, command, name):
+    """Test error, train loss and range of the ELR; no more of it for a single run."""
+    assert run(f"{SUMS} {command}", tmp_path) == 0
+    paths = [path for path in sorted(tmp_path.glob("*=*.csv")) if "layers" not in path.name]
+    ends = []
+    for path in paths:
+        rows = read(path)
+        elrs = [float(row["elr"]) for row in rows]
+        last = rows[-max(1, len(rows) // 10) :]
+        error, loss = (np.mean([float(r[x]) for r in last]) for x in ("test_error", "train_loss"))
+        shown = f"test error {error:.3f}, train loss {loss:.3g}"
+        ends.append(f"{shown}, ELR {min(elrs):.3g} to {max(elrs):.3g}")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == name.format(*ends)
+    assert lines[1] == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
 
 
 # ---------------------------------------------------------------------------- what is refused
 
 # Command, and what its one line says.
 BAD = [
-    ("", "one of --elr ELR, --sweep, --angle PHI, --lr LR, --loop must say which runs"),
-    ("--elr 0.1 --sweep", "which runs, and only one"),
-    ("--elr 0.1 --angle 0.1", "which runs, and only one"),
-    ("--elr 0.1 --lr 0.1", "which runs, and only one"),
-    ("--elr 0", "--elr: '0' is not"),
-    ("--elr -1", "--elr: '-1' is not"),
+    ("", "argument --elr: give one of this, --sweep, --angle, --lr, --loop"),
+    ("--elr 0.1 --sweep", "--elr: give one of this"),
+    ("--elr 0.1 --lr 0.1", "--elr: give one of this"),
+    ("--elr 0", "--elr: '0' is not a float32 number above 0"),
     ("--elr nan", "--elr: 'nan' is not"),
     ("--elr inf", "--elr: 'inf' is not a float32 number above 0"),
     ("--elr 1e308", "--elr: '1e308' is not a float32 number above 0"),
-    ("--elr 5e-324", "--elr: '5e-324' is not a float32 number above 0"),
     ("--elr 1e-320 1e300", "--elr: '1e-320' is not a float32 number above 0"),
     ("--elr abc", "--elr: 'abc' is not"),
-    ("--angle 0", "--angle: '0' is not"),
     ("--angle 1.6", "--angle: '1.6' is not a float32 number above 0 and below 1.5708"),
-    ("--sweep 1 1e-5 9", "--sweep: it takes LO HI N"),
+    ("--sweep 1 1e-5 9", "--sweep: it takes LO HI N, LO < HI, 2 ≤ N ≤ 10000: 1e-4 1 13"),
     ("--sweep 1e-3 1", "--sweep: it takes LO HI N"),
     ("--sweep 1e-3 1 1", "--sweep: it takes LO HI N"),
-    ("--sweep 1e-3 1 99999999", "it takes LO HI N with LO < HI and 2 ≤ N ≤ 10000"),
+    ("--sweep 1e-3 1 99999999", "--sweep: it takes LO HI N"),
     ("--sweep 1e-3 x 5", "--sweep: 'x' is not a float32 number"),
+    ("--loop 1e-3 1 3", "--loop: it takes LO HI N, LO < HI, 8 ≤ N"),
+    ("--loop --schedule cosine", "--schedule: --loop has its own"),
+    ("--loop --warmup 1", "--warmup: --loop has its own schedule"),
     ("--sweep --refine 2 --schedule cosine", "--refine: it takes --sweep, or several constant"),
-    ("--sweep --refine 1 --max-epochs 5", "--max-epochs: it is less than --epochs 20"),
+    ("--sweep --refine 1 --max-epochs 5", "--max-epochs: it is less than --epochs"),
     ("--angle 0.1 --max-epochs 50", "--max-epochs: it takes constant ELRs"),
     ("--angle 0.1 --then 3", "--then: it is no angle below"),
-    ("--lr 0.1 --sphere layer", "--sphere: in the whole space, --lr, there is no sphere"),
     ("--lr 0.1 --then 0.01", "--then: it takes a constant ELR"),
 ]
 OF_ONE_RUN = [
-    ("--epochs 0", "--epochs: '0' is not"),
+    ("--epochs 0", "--epochs: '0' is not a whole number from 1"),
     ("--epochs 2.5", "--epochs: '2.5' is not a whole"),
-    ("--batch-size 0", "--batch-size: '0' is not"),
     ("--batch-size 5000", "--batch-size: 5000 is more than the 1437"),
     ("--data nowhere", "--data: no data set 'nowhere'"),
     ("--data nowhere.npz", "--data: nowhere.npz: there is no such file"),
+    ("--data nowhere.txt", "--data: nowhere.txt: there is no such file"),
     ("--model vgg", "--model: no network 'vgg'"),
     ("--model transformer", "--model: the transformer takes tokens"),
-    ("--model none.py:net", "none.py cannot be imported (FileNotFoundError"),
-    ("--model mine.py:net --width 8", "--width: a network of your own has its own"),
-    ("--model mine.py:net --affine", "--affine: a network of your own has its own"),
+    ("--model none.py:net", "--model: none.py: there is no such file"),
+    ("--model :net", "--model: it takes FILE.py:FUNCTION"),
+    ("--model mine.py:", "--model: it takes FILE.py:FUNCTION"),
+    ("--model mine.py:net --width 8", "--width: yours has its own"),
+    ("--model mine.py:net --affine", "--affine: yours has its own"),
     ("--model convnet --data modular", "--model: convnet takes images"),
-    ("--data modular --augment", "--augment: tokens are no images"),
+    ("--data modular --augment", "--augment: this is for images"),
     ("--data modular --width 6", "a multiple of 4, not 6"),
     ("--data modular --affine", "the transformer has no --affine: leave it out"),
-    ("--data modular --modulus 2000", "--modulus: '2000' is not"),
+    ("--data modular --modulus 2000", "--modulus: '2000' is not a whole number from 3 to 1024"),
     ("--modulus 7", "--modulus: this is for --data modular"),
     ("--sphere ball", "--sphere: invalid choice: 'ball'"),
-    ("--seed -1", "--seed: '-1' is not a whole number"),
+    ("--seed -1", "--seed: '-1' is not a whole number from 0 to 1073741824"),
     ("--device abacus", "--device: 'abacus' is none of cpu"),
     ("--wd 0.1", "--wd: this is for --lr"),
     ("--momentum 1", "--momentum: '1' is not a float32 number above 0 and below 1"),
     ("--schedule steps", "--schedule: invalid choice: 'steps'"),
-    ("--warmup 20", "--warmup: it is not less than --epochs 20"),
-    ("--warmup 0", "--warmup: '0' is not a whole number above 0"),
     ("--cooldown 0.5", "--cooldown: this is for --schedule wsd"),
-    ("--cooldown 1.5 --schedule wsd", "--cooldown: '1.5' is not"),
-    ("--label-noise 1", "--label-noise: '1' is not"),
     ("--label-noise 1e-4", "--label-noise: 0.0001 of 1437 training inputs is"),
     ("--then 0.01 --schedule cosine", "--then: it takes a constant ELR"),
     ("--then 0.01 --warmup 2", "--then: it takes a constant ELR"),
-    ("--average 21", "--average: there are 20 epochs: change"),
     ("--refine 2", "--refine: it takes --sweep, or several constant ELRs"),
     ("--average 2 --max-epochs 50", "--max-epochs: it takes constant ELRs, and no --average"),
-    ("--seeds 0", "--seeds: '0' is not"),
-    ("--seeds 99999999", "--seeds: 1 × 99999999 runs are too many"),
-    ("--threads 99999", "--threads: '99999' is not"),
-    ("--jobs 0", "--jobs: '0' is not"),
-    ("--dtype fp16", "--dtype: invalid choice"),
+    ("--seeds 99999999", "--seeds: '99999999' is not a whole number from 1 to 1024"),
     ("--device cpu --dtype tf32", "--dtype: tf32 takes a GPU"),
     ("--device cpu --graph", "--graph: it takes a GPU"),
-    ("--space whole", "unrecognized arguments: --space whole"),
+    ("--out ''", "--out: it is empty"),
+    ("--force", "unrecognized arguments: --force"),
 ]
 if not torch.cuda.is_available():
     OF_ONE_RUN.append(("--device cuda", "--device: 'cuda' cannot be used"))
@@ -224,18 +259,21 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_an_out_with_other_options_names_the_first_that_differs(tmp_path, capsys):
-    assert run(f"--elr 0.1 {TINY}", tmp_path) == 0
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    error = refused(capsys, f"--elr 0.1 {TINY} --width 3", tmp_path)
-    assert "(width is 2 there, 3 here)" in error and "--force" in error
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+def test_an_out_with_other_options_names_the_first_that_differs(plain, capsys):
+    before = {p.name: p.read_bytes() for p in plain.iterdir()}
+    for more, what in (
+        ("--elr 0.1 --width 3", "width is 2 there, 3 here"),
+        ("--angle 0.1", "mode is 'elr' there, 'angle' here"),
+    ):
+        error = refused(capsys, f"{QUICK} {more}", plain)
+        assert f"holds runs with other options ({what}): choose another --out, or rem" in error
+    assert {p.name: p.read_bytes() for p in plain.iterdir()} == before
 
 
 def test_to_parse_reads_writes_and_makes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse("--elr 0.1 --data mine.npz --model mine.py:net --out there".split())
-    assert (config.elr, config.out, config.epochs) == ([0.1], Path("there"), 20)
+    assert (config.elr, config.folder(), config.epochs) == ([0.1], Path("there"), 20)
     assert not list(tmp_path.iterdir())
 
 
@@ -244,16 +282,23 @@ def test_to_parse_reads_writes_and_makes_nothing(tmp_path, monkeypatch):
 
 def test_the_default_folder_is_named_after_what_differs_from_the_defaults(monkeypatch, tmp_path):
     """Two commands have one folder where their runs may lie side by side, and only there."""
-    usual = Path("logs/digits-convnet")
     for command, name in (
         ("--elr 0.1", ""),
+        ("--elr 0.1 --schedule constant", ""),
         ("--sweep --refine 2 --seeds 3", ""),
         ("--elr 0.1 --seed 5 --epochs 7 --jobs 1 --threads 2", ""),
         ("--elr 0.1 --label-noise 0.5", "-label_noise=0.5"),
-        ("--angle 0.05 --label-noise 0.5", "-label_noise=0.5"),
+        ("--elr 0.1 --schedule linear", "-schedule=linear"),
+        ("--elr 0.1 --schedule linear --epochs 9", "-schedule=linear-epochs=9"),
+        ("--angle 0.05", "-angle"),
+        ("--angle 0.05 --schedule cosine --epochs 20", "-angle"),
+        ("--angle 0.05 --label-noise 0.5", "-angle-label_noise=0.5"),
+        ("--lr 0.1 --wd 0.01", "-lr-wd=0.01"),
+        ("--loop 1e-3 1 9 --epochs 2", "-loop"),
         ("--elr 0.1 --augment", "-augment"),
     ):
-        assert parse(command.split()).folder() == Path(f"{usual}{name}"), command
+        folder = parse(command.split()).folder()
+        assert folder == Path(f"logs/digits-convnet{name}"), command
     assert parse("--elr 1 --out mine".split()).folder() == Path("mine")
     which = "--elr 0.1", "--angle 0.05", "--lr 0.1", "--elr 0.1 --schedule linear --warmup 2"
     what = ["", *(f"--{x}" for x in "width 4,momentum 0.9,epochs 3,average 2,augment".split(","))]
@@ -261,54 +306,24 @@ def test_the_default_folder_is_named_after_what_differs_from_the_defaults(monkey
     identities = {}
     for words_ in product(which, what, ("", "--batch-size 8")):
         command = " ".join(words_)
-        if "augment" in command and "modular" in command:
-            continue
         config = parse(command.split())
         assert len(str(config.folder())) < 120
         known = identities.setdefault(config.folder(), config.identity())
         assert known == config.identity(), command
 
 
-def test_a_newcomers_next_experiment_is_never_refused(tmp_path, monkeypatch):
+def test_a_newcomers_next_experiment_is_never_refused_and_moves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", made)
     for command in """--elr 0.1|--elr 0.1 --label-noise 0.5|--angle 0.05 --label-noise 0.5
         |--angle 0.05|--angle 0.05 --epochs 2|--elr 0.1 --momentum 0.9|--elr 0.1 --sphere layer
         |--lr 0.1|--lr 0.1 --wd 0.01|--elr 0.1 --schedule wsd|--elr 0.1 --average 1|--elr 0.1
         """.split("|"):
-        assert run(f"{TINY} {command}") == 0, command
+        assert run(f"{SUMS} {command}") == 0, command
+    assert not list(tmp_path.glob("*/*/before*"))
 
 
-# ----------------------------------------------------------------------------------- messages
-
-
-def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path):
-    path = tmp_path / "log.csv"
-    log = runs.Log(path)
-    log.add({"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 1 / 3})
-    assert path.read_text() == "epoch,loss\n1,0.1\n2,0.333333333\n"
-    log.close()
-
-
-def test_a_loss_that_is_not_finite_ends_that_run_alone(tmp_path, capsys, monkeypatch):
-    def poison(run, seed):  # after the network was tried
-        run.data.std[:] = math.nan
-        spread = {"mean": 6.0, "std": 1.0}
-        return {"train_loss": spread, "train_error": {"mean": 0.9, "std": 0.1}, "points": 1}
-
-    monkeypatch.setattr(measure, "chance", poison)
-    assert run(f"--elr 0.01 0.1 {TINY}", tmp_path) == 0
-    out, err = capsys.readouterr()
-    assert not err and out.count("undecided: in epoch 0 the loss is not finite") == 2
-    assert read(tmp_path / "elr=1e-01.csv")[-1]["train_loss"] == "nan"
-
-
-def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(tmp_path, capsys):
-    assert run(f"--elr 0.01 {TINY}", tmp_path) == 0
-    out, err = capsys.readouterr()
-    verdict, written, following = out.splitlines()
-    assert not err and verdict.startswith("elr 1e-02: ")
-    assert written == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
-    assert following.startswith("next: python train.py --angle")
+# -------------------------------------------------------------------------------- what is next
 
 
 def made(run, tell):
@@ -318,7 +333,7 @@ def made(run, tell):
 
     def elr(epoch):
         if config.mode == "elr":
-            return value_at(config, run.value, max(epoch - 1, 0), 40)[1]
+            return value_at(config, run.value, max(epoch - 1, 0), 40)
         return run.value / (1 + epoch)
 
     loss = converging if run.value < 0.02 else hovering
@@ -326,29 +341,29 @@ def made(run, tell):
     return True
 
 
-KINDS = """|--out|--schedule cosine|--schedule cosine --out|--schedule wsd --cooldown 0.5 --out
-    |--schedule linear --epochs 3 --out|--warmup 1 --out|--average 1|--average 1 --out
-    |--momentum 0.9 --out|--label-noise 0.5|--augment --affine --train-head|--sphere row --out
-    |--sphere layer --max-epochs 40|--dtype bf16 --out|--seeds 2 --out|--seed 3|--refine 1 --out
-    |--then 0.001 --out|--force --out|--jobs 2 --out|--model mine.py:mlp --data mine.npz --out
-    |--data modular --modulus 5 --width 4 --batch-size 8 --out""".split("|")
-KINDS = [f"--elr 1e-3 1e-1 {kind}" for kind in KINDS]
-KINDS += ["--lr 1e-3 1e-1 --wd 0.01 --momentum 0.9 --out", "--lr 1e-3 --schedule cosine"]
-KINDS += ["--angle 0.1 0.2 --out", "--angle 0.1 --schedule constant --then 0.01 --out"]
+KINDS = """|--out|--schedule cosine --out|--schedule wsd --cooldown 0.5 --out|--warmup 1 --out
+    |--schedule linear --epochs 3|--average 1 --out|--momentum 0.9 --out|--label-noise 0.5
+    |--augment --affine --train-head|--sphere row --out|--sphere layer --max-epochs 40
+    |--dtype bf16 --out|--seeds 2 --out|--seed 3|--refine 1 --out|--then 0.001 --out|--jobs 2 --out
+    |--model mine.py:mlp --data mine.npz --out""".split("|")
+KINDS = [f"--elr 1e-3 1e-1 {kind}" for kind in KINDS] + [
+    "--elr 1e-3 1e-1 --data modular --modulus 5 --width 4 --batch-size 8 --out",
+    "--lr 1e-3 1e-1 --wd 0.01 --momentum 0.9 --out",
+    "--angle 0.1 --schedule constant --then 0.01 --out",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_printed_to_do_next_can_be_done(tmp_path, capsys, monkeypatch, kind):
-    """It is parsed and prepared, which looks at network, data and folder; the first also runs."""
+    """It is parsed and prepared, which looks at network, data and folder; one also runs."""
     monkeypatch.chdir(tmp_path)
     own_network_and_data()
-    monkeypatch.setattr(train, "train", made)
-    width = "" if "width" in kind or "model" in kind else "--width 2 "
-    size = "" if "batch" in kind else "--batch-size 250 "
-    folder = kind.replace("--out", "--out 'my logs'")
-    assert train.main(shlex.split(f"--threads 1 {width}{size}{folder}")) == 0
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    width = "" if "width" in kind or "model" in kind else "--width 2"
+    size = "" if "batch" in kind else "--batch-size 250"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", made)
+        command = f"--threads 1 {width} {size} {kind.replace('--out', '--out first')}"
+        assert train.main(command.split()) == 0
     out = capsys.readouterr().out
     commands = [line.removeprefix("next: ") for line in out.splitlines() if "next: " in line]
     assert commands or "angle" in kind
@@ -357,8 +372,8 @@ def test_what_is_printed_to_do_next_can_be_done(tmp_path, capsys, monkeypatch, k
     for command in commands:
         python, script, *argv = shlex.split(command)
         assert (python, script) == ("python", "train.py")
-        if kind == KINDS[1] or (SLOW and "modular" not in kind):
-            assert train.main(argv) == 0, command
+        if "modular" in kind:
+            assert train.main([*argv, "--epochs", "1"]) == 0, command
         prepare(parse(argv))
     assert "Traceback" not in capsys.readouterr().err
 
@@ -393,10 +408,10 @@ def own_network_and_data(folder=Path()):
     np.savez(folder / "mine.npz", x=x[:300], y=y[:300], test_x=x[300:], test_y=y[300:])
 
 
-@pytest.mark.parametrize("sphere", ["network", "layer", "row"])
+@pytest.mark.parametrize("sphere", ["network", "row"])
 def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_path, capsys, sphere):
     own_network_and_data(tmp_path)
-    command = f"--model {tmp_path}/mine.py:net --elr 0.001 --epochs 2 --batch-size 64"
+    command = f"--model {tmp_path}/mine.py:net --elr 0.001 --epochs 1 --batch-size 128"
     assert run(f"{command} --sphere {sphere}", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "  0.weight\n" in out and "  3.weight\n" in out
@@ -410,39 +425,13 @@ def test_a_network_of_ones_own_is_trained_on_the_spheres_that_were_found(tmp_pat
     assert last["train_loss"] < first["train_loss"]
 
 
-def test_a_file_of_numbers_trains_a_network_of_ones_own_to_a_named_regime(tmp_path, capsys):
+def test_a_network_of_ones_own_for_tokens_is_trained(tmp_path):
     own_network_and_data(tmp_path)
-    command = f"--data {tmp_path}/mine.npz --model {tmp_path}/mine.py:mlp"
-    assert run(f"{command} --elr 3e-3 0.03", tmp_path / "out") == 0
-    assert [row["regime"] for row in read(tmp_path / "out" / "regimes.csv")][1] == "equilibrium"
-    assert "0.weight" in capsys.readouterr().out
-    assert run(f"{command} --angle 1.5 --epochs 4", tmp_path / "out2") == 0
-
-
-def test_modular_addition_runs_through_the_loop_on_every_kind_of_sphere(tmp_path):
-    command = "--data modular --modulus 7 --epochs 2 --elr 1e-3"
-    for sphere in ("network", "layer", "row"):
-        assert run(f"{command} --width 8 --sphere {sphere} --momentum 0.9", tmp_path / sphere) == 0
-        layers = read(tmp_path / sphere / "elr=1e-03.layers.csv")
-        assert {row["layer"] for row in layers} >= {"embedding", "query", "up", "head"}
-        elrs = [float(row["elr"]) for row in layers if row["epoch"] == "0"]
-        if sphere == "network":
-            assert sum(1 / elr for elr in elrs) == pytest.approx(1000, rel=1e-6)
-        else:
-            assert elrs == pytest.approx([1e-3] * 9, rel=1e-6)
-    own_network_and_data(tmp_path)
-    assert run(f"{command} --model {tmp_path}/mine.py:of_tokens", tmp_path / "own") == 0
+    own = f"--data modular --modulus 7 --epochs 1 --model {tmp_path}/mine.py:of_tokens"
+    assert run(f"--elr 1e-3 {own}", tmp_path / "own") == 0
 
 
 # -------------------------------------------------- each option changes what it should, only
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """The run without further options."""
-    folder = tmp_path_factory.mktemp("plain")
-    assert run(f"--elr 0.01 {QUICK}", folder) == 0
-    return folder
 
 
 def net_of(folder, name="elr=1e-02"):
@@ -457,32 +446,47 @@ LEARNED = ["train_loss", "train_error", "grad_norm", "angle", "radial", "test_lo
 AT_THE_START = ["train_loss", "train_error", "test_loss", "test_error"]
 
 
-def test_resnet18_runs_through_the_same_loop(tmp_path):
-    assert run(f"--model resnet18 --elr 0.001 {TINY} --sphere layer", tmp_path) == 0
+@pytest.mark.parametrize("sphere", ["network", "layer", "row"])
+def test_layers_and_rows_keep_their_norms_and_on_the_joint_sphere_layers_move(tmp_path, sphere):
+    assert run(f"{SUMS} --elr 1e-3 --epochs 2 --sphere {sphere} --momentum 0.9", tmp_path) == 0
+    norms, elrs = {}, []
+    for row in read(tmp_path / "elr=1e-03.layers.csv"):
+        norms.setdefault(row["layer"], []).append(float(row["norm"]))
+        if row["epoch"] == "0":
+            elrs.append(float(row["elr"]))
+    moved = [max(values) / min(values) - 1 for values in norms.values()]
+    assert len(moved) == 9 and norms.keys() >= {"embedding", "query", "up", "head"}
+    if sphere == "network":
+        assert max(moved) > 1e-3
+        assert sum(1 / elr for elr in elrs) == pytest.approx(1000, rel=1e-6)
+    else:
+        assert max(moved) < 1e-6
+        assert elrs == pytest.approx([1e-3] * 9, rel=1e-6)
+
+
+def test_resnet18_runs_through_the_same_loop_on_spheres_of_convolutions(tmp_path):
+    resnet = "--model resnet18 --width 1 --epochs 1 --batch-size 512 --threads 1 --sphere row"
+    assert run(f"{resnet} --elr 0.001", tmp_path) == 0
     layers = {row["layer"] for row in read(tmp_path / "elr=1e-03.layers.csv")}
     assert len(layers) == 20 and "stage2_block1.shortcut.1.weight" in layers
 
 
-@pytest.mark.parametrize("model", ["convnet", "resnet18"] if SLOW else ["convnet"])
 def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_its_elr(
-    tmp_path, model
+    tmp_path, plain
 ):
-    command = f"--model {model} --elr 0.01 --width 2 --epochs 2 --batch-size 256 --threads 1"
-    one, two = tmp_path / "fixed", tmp_path / "both"
-    assert run(command, one) == 0
-    assert run(f"{command} --affine --train-head", two) == 0
-    assert same(log(one)[:1], log(two)[:1], AT_THE_START)
-    assert log(one)[1]["train_loss"] != log(two)[1]["train_loss"]
-    fixed, both = net_of(one), net_of(two)
+    assert run(f"--elr 0.01 {QUICK} --affine --train-head", tmp_path) == 0
+    assert same(log(plain)[:1], log(tmp_path)[:1], AT_THE_START)
+    assert log(plain)[1]["train_loss"] != log(tmp_path)[1]["train_loss"]
+    fixed, both = net_of(plain), net_of(tmp_path)
     assert all(key in both for key in fixed)
     scales = [key for key in both if key not in fixed]
     assert scales
     for key in scales:
         assert not torch.equal(both[key], torch.full_like(both[key], "weight" in key))
     torch.manual_seed(0)
-    start = MODELS[model](1, 10, 2).head.weight
+    start = MODELS["convnet"](1, 10, 2).head.weight
     assert torch.equal(fixed["head.weight"], start) and not torch.equal(both["head.weight"], start)
-    layers = [read(folder / "elr=1e-02.layers.csv") for folder in (one, two)]
+    layers = [read(folder / "elr=1e-02.layers.csv") for folder in (plain, tmp_path)]
     assert [row["layer"] for row in layers[0]] == [row["layer"] for row in layers[1]]
     elrs = [float(row["elr"]) for row in layers[1] if row["epoch"] == "0"]
     assert sum(1 / elr for elr in elrs) == pytest.approx(1 / 0.01, rel=1e-5)
@@ -503,10 +507,11 @@ def test_label_noise_is_learned_and_leaves_the_test_set(tmp_path, plain):
     rows = log(tmp_path, "elr=1e-03")
     assert same(rows[:1], log(plain)[:1], ["test_loss", "test_error"])
     assert rows[0]["train_loss"] != log(plain)[0]["train_loss"]
-    more = "--elr 0.001 --epochs 4 --batch-size 32 --label-noise 0.25"
-    assert run(more, tmp_path / "wide") == 0
-    wide = log(tmp_path / "wide", "elr=1e-03")[4]
-    assert wide["train_error"] > wide["test_error"] + 0.1  # a quarter of its labels is wrong
+    noisy, clean = (
+        prepare(parse(words("--elr 1 --label-noise 0.25", tmp_path / "2"))).data,
+        load("digits"),
+    )
+    assert (noisy.y != clean.y).float().mean() == pytest.approx(0.25, abs=1e-3)
 
 
 def test_augment_changes_the_training_images_alone(tmp_path, plain):
@@ -514,9 +519,6 @@ def test_augment_changes_the_training_images_alone(tmp_path, plain):
     rows, before = log(tmp_path), log(plain)
     assert rows[0]["train_loss"] != before[0]["train_loss"]
     assert [row["step"] for row in rows] == [row["step"] for row in before]
-    files = [folder / "config.json" for folder in (tmp_path, plain)]
-    chances = [json.loads(file.read_text())["chance"] for file in files]
-    assert chances[0] == chances[1]
 
 
 def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain, capsys):
@@ -548,19 +550,16 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
         assert product_ == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
 
 
-def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path, capsys):
+def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path):
     assert run(f"--angle 0.1 {QUICK} --epochs 5", tmp_path) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("angle 1e-01: ") and "test error " in out.splitlines()[0]
     rows = log(tmp_path, "angle=1e-01")
     for epoch, row in enumerate(rows):
         expected = 0.1 * (1 + math.cos(math.pi * max(epoch - 1, 0) / 5)) / 2
         assert row["angle"] == pytest.approx(expected, rel=1e-6)
         assert row["elr"] == pytest.approx(math.tan(row["angle"]) / row["grad_norm"], rel=1e-6)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
-    more = f"--angle 0.1 {QUICK} --schedule constant --sphere layer --affine --then 0.01"
+    more = f"--angle 0.1 {SUMS} --schedule constant --sphere layer --then 0.01"
     assert run(more, tmp_path / "more") == 0
-    assert "; then at 0.01: train loss " in capsys.readouterr().out
     for name, angle in (("angle=1e-01", 0.1), ("angle=1e-01.then=1e-02", 0.01)):
         assert {round(row["angle"], 9) for row in log(tmp_path / "more", name)} == {angle}
 
@@ -568,23 +567,23 @@ def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path, c
 def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long(
     tmp_path, capsys, monkeypatch
 ):
-    """On made logs."""
-
-    def made(run, tell):
-        there = run.path.exists() and len(read(run.path)) == run.epochs + 1
-        make_log(run.path, converging, run.epochs, step=lambda e: e, test_error=lambda e: 0)
-        return not there
-
-    monkeypatch.setattr(train, "train", made)
-    command = f"--elr 0.001 {TINY}"
-    assert run(f"{command} --max-epochs 5", tmp_path / "short") == 0
-    assert len(log(tmp_path / "short", "elr=1e-03")) == 6  # it asks for 8
-    assert run(f"{command} --max-epochs 400", tmp_path / "long") == 0
-    assert "elr 1e-03: convergence: " in capsys.readouterr().out
-    length = len(log(tmp_path / "long", "elr=1e-03"))
-    assert 8 < length < 400
-    assert run(f"{command} --max-epochs 400", tmp_path / "long") == 0
-    assert len(log(tmp_path / "long", "elr=1e-03")) == length
+    """As the run that it would have been; with --graph a step is captured once."""
+    captured = []
+    monkeypatch.setattr(train, "Captured", lambda step: captured.append(step) or step)
+    monkeypatch.setattr(options, "check", NOTHING)  # which wants a GPU
+    command = f"--elr 1e-3 {SUMS} --device cpu"
+    assert run(f"{command} --max-epochs 5 --graph", tmp_path / "a") == 0
+    assert len(captured) == 1
+    assert len(log(tmp_path / "a", "elr=1e-03")) == 6  # it asks for 8
+    assert "undecided" in capsys.readouterr().out
+    for _ in range(2):
+        assert run(f"{command} --max-epochs 2000", tmp_path / "b") == 0
+    first, again = capsys.readouterr().out.split("elr 1e-03 (already done): ")
+    assert "undecided" not in first and "undecided" not in again
+    length = len(log(tmp_path / "b", "elr=1e-03")) - 1
+    assert 8 <= length < 2000 and length in [2**k for k in range(3, 11)]
+    assert run(f"{command} --epochs {length}", tmp_path / "whole") == 0
+    equal_runs(tmp_path / "whole", tmp_path / "b", "elr=1e-03")
 
 
 def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(
@@ -593,18 +592,19 @@ def test_each_round_of_refine_bisects_what_the_rounds_before_have_left(
     """On made logs, whose boundary is at ELR 0.02; and what is best done next."""
     monkeypatch.setattr(train, "train", made)
     command = f"--elr 1e-3 1e-1 {QUICK} --jobs 1"
-    assert run(f"{command} --force", tmp_path) == 0
+    assert run(command, tmp_path / "0") == 0
     *_, then, angle = capsys.readouterr().out.splitlines()
-    same_options = f"--width 2 --batch-size 128 --out {tmp_path}"
+    same_options = "--width 2 --batch-size 128"
     assert then == f"next: python train.py --elr 0.1 --then 0.0001 {same_options}"
     assert angle == f"next: python train.py --angle 0.05 {same_options}"
     for rounds, expected in ((1, ["0.001", "0.01", "0.1"]), (3, ["0.0178", "0.0316"])):
-        assert run(f"{command} --refine {rounds} --max-epochs 50 --force", tmp_path) == 0
-        found = [row["elr"] for row in read(tmp_path / "regimes.csv")]
+        out = tmp_path / str(rounds)
+        assert run(f"{command} --refine {rounds} --max-epochs 50", out) == 0
+        found = [row["elr"] for row in read(out / "regimes.csv")]
         assert set(expected) <= set(found) and len(found) == 2 + rounds
 
 
-def test_threads_and_jobs_are_chosen_by_the_work_and_kept_in_the_config(tmp_path):
+def test_threads_and_jobs_are_chosen_by_the_work(tmp_path):
     cores = machine.cores()
     for name, command, jobs, threads in (
         ("one", "--elr 0.1", 1, 1),
@@ -615,8 +615,6 @@ def test_threads_and_jobs_are_chosen_by_the_work_and_kept_in_the_config(tmp_path
         config = prepare(parse(words(command, tmp_path / name))).config
         assert (config.jobs, config.threads) == (jobs, threads), name
     torch.set_num_threads(1)
-    assert run(f"--elr 0.01 {TINY}", tmp_path / "run") == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["threads"] == 1
 
 
 # ---------------------------------------------------------------------------------- schedules
@@ -633,37 +631,45 @@ FACTORS = {
 
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("schedule", FACTORS)
-def test_a_schedule_sets_the_elr_of_each_epoch(tmp_path, schedule, warmup):
-    command = f"--elr 1e-4 {SUMS} --epochs 10 --schedule {schedule}"
-    factors = FACTORS[schedule][0]
+def test_a_schedule_sets_the_elr_of_each_epoch(schedule, warmup):
+    command, factors = f"--elr 1e-4 --epochs 10 --schedule {schedule}", FACTORS[schedule][0]
     if schedule == "wsd":
         command += " --cooldown 0.5"
     if warmup:
         command += f" --warmup {warmup}"
         factors = RISE + list(FACTORS[schedule][1])
-    assert run(command, tmp_path) == 0
+    config = parse(command.split())
+    found = [value_at(config, 1e-4, epoch, 10) for epoch in range(10)]
+    assert found == pytest.approx(1e-4 * np.array(factors), rel=1e-8)
+
+
+def test_a_run_is_trained_at_the_elrs_of_its_schedule(tmp_path):
+    assert run(f"--elr 1e-4 {SUMS} --epochs 4 --schedule linear --warmup 1", tmp_path) == 0
     elrs = [row["elr"] for row in log(tmp_path, "elr=1e-04")]
-    assert elrs == pytest.approx(1e-4 * np.array([factors[0], *factors]), rel=1e-8)
+    assert elrs == pytest.approx([5e-5, 5e-5, 1e-4, 2e-4 / 3, 1e-4 / 3], rel=1e-8)
     layers = read(tmp_path / "elr=1e-04.layers.csv")
-    for epoch, elr in enumerate(elrs):  # which were trained at these
+    for epoch, elr in enumerate(elrs):
         inverse = sum(1 / float(row["elr"]) for row in layers if row["epoch"] == str(epoch))
         assert inverse == pytest.approx(1 / elr, rel=1e-2)
 
 
-@pytest.mark.parametrize("which", ["--elr 0.1", "--angle 0.1", "--lr 0.1"])
-@pytest.mark.parametrize("how", ["", *(f"--schedule {name}" for name in FACTORS), "--warmup 2"])
-def test_more_epochs_are_those_of_a_straight_run_or_refused(tmp_path, capsys, which, how):
-    command = f"{SUMS} {which} {how} --epochs"
-    assert run(f"{command} 4", tmp_path / "parts") == 0
+WAYS = ["--elr 0.1", "--angle 0.1 --schedule constant", "--lr 0.1", "--angle 0.1"]
+WAYS += ["--elr 0.1 --schedule wsd", "--lr 0.1 --warmup 2", "--elr 0.1 --average 1"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_more_epochs_are_those_of_a_straight_run_or_refused(tmp_path, capsys, way):
+    command = f"{SUMS} {way} --epochs"
+    assert run(f"{command} 2", tmp_path / "parts") == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
-    try:
-        assert run(f"{command} 8", tmp_path / "parts") == 0
-    except SystemExit:
-        assert "(epochs is 4 there, 8 here)" in capsys.readouterr().err
+    if WAYS.index(way) > 2:
+        error = refused(capsys, f"{command} 4", tmp_path / "parts")
+        assert "(epochs is 2 there, 4 here)" in error
         assert {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == before
         return
-    assert run(f"{command} 8", tmp_path / "whole") == 0
-    name = which.removeprefix("--").replace(" 0.1", "=1e-01")
+    for folder in ("parts", "whole"):
+        assert run(f"{command} 4", tmp_path / folder) == 0
+    name = way.split()[0].removeprefix("--") + "=1e-01"
     equal_runs(tmp_path / "whole", tmp_path / "parts", name)
 
 
@@ -675,21 +681,21 @@ def test_more_epochs_are_those_of_a_straight_run_or_refused(tmp_path, capsys, wh
     ["--elr 0.01 --momentum 0.9 --augment --affine", "--lr 0.01 --wd 1e-3 --momentum 0.9"],
 )
 def test_a_run_that_goes_on_is_the_run_it_would_have_been(tmp_path, more):
-    command = f"--width 2 --batch-size 64 {more} --epochs"
-    assert run(f"{command} 3", tmp_path / "whole") == 0
-    for epochs in (1, 3):
+    command = f"--width 2 --batch-size 256 {more} --epochs"
+    assert run(f"{command} 2", tmp_path / "whole") == 0
+    for epochs in (1, 2):
         assert run(f"{command} {epochs}", tmp_path / "parts") == 0
     name = f"{more.split()[0][2:]}=1e-02"
     equal_runs(tmp_path / "whole", tmp_path / "parts", name)
 
 
 def test_rows_beyond_the_checkpoint_and_a_cut_off_row_are_dropped(tmp_path):
-    command = "--elr 0.01 --width 2 --batch-size 128 --epochs"
+    command = f"--elr 0.01 {SUMS} --epochs"
     assert run(f"{command} 3", tmp_path / "whole") == 0
     assert run(f"{command} 2", tmp_path / "parts") == 0
     for name, row in (
         ("elr=1e-02.csv", "3,66,0.01,1.5,0.5,1,1,1,1,1,1,1\n4,88,0.0"),
-        ("elr=1e-02.layers.csv", "3,conv1.weight,1,2,3"),
+        ("elr=1e-02.layers.csv", "3,embedding,1,2,3"),
     ):
         with open(tmp_path / "parts" / name, "a") as file:
             file.write(row)
@@ -698,11 +704,11 @@ def test_rows_beyond_the_checkpoint_and_a_cut_off_row_are_dropped(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
-    assert run(f"--elr 0.01 {TINY}", tmp_path) == 0
+    assert run(f"--elr 0.01 {SUMS}", tmp_path) == 0
     (tmp_path / "elr=1e-02.pt").write_bytes(b"junk")
     before = (tmp_path / "elr=1e-02.csv").read_bytes()
     capsys.readouterr()
-    assert run(f"--elr 0.01 {TINY} --epochs 3", tmp_path) == 1
+    assert run(f"--elr 0.01 {SUMS} --epochs 3", tmp_path) == 1
     err = capsys.readouterr().err
     what = "elr=1e-02.pt is damaged, or no checkpoint of train.py: remove it"
     assert err.count("\n") == 1 and what in err
@@ -712,16 +718,15 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
 # --------------------------------------------------------------------------------------- fast
 
 
-def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_path):
-    for dtype in ("fp32", "bf16"):
-        assert run(f"--elr 0.01 {QUICK} --dtype {dtype} --average 1", tmp_path / dtype) == 0
-    single, half = log(tmp_path / "fp32"), log(tmp_path / "bf16")
+def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_path, plain):
+    assert run(f"--elr 0.01 {QUICK} --dtype bf16 --average 1", tmp_path) == 0
+    single, half = log(plain), log(tmp_path)
     for column in ("train_loss", "grad_norm"):
         # The same weights, to the 8 bits of bfloat16 in each of some 20 operations
         assert half[0][column] != single[0][column]
         assert half[0][column] == pytest.approx(single[0][column], rel=0.05)
     assert 10 * single[-1]["radial"] < half[-1]["radial"] < 0.01
-    checkpoint = torch.load(tmp_path / "bf16" / "elr=1e-02.pt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "elr=1e-02.pt", weights_only=True)
     weights = [checkpoint["net"][f"conv{i}.weight"] for i in (1, 2, 3, 4)]
     assert all(w.dtype == torch.float32 and (w.bfloat16() != w).any() for w in weights)
     start = torch.cat([x.flatten() for x in checkpoint["start"]]).norm().item()
@@ -797,7 +802,7 @@ def test_with_and_without_the_cuda_graph_training_is_the_same_to_rounding(tmp_pa
 
 # -------------------------------------------------------------------- extremes of all options
 
-WHICH = "--elr --sweep --angle --lr".split()
+WHICH = "--elr --sweep --loop --angle --lr".split()
 OPTIONS = """--wd --refine --max-epochs --seed --seeds --epochs --then --average --momentum --width
     --modulus --batch-size --label-noise --jobs --threads --warmup --cooldown""".split()
 # Among them the ends of what a float, a float32 and an integer of the machine hold.
@@ -806,11 +811,11 @@ NUMBERS |= st.sampled_from(["3.4e38", "1.2e-38", "9" * 17, "", "x", "0x10", "1_0
 NUMBERS |= st.floats().map(repr) | st.integers().map(str) | st.text(max_size=5)
 
 
-@settings(max_examples=4000 if SLOW else 120, deadline=None, derandomize=not SLOW)
+@settings(max_examples=4000 if SLOW else 60, deadline=None, derandomize=not SLOW)
 @given(st.sampled_from(WHICH + OPTIONS), st.lists(NUMBERS, min_size=3, max_size=3))
 def test_an_extreme_number_is_one_line_or_taken(tmp_path_factory, option, numbers):
     first = [] if option in WHICH else ["--elr", "0.1"]
-    first += ["--out", str(tmp_path_factory.getbasetemp() / "extremes"), "--force"]
+    first += ["--out", str(tmp_path_factory.mktemp("extremes"))]
     numbers = numbers if option in WHICH else numbers[:1]
     assume(option != "--width" or len(numbers[0]) not in (3, 4, 5))  # which take much memory
     err = io.StringIO()
@@ -828,7 +833,6 @@ def test_an_extreme_number_is_one_line_or_taken(tmp_path_factory, option, number
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("elr", ["1.2e-38", "3.3e38"])
-def test_the_ends_of_what_float32_holds_run_without_a_traceback(tmp_path, capsys, elr):
-    assert run(f"--elr {elr} 0.1 {TINY}", tmp_path) == 0
+def test_the_ends_of_what_float32_holds_run_without_a_traceback(tmp_path, capsys):
+    assert run(f"--elr 1.2e-38 0.1 3.3e38 {SUMS}", tmp_path) == 0
     assert "Traceback" not in capsys.readouterr().err
