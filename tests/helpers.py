@@ -130,7 +130,7 @@ def fork(function):
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             sys.stdout = os.fdopen(1, "w")
-            sys.stderr = os.fdopen(2, "w")
+            sys.stderr = os.fdopen(2, "w", buffering=1)
             status = function()
         except SystemExit as exit:
             status = exit.code
