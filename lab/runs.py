@@ -345,9 +345,10 @@ class Watch:
     line for each that has finished, whereupon `renew` is called."""
 
     def __init__(self, config, jobs, renew):
-        self.jobs, self.renew = jobs, renew
+        self.jobs, self.renew, self.out = jobs, renew, config.out
         self.epochs = {job.name: (0, config.epochs) for job in jobs}  # done, wanted
-        self.told, self.finished, self.failed = set(), set(), False
+        self.told = set(read_config(config.out).get("notes", []))  # once in a folder
+        self.finished, self.failed = set(), False
         hidden = config.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(unit="epoch", leave=False, disable=hidden)
         self.next_line = time.monotonic() + 60
@@ -383,6 +384,9 @@ class Watch:
         elif name not in self.told:
             self.told.add(name)
             tqdm.write(details[0], file=sys.stderr)
+            if what == "note":
+                notes = read_config(self.out).get("notes", [])
+                add_to_config(self.out, notes=[*notes, name])
 
     def close(self):
         self.bar.close()

@@ -354,11 +354,11 @@ def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
     assert output.count("written: ") == 1
 
 
-def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
+def test_a_long_run_says_a_line_a_minute(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
     job = runs.Job(0.01, 0, Path(), "elr 1e-02")
-    watch = runs.Watch(SimpleNamespace(rank=0, epochs=9), [job], renew=NOTHING)
+    watch = runs.Watch(SimpleNamespace(rank=0, epochs=9, out=tmp_path), [job], renew=NOTHING)
     for epoch in range(10):
         watch.tell("epoch", "elr 1e-02", epoch, 9, "loss 2, error 0.5, γ 3")
     lines = capsys.readouterr().out.splitlines()
