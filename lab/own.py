@@ -118,8 +118,9 @@ def beside(path):
 
 
 def files_of_modules():
-    """Where the modules that are loaded came from."""
-    return {getattr(module, "__file__", None) or "<" for module in list(sys.modules.values())}
+    """Where the modules that are loaded came from, but for what torch.compile writes."""
+    modules = [module for name, module in sys.modules.items() if not name.startswith("torch.")]
+    return {getattr(module, "__file__", None) or "<" for module in modules}
 
 
 @contextmanager
