@@ -239,7 +239,7 @@ def second_runs(run):
     found = {}
     for path in sorted(run.path.parent.glob(f"{glob.escape(run.path.stem)}.then=*.csv")):
         with suppress(ValueError):  # it has just begun, or has layers
-            found[path.stem.partition(".then=")[2]] = regimes.read_log(path)[0]
+            found[path.stem.partition(".then=")[2]] = regimes.read_log(path)
     return found
 
 
