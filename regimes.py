@@ -39,8 +39,9 @@ OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  
 MIN_TAIL = 4  # rows of the last half: with fewer the interval of no slope is finite
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS = 0.1  # what surely falls more steeply falls; where the run remembers, half of it
-SURE = 0.3  # half the interval of a level's slope
+FALLS = 0.1  # slope of log loss that surely falls; half of it where the run remembers
+LEVEL, LEVEL_ALONE = 0.2, 0.05  # slope of a level, at most; where no angle is logged
+SURE = 0.3  # a level's slope is known to ±0.3
 TURN = 0.7  # radians of a random walk within the last half: having turned less, a run remembers
 RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
 NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried went on falling
@@ -180,7 +181,7 @@ def _decide(verdict, trends, loss, turn):
     noisy = [skill for skill in skills if skill.told is None]
     better = not skills or any(skill.value > skill.margin for skill in skills)
     evidence, now = ", ".join(map(str, told[:1] or skills)), f"loss {loss[-1]:.3g}"
-    steep, flat = (FALLS / 2 if remembers else FALLS), (FALLS if known else FALLS / 2)
+    steep, flat = FALLS / 2 if remembers else FALLS, LEVEL if known else LEVEL_ALONE
     falling = [trend for trend in trends if trend.slope + trend.margin < -steep]
     level = [trend for trend in trends if trend.margin < SURE and abs(trend.slope) < flat]
     if not remembers and not (better and len(falling) == len(trends)):
