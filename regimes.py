@@ -127,9 +127,10 @@ def classify(log, chance=None):
     epoch, loss, verdict = finished(log), log["train_loss"], Verdict()
     bad = ~(np.isfinite(loss) & (loss >= 0))
     if bad.any():
-        broken = not np.isfinite(loss[bad][0])
-        what = "not finite" if broken else "negative: no logarithm"
-        return Verdict(why=f"in epoch {log['epoch'][bad][0]:g} the loss is {what}", broken=broken)
+        verdict.broken = not np.isfinite(loss[bad][0])
+        what = "not finite" if verdict.broken else "negative: no logarithm"
+        verdict.why = f"in epoch {log['epoch'][bad][0]:g} the loss is {what}"
+        return verdict
     counts = [int((epoch > epoch[-1] * (1 - share)).sum()) for share in WINDOWS]
     n = counts[0]
     for name in ("elr", "lr"):
@@ -145,31 +146,27 @@ def classify(log, chance=None):
     if chance is None and epoch[0] == 0:
         chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
         verdict.notes.append("no chance reference: the row of epoch 0 stands in")
-    angle, turn = math.nan, math.nan
-    if "angle" in log:
-        angle = log["angle"][-n:].mean()
-    if "step" in log:
-        steps = (log["step"][-1] - log["step"][-n]) * n / (n - 1)
-        turn = angle * math.sqrt(max(steps, 0))
+    angle = log["angle"][-n:].mean() if "angle" in log else math.nan
+    step = log.get("step", np.full(len(loss), math.nan))
+    turn = angle * math.sqrt(max((step[-1] - step[-n]) * n / (n - 1), 0))
     least = 1e-38 * loss.max() or 1.0  # 0 has no logarithm
     x, y = np.log(np.maximum(epoch, 1e-300)), np.log(np.maximum(loss, least))
     verdict.skills = _skills(log, x[-n:], chance or {}, angle)
     if "train_error" not in [skill.of for skill in verdict.skills]:
         verdict.notes.append("no train_error: skill from the loss")
-    next_to_nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
-    if np.median(loss[-n:]) < next_to_nothing or not loss[-MIN_TAIL:].any():
+    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
+    gradient = log.get("grad_norm", np.ones(n))
+    if np.median(loss[-n:]) < nothing or not loss[-MIN_TAIL:].any():
         verdict.regime, verdict.why = "convergence", f"loss {loss[-1]:.3g}, next to nothing"
-    elif not log.get("grad_norm", loss)[-MIN_TAIL:].any():
-        since = epoch[np.flatnonzero(np.append(1, log["grad_norm"]))[-1]]
-        verdict.broken, verdict.why = (
-            True,
-            f"dead: the gradient is 0 since epoch {since:g}, at loss ",
-        )
-        verdict.why += f"{loss[-1]:.3g}; lower the learning rate of what is on no sphere"
+    elif not gradient[-MIN_TAIL:].any():
+        since = epoch[np.flatnonzero(np.append(1, gradient))[-1]]
+        verdict.broken = True
+        verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at loss {loss[-1]:.3g}; "
+        verdict.why += "lower the learning rate of what is on no sphere"
     else:
         _decide(verdict, [trend(x[-k:], y[-k:]) for k in counts], loss[-n:], turn)
-    if verdict.regime == "undecided" and verdict.skills and not verdict.broken:
-        verdict.more_epochs = more
+        if verdict.regime == "undecided" and verdict.skills:
+            verdict.more_epochs = more
     return verdict
 
 
@@ -398,9 +395,9 @@ def gather(paths, columns=None, chance=None):
     instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        inside = sorted(log for kind in KINDS for log in path.glob(kind))
-        inside = [log for log in inside if not any(map(log.match, OURS))]
-        logs += inside if path.is_dir() else [path]
+        found = sorted(log for kind in KINDS for log in path.glob(kind))
+        found = [log for log in found if not any(map(log.match, OURS))]
+        logs += found if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
     for path in logs:
@@ -460,8 +457,8 @@ def boundaries(runs):
         verdicts = [run.verdict for run in group]
         ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
     for rank, (left, right) in enumerate(pairwise(ORDER)):
-        first = min([elr for elr in ranks if (ranks[elr] > rank).any()], default=math.inf)
-        last = max([elr for elr in ranks if (ranks[elr] <= rank).any()], default=0.0)
+        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=math.inf)
+        last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
         below = [elr for elr in ranks if elr < first and (ranks[elr] <= rank).all()]
         above = [elr for elr in ranks if elr > last and (ranks[elr] > rank).all()]
         ends = max(below, default=math.nan), min(above, default=math.nan)
@@ -581,33 +578,34 @@ def finish(main):
 def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
-    add = parser.add_argument
+    add, ours = parser.add_argument, ", ".join(USUAL)
     add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    ours = ", ".join(USUAL)
     text = f"names of columns; ours are {ours}"
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
     text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
     add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
-    pairs = [word.partition("=")[::2] for word in args.columns]
-    columns = dict(pairs)
-    if len(columns) < len(pairs) or not columns.keys() <= USUAL.keys() or "" in columns.values():
+    columns = dict(word.partition("=")[::2] for word in args.columns)
+    if not (len(columns) == len(args.columns) and all(columns.values()) and {*columns} <= {*USUAL}):
         parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, each once of {ours}")
-    of_loss, of_error = (*args.chance, 1.0, 1.0)[:2]
-    if len(args.chance) > 2 or not (0 < of_loss < math.inf and 0 < of_error <= 1):
+    given = dict(zip(("train_loss", "train_error"), args.chance, strict=False))
+    sound = all(0 < mean < math.inf for mean in args.chance) and given.get("train_error", 1) <= 1
+    if len(args.chance) > 2 or not sound:
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    given = zip(("train_loss", "train_error"), args.chance, strict=False)
-    chance = {name: {"mean": mean, "std": 0.0} for name, mean in given}
+    chance = {name: {"mean": mean, "std": 0.0} for name, mean in given.items()}
     runs, problems = gather(args.paths, columns, chance)
-    whole = any(path.is_dir() for path in args.paths)
-    text = table(runs) if whole else "\n".join(map(str, runs))
+    folder = args.paths[0]
+    if not any(path.is_dir() for path in args.paths):
+        text = "\n".join(map(str, runs))
+    else:
+        text = table(runs)
+        try:
+            if len(args.paths) == 1 and runs:
+                write_csv(folder / "regimes.csv", rows(runs))
+        except OSError as error:
+            problems.append(f"{folder / 'regimes.csv'} not written: {error.strerror}")
     if text:
         print(text)
-    if whole and len(args.paths) == 1 and runs:
-        try:
-            write_csv(args.paths[0] / "regimes.csv", rows(runs))
-        except OSError as error:
-            problems.append(f"{args.paths[0] / 'regimes.csv'} not written: {error.strerror}")
     for problem in problems:
         print(f"regimes.py: error: {problem}", file=sys.stderr)
     return 2 if problems else 0
