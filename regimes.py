@@ -171,17 +171,15 @@ def classify(log, chance=None):
 
 
 def _decide(verdict, trends, loss, turn):
-    """Sets regime, why, and the trend that decides. `turn`: φ√steps of the last half, the angle
-    that a random walk covers there."""
+    """Sets regime, why, and the trend that decides. `turn`: φ√steps of the last half."""
     known, remembers, skills = not math.isnan(turn), turn < TURN, verdict.skills
     told = [skill for skill in skills if skill.told]
     noisy = [skill for skill in skills if skill.told is None]
-    better = not skills or any(skill.value > skill.margin for skill in skills)
     evidence, now = ", ".join(map(str, told[:1] or skills)), f"loss {loss[-1]:.3g}"
     steep, flat = FALLS / 2 if remembers else FALLS, LEVEL if known else LEVEL_ALONE
     falling = [trend for trend in trends if trend.slope + trend.margin < -steep]
     level = [trend for trend in trends if trend.margin < SURE and abs(trend.slope) < flat]
-    if not remembers and not (better and len(falling) == len(trends)):
+    if not remembers and len(falling) < len(trends):
         falling = []
     best = verdict.trend = min(falling or level or trends, key=lambda trend: trend.margin)
     if falling:
@@ -287,8 +285,8 @@ def _lines(path):
 
 
 def read_log(path, columns=None):
-    """The columns of a log that we know, rows of one epoch joined, without a last row that is cut
-    off. `columns`: ours → theirs. Raises ValueError where it is no log."""
+    """The columns of a log that we know, rows of one epoch joined. `columns`: ours → theirs. Raises
+    ValueError where it is no log."""
     line, last, joined = 1, 0.0, {}
     try:
         lines = _lines(path)
@@ -301,7 +299,7 @@ def read_log(path, columns=None):
         for row in rows:
             line = reader.line_num
             if len(row) < len(header) and not any(rows):
-                break
+                break  # the last one, cut off
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells, the header has {len(header)}")
             numbers = {name: float(row[i]) for name, i in places.items() if row[i].strip()}
