@@ -39,7 +39,7 @@ OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  
 MIN_TAIL = 4  # rows of the last half: with fewer the interval of no slope is finite
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS = 0.1  # slope of log loss that surely falls; half of it where the run remembers
+FALLS, STEEP = 0.05, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
 LEVEL, LEVEL_ALONE = 0.2, 0.05  # slope of a level, at most; where no angle is logged
 SURE = 0.3  # a level's slope is known to ±0.3
 TURN = 0.7  # radians of a random walk within the last half: having turned less, a run remembers
@@ -176,10 +176,12 @@ def _decide(verdict, trends, loss, turn):
     told = [skill for skill in skills if skill.told]
     noisy = [skill for skill in skills if skill.told is None]
     evidence, now = ", ".join(map(str, told[:1] or skills)), f"loss {loss[-1]:.3g}"
-    steep, flat = FALLS / 2 if remembers else FALLS, LEVEL if known else LEVEL_ALONE
-    falling = [trend for trend in trends if trend.slope + trend.margin < -steep]
+    flat = LEVEL if known else LEVEL_ALONE
+    falling = [trend for trend in trends if trend.slope + trend.margin < -FALLS]
     level = [trend for trend in trends if trend.margin < SURE and abs(trend.slope) < flat]
-    if not remembers and len(falling) < len(trends):
+    if falling and not known:
+        level = []
+    if not remembers and any(trend.slope + trend.margin > -STEEP for trend in trends):
         falling = []
     best = verdict.trend = min(falling or level or trends, key=lambda trend: trend.margin)
     if falling:
