@@ -39,10 +39,9 @@ OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  
 MIN_TAIL = 4  # rows of the last half: with fewer the interval of no slope is finite
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
-FLAT = 0.08  # slope with which a loss that falls linearly is lower by a quarter at four times
-LEVEL = 0.25  # of the loss alone: the interval of a level one leaves no room for steeper slopes
-SHOWN = 0.5  # where the run forgets: a wider interval could hide the slope of a falling loss
-STEEP = 0.3  # slope of a falling loss, by the loss alone
+FALLS, STEEP = 0.05, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
+LEVEL, LEVEL_ALONE = 0.2, 0.05  # slope of a level, at most; where no angle is logged
+SURE = 0.3  # a level's slope is known to ±0.3
 TURN = 0.7  # radians of a random walk within the last half: having turned less, a run remembers
 RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
 NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried went on falling
@@ -57,18 +56,6 @@ class Trend(NamedTuple):
     margin: float = math.nan
     mean: float = math.nan
     error: float = math.nan
-
-    @property
-    def low(self):
-        return self.slope - self.margin
-
-    @property
-    def high(self):
-        return self.slope + self.margin
-
-    @property
-    def falls(self):
-        return self.high < 0 and self.slope < -FLAT
 
     def __str__(self):
         return f"slope {self.slope:+.2f} ± {self.margin:.2f}"
@@ -115,7 +102,6 @@ class Verdict:
     why: str = ""
     skills: list = field(default_factory=list)
     trend: Trend = Trend()
-    turn: float = math.nan  # φ √steps of the last half: the angle that a random walk covers
     more_epochs: int | None = None  # in all, that may decide
     notes: list = field(default_factory=list)
     moves: bool = False
@@ -139,10 +125,12 @@ def classify(log, chance=None):
              the best constant prediction
     """
     epoch, loss, verdict = finished(log), log["train_loss"], Verdict()
-    for bad, what in ((~np.isfinite(loss), "not finite"), (loss < 0, "negative: no logarithm")):
-        if bad.any():
-            why = f"in epoch {log['epoch'][bad][0]:g} the loss is {what}"
-            return Verdict(why=why, broken=what == "not finite")
+    bad = ~(np.isfinite(loss) & (loss >= 0))
+    if bad.any():
+        verdict.broken = not np.isfinite(loss[bad][0])
+        what = "not finite" if verdict.broken else "negative: no logarithm"
+        verdict.why = f"in epoch {log['epoch'][bad][0]:g} the loss is {what}"
+        return verdict
     counts = [int((epoch > epoch[-1] * (1 - share)).sum()) for share in WINDOWS]
     n = counts[0]
     for name in ("elr", "lr"):
@@ -159,90 +147,82 @@ def classify(log, chance=None):
         chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
         verdict.notes.append("no chance reference: the row of epoch 0 stands in")
     angle = log["angle"][-n:].mean() if "angle" in log else math.nan
-    if "step" in log:
-        steps = (log["step"][-1] - log["step"][-n]) * n / (n - 1)
-        verdict.turn = angle * math.sqrt(max(steps, 0))
+    step = log.get("step", np.full(len(loss), math.nan))
+    turn = angle * math.sqrt(max((step[-1] - step[-n]) * n / (n - 1), 0))
     least = 1e-38 * loss.max() or 1.0  # 0 has no logarithm
     x, y = np.log(np.maximum(epoch, 1e-300)), np.log(np.maximum(loss, least))
     verdict.skills = _skills(log, x[-n:], chance or {}, angle)
     if "train_error" not in [skill.of for skill in verdict.skills]:
         verdict.notes.append("no train_error: skill from the loss")
-    trends = [trend(x[-k:], y[-k:]) for k in counts]
-    level = chance["train_loss"]["mean"] if chance else math.nan
-    verdict.regime, verdict.why = _decide(verdict, trends, log, n, level)
-    if verdict.regime == "undecided" and verdict.skills and not verdict.broken:
-        verdict.more_epochs = more
+    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
+    gradient = log.get("grad_norm", np.ones(n))
+    if np.median(loss[-n:]) < nothing or not loss[-MIN_TAIL:].any():
+        verdict.regime, verdict.why = "convergence", f"loss {loss[-1]:.3g}, next to nothing"
+    elif not gradient[-MIN_TAIL:].any():
+        since = epoch[np.flatnonzero(np.append(1, gradient))[-1]]
+        verdict.broken = True
+        verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at loss {loss[-1]:.3g}; "
+        verdict.why += "lower the learning rate of what is on no sphere"
+    else:
+        _decide(verdict, [trend(x[-k:], y[-k:]) for k in counts], loss[-n:], turn)
+        if verdict.regime == "undecided" and verdict.skills:
+            verdict.more_epochs = more
     return verdict
 
 
-def _decide(verdict, trends, log, n, chance):
-    """Regime and why; sets the trend that decides. `chance`: the loss by chance."""
-    loss, turn, skills = log["train_loss"][-n:], verdict.turn, verdict.skills
-    best = verdict.trend = min(trends, key=lambda trend: trend.margin)
-    now = f"loss {loss[-1]:.3g}"
-    if np.median(loss) < NEGLIGIBLE * chance or not loss[-MIN_TAIL:].any():
-        return "convergence", f"{now}, next to nothing"
-    gradient = log.get("grad_norm", loss)
-    if not gradient[-MIN_TAIL:].any():
-        verdict.broken = True
-        since = log["epoch"][np.flatnonzero(np.append(1, gradient))[-1]]
-        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}"
-        return "undecided", f"{why}; lower the learning rate of what is on no sphere"
-
-    half, longer = trends[:2]
-    falling, remembers, known = [x for x in trends if x.falls], turn < TURN, turn >= 0
-    steep = half in falling and max(half.slope, longer.slope) < -STEEP and best.high < -LEVEL
-    steep = steep and (not skills or any(skill.value > skill.margin for skill in skills))
-    if steep or (remembers and falling and half.slope < -FLAT / 2):
-        verdict.trend = min(falling, key=lambda trend: trend.margin)
-        turned = f", turning by {turn:.2g} rad" if known else ""
-        return "convergence", f"{now} falls ({verdict.trend}){turned}"
-
-    if not skills:
-        return "undecided", f"equilibrium and divergence look alike without --chance ({best})"
+def _decide(verdict, trends, loss, turn):
+    """Sets regime, why, and the trend that decides. `turn`: φ√steps of the last half."""
+    known, remembers, skills = not math.isnan(turn), turn < TURN, verdict.skills
     told = [skill for skill in skills if skill.told]
-    evidence = ", ".join(map(str, told[:1] or skills))
-    if remembers:
-        return "undecided", f"{evidence}, but has turned by only {turn:.2g} rad"
-    if known:  # what is left is to see no trend, in an interval that could have shown one
-        flat = [trend for trend in trends if abs(trend.slope) <= max(trend.margin, FLAT)]
-        level = any(trend.low > -SHOWN for trend in flat)
-    else:  # the interval has no room for a fall of a quarter, and shows none
-        level = -LEVEL < best.low and best.high < 2 * LEVEL and not best.falls
+    noisy = [skill for skill in skills if skill.told is None]
+    evidence, now = ", ".join(map(str, told[:1] or skills)), f"loss {loss[-1]:.3g}"
+    flat = LEVEL if known else LEVEL_ALONE
+    falling = [trend for trend in trends if trend.slope + trend.margin < -FALLS]
+    level = [trend for trend in trends if trend.margin < SURE and abs(trend.slope) < flat]
+    if falling and not known:
+        level = []
+    if not remembers and any(trend.slope + trend.margin > -STEEP for trend in trends):
+        falling = []
+    best = verdict.trend = min(falling or level or trends, key=lambda trend: trend.margin)
+    if falling:
+        turned = f", turning by {turn:.2g} rad" if known else ""
+        verdict.regime, verdict.why = "convergence", f"{now} falls ({best}){turned}"
+    elif not skills:
+        verdict.why = f"equilibrium and divergence look alike without --chance ({best})"
+    elif remembers:
+        verdict.why = f"{now}, but has turned by only {turn:.2g} rad"
+    elif not level:
+        verdict.why = f"{now}, not shown to be level ({best})"
+    elif told:
+        verdict.regime = "equilibrium"
+        verdict.why = f"{evidence}, level at loss {loss.mean():.3g} ({best})"
+    elif noisy:
+        verdict.why = f"too noisy: {noisy[0]} ± {noisy[0].margin * noisy[0].chance:.2g}"
+    else:
+        verdict.regime, verdict.why = "divergence", f"no better than chance: {evidence}"
+    if skills and not known:
         verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
-    if told and level:
-        return "equilibrium", f"{evidence}, level at loss {loss.mean():.3g} ({best})"
-    for skill in skills:
-        if skill.told is None and not told:
-            return "undecided", f"too noisy: {skill} ± {skill.margin * skill.chance:.2g}"
-    if told or not (level or known) or (best.falls and max(s.value for s in skills) > 0):
-        return "undecided", f"{evidence}, not shown to be level ({best})"
-    return "divergence", f"no better than chance: {evidence}"
 
 
 def _skills(log, x, chance, angle):
     """Of error and loss in the last half, where chance is known. After steps of 90° a network knows
     one batch: that, or the loss alone, tells it from chance."""
-    constant, skills = chance.get("constant", {}).get("train_error", 1.0), []
-    forgets = angle > RIGHT_ANGLE
+    most = chance.get("constant", {}).get("train_error", 1.0)  # to guess one class is no skill
+    forgets, skills = angle > RIGHT_ANGLE, []
     if forgets and "stepped" in chance:
         chance, forgets = chance["stepped"], False
     for name, floor in FLOORS.items():
-        values = log.get(name)
-        if values is None or name not in chance:
-            continue
-        mean, std = chance[name]["mean"], chance[name]["std"]
-        if name == "train_error":
-            mean = min(mean, constant)  # to guess the most frequent class is no skill
-            if not ((values >= 0) & (values <= 1)).all():  # in percent
-                continue
-        if not mean > 0:
-            continue
+        values, known = log.get(name, np.array([-1.0])), chance.get(name, {"mean": 0, "std": 0})
+        is_error = name == "train_error"
+        mean = min(known["mean"], most) if is_error else known["mean"]
+        if mean <= 0 or values.min() < 0 or (is_error and values.max() > 1):
+            continue  # unknown, or in percent
         own = trend(x, values[-len(x) :])
-        margin = math.hypot(own.error, Z99 * std / math.sqrt(chance.get("points", 1))) / mean
-        value, told = 1 - own.mean / mean, False
+        spread = Z99 * known["std"] / math.sqrt(chance.get("points", 1))
+        value, margin = 1 - own.mean / mean, math.hypot(own.error, spread) / mean
+        told = False
         if value - margin >= floor:
-            told = name == "train_loss" or not forgets
+            told = not (is_error and forgets)
         elif value >= floor or (margin > floor and value + margin > floor):
             told = None
         skills.append(Skill(name, own.mean, mean, value, margin, told))
@@ -293,7 +273,7 @@ def _lines(path):
     """The lines of a log. JSON becomes CSV: objects under log_history (Hugging Face), or one a line
     (MMEngine, detectron2)."""
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip()[:1] not in ("{", "["):
+    if not text.lstrip().startswith(("{", "[")):
         return text.split("\n")
     try:
         found = json.loads(text)
@@ -301,15 +281,15 @@ def _lines(path):
         found = [json.loads(line) for line in text.splitlines() if line.strip()]
     if isinstance(found, dict):
         found = found.get("log_history", [found])
-    header = list(dict.fromkeys(name for row in found for name in row))
-    rows = [header, *([row.get(name, "") for name in header] for row in found)]
-    return csv_lines(rows).decode().split("\n")
+    header = dict.fromkeys(name for row in found for name in row)
+    rows = [[row.get(name, "") for name in header] for row in found]
+    return csv_lines([header, *rows]).decode().split("\n")
 
 
 def read_log(path, columns=None):
-    """The columns of a log that we know, rows of one epoch joined; whether its last row is cut off,
-    and left out. `columns`: ours → theirs. Raises ValueError where it is no log."""
-    line, cut, last, joined, waiting = 1, False, 0.0, {}, {}
+    """The columns of a log that we know, rows of one epoch joined. `columns`: ours → theirs. Raises
+    ValueError where it is no log."""
+    line, last, joined = 1, 0.0, {}
     try:
         lines = _lines(path)
         reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
@@ -320,17 +300,12 @@ def read_log(path, columns=None):
         places = _places(header, columns or {})
         for row in rows:
             line = reader.line_num
-            cut = len(row) < len(header) and not any(rows)
-            if cut:
-                break
+            if len(row) < len(header) and not any(rows):
+                break  # the last one, cut off
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells, the header has {len(header)}")
-            cells = {name: row[i] for name, i in places.items() if row[i].strip()}
-            numbers = waiting | {name: float(cell) for name, cell in cells.items()}
-            if not numbers.keys() & {"epoch", "train_loss"}:
-                waiting = numbers  # Lightning's learning rates
-                continue
-            epoch, waiting = numbers.get("epoch", math.nan), {}
+            numbers = {name: float(row[i]) for name, i in places.items() if row[i].strip()}
+            epoch = numbers.get("epoch", last)  # Lightning's learning rates have none
             if not last <= epoch < math.inf:
                 raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
@@ -344,8 +319,7 @@ def read_log(path, columns=None):
     whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
     if not whole:
         raise ValueError(f"{path}: no row with a loss")
-    log = {name: [numbers.get(name, math.nan) for numbers in whole] for name in places}
-    return {name: np.array(values) for name, values in log.items()}, cut
+    return {name: np.array([row.get(name, math.nan) for row in whole]) for name in places}
 
 
 def _places(header, columns):
@@ -361,16 +335,15 @@ def _places(header, columns):
     for ours, usual in USUAL.items():
         asked = columns.get(ours, ours)
         found = [i for i, name in enumerate(header) if name == asked]
-        for name in [] if ours in columns else usual.split():
+        for name in [] if found or ours in columns else usual.split():
             found = found or [i for i, other in enumerate(plain) if other == name]
         if len(found) == 1:
             places[ours] = found[0]
         elif found or ours in columns or ours in ("epoch", "train_loss"):
             what = f"{len(found) or 'no'} columns {asked} in {', '.join(header)}"
             raise ValueError(f"say --columns {ours}=COLUMN: {what}")
-    # Of a step that stands in for the epoch, 0 does not say that it is before training.
     if places.get("step") == places["epoch"] and "step" not in columns:
-        del places["step"]
+        del places["step"]  # standing in for the epoch, 0 does not say that it is before training
     return places
 
 
@@ -392,13 +365,11 @@ def read_chance(folder):
 
 def read_run(path, chance, columns=None):
     """Read and classify a log. `chance`: references by seed, or under "" one for all."""
-    log, _ = read_log(path, columns)
+    log = read_log(path, columns)
     elr = re.search(r"elr=(\d+(\.\d+)?(e[+-]?\d+)?)", path.name)
-    elr = float(elr[1]) if elr else math.nan
-    if "elr" in log:
-        elr = float(log["elr"][-1])
     seed = re.search(r"seed=(\d{1,18})", path.name)
-    seed = int(seed[1]) if seed else 0
+    elr, seed = float(elr[1]) if elr else math.nan, int(seed[1]) if seed else 0
+    elr = float(log["elr"][-1]) if "elr" in log else elr
     reference = chance.get(str(seed), chance.get(""))
     verdict = classify(log, reference)
     loop = loop_of([log], reference)
@@ -424,9 +395,9 @@ def gather(paths, columns=None, chance=None):
     instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        inside = sorted(log for kind in KINDS for log in path.glob(kind))
-        inside = [log for log in inside if not any(map(log.match, OURS))]
-        logs += inside if path.is_dir() else [path]
+        found = sorted(log for kind in KINDS for log in path.glob(kind))
+        found = [log for log in found if not any(map(log.match, OURS))]
+        logs += found if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
     for path in logs:
@@ -453,9 +424,9 @@ def by_elr(runs):
 
 
 def majority(runs):
-    """The regime of over half of the runs, else undecided; the largest share."""
+    """The regime of over half of the runs, else undecided; how many have the most frequent one."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
-    return regime if 2 * n > len(runs) else "undecided", n / len(runs)
+    return regime if 2 * n > len(runs) else "undecided", n
 
 
 @dataclass
@@ -486,8 +457,8 @@ def boundaries(runs):
         verdicts = [run.verdict for run in group]
         ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
     for rank, (left, right) in enumerate(pairwise(ORDER)):
-        first = min([elr for elr in ranks if (ranks[elr] > rank).any()], default=math.inf)
-        last = max([elr for elr in ranks if (ranks[elr] <= rank).any()], default=0.0)
+        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=math.inf)
+        last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
         below = [elr for elr in ranks if elr < first and (ranks[elr] <= rank).all()]
         above = [elr for elr in ranks if elr > last and (ranks[elr] > rank).all()]
         ends = max(below, default=math.nan), min(above, default=math.nan)
@@ -495,37 +466,37 @@ def boundaries(runs):
     return found
 
 
-MEDIANS = "skill slope train_loss train_error test_error grad_norm angle".split()
-ENDS = ((min, "elr_min"), (max, "elr_max"))
-COLUMNS = ["elr", "seed", "regime", *MEDIANS, "epochs", "run", "elr_min", "elr_max"]
+ENDS = "train_loss train_error test_error grad_norm angle".split()
+MEDIANS = ["skill", "slope", *ENDS]
 
 
 def rows(runs):
-    """A row per run that has an ELR; from `train_loss` on means of the last tenth of the epochs."""
+    """A row per run that has an ELR; of ENDS means of the last tenth of the epochs."""
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
         if math.isnan(elrs[-1]):
             continue
-        skill = verdict.skills[0].value if verdict.skills else math.nan
-        regime = "not fixed" if verdict.moves else verdict.regime
-        values = [run.elr, run.seed, regime, skill, verdict.trend.slope]
-        values += [run.final(name) for name in MEDIANS[2:]]
-        values += [int(finished(run.log)[-1]), run.name, min(elrs), max(elrs)]
-        found.append(dict(zip(COLUMNS, values, strict=True)))
+        row = {"elr": run.elr, "seed": run.seed}
+        row["regime"] = "not fixed" if verdict.moves else verdict.regime
+        row["skill"] = verdict.skills[0].value if verdict.skills else math.nan
+        row["slope"] = verdict.trend.slope
+        row |= {name: run.final(name) for name in ENDS}
+        row |= {"epochs": int(finished(run.log)[-1]), "run": run.name}
+        found.append(row | {"elr_min": min(elrs), "elr_max": max(elrs)})
     return found
 
 
 def table(runs):
     """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries. Runs
-    whose ELR moves by what was set, and the best; those without an ELR."""
-    lines, moving, others, means = [], {}, [], {}
+    whose ELR moves by what was set; those without an ELR."""
+    lines, moving, others = [], {}, []
     for elr, group in by_elr(runs).items():
-        regime, share = majority(group)
-        seeds = f"{round(share * len(group))}/{len(group)}"
-        cells = [np.median([row[name] for row in rows(group)]) for name in MEDIANS]
-        cells = "".join(f"{cell:12.4g}" for cell in cells).replace("nan", "  –")
-        lines.append(f"{elr_name(elr):>10}  {title(regime):<20}{seeds:>5}{cells}")
+        regime, n = majority(group)
+        found = rows(group)
+        cells = [f"{np.median([row[name] for row in found]):12.4g}" for name in MEDIANS]
+        cells = "".join(cells).replace("nan", "  –")
+        lines.append(f"{elr_name(elr):>10}  {title(regime):<20}{n:>3}/{len(group)}{cells}")
     if lines:
         heads = [f"{name.replace('_', ' '):>12}" for name in MEDIANS]
         lines.insert(0, f"{'ELR':>10}  {'regime':<20}seeds{''.join(heads)}")
@@ -535,26 +506,24 @@ def table(runs):
             moving.setdefault(run.name.split(" seed")[0], []).append(run)
         elif math.isnan(run.elr):
             others.append(str(run))
-    for name, group in sorted(moving.items(), key=lambda item: value_in(item[0])):
-        loop = loop_of([run.log for run in group], group[0].chance)
-        if loop:
-            lines.append(f"{name}, {len(group)} seeds: {loop}")
-            continue
-        errors = [run.final("test_error") for run in group]
-        means[name], loss = np.mean(errors), np.mean([run.final("train_loss") for run in group])
-        low, high = (end(row[of] for row in rows(group)) for end, of in ENDS)
-        line = f"{name}: test error {means[name]:.4f}"
-        if len(errors) > 1:
-            line += f" ± {np.std(errors) / math.sqrt(len(errors) - 1):.4f} ({len(errors)} seeds)"
-        line += ", "
-        lines.append(f"{line}train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}")
-    if len(means) > 1:
-        lines.append(f"best: {min(means, key=means.get)}")
+    for name, group in sorted(moving.items(), key=lambda item: _number_in(item[0])):
+        said = loop_of([run.log for run in group], group[0].chance)
+        if said:
+            name += f", {len(group)} seeds"
+        else:
+            found = {name: [row[name] for row in rows(group)] for name in rows(group)[0]}
+            error, loss = found["test_error"], np.mean(found["train_loss"])
+            said = f"test error {np.mean(error):.4f}"
+            if len(group) > 1:
+                spread = np.std(error) / math.sqrt(len(group) - 1)
+                said += f" ± {spread:.4f} ({len(group)} seeds)"
+            low, high = min(found["elr_min"]), max(found["elr_max"])
+            said += f", train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}"
+        lines.append(f"{name}: {said}")
     return "\n".join(lines + others)
 
 
-def value_in(name):
-    """The first number in the name of a run, to sort by."""
+def _number_in(name):
     found = re.search(r"\d[\d.]*(e[-+]?\d+)?", name)
     return float(found[0]) if found else math.inf
 
@@ -569,17 +538,13 @@ def csv_lines(rows):
 
 
 def write_csv(path, rows):
-    head = rows[0] if rows else COLUMNS
-    write_whole(path, csv_lines([head, *(row.values() for row in rows)]))
-
-
-def temporary(path):
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    """Of dicts with the same keys."""
+    write_whole(path, csv_lines(rows[:1] + [row.values() for row in rows]))
 
 
 def write_whole(path, content):
     """Whole or not at all: beside it, then renamed."""
-    beside = temporary(path)
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -613,33 +578,34 @@ def finish(main):
 def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
-    add = parser.add_argument
+    add, ours = parser.add_argument, ", ".join(USUAL)
     add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    ours = ", ".join(USUAL)
     text = f"names of columns; ours are {ours}"
     add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
     text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
     add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
-    pairs = [word.partition("=")[::2] for word in args.columns]
-    columns = dict(pairs)
-    if len(columns) < len(pairs) or not columns.keys() <= USUAL.keys() or "" in columns.values():
+    columns = dict(word.partition("=")[::2] for word in args.columns)
+    if not (len(columns) == len(args.columns) and all(columns.values()) and {*columns} <= {*USUAL}):
         parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, each once of {ours}")
-    of_loss, of_error = (*args.chance, 1.0, 1.0)[:2]
-    if len(args.chance) > 2 or not (0 < of_loss < math.inf and 0 < of_error <= 1):
+    given = dict(zip(("train_loss", "train_error"), args.chance, strict=False))
+    sound = all(0 < mean < math.inf for mean in args.chance) and given.get("train_error", 1) <= 1
+    if len(args.chance) > 2 or not sound:
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    given = zip(("train_loss", "train_error"), args.chance, strict=False)
-    chance = {name: {"mean": mean, "std": 0.0} for name, mean in given}
+    chance = {name: {"mean": mean, "std": 0.0} for name, mean in given.items()}
     runs, problems = gather(args.paths, columns, chance)
-    whole = any(path.is_dir() for path in args.paths)
-    text = table(runs) if whole else "\n".join(map(str, runs))
+    folder = args.paths[0]
+    if not any(path.is_dir() for path in args.paths):
+        text = "\n".join(map(str, runs))
+    else:
+        text = table(runs)
+        try:
+            if len(args.paths) == 1 and runs:
+                write_csv(folder / "regimes.csv", rows(runs))
+        except OSError as error:
+            problems.append(f"{folder / 'regimes.csv'} not written: {error.strerror}")
     if text:
         print(text)
-    if whole and len(args.paths) == 1 and runs:
-        try:
-            write_csv(args.paths[0] / "regimes.csv", rows(runs))
-        except OSError as error:
-            problems.append(f"{args.paths[0] / 'regimes.csv'} not written: {error.strerror}")
     for problem in problems:
         print(f"regimes.py: error: {problem}", file=sys.stderr)
     return 2 if problems else 0

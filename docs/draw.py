@@ -354,7 +354,7 @@ def whole_space(logs):
         for path in sorted((logs / folder).glob("lr=*.csv")):
             if path.name.endswith(".layers.csv"):
                 continue
-            log = regimes.read_log(path)[0]
+            log = regimes.read_log(path)
             elr, error = log["elr"][1:], log["test_error"][-1]
             text = f"{elr[0]:.2g} to {elr[-1]:.2g}, at most {elr.max():.2g}"
             line(f"{value_of(path):g}", decay, f"{error:.3f}", text)
@@ -414,7 +414,7 @@ def second_runs(logs):
     for path in sorted((logs / "mod31-then").glob("*.then=*.csv")):
         if not path.name.endswith(".layers.csv"):
             first = float(path.name.split("=")[1].split(".seed")[0].split(".then")[0])
-            found.setdefault(first, []).append(regimes.read_log(path)[0]["test_error"][-1])
+            found.setdefault(first, []).append(regimes.read_log(path)["test_error"][-1])
     for first, errors in sorted(found.items()):
         line(f"{first:g}", middle(errors))
 

@@ -18,6 +18,13 @@ LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
 LEARNED = 0.3  # skill of a task that is learned
 SAME = 0.1  # log losses that differ by less agree
 FEWEST = 8  # ELRs
+SAYS = {
+    "divergence": "diverges from {} to {} on",
+    "freezes": "freezes on the way down, at {} to {}",
+    "melts": "melts on the way up, at {} to {}",
+    "reversible": "reversible from {} to {}: up and down have the same loss",
+    "coexistence": "metastable from {} to {}: frozen on the way up, not on the way down",
+}
 
 
 @dataclass
@@ -35,26 +42,14 @@ class Loop:
 
     def __str__(self):
         lines = []
-        for name, what in (
-            ("divergence", "diverges from {} to {} on"),
-            ("freezes", "freezes on the way down, at {} to {}"),
-            ("melts", "melts on the way up, at {} to {}"),
-            ("reversible", "reversible from {} to {}: up and down have the same loss"),
-            ("coexistence", "metastable from {} to {}: frozen on the way up, not on the way down"),
-        ):
-            interval = getattr(self, name)
-            if interval:
-                lines.append(what.format(*(f"{elr:.3g}" for elr in interval)))
-        if self.problem:
-            lines.append(self.problem)
-        elif not self.freezes:
-            lines.append(
-                "no freezing: the loss falls nowhere steeply, as in a continuous transition"
-            )
-        elif not self.coexistence:
-            slower = f"--epochs {4 * self.passes}"
-            lines.append(f"no metastable state at this speed; {slower} goes through it more slowly")
-        return "\n    ".join(lines)
+        for name, what in SAYS.items():
+            if getattr(self, name):
+                lines.append(what.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
+        no = "no freezing: the loss falls nowhere steeply, as in a continuous transition"
+        if self.freezes:
+            slower = f"--epochs {4 * self.passes} goes through it more slowly"
+            no = "" if self.coexistence else f"no metastable state at this speed; {slower}"
+        return "\n    ".join(filter(None, [*lines, self.problem or no]))
 
 
 def is_loop(log):
@@ -76,18 +71,17 @@ def leg_of(log):
 def legs(logs, column):
     """ELRs in rising order [n]; on the ways down and up the mean of the later half of the rows at
     each, over seeds [2, n]. The cold end belongs to both."""
-    elrs, seeds = np.unique(logs[0]["elr"]), []
-    for log in logs:
-        means = np.full((2, len(elrs)), math.nan)
+    elrs = np.unique(logs[0]["elr"])
+    means = np.full((len(logs), 2, len(elrs)), math.nan)
+    for of_seed, log in zip(means, logs, strict=True):
         for way, leg in enumerate(("down", "up")):
             on_leg = (leg_of(log) == leg) & (log["epoch"] > 0)
             for i, elr in enumerate(elrs):
                 values = log[column][on_leg & (log["elr"] == elr)]
                 if len(values):
-                    means[way, i] = values[len(values) // 2 :].mean()
-        means[1, 0] = means[0, 0]
-        seeds.append(means)
-    return elrs, np.mean(seeds, axis=0)
+                    of_seed[way, i] = values[len(values) // 2 :].mean()
+    means[:, 1, 0] = means[:, 0, 0]
+    return elrs, means.mean(0)
 
 
 def noise(y):
@@ -105,15 +99,10 @@ def classify_loop(logs, chance=None):
     found = of_mean(logs, chance)
     if len(logs) > 1 and found.freezes:
         each = [of_mean([log], chance) for log in logs]
-        found.melts = span([loop.melts for loop in each])
-        found.coexistence = span([loop.coexistence for loop in each])
+        for name in ("melts", "coexistence"):
+            ends = [end for loop in each for end in getattr(loop, name) or ()]
+            setattr(found, name, (min(ends), max(ends)) if ends else None)
     return found
-
-
-def span(intervals):
-    """From the lowest to the highest end of those that are there."""
-    ends = [end for interval in intervals if interval for end in interval]
-    return (min(ends), max(ends)) if ends else None
 
 
 def of_mean(logs, chance):
@@ -132,26 +121,24 @@ def of_mean(logs, chance):
     found = Loop(passes=int((logs[0]["elr"][1:] == elrs[-1]).sum() // 2) or 1)
 
     # From which ELR on neither way can be told from chance
-    skills = {}
-    for name in FLOORS:
+    skill, better = 1 - loss / top, np.zeros(y.shape, bool)
+    for name, floor in FLOORS.items():
         if chance and name in chance and name in logs[0]:
-            skills[name] = 1 - legs(logs, name)[1] / chance[name]["mean"]
-    better = np.zeros(y.shape, bool)
-    for name, skill in skills.items():
-        better |= skill > FLOORS[name]
-    top_told = len(elrs) - 1
+            of_column = 1 - legs(logs, name)[1] / chance[name]["mean"]
+            better |= of_column > floor
+            skill = of_column if name == "train_error" else skill
+    told = len(elrs) - 1
     if better.any(1).all() and not better[:, -1].any():
         ends = [np.flatnonzero(way)[-1] for way in better]
-        found.divergence = elrs[min(ends)], elrs[max(ends) + 1]
-        top_told = min(ends)
+        told = min(ends)
+        found.divergence = elrs[told], elrs[max(ends) + 1]
 
     # Down to which ELR the ways agree
-    apart = np.flatnonzero((np.abs(y[1] - y[0]) > SAME + Z99 * np.hypot(*error))[: top_told + 1])
-    lowest = apart[-1] + 1 if len(apart) else 0
-    if lowest < top_told:
-        found.reversible = elrs[lowest], elrs[top_told]
+    apart = np.abs(y[1] - y[0]) > SAME + Z99 * np.hypot(*error)
+    lowest = np.flatnonzero(np.append(True, apart[: told + 1]))[-1]
+    if lowest < told:
+        found.reversible = elrs[lowest], elrs[told]
 
-    skill = skills.get("train_error", 1 - loss / top)
     if skill.max() < LEARNED:
         found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
         return found
@@ -164,11 +151,9 @@ def of_mean(logs, chance):
     if slope[steepest] - Z99 * margin[steepest] < SHARP:
         return found
     as_steep = slope + 1.645 * np.hypot(margin, margin[steepest]) >= slope[steepest]
-    low, high = steepest, steepest + 1
-    while low > 0 and as_steep[low - 1]:
-        low -= 1
-    while high < len(slope) and as_steep[high]:
-        high += 1
+    gentler = np.flatnonzero(~as_steep)
+    low = max(gentler[gentler < steepest], default=-1) + 1
+    high = min(gentler[gentler > steepest], default=len(slope))
     found.freezes = elrs[low], elrs[high]
 
     # Melting: where the way up leaves its frozen level for good
