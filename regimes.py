@@ -10,6 +10,11 @@ forgotten where it was. Divergence: neither error nor loss can be told from chan
 NeurIPS 2022 (arXiv 2209.03695). Each threshold below was measured: docs/guide.md, The rule.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while numpy is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import io
@@ -489,8 +494,8 @@ def rows(runs):
 
 def table(runs):
     """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries. Runs
-    whose ELR moves by what was set; those without an ELR."""
-    lines, moving, others = [], {}, []
+    whose ELR moves by what was set, and the best; those without an ELR."""
+    lines, moving, others, errors = [], {}, [], {}
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
         found = rows(group)
@@ -513,13 +518,16 @@ def table(runs):
         else:
             found = {name: [row[name] for row in rows(group)] for name in rows(group)[0]}
             error, loss = found["test_error"], np.mean(found["train_loss"])
-            said = f"test error {np.mean(error):.4f}"
+            errors[name] = np.mean(error)
+            said = f"test error {errors[name]:.4f}"
             if len(group) > 1:
                 spread = np.std(error) / math.sqrt(len(group) - 1)
                 said += f" ± {spread:.4f} ({len(group)} seeds)"
             low, high = min(found["elr_min"]), max(found["elr_max"])
             said += f", train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}"
         lines.append(f"{name}: {said}")
+    if len(errors) > 1:
+        lines.append(f"best: {min(errors, key=errors.get)}")
     return "\n".join(lines + others)
 
 
@@ -564,6 +572,7 @@ class Parser(argparse.ArgumentParser):
 
 def finish(main):
     """Exit as `main` says; silently if the reader is gone (| head), or at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
         sys.stdout.flush()
