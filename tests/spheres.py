@@ -84,6 +84,7 @@ def reference_step(x, g, m, radius, lr, beta=0.0, angle=False):
         whole=whole,  # of which m is what is left
         # The same of the step; 0: bit for bit
         reach=np.where(from_zero & (lr > 0), 1, np.where(size > 0, tan * whole / size, 0)),
+        doubt=np.where(size > 0, 1e-15 * (whole / size) ** 2, 0),  # of ‖m‖ by the Gram matrix
     )
     stats = {name: np.where(good, value, np.nan) for name, value in stats.items()}
     return np.where(good, moved, x), np.where(good, new, m), stats
@@ -302,7 +303,7 @@ class Sequence:
                 g = torch.randn(p.shape).to(p.device, p.dtype)
                 if self.pick(0.2):  # mostly radial
                     g += 10 ** self.draw.uniform(-1, 2) / self.scale * p.detach()
-                if self.pick(0.05):
+                if self.pick(0.05) and g.numel() < 10_000:  # float32 sums of more are inaccurate
                     g = g.mean().expand(g.shape)
                 g = scale * g
                 if self.pick(0.1) and group["sphere"]:
@@ -393,7 +394,7 @@ class Sequence:
                 (
                     np.where(there, x - lr * new, x),
                     np.where(there, new, m),
-                    dict(whole=whole, reach=reach),
+                    dict(whole=whole, reach=reach, doubt=0.0),
                 )
             )
         return found
@@ -411,18 +412,19 @@ class Sequence:
         root = max(x.shape[1], 1) ** 0.5
         spread = np.abs(x) + length(x) / root
         size = np.abs(new - x) + (1 + stats["reach"]) * spread
+        doubt = stats["doubt"] * (np.abs(new) + spread)
         moves = stats["reach"] > 0 if move else np.zeros((1, 1), bool)
-        self.check_rounded(group, p, new, size, moves, x)
+        self.check_rounded(group, p, new, size, doubt, moves, x)
         buffer = self.optimizer.state[p].get("momentum_buffer", torch.zeros_like(p)).to(p.dtype)
         changes = np.isfinite(stats["whole"]) & (move and group["momentum"] > 0)
         size = stats["whole"] * (3 / root + spread / np.maximum(length(x), 1e-300))
-        self.check_rounded(group, buffer, new_m, size, changes, m)
+        self.check_rounded(group, buffer, new_m, size, 0.0, changes, m)
 
     @staticmethod
-    def check_rounded(group, tensor, expected, size, changes, before):
+    def check_rounded(group, tensor, expected, size, doubt, changes, before):
         """Rounded once to 16 bits; where nothing changes, the same bits."""
         info, found = torch.finfo(tensor.dtype), lines_of(group, tensor)
-        bound = (1e-11 if info.bits == 64 else 2e-6) * (size + np.abs(expected))
+        bound = {64: 1e-11, 32: 2e-6, 16: 2e-5}[info.bits] * (size + np.abs(expected)) + doubt
         if info.bits == 16:
             bound += info.eps / 2 * np.maximum(np.abs(expected), info.tiny)
         wrong = np.where(changes, ~(np.abs(found - expected) <= bound), found != before)
@@ -435,6 +437,7 @@ class Sequence:
         norms = np.concatenate(norms)
         stats = {name: np.concatenate([x[name] for x in stats]) for name in stats[0]}
         sizes = dict(grad_norm=stats["radius"] * stats["whole"], angle=stats["reach"], radial=1.0)
+        sizes["elr"] = 1e8 * stats["doubt"] * stats["elr"]
         for name, found in self.optimizer.stats().items():
             self.check(name, found[:, None], stats[name], sizes.get(name, 0.0), norms != 0)
 
