@@ -222,7 +222,7 @@ class Sequence:
         """Another optimizer, made for other weights, with the state of this one."""
         radii = np.concatenate([np.ones((1, 1)), *(x for g in self.groups for x in g["radii"])])
         if (radii == 0).any():
-            return  # TODO: a state with the sphere of an empty tensor is refused
+            return  # the sphere of an empty tensor: such a state is refused
         weights = [[p.detach().clone() for p in group["params"]] for group in self.groups]
         self.groups, given = deepcopy(self.groups), []
         for group in self.groups:
@@ -303,15 +303,21 @@ class Sequence:
                 g = torch.randn(p.shape).to(p.device, p.dtype)
                 if self.pick(0.2):  # mostly radial
                     g += 10 ** self.draw.uniform(-1, 2) / self.scale * p.detach()
-                if self.pick(0.05) and g.numel() < 10_000:  # float32 sums of more are inaccurate
-                    g = g.mean().expand(g.shape)
                 g = scale * g
                 if self.pick(0.1) and group["sphere"]:
                     g = self.draw.choice([0.0, 2.0]) * p.detach()
                 square += g.double().square().sum().item()
                 if self.pick(0.05) and group["sphere"] and g.numel():
                     g[tuple(-1 for _ in g.shape)] = self.draw.choice([math.nan, math.inf])
-                p.grad = None if self.pick(0.1) else laid_out(g, self.draw_layout(None))
+                g = laid_out(g, self.draw_layout(None))
+                if self.pick(0.1):
+                    p.grad = None
+                elif self.pick(0.05) and g.numel() < 10_000:  # float32 sums of more are inaccurate
+                    p.grad = g.mean().expand(g.shape)
+                elif self.pick(0.3) and p.grad is not None and 0 not in p.grad.stride():
+                    p.grad.copy_(g)  # where the last one was
+                else:
+                    p.grad = g
             if group["lr"] != 1.0 and self.pick(0.3):
                 continue  # as it was
             lr = 10 ** self.draw.uniform(-3, 0)

@@ -138,6 +138,18 @@ def test_an_lr_that_became_nan_leaves_the_sphere_and_says_nan(angle):
         assert all(optimizer.stats()[name].isnan().all() for name in ("elr", "angle", "grad_norm"))
 
 
+def test_what_is_on_no_sphere_takes_the_median_pace_of_the_spheres_that_move():
+    theta, bias = parameter(5, 4), parameter(3)
+    theta.grad[2:] = 0
+    before = bias.detach().clone()
+    groups = [{"params": [theta], "sphere": "row"}, {"params": [bias], "sphere": None}]
+    optimizer = SphereSGD(groups, lr=0.1, angle=True)
+    optimizer.step()
+    stats = optimizer.stats()
+    lr = (stats["elr"] * stats["radius"] ** 2)[:2].min()  # the lower one of two
+    assert close(bias, before - lr * bias.grad)
+
+
 def test_statistics_of_several_steps_are_those_of_each():
     theta, kept, found = [parameter(4, 3), parameter(7)], [], []
     optimizer = SphereSGD(theta, lr=0.1, momentum=0.5)
