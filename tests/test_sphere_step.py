@@ -265,6 +265,9 @@ def test_weights_that_were_loaded_after_the_optimizer_was_made_are_told_of_once(
         optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
+        p.data, p.grad = 3 * p.data.double(), None
+        p.grad = torch.ones_like(p)
+        optimizer.step()
 
 
 def test_statistics_of_layers_have_the_names_that_were_given():
