@@ -1,13 +1,16 @@
-"""DTensors, as of FSDP2 and tensor parallelism: two processes, with SLOW=1 four, too, against one,
-the collectives counted, with both backends; states through torch.distributed.checkpoint."""
+"""DTensors, as of FSDP2 and tensor parallelism: four processes against one, with both backends, the
+collectives counted; states through torch.distributed.checkpoint; ZeRO's partitions."""
 
 import os
 import subprocess
 import sys
+import traceback
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
-import test_sphere_step  # noqa: F401  (mends the interpreter)
+import spheres  # noqa: F401  (mends the interpreter)
 import torch
 import torch.distributed as dist
 
@@ -23,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
 )
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: E402
 from torch.distributed.tensor import (  # noqa: E402
     DTensor,
     Partial,
@@ -32,7 +36,7 @@ from torch.distributed.tensor import (  # noqa: E402
 )
 
 SPHERES = "group", "tensor", "row"
-WORLDS = [2, 4] if "SLOW" in os.environ else [2]
+SLOW = "SLOW" in os.environ
 
 
 def full(x):
@@ -43,22 +47,12 @@ def close(a, b):
     assert (full(a.detach()) - b.detach()).norm() <= 3e-6 * b.norm()
 
 
-def counted(monkeypatch, calls):
-    """Shapes of what is reduced, over how many ranks."""
-    plain = sphere_step.all_reduce
-
-    def all_reduce(x, group):
-        calls.append((tuple(x.shape), group.size()))
-        plain(x, group=group)
-
-    monkeypatch.setattr(sphere_step, "all_reduce", all_reduce)
-
-
-def against_one_process(shards, wholes, sphere, calls, expected):
+def against_one_process(shards, wholes, sphere, backend, calls, expected):
     """Steps of both, along the same gradients, and the statistics; the collectives of one."""
     options = dict(lr=1e-3, sphere=sphere, momentum=0.9)
-    ours, one = SphereSGD(shards, **options), SphereSGD(wholes, backend="torch", **options)
-    for turn in range(3 if "SLOW" in os.environ else 2):
+    ours = SphereSGD(shards, backend=backend, **options)
+    one = SphereSGD(wholes, backend="torch", **options)
+    for turn in range(2):
         for p, q in zip(shards, wholes, strict=True):
             q.grad, p.grad = torch.randn_like(q), None
             p.grad = q.grad.clone()
@@ -79,7 +73,7 @@ def against_one_process(shards, wholes, sphere, calls, expected):
                 assert torch.allclose(getattr(ours, name)()[key], value, rtol=1e-4, atol=1e-6)
 
 
-def case_of_meshes(monkeypatch, calls):
+def case_of_meshes(backend, calls):
     """Even and uneven shards, replicas, plain tensors, on one and on two dimensions."""
     world = dist.get_world_size()
     meshes = {1: init_device_mesh("cpu", (world,), mesh_dim_names=("data",))}
@@ -87,8 +81,8 @@ def case_of_meshes(monkeypatch, calls):
     if world == 4:
         meshes[2] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
         places[2] = [[Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()], None]
-    for dimensions, mesh in meshes.items():
-        for sphere in SPHERES:
+    for (dimensions, mesh), sphere in product(meshes.items(), SPHERES):
+        if backend == "torch" or SLOW or (sphere == "tensor") == (dimensions == 1):
             wholes = [torch.nn.Parameter(torch.randn(5, 70)) for _ in range(4)]
             shards = []
             for whole, place in zip(wholes, places[dimensions], strict=True):
@@ -97,22 +91,19 @@ def case_of_meshes(monkeypatch, calls):
             lines = {"group": 4, "tensor": 2, "row": 5}[sphere]
             expected = [((lines, 6), world)]
             if dimensions == 2:
-                on_data = {"group": 4, "tensor": 2, "row": 5}[sphere]
-                rows = len(shards[0].to_local())
-                on_model = {"group": 4, "tensor": 2, "row": rows}[sphere]
-                expected = [((on_data, 6), 2), ((on_model, 6), 2)]
-            against_one_process(shards, wholes, sphere, calls, expected)
+                of_model = len(shards[0].to_local()) if sphere == "row" else lines
+                expected = [((lines, 6), 2), ((of_model, 6), 2)]
+            against_one_process(shards, wholes, sphere, backend, calls, expected)
 
 
-def case_of_fully_shard(monkeypatch, calls):
+def case_of_fully_shard(backend, calls):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for sphere in SPHERES:
-        torch.manual_seed(1)
+    for sphere in SPHERES if backend == "torch" or SLOW else SPHERES[:1]:
         net, one = torch.nn.Linear(6, 10), torch.nn.Linear(6, 10)
         one.load_state_dict(net.state_dict())
         fully_shard(net, mesh=mesh)
 
-        def made(net, backend="auto", sphere=sphere):
+        def made(net, backend, sphere=sphere):
             groups = [{"params": [net.weight]}, {"params": [net.bias], "sphere": None}]
             return SphereSGD(groups, lr=0.01, sphere=sphere, momentum=0.9, backend=backend)
 
@@ -123,7 +114,7 @@ def case_of_fully_shard(monkeypatch, calls):
             calls.clear()
             optimizer.step()
 
-        optimizer, reference = made(net), made(one, "torch")
+        optimizer, reference = made(net, backend), made(one, "torch")
         for turn in range(4):
             trained(net, optimizer)
             if turn not in (0, 2):  # the first of each looks whether the weights have moved
@@ -131,13 +122,42 @@ def case_of_fully_shard(monkeypatch, calls):
             trained(one, reference)
             if turn == 1:  # goes on in another optimizer, by way of a state
                 state = get_optimizer_state_dict(net, optimizer)
-                optimizer = made(net)
+                optimizer = made(net, backend)
                 set_optimizer_state_dict(net, optimizer, state)
         for p, q in zip(net.parameters(), one.parameters(), strict=True):
             close(p, q)
 
 
-def case_of_refusals(monkeypatch, calls):
+def case_of_zero(backend, calls):
+    """Each rank has some of the tensors; radii stay with theirs, in a state as well."""
+    wholes = [torch.nn.Parameter(scale * torch.randn(4, 3)) for scale in (1.0, 3.0, 10.0, 0.1, 5.0)]
+    own = [torch.nn.Parameter(p.detach().clone()) for p in wholes]
+    options = dict(lr=0.01, sphere="tensor", momentum=0.9)
+
+    def made(params):
+        return ZeroRedundancyOptimizer(params, partial(SphereSGD, backend=backend), **options)
+
+    optimizer, one = made(own), SphereSGD(wholes, backend="torch", **options)
+    for turn in range(4):
+        for p, q in zip(own, wholes, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.clone()
+        optimizer.step()
+        one.step()
+        if turn == 1:
+            optimizer.consolidate_state_dict(0)
+            state = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(state)
+            own = [torch.nn.Parameter(2 * p.detach()) for p in own]  # radii of before, till then
+            optimizer = made(own)
+            optimizer.load_state_dict(state[0])
+            for p, q in zip(own, wholes, strict=True):
+                p.data.copy_(q)
+    for p, q in zip(own, wholes, strict=True):
+        close(p, q)
+
+
+def case_of_refusals(backend, calls):
     world = dist.get_world_size()
     mesh, other = (init_device_mesh("cpu", shape) for shape in ((world,), (1, world)))
     a = torch.nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
@@ -149,24 +169,17 @@ def case_of_refusals(monkeypatch, calls):
         SphereSGD([partial], lr=0.1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("world", WORLDS)
-def test_several_processes_step_as_one_does(world, backend, tmp_path):
-    if backend == "triton" and sphere_step.triton is None:
-        pytest.skip("Triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": str(int(backend == "triton"))}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "CUDA_VISIBLE_DEVICES": ""}
-    workers = []
-    for rank in range(world):
-        command = [sys.executable, __file__, str(tmp_path / "store"), str(rank), str(world)]
-        out = open(tmp_path / f"{rank}.txt", "w")
-        workers.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
-    try:
-        for rank, worker in enumerate(workers):
-            assert worker.wait(1800) == 0, (tmp_path / f"{rank}.txt").read_text()[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
+CASES = case_of_meshes, case_of_fully_shard, case_of_zero, case_of_refusals
+
+
+@pytest.mark.parametrize("world", [2, 4] if SLOW else [4])
+def test_several_processes_step_as_one_does(world, tmp_path):
+    backends = ["torch", "triton"] if sphere_step.triton else ["torch"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, __file__, str(tmp_path / "store"), str(world), *backends]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
 
 
 def test_a_subclass_that_wraps_other_tensors_is_refused():
@@ -176,15 +189,38 @@ def test_a_subclass_that_wraps_other_tensors_is_refused():
         SphereSGD([p], lr=0.1)
 
 
-if __name__ == "__main__":
-    path, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    store = dist.FileStore(path, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    for case in (case_of_meshes, case_of_fully_shard, case_of_refusals):
-        torch.manual_seed(0)
-        with pytest.MonkeyPatch.context() as patch:
-            calls = []
-            counted(patch, calls)
-            case(patch, calls)
+def rank_of(path, rank, world, backends):
+    """All cases in one of the processes."""
+    dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
+    calls, plain = [], sphere_step.all_reduce
+
+    def counted(x, group):
+        calls.append((tuple(x.shape), group.size()))
+        plain(x, group=group)
+
+    sphere_step.all_reduce = counted
+    for backend in backends:
+        for case in CASES:
+            torch.manual_seed(0)
+            case(backend, calls)
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    path, world, *backends = sys.argv[1:]
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(int(world)):  # forked, so that torch is imported once
+        child = os.fork()
+        if child == 0:
+            try:
+                rank_of(path, rank, int(world), backends)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stderr.flush()
+            os._exit(status)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    sys.exit(any(statuses))
