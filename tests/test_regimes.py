@@ -402,7 +402,8 @@ def test_runs_whose_elr_moves_are_summed_up_by_what_was_set(tmp_path, capsys):
             log |= {"train_loss": [6, 2, 1, 0.5, 0.1], "test_error": np.full(5, error)}
             write(tmp_path / f"{name}{seed}.csv", log)
     assert run(tmp_path) == 0
-    line, other = capsys.readouterr().out.splitlines()  # by value, not by name
+    line, other, best = capsys.readouterr().out.splitlines()  # by value, not by name
+    assert best == "best: angle 1e-01"
     of_seeds = "test error 0.0300 ± 0.0100 (2 seeds), train loss 0.1, ELR 0.001 to 0.1"
     assert line == f"angle 5e-02: {of_seeds}" and other.startswith("angle 1e-01: test error 0.0150")
     rows = rows_of(tmp_path)
