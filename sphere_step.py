@@ -988,7 +988,7 @@ def _move_wide(rule, theta, g, m=None):
 #     spheres    [spheres, 3] int64: first part, parts, group
 #     many       [spheres of several tiles, and groups on no sphere] int64: which
 #     radii      [spheres] float64: ρ
-#     groups     [groups, 6] float64: η̃ or η, β, tan φ or -1, 1 if at radius ρ, 1 if on no sphere, λ
+#     groups     [groups, 6] float64: η̃ or η, β, tan φ or -1, 1 if at ρ, 1 if on no sphere, λ
 #     parts      [parts, 6] float64, written: Gram matrices of the lines of tiles
 #     rules      [spheres, 6] float64, written: k, b, u, η̃, ρ, β
 #
