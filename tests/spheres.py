@@ -429,7 +429,7 @@ class Sequence:
     def check_rounded(self, group, tensor, expected, size, doubt, changes, before):
         """Rounded once to 16 bits; where nothing changes, the same bits."""
         info, found = torch.finfo(tensor.dtype), lines_of(group, tensor)
-        single = 2e-6 if self.scales == [1.0] else 2e-5  # squares near the end of float32
+        single = 2e-6 if self.scales == [1.0] else 3e-4  # squares near the end of float32
         tolerance = {64: 1e-11, 32: single, 16: 2e-5}[info.bits]
         bound = tolerance * (size + np.abs(expected)) + doubt + 4 * info.eps * info.tiny
         if info.bits == 16:  # the interpreter truncates to bfloat16
