@@ -426,11 +426,12 @@ class Sequence:
         size = stats["whole"] * (3 / root + spread / np.maximum(length(x), 1e-300))
         self.check_rounded(group, buffer, new_m, size, 0.0, changes, m)
 
-    @staticmethod
-    def check_rounded(group, tensor, expected, size, doubt, changes, before):
+    def check_rounded(self, group, tensor, expected, size, doubt, changes, before):
         """Rounded once to 16 bits; where nothing changes, the same bits."""
         info, found = torch.finfo(tensor.dtype), lines_of(group, tensor)
-        bound = {64: 1e-11, 32: 2e-6, 16: 2e-5}[info.bits] * (size + np.abs(expected)) + doubt
+        single = 2e-6 if self.scales == [1.0] else 3e-4  # squares near the end of float32
+        tolerance = {64: 1e-11, 32: single, 16: 2e-5}[info.bits]
+        bound = tolerance * (size + np.abs(expected)) + doubt + 4 * info.eps * info.tiny
         if info.bits == 16:  # the interpreter truncates to bfloat16
             unit = info.eps if INTERPRET and tensor.dtype == torch.bfloat16 else info.eps / 2
             bound += unit * np.maximum(np.abs(expected), info.tiny)
