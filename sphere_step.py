@@ -208,7 +208,8 @@ class SphereSGD(torch.optim.Optimizer):
                             raise ValueError(
                                 "the state has a radius or momentum that is not finite"
                             )
-                    if "radius" in state and (_local(state["radius"]) <= 0).any():
+                    bad = "radius" in state and (_local(state["radius"]) <= 0).any()
+                    if bad and p.numel():  # the sphere of an empty tensor is a point
                         raise ValueError("the state has a radius that is not positive")
             self._check()
         except Exception:
@@ -547,7 +548,9 @@ def _put_on_spheres(group, norms, radii):
     for p, norm, radius in zip(group["params"], norms, radii, strict=True):
         x = _local(p.detach())
         scale = torch.where(norm > 0, radius / norm, 1.0)
-        if x.numel() and x.abs().max() * scale.max() > torch.finfo(x.dtype).max:
+        rows, length = _rows(group, x)
+        largest = _as_matrix(x, rows, length).abs().amax(1) * scale if x.numel() else scale[:0]
+        if (largest > torch.finfo(x.dtype).max).any():
             raise ValueError(f"radius={group['radius']!r}: {x.dtype} cannot hold such weights")
         x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
 

@@ -220,9 +220,6 @@ class Sequence:
 
     def load(self):
         """Another optimizer, made for other weights, with the state of this one."""
-        radii = np.concatenate([np.ones((1, 1)), *(x for g in self.groups for x in g["radii"])])
-        if (radii == 0).any():
-            return  # the sphere of an empty tensor: such a state is refused
         weights = [[p.detach().clone() for p in group["params"]] for group in self.groups]
         self.groups, given = deepcopy(self.groups), []
         for group in self.groups:
