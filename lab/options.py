@@ -215,7 +215,7 @@ def check(config):
     whole, turn, gpu = config.mode == "lr", config.mode == "angle", config.device != "cpu"
     fixed = config.mode == "elr" and config.constant
     several = config.sweep or len(config.values) > 1
-    file, own, function = config.model.rpartition(":")
+    own = ":" in config.model
     rules = [  # option, what must hold where it is given, why not
         ("wd", whole, "this is for --lr"),
         ("refine", several and fixed, "it takes --sweep, or several constant ELRs"),
@@ -229,7 +229,6 @@ def check(config):
         ("graph", gpu and not whole, "it takes a GPU, and no --lr"),
         ("dtype", gpu or config.dtype != "tf32", "tf32 takes a GPU"),
         ("modulus", config.data == "modular", "this is for --data modular"),
-        ("model", not own or (file and function), "it takes FILE.py:FUNCTION"),
         *((name, not own, "yours has its own") for name in ("width", "affine", "train_head")),
         ("out", config.out != "", "it is empty"),
     ]
@@ -248,8 +247,6 @@ def prepare(config):
     config.jobs = min(config.jobs, len(config.values) * config.seeds)
     data, file = read_data(config), Path(config.model.rpartition(":")[0])
     with refusing("model"):
-        if ":" in config.model and not file.is_file():
-            raise ValueError(f"{file}: there is no such file")
         net, x, layer_groups = own.layer_groups(config, data)
     choose_threads(config, net, x)
     made_by = contents(data, own.LOADED.get(file.resolve(), ()))
@@ -264,8 +261,6 @@ def prepare(config):
 def read_data(config):
     """The data set, with label noise. Raises Refused."""
     with refusing("data"):
-        if config.data.endswith(".txt") and not Path(config.data).is_file():
-            raise ValueError(f"{config.data}: there is no such file")
         data = load(config.data, config.modulus, config.device)
     for note in data.notes:
         print(note)

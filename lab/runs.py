@@ -345,10 +345,9 @@ class Watch:
     line for each that has finished, whereupon `renew` is called."""
 
     def __init__(self, config, jobs, renew):
-        self.jobs, self.renew, self.out = jobs, renew, config.out
+        self.jobs, self.renew = jobs, renew
         self.epochs = {job.name: (0, config.epochs) for job in jobs}  # done, wanted
-        self.told = set(read_config(config.out).get("notes", []))  # once in a folder
-        self.finished, self.failed = set(), False
+        self.finished, self.busy, self.failed = set(), set(), False
         hidden = config.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(unit="epoch", leave=False, disable=hidden)
         self.next_line = time.monotonic() + 60
@@ -359,7 +358,7 @@ class Watch:
 
     def tell(self, what, name, *details):
         """A run's message: "epoch" (epoch, epochs, text), "finished" (verdict, whether there was
-        nothing to do), "note" (text), "busy" (text), "failed" (text)."""
+        nothing to do), "busy" (text), "failed" (text)."""
         if what == "epoch":
             epoch, epochs, shown = details
             self.epochs[name] = epoch, epochs
@@ -381,12 +380,9 @@ class Watch:
             self.failed = True
             self.finished.add(name)
             tqdm.write(f"train.py: error: {name}: {details[0]}", file=sys.stderr)
-        elif name not in self.told:
-            self.told.add(name)
+        elif name not in self.busy:
+            self.busy.add(name)
             tqdm.write(details[0], file=sys.stderr)
-            if what == "note":
-                notes = read_config(self.out).get("notes", [])
-                add_to_config(self.out, notes=[*notes, name])
 
     def close(self):
         self.bar.close()

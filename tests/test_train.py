@@ -172,15 +172,6 @@ def test_of_a_run_whose_elr_moves_one_line_says_what_it_gave(tmp_path, capsys, c
     assert lines[1] == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
 
 
-def test_a_note_is_said_once_in_a_folder(tmp_path, capsys, monkeypatch):
-    """Of what train_step changes on purpose, at the first run alone."""
-    note = lambda run, means, tell: tell("note", "sets", "note: it is changed")  # noqa: E731
-    monkeypatch.setattr(train.witness, "check_gradient", note)
-    for elr, said in ((0.1, "note: it is changed\n"), (0.2, "")):
-        assert run(f"--elr {elr} {SUMS}", tmp_path) == 0
-        assert capsys.readouterr().err == said
-
-
 # ---------------------------------------------------------------------------- what is refused
 
 # Command, and what its one line says.
