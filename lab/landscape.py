@@ -31,10 +31,10 @@ from torch.utils.checkpoint import CheckpointFunction
 from tqdm import tqdm
 
 import regimes
-from lab import figures, measure
+from lab import figures, measure, own
+from lab.contents import changed, contents
 from lab.data import Data, add_label_noise, chunks, load
 from lab.machine import cores, find_device, use
-from lab.own import build
 from lab.runs import load_checkpoint, number
 
 SAMPLES = 1024  # training inputs whose loss is differentiated twice
@@ -55,11 +55,11 @@ class Point:
 
     def network(self):
         """Another one of its kind. Not every network can be copied."""
-        return build(Namespace(**self.options), self.data).to(self.data.x.device)
+        return own.build(Namespace(**self.options), self.data).to(self.data.x.device)
 
 
 def read(path, device="cpu"):
-    """A checkpoint. Raises ValueError where it is none of train.py."""
+    """A checkpoint; says what has changed since. Raises ValueError where it is no checkpoint."""
     state = load_checkpoint(path, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")
@@ -72,7 +72,16 @@ def read(path, device="cpu"):
     except RuntimeError:
         model = options["model"]
         raise ValueError(f"{path}: {model} has changed since: its weights do not fit") from None
+    if "contents" in state:  # else it is of version 0.3
+        file = Path(options["model"].rpartition(":")[0]).resolve()
+        _note(changed(state["contents"], contents(data, own.LOADED.get(file, ()))))
     return point
+
+
+@cache
+def _note(change):
+    if change:
+        print(f"note: {change} since the run", file=sys.stderr)
 
 
 @cache

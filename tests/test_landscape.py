@@ -269,3 +269,13 @@ def test_a_reader_that_goes_away_ends_it_silently(monkeypatch, capfd, ends):
         with pytest.raises(SystemExit) as exit:
             regimes.finish(lambda: landscape.main(["distance", point]))
     assert exit.value.code == 0 and capfd.readouterr().err == ""
+
+
+def test_it_says_once_what_has_changed_since_the_runs(ends, capsys, monkeypatch):
+    paths = [str(ends / "network" / f"elr={elr}.pt") for elr in ("3e-03", "1e-02")]
+    landscape.main(["distance", *paths])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(landscape, "contents", lambda data, files: {"mine.py": "another"})
+    landscape.main(["distance", *paths])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: mine.py, ") and line.endswith(" have changed since the run")
