@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -167,7 +168,8 @@ def curvature(run, index):
     points = train.measure.vectors(run.net, run.spheres)
     radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in points]
     radius = torch.cat(radius).to(weights[0])
-    loss = F.cross_entropy(run.net(run.data.inputs(index)), run.data.y[index])
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        loss = F.cross_entropy(run.net(run.data.inputs(index)), run.data.y[index])
     gradient = landscape.gradient(loss, weights, again=True)
     along = radius * gradient.detach()
     square = along.square().sum()
