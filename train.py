@@ -95,6 +95,8 @@ def train(run, tell):
             run.seconds = row["seconds"] = time.perf_counter() - began
             turned = measure.angles(run.start, measure.vectors(net, run.spheres))
             row["distance"] = turned.mean().item()
+            if config.loop:
+                row["leg"] = run.leg
             if run.averaged:
                 row |= run.average()
             # To log one more column, give the row one more entry here.
@@ -193,7 +195,7 @@ class Run:
 
     def set_lr(self):
         """The learning rates of the epoch that begins."""
-        self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
+        self.leg, self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
         factor = self.lr / self.value
         for group in (self.plain or self.sphere).param_groups:
             first = group.setdefault("first_lr", float(group["lr"]))

@@ -1,4 +1,4 @@
-"""The measurements of docs/findings-loop.md that train.py alone does not make, by its own loop over
+"""The measurements of docs/findings.md that train.py alone does not make, by its own loop over
 epochs. Each adds rows to benchmarks/loop-WHAT.csv and goes on where it was interrupted.
 
     python docs/loops.py up      a loop that begins with the way up, from random weights
@@ -63,7 +63,7 @@ def train_until(run, epochs):
     """Train up to so many epochs. Returns the rows of the log, of epoch 0, too."""
     run.epochs = epochs
     train.train(run, tell=lambda *_, **__: None)
-    return regimes.read_log(run.path)[0]
+    return regimes.read_log(run.path)
 
 
 class UpFirst(train.Run):
@@ -125,7 +125,7 @@ def escape(table, seeds, passes):
 def steps_until_escape(run):
     """Step, loss of the batch on which it is, γ, and ELR times the curvature along γ."""
     n, size, rows = len(run.data.x), run.config.batch_size, []
-    order, steps = torch.Generator().manual_seed(run.seed), itertools.count()
+    order, steps = torch.Generator().manual_seed(run.identity["seed"]), itertools.count()
     train.batches(n, size, order)  # those of epoch 0
 
     @torch.enable_grad()
@@ -181,7 +181,11 @@ def curvature(run, index):
 def sharpness_on_the_way(run, epochs, every):
     """Train so many epochs; before every so many-th step the curvature of a random batch. Returns
     [3, measured] as `curvature`, and the mean train loss of the epochs."""
-    generator, found, steps = torch.Generator().manual_seed(run.seed), [], itertools.count()
+    generator, found, steps = (
+        torch.Generator().manual_seed(run.identity["seed"]),
+        [],
+        itertools.count(),
+    )
 
     @torch.enable_grad()
     def look(*_):
@@ -354,7 +358,7 @@ def geometric(x):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The measurements of docs/findings-loop.md.")
+    parser = argparse.ArgumentParser(description="The measurements of docs/findings.md.")
     parser.add_argument("what", choices=[*COLUMNS, "speeds"])
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=3)

@@ -45,7 +45,7 @@ class Loop:
         for name, what in SAYS.items():
             if getattr(self, name):
                 lines.append(what.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
-        no = "no freezing: the loss falls nowhere steeply, as in a continuous transition"
+        no = "no freezing shown: where the loss falls steeply, if at all, the noise is larger"
         if self.freezes:
             slower = f"--epochs {4 * self.passes} goes through it more slowly"
             no = "" if self.coexistence else f"no metastable state at this speed; {slower}"
@@ -124,7 +124,10 @@ def of_mean(logs, chance):
     skill, better = 1 - loss / top, np.zeros(y.shape, bool)
     for name, floor in FLOORS.items():
         if chance and name in chance and name in logs[0]:
-            of_column = 1 - legs(logs, name)[1] / chance[name]["mean"]
+            mean = chance[name]["mean"]
+            if name == "train_error":  # to guess the most frequent class is no skill
+                mean = min(mean, chance.get("constant", {}).get(name, 1.0))
+            of_column = 1 - legs(logs, name)[1] / mean
             better |= of_column > floor
             skill = of_column if name == "train_error" else skill
     told = len(elrs) - 1

@@ -36,7 +36,8 @@ def leg(elrs, passes, epoch):
 
 
 def value_at(config, value, epoch, epochs):
-    """The ELR, angle or learning rate in this epoch, 0, 1, …, of so many of a run."""
+    """The leg of a loop, else None, and the ELR, angle or learning rate in this epoch, 0, 1, …, of
+    so many of a run."""
     if config.loop:
-        return leg(grid(*config.loop), config.passes, epoch)[1]
-    return value * factor(config.schedule, epoch, epochs, config.warmup, config.cooldown)
+        return leg(grid(*config.loop), config.passes, epoch)
+    return None, value * factor(config.schedule, epoch, epochs, config.warmup, config.cooldown)

@@ -119,6 +119,7 @@ def test_a_loop_from_the_command_line_is_drawn_and_read_again_from_its_log(tmp_p
     rows = read(tmp_path / "loop=0.001-1x8.csv")
     elrs = grid(1e-3, 1, 8)
     assert [float(row["elr"]) for row in rows] == [1.0, *elrs[::-1], *elrs[1:]]
+    assert [row["leg"] for row in rows] == ["down"] * 9 + ["up"] * 7
     assert (tmp_path / "loop=0.001-1x8.png").exists() or "loop=0.001-1x8.png" in out
     assert "loop 0.001-1x8, 2 seeds: " in out
     told = out.split("loop 0.001-1x8, 2 seeds: ")[1].splitlines()[0]

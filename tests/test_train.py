@@ -333,7 +333,7 @@ def made(run, tell):
 
     def elr(epoch):
         if config.mode == "elr":
-            return value_at(config, run.value, max(epoch - 1, 0), 40)
+            return value_at(config, run.value, max(epoch - 1, 0), 40)[1]
         return run.value / (1 + epoch)
 
     loss = converging if run.value < 0.02 else hovering
@@ -639,7 +639,7 @@ def test_a_schedule_sets_the_elr_of_each_epoch(schedule, warmup):
         command += f" --warmup {warmup}"
         factors = RISE + list(FACTORS[schedule][1])
     config = parse(command.split())
-    found = [value_at(config, 1e-4, epoch, 10) for epoch in range(10)]
+    found = [value_at(config, 1e-4, epoch, 10)[1] for epoch in range(10)]
     assert found == pytest.approx(1e-4 * np.array(factors), rel=1e-8)
 
 
