@@ -115,7 +115,7 @@ class Verdict:
     def __str__(self):
         if self.moves:
             return self.why
-        more = "; twice the length may decide" if self.more_epochs else ""
+        more = "; twice the length may decide" if self.more_epochs and self.skills else ""
         return f"{title(self.regime)}: {self.why}{more}"
 
 
@@ -146,7 +146,8 @@ def classify(log, chance=None):
             return Verdict(why=why, moves=True)
     more = max(2 * MIN_TAIL, 2 * math.ceil(epoch[-1]))
     if n < MIN_TAIL:
-        return Verdict(why=f"too short: {n} rows in the last half", more_epochs=more)
+        why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
+        return Verdict(why=why, more_epochs=more)
 
     if chance is None and epoch[0] == 0:
         chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
