@@ -151,7 +151,11 @@ def norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
-MODELS = {"convnet": convnet, "resnet18": resnet18, "transformer": transformer}
+MODELS = {
+    "convnet": convnet,
+    "resnet18": resnet18,
+    "transformer": transformer,
+}
 
 
 def build(name, data, **options):

@@ -41,7 +41,7 @@ USUAL["lr"] = "lr learning_rate lr_sgd lr_adam lr_adamw"
 KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
 
-MIN_TAIL = 4  # rows of the last half: with fewer the interval of no slope is finite
+MIN_TAIL = 4  # rows that the last half must have; 3 is the least of which a slope has an interval
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
 FALLS, STEEP = 0.05, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
@@ -541,7 +541,8 @@ def csv_lines(rows):
     """Rows as CSV, numbers to 9 digits."""
     text = io.StringIO()
     for row in rows:
-        cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in row]
+        cells = [cell.item() if hasattr(cell, "item") else cell for cell in row]  # of tensors
+        cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in cells]
         csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().encode()
 

@@ -126,8 +126,7 @@ class Run:
     job          runs.Job: value (ELR, angle or learning rate), seed, path of the log
     """
 
-    # In a checkpoint
-    PARTS = ("net", "sphere", "plain", "averaged")
+    # In a checkpoint, beside what has a state_dict
     STATE = ("epoch", "seconds", "ended", "start")
 
     def __init__(self, experiment, job):
@@ -197,7 +196,8 @@ class Run:
         """The learning rates of the epoch that begins."""
         self.leg, self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
         factor = self.lr / self.value
-        for group in (self.plain or self.sphere).param_groups:
+        optimizers = [x for x in self.parts().values() if isinstance(x, torch.optim.Optimizer)]
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             first = group.setdefault("first_lr", float(group["lr"]))
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(first * factor)
@@ -214,8 +214,8 @@ class Run:
         )
 
     def parts(self):
-        parts = {name: getattr(self, name) for name in self.PARTS}
-        return {name: part for name, part in parts.items() if part is not None}
+        """What has a state_dict: network, optimizers, averaged weights."""
+        return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts().items()}
@@ -263,7 +263,7 @@ def work(experiment, jobs, tell, patient=False):
         except BrokenPipeError:  # who reads what we print has gone away
             raise
         except (OSError, MemoryError, ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            if not runs.is_expected(error):
                 raise
             tell("failed", job.name, (str(error) or type(error).__name__).splitlines()[0])
 
@@ -319,6 +319,8 @@ def main(argv=None):
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
+        if not runs.is_expected(error):
+            raise
         print(f"train.py: error: {error}", file=sys.stderr)
         runs.leave(config.folder())
         return 1

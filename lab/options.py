@@ -277,9 +277,21 @@ def read_data(config):
 
 
 def what_next(config, found):
-    """The paper's advice: start just above the boundary of convergence, go on well below it. Then
-    the angle, which needs no sweep. Commands, with the step, network and data of this one."""
+    """Where a run is undecided, twice the epochs. The paper's advice: start just above the boundary
+    of convergence, go on well below it. Then the angle, which needs no sweep. Commands, with the
+    step, network and data of this one."""
     ways, words = [], []
+    if config.mode == "elr" and any(run.verdict.more_epochs for run in found):
+        longer = {"epochs": 2 * config.epochs}
+        ways.append([])
+        for name in ("elr", "sweep", "seed", "seeds", "average", "epochs", "out"):
+            value = (config.given | longer).get(name)
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                ways[0] += [
+                    f"--{name}",
+                    *(f"{x:g}" if type(x) is float else str(x) for x in values),
+                ]
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
         ways.append(["--elr", f"{boundary.high:g}", "--then", f"{boundary.low / 10:.2g}"])

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import regimes
-from lab.contents import changed
+from lab.contents import ROOT, changed
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
@@ -93,6 +94,16 @@ def result(path):
         loss, elr = run.final("train_loss"), run.log["elr"]
         return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}"
     return f"{run.verdict}; {error}"
+
+
+def is_expected(error):
+    """Whether the one line of an error tells enough: it is of the machine, of files, of somebody's
+    network. Of one in an edit of train.py one wants to see the place."""
+    if isinstance(error, OSError | MemoryError) or "memory" in str(error):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    ours = raised_in.parent in (ROOT, ROOT / "lab") and raised_in.name != "train.py"
+    return isinstance(error, ValueError) and ours
 
 
 def open_folder(out, options, contents, given):

@@ -212,7 +212,10 @@ def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing(kind):
     assert verdict.regime == ("convergence" if kind == "convergence" else "undecided")
     assert verdict.more_epochs is None and "may decide" not in str(verdict)
     short = classify({name: column[:3] for name, column in log.items()}, CHANCE)
-    assert str(short).endswith("too short: the last half has 1 of at least 4 rows") and short.more_epochs == 8
+    assert (
+        str(short).endswith("too short: the last half has 1 of at least 4 rows")
+        and short.more_epochs == 8
+    )
 
 
 def test_what_has_no_logarithm_is_named():

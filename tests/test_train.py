@@ -92,15 +92,33 @@ def test_a_run_writes_the_files_of_the_contract(plain):
 
 
 def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsys):
-    verdict, written, following = (plain / "printed").read_text().splitlines()
+    verdict, written, longer, following = (plain / "printed").read_text().splitlines()
     assert verdict.startswith("elr 1e-02: undecided: too short")
     assert written == f"written: {plain / 'regimes.csv'}, {plain / 'regimes.png'}"
+    again = f"next: python train.py --elr 0.01 --epochs 4 --out {plain}"
+    assert longer == f"{again} --width 2 --batch-size 128"
     assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 128"
     before = (plain / "elr=1e-02.csv").read_bytes()
     assert run(f"--elr 0.01 {QUICK}", plain) == 0
     out, err = capsys.readouterr()
     assert out.startswith("elr 1e-02 (already done): undecided: ") and not err
     assert (plain / "elr=1e-02.csv").read_bytes() == before
+
+
+def test_an_error_of_an_edit_shows_where_it_is(tmp_path, monkeypatch):
+    def train_step(run, index, move=True):
+        return torch.nn.functional.cross_entropy(torch.zeros(3, 2), torch.zeros(4).long())
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        run(f"--elr 0.01 {SUMS}", tmp_path)
+
+
+def test_a_tensor_in_a_row_is_written_as_a_number(tmp_path):
+    log = runs.Log(tmp_path / "log.csv")
+    log.add({"epoch": 0, "x": torch.tensor(0.1, dtype=torch.float64), "y": np.float32(0.5)})
+    log.close()
+    assert (tmp_path / "log.csv").read_text() == "epoch,x,y\n0,0.1,0.5\n"
 
 
 @pytest.mark.draws
