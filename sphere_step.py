@@ -50,6 +50,7 @@ PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not acc
 NEARLY = 100  # |bu|/k of a gradient that is nearly radial
 SMALL = 1024  # so few are summed in float64
 BESIDE = 4096  # tensors of so few elements are stepped side by side
+OPTIONS = "sphere", "momentum", "angle", "weight_decay"  # that may change between steps
 KNOWN = (
     "params param_names name lr sphere radius momentum angle weight_decay differentiable".split()
 )
@@ -142,6 +143,7 @@ class SphereSGD(torch.optim.Optimizer):
         self._layout = None  # of the tensors as lines and spheres: made at the first step
         self._captured = []  # tables that CUDA graphs read
         self._sizes = {}  # elements of each tensor when it was given
+        self._checked = None  # the options of the groups that were found sound
         self._complete = False  # whether all groups are given that it is made with
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
@@ -157,6 +159,7 @@ class SphereSGD(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_options(group)
+            _lr(group, nan=False)
             for name in set(group) - set(KNOWN):
                 if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
@@ -184,7 +187,7 @@ class SphereSGD(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._complete = True
-        self._layout, self._captured = None, []
+        self._layout, self._captured, self._checked = None, [], None
         self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict):
@@ -196,12 +199,15 @@ class SphereSGD(torch.optim.Optimizer):
             saved = state_dict["state"]
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 _check_options(group)
+                _lr(group, nan=False)
                 for p, key in zip(group["params"], given["params"], strict=True):
                     state = self.state[p]
                     if state.get("momentum_buffer", p) is None:  # as torch's SGD leaves it
                         del state["momentum_buffer"]
                     if group["sphere"]:  # torch has made it of the parameter's type
                         radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
+                        if not isinstance(radius, Tensor) or radius.dim() != 1:
+                            raise ValueError("the state has a radius that is no vector")
                         state["radius"] = radius.to(p.device, torch.float64)
                     for x in state.values():
                         if isinstance(x, Tensor) and not _local(x).isfinite().all():
@@ -246,7 +252,8 @@ class SphereSGD(torch.optim.Optimizer):
         apply(move)
 
     def _apply_now(self, move):
-        if self._layout is None or not self._layout.fits():
+        spheres = [group["sphere"] for group in self.param_groups]
+        if self._layout is None or self._layout.kinds != spheres or not self._layout.fits():
             kind, device = self._check()
             for p in (p for group in self.param_groups for p in group["params"]):
                 if p not in self._sizes:
@@ -256,6 +263,11 @@ class SphereSGD(torch.optim.Optimizer):
             if first and move:
                 self._warn_of_moved_weights()
         layout = self._layout
+        options = [[group[name] for name in OPTIONS] for group in self.param_groups]
+        if options != self._checked:
+            for group in self.param_groups:
+                _check_options(group)
+            self._checked = options
         lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
         layout.refresh()  # raises, if anything does, before anything moves
         options = []
@@ -375,7 +387,8 @@ class watch:
             raise ValueError("params: watch takes at least one tensor, and no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
-        self._sums = torch.zeros(3, 1 + len(pairs), dtype=torch.float64).to(pairs[0][1].device)
+        device = pairs[0][1].device
+        self._sums = torch.zeros(3, 1 + len(pairs), dtype=torch.float64, device=device)
         before = optimizer.register_step_pre_hook(self._before)
         self.hooks = before, optimizer.register_step_post_hook(self._after)  # each has remove()
 
@@ -448,21 +461,21 @@ def _check_options(group):
         ("momentum", isinstance(momentum, Real) and 0 <= momentum < 1, "in [0, 1)"),
         ("angle", isinstance(angle, bool), "True or False; lr is the angle"),
         ("weight_decay", isinstance(decay, Real) and 0 <= decay < math.inf, "finite, ≥ 0"),
-        ("lr", not math.isnan(_lr(group)), "a number"),
     ]
     for name, good, wanted in rules:
         if not good:
             raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
 
 
-def _lr(group, wait=True):
-    """η̃ or φ as a number; on a GPU, where one does not wait, the tensor."""
+def _lr(group, wait=True, nan=True):
+    """η̃ or φ as a number, or nan; on a GPU, where one does not wait, the tensor."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.is_cuda and not wait:
         return lr.squeeze()
     number = isinstance(lr, Real) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
-    if value < 0 or value >= (math.pi / 2 if group.get("angle") else math.inf):  # not if it is nan
+    most = math.pi / 2 if group.get("angle") else math.inf
+    if value < 0 or value >= most or (math.isnan(value) and not nan):
         raise ValueError(f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
     return value
 
@@ -550,8 +563,11 @@ def _put_on_spheres(group, norms, radii):
         scale = torch.where(norm > 0, radius / norm, 1.0)
         rows, length = _rows(group, x)
         largest = _as_matrix(x, rows, length).abs().amax(1) * scale if x.numel() else scale[:0]
-        if (largest > torch.finfo(x.dtype).max).any():
+        most, least = min(torch.finfo(x.dtype).max, 1e15), max(torch.finfo(x.dtype).tiny, 1e-14)
+        if ((largest > most) | (largest < least) & (largest > 0)).any():
             raise ValueError(f"radius={group['radius']!r}: {x.dtype} cannot hold such weights")
+        if x.element_size() >= 4:  # without a copy in float64
+            scale = scale.to(x.dtype)
         x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
 
 
@@ -642,6 +658,7 @@ class _Layout:
     def __init__(self, optimizer, device):
         self.groups, self.device = optimizer.param_groups, device
         self.captured = optimizer._captured
+        self.kinds = [group["sphere"] for group in self.groups]
         self.params = [p for group in self.groups for p in group["params"]]
         self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
         self.ids = [[*map(id, group["params"])] for group in self.groups]
@@ -891,7 +908,8 @@ class _InPyTorch(_Layout):
                 if group["angle"]:
                     lr = _pace(self.last()[1]).item()
                 flat = [_as_matrix(x, 1, place.length) for x in vectors if x is not None]
-                _move((1.0, -lr, decay, lr, 0.0, beta), flat)
+                k = 1.0 + 0.0 * (lr + decay)  # nan: it stays
+                _move((k, -lr, decay, lr, 0.0, beta), flat)
 
 
 def _as_matrix(x, rows, length):
@@ -1278,7 +1296,9 @@ def _rule_pass(many, lines, addresses, spheres, radii, groups, parts, rules,
         _rule(gram, sphere, sphere >= 0, tables)
     else:
         zero, lr = gram[0] * 0.0, tl.load(group)
-        rule = (zero + 1.0, -lr, tl.load(group + 5), lr, zero, tl.load(group + 1))
+        decay = tl.load(group + 5)
+        k = zero + 1.0 + 0.0 * (lr + decay)  # nan: it stays
+        rule = (k, -lr, decay, lr, zero, tl.load(group + 1))
         _store_six(rules + 6 * sphere, rule, sphere >= 0)
 
 

@@ -233,8 +233,7 @@ class Run:
         state = runs.load_checkpoint(path, self.config.device, self.identity, self.contents)
         if state is None or state["origin"] != (self.init and self.init["checksum"]):
             return
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        runs.restore(self.parts(), state, path)
         for name in self.STATE:
             setattr(self, name, state[name])
         self.started = True

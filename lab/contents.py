@@ -3,6 +3,7 @@ of the data. Who edits one of them and runs the same command again sees a new ru
 
 import ast
 import hashlib
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -12,10 +13,12 @@ SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/measure.py
 
 
 def contents(data, files=()):
-    """Name → hash: of our scripts, of somebody's files, of the arrays of the data. Of a script its
-    syntax tree counts, not comments, docstrings and layout."""
+    """Name → hash: of our scripts and what they import beside them, of somebody's files and what
+    was imported beside those, of the arrays of the data. Of a script its syntax tree counts, not
+    comments, docstrings and layout."""
     paths = {name: ROOT / name for name in SCRIPTS}
-    for path in sorted(files):
+    roots = {ROOT, *map(package_root, files)}
+    for path in sorted({*files, *loaded_below(roots)}):
         name = seen_from_here(path)
         if paths.get(name, path) != path:  # theirs is called like one of ours
             name = str(path)
@@ -28,9 +31,25 @@ def contents(data, files=()):
     return found | {"the data": hash_of(*arrays)}
 
 
+def loaded_below(roots):
+    """The files of modules that are loaded from these folders, but for libraries and what makes no
+    numbers."""
+    others = {ROOT / name for name in ("regimes.py", "lab", "tests", "docs")}
+    found = set()
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "")
+        if not path.is_absolute() or path.suffix != ".py" or "site-packages" in path.parts:
+            continue
+        path = path.resolve()
+        if roots & set(path.parents) and not others & {path, *path.parents} and path.is_file():
+            found.add(path)
+    return found
+
+
 def hash_of(*parts):
     digest = hashlib.sha256()
     for part in parts:
+        digest.update(f"{getattr(part, 'shape', '')} {getattr(part, 'dtype', '')};".encode())
         digest.update(part)
     return digest.hexdigest()[:16]
 

@@ -155,7 +155,7 @@ class Config:
         usual = Config(data=self.data, model=self.model, **{self.mode: getattr(self, self.mode)})
         usual, here = {"epochs": usual.epochs} | usual.identity(), self.identity()
         model = here.pop("model").replace(".py:", ".")  # mine.mlp
-        name = f"{Path(here.pop('data')).with_suffix('').as_posix()}-{model}"
+        name = f"{here.pop('data').removesuffix('.npz')}-{model}"
         name = name.strip("/").replace("/", ".")
         if self.mode != "elr":
             name += f"-{self.mode}"
@@ -222,6 +222,8 @@ def check(config):
         ("max_epochs", fixed and not config.average, "it takes constant ELRs, and no --average"),
         ("max_epochs", (config.max_epochs or 0) >= config.epochs, "it is less than --epochs"),
         ("warmup", not config.loop, "--loop has its own schedule"),
+        ("warmup", config.warmup < config.epochs, "it is not less than --epochs"),
+        ("average", (config.average or 0) <= config.epochs, "it is more than --epochs"),
         ("schedule", not config.loop, "--loop has its own"),
         ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),
         ("then", fixed or turn, "it takes a constant ELR"),

@@ -21,8 +21,8 @@ from lab.machine import use
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
 # Files whose lines are not shown in an error: their user cannot mend them.
-LIBRARIES = (str(Path(torch.__file__).parents[1]), str(Path(os.__file__).parent), "<")
-LIBRARIES += tuple(str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py", "lab"))
+LIBRARIES = (f"{Path(torch.__file__).parents[1]}/", f"{Path(os.__file__).parent}/", "<")
+LIBRARIES += tuple(str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py", "lab/"))
 LOADED = {}  # somebody's file → the files of all modules that it has loaded, and itself
 
 

@@ -226,6 +226,18 @@ def load_checkpoint(path, device, identity=None, contents=None):
     return state | {"checksum": checksum.hex()}
 
 
+def restore(parts, state, path):
+    """Load network and optimizers from a checkpoint. Raises ValueError where they do not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (RuntimeError, KeyError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} does not fit: remove it, and this run starts again ({why})"
+        ) from None
+
+
 def remove_leftovers(out):
     """What processes that have died left behind: locks, and temporary files of this machine."""
     for held in out.glob("*=*.lock"):
