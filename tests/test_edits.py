@@ -1,7 +1,9 @@
 """Edit and rerun: a run that was made by other contents is trained anew, and the old one is kept."""
 
+import importlib
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from helpers import (
 )
 
 from lab import contents, landscape, own, runs
-from lab.data import load
+from lab.data import Data, load
 
 LOSS = "loss = F.cross_entropy(logits, y)"
 SMOOTH = "loss = F.cross_entropy(logits, y, label_smoothing=0.1)"
@@ -117,6 +119,23 @@ def test_contents_change_where_code_does_and_only_there(project, monkeypatch):
         after = now()
         assert [key for key in before | after if before.get(key) != after.get(key)] == [name]
         before = after
+
+
+def test_what_lies_beside_our_scripts_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "ROOT", tmp_path)
+    for name in contents.SCRIPTS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    (tmp_path / "labels.py").write_text("smoothing = 0.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "labels", raising=False)
+    importlib.import_module("labels")
+    found = []
+    for shape in ((4, 1, 8, 8), (4, 1, 4, 16)):
+        x, y = torch.zeros(shape, dtype=torch.uint8), torch.zeros(4).long()
+        found.append(contents.contents(Data(x, y, x, y)))
+    assert "labels.py" in found[0] and found[0]["the data"] != found[1]["the data"]
+    monkeypatch.delitem(sys.modules, "labels")
 
 
 def test_what_makes_a_run_is_edited_and_it_is_trained_anew(project):

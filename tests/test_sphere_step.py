@@ -560,3 +560,40 @@ def test_nothing_moves_where_one_group_has_a_bad_lr(bad, lr, kind):
     with pytest.raises(ValueError, match="lr=.*an angle below π/2"):
         optimizer.step()
     assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("name, value", [("momentum", 1.5), ("weight_decay", None), ("angle", 0.1)])
+def test_an_option_that_became_bad_is_refused_before_anything_moves(name, value):
+    params = [parameter(4, 3), parameter(3)]
+    before = [p.detach().clone() for p in params]
+    groups = [{"params": params[:1]}, {"params": params[1:], "sphere": None}]
+    optimizer = SphereSGD(groups, lr=0.1)
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"{name}="):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_what_is_on_no_sphere_stays_where_its_lr_is_nan():
+    params = [parameter(4, 3), parameter(3)]
+    before = params[1].detach().clone()
+    groups = [{"params": params[:1]}, {"params": params[1:], "sphere": None}]
+    optimizer = SphereSGD(groups, lr=0.1)
+    optimizer.param_groups[1]["lr"] = math.nan
+    optimizer.step()
+    assert torch.equal(params[1], before)
+
+
+@pytest.mark.parametrize("dtype, radius", [(torch.float32, 1e25), (torch.float16, 1e-9)])
+def test_a_radius_that_the_weights_cannot_have_is_refused(dtype, radius):
+    with pytest.raises(ValueError, match="radius=.*cannot hold such weights"):
+        SphereSGD([parameter(5, 5).detach().to(dtype)], lr=0.1, radius=radius)
+
+
+@pytest.mark.parametrize("radius", [None, 1.0, torch.tensor(1.0)])
+def test_a_state_whose_radius_is_no_vector_is_refused(radius):
+    optimizer = SphereSGD([parameter(4, 3)], lr=0.1)
+    state = optimizer.state_dict()
+    state["state"][0]["radius"] = radius
+    with pytest.raises(ValueError, match="radius that is no vector"):
+        optimizer.load_state_dict(state)

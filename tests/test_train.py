@@ -212,6 +212,8 @@ BAD = [
     ("--loop 1e-3 1 3", "--loop: it takes LO HI N, LO < HI, 8 ≤ N"),
     ("--loop --schedule cosine", "--schedule: --loop has its own"),
     ("--loop --warmup 1", "--warmup: --loop has its own schedule"),
+    ("--elr 0.1 --epochs 2 --warmup 2", "--warmup: it is not less than --epochs"),
+    ("--elr 0.1 --epochs 2 --average 3", "--average: it is more than --epochs"),
     ("--sweep --refine 2 --schedule cosine", "--refine: it takes --sweep, or several constant"),
     ("--sweep --refine 1 --max-epochs 5", "--max-epochs: it is less than --epochs"),
     ("--angle 0.1 --max-epochs 50", "--max-epochs: it takes constant ELRs"),
@@ -672,7 +674,7 @@ def test_a_run_is_trained_at_the_elrs_of_its_schedule(tmp_path):
 
 
 WAYS = ["--elr 0.1", "--angle 0.1 --schedule constant", "--lr 0.1", "--angle 0.1"]
-WAYS += ["--elr 0.1 --schedule wsd", "--lr 0.1 --warmup 2", "--elr 0.1 --average 1"]
+WAYS += ["--elr 0.1 --schedule wsd", "--lr 0.1 --warmup 1", "--elr 0.1 --average 1"]
 
 
 @pytest.mark.parametrize("way", WAYS)
