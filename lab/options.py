@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -256,7 +257,7 @@ def prepare(config):
         given, config.out = config.out, config.folder()
         told = open_folder(config.out, config.identity(), made_by, given)
     if told:
-        print(told)
+        print(told, file=sys.stderr)  # the ranks of torchrun but the first have no stdout
     return Experiment(config, data, layer_groups, made_by)
 
 

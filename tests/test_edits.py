@@ -123,6 +123,7 @@ def test_contents_change_where_code_does_and_only_there(project, monkeypatch):
 
 def test_what_lies_beside_our_scripts_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     for name in contents.SCRIPTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
@@ -224,8 +225,8 @@ def test_runs_of_version_0_3_are_kept_read_and_trained_anew(tmp_path, capsys):
     old = files(tmp_path)
     capsys.readouterr()
     assert run(command, tmp_path) == 0
-    out, before = capsys.readouterr().out, tmp_path / "before-1"
-    assert f": trained anew; the old runs are in {before}\n" in out
+    (out, err), before = capsys.readouterr(), tmp_path / "before-1"
+    assert err.endswith(f": trained anew; the old runs are in {before}\n")
     assert "(already done)" not in out and files(before) == old
     assert landscape.main(["summary", str(before), "--samples", "8"]) in (0, None)
     assert "0.5" in capsys.readouterr().out
