@@ -252,8 +252,12 @@ class SphereSGD(torch.optim.Optimizer):
         apply(move)
 
     def _apply_now(self, move):
-        spheres = [group["sphere"] for group in self.param_groups]
-        if self._layout is None or self._layout.kinds != spheres or not self._layout.fits():
+        options = [[group[name] for name in OPTIONS] for group in self.param_groups]
+        if options != self._checked:
+            for group in self.param_groups:
+                _check_options(group)
+            self._checked = options
+        if self._layout is None or not self._layout.fits():
             kind, device = self._check()
             for p in (p for group in self.param_groups for p in group["params"]):
                 if p not in self._sizes:
@@ -263,11 +267,6 @@ class SphereSGD(torch.optim.Optimizer):
             if first and move:
                 self._warn_of_moved_weights()
         layout = self._layout
-        options = [[group[name] for name in OPTIONS] for group in self.param_groups]
-        if options != self._checked:
-            for group in self.param_groups:
-                _check_options(group)
-            self._checked = options
         lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
         layout.refresh()  # raises, if anything does, before anything moves
         options = []
@@ -658,10 +657,9 @@ class _Layout:
     def __init__(self, optimizer, device):
         self.groups, self.device = optimizer.param_groups, device
         self.captured = optimizer._captured
-        self.kinds = [group["sphere"] for group in self.groups]
         self.params = [p for group in self.groups for p in group["params"]]
         self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
-        self.ids = [[*map(id, group["params"])] for group in self.groups]
+        self.ids = self.identify()
         self.sharded = any(map(_is_dtensor, self.params))
         self.layouts = [_in_memory(x) for x in self.local_params()]
         self.copies = {}  # number of a tensor → its gradient, which lies otherwise than its θ
@@ -695,9 +693,13 @@ class _Layout:
 
     def fits(self):
         """Whether the tensors are still those, and lie as they did."""
-        if [[*map(id, group["params"])] for group in self.groups] != self.ids:
+        if self.identify() != self.ids:
             return False
         return [_in_memory(x) for x in self.local_params()] == self.layouts
+
+    def identify(self):
+        """Which tensors there are, and what shares a norm."""
+        return [(group["sphere"], *map(id, group["params"])) for group in self.groups]
 
     def local_params(self):
         return [*map(_local, self.params)] if self.sharded else self.params
@@ -1384,7 +1386,7 @@ class _ByKernels(_Layout):
         seen = [len(self.groups)]
         for group, states in zip(self.groups, self.states, strict=False):
             momentum = group["momentum"] > 0
-            seen += momentum, len(group["params"])
+            seen += momentum, group["sphere"], len(group["params"])
             for p, state in zip(group["params"], states, strict=False):
                 seen.append(id(p))
                 g, m = p.grad, state.get("momentum_buffer") if momentum else None

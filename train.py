@@ -90,7 +90,7 @@ def train(run, tell):
             steps = len(run.data.x) // size
             row = {"epoch": run.epoch, "step": run.epoch * steps, **means.row()}
             if config.mode in ("elr", "loop"):
-                row["elr"] = run.lr  # exactly
+                row["elr"] = run.lr  # as it was set, not a mean of the steps
             row |= measure.on_test_set(net, run.data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
             turned = measure.angles(run.start, measure.vectors(net, run.spheres))
@@ -122,7 +122,7 @@ class Run:
     """One run: network, optimizer, order of batches; it saves and loads itself. A seed gives every
     value the same start and the same order.
 
-    experiment   options.Experiment: options, data, layer groups
+    experiment   options.Experiment: options, data, layer groups, hashes of what made it
     job          runs.Job: value (ELR, angle or learning rate), seed, path of the log
     """
 

@@ -284,17 +284,15 @@ def what_next(config, found):
     of convergence, go on well below it. Then the angle, which needs no sweep. Commands, with the
     step, network and data of this one."""
     ways, words = [], []
-    if config.mode == "elr" and any(run.verdict.more_epochs for run in found):
-        longer = {"epochs": 2 * config.epochs}
-        ways.append([])
-        for name in ("elr", "sweep", "seed", "seeds", "average", "epochs", "out"):
-            value = (config.given | longer).get(name)
-            if value is not None:
-                values = value if isinstance(value, list) else [value]
-                ways[0] += [
-                    f"--{name}",
-                    *(f"{x:g}" if type(x) is float else str(x) for x in values),
-                ]
+    undecided = any(run.verdict.more_epochs for run in found)
+    if undecided and config.mode == "elr" and config.constant and not config.average:
+        again = []
+        for name in ("elr", "sweep", "seed", "seeds", "out"):
+            if name in config.given:
+                values = config.given[name]
+                again.append(f"--{name}")
+                again += map(str, values if isinstance(values, list) else [values])
+        ways.append([*again, "--epochs", str(2 * config.epochs)])
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
         ways.append(["--elr", f"{boundary.high:g}", "--then", f"{boundary.low / 10:.2g}"])

@@ -107,7 +107,8 @@ def test_a_gradient_that_is_all_but_radial(dtype, count, angle, share):
     if rest < 1e-7:
         assert torch.equal(p, theta)
         return
-    bound = (3e-6 + 1e-15 / rest**2) * x.norm() / count**0.5 + 1e-6 * x.abs()
+    sums = 2.0**-48  # by which pairs of float32 are off
+    bound = (3e-6 + sums / rest**2) * x.norm() / count**0.5 + 1e-6 * x.abs()
     if p.element_size() == 2:  # rounded once
         bound += torch.finfo(dtype).eps * expected.abs().clamp(min=torch.finfo(dtype).tiny)
     assert ((p - expected).abs() <= bound).all()

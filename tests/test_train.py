@@ -95,7 +95,7 @@ def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsy
     verdict, written, longer, following = (plain / "printed").read_text().splitlines()
     assert verdict.startswith("elr 1e-02: undecided: too short")
     assert written == f"written: {plain / 'regimes.csv'}, {plain / 'regimes.png'}"
-    again = f"next: python train.py --elr 0.01 --epochs 4 --out {plain}"
+    again = f"next: python train.py --elr 0.01 --out {plain} --epochs 4"
     assert longer == f"{again} --width 2 --batch-size 128"
     assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 128"
     before = (plain / "elr=1e-02.csv").read_bytes()
