@@ -50,7 +50,7 @@ PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not acc
 NEARLY = 100  # |bu|/k of a gradient that is nearly radial
 SMALL = 1024  # so few are summed in float64
 BESIDE = 4096  # tensors of so few elements are stepped side by side
-OPTIONS = "sphere", "momentum", "angle", "weight_decay"  # that may change between steps
+OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 KNOWN = (
     "params param_names name lr sphere radius momentum angle weight_decay differentiable".split()
 )
@@ -144,10 +144,8 @@ class SphereSGD(torch.optim.Optimizer):
         self._captured = []  # tables that CUDA graphs read
         self._sizes = {}  # elements of each tensor when it was given
         self._checked = None  # the options of the groups that were found sound
-        self._complete = False  # whether all groups are given that it is made with
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
-        self._complete = True
         self._check()
 
     # torch wraps this and the next ones for torch.compile, which takes a second to import
@@ -165,8 +163,7 @@ class SphereSGD(torch.optim.Optimizer):
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
             for number, p in enumerate(group["params"], len(self._sizes)):
                 _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
-            if self._complete:
-                self._check()
+            _check_overlaps(group["params"])  # with other groups: when it is made, or steps
             radii = norms = _norms(group, zeros=group["radius"] is not None)
             if group["radius"]:
                 radii = [torch.full_like(norm, group["radius"]) for norm in norms]
@@ -186,7 +183,6 @@ class SphereSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._complete = True
         self._layout, self._captured, self._checked = None, [], None
         self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
@@ -254,6 +250,9 @@ class SphereSGD(torch.optim.Optimizer):
     def _apply_now(self, move):
         options = [[group[name] for name in OPTIONS] for group in self.param_groups]
         if options != self._checked:
+            for group, before in zip(self.param_groups, self._checked or [], strict=False):
+                if group["radius"] != before[1]:
+                    raise ValueError(f"radius={group['radius']!r}: it cannot change between steps")
             for group in self.param_groups:
                 _check_options(group)
             self._checked = options
@@ -451,8 +450,7 @@ class watch:
 def _check_options(group):
     """ValueError for an option of a param group that it cannot have."""
     group.setdefault("weight_decay", 0.0)
-    names = "sphere", "radius", "momentum", "angle", "weight_decay"
-    sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in names)
+    sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in OPTIONS)
     at_radius = isinstance(radius, Real) and sphere is not None and 0 < radius < math.inf
     rules = [
         ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
@@ -544,15 +542,22 @@ def _norms(group, zeros=False):
         elements.append(p.numel() if group["sphere"] == "group" else p.numel() // max(rows, 1))
     if group["sphere"] == "group" and squares:
         squares, elements = [sum(squares)] * len(squares), [sum(elements)] * len(squares)
-    for i, (square, n) in enumerate(zip(squares, elements, strict=True)):
-        if not n:
-            continue
-        if not square.isfinite().all() or not zeros and not (square > 0).all():
+    norms = [square.sqrt() for square in squares]
+    for i, (p, norm, n) in enumerate(zip(group["params"], norms, elements, strict=False)):
+        if n and (not norm.isfinite().all() or not zeros and not (norm > 0).all()):
             raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
-        held = (square > 1e-30 * n) & (square < 1e30 * n) | (square == 0)
-        if not held.all():
-            raise ValueError(f"the weights of tensor {i} are too small or too large: scale them")
-    return [square.sqrt() for square in squares]
+        _check_size(f"the weights of tensor {i}", norm, n, p.dtype)
+        if group["radius"]:
+            _check_size(f"radius={group['radius']!r}", norm.new_tensor(group["radius"]), n, p.dtype)
+    return norms
+
+
+def _check_size(what, norm, n, dtype):
+    """ValueError for norms with which n elements are too small or too large for their type."""
+    info, root = torch.finfo(dtype), n**0.5
+    least, most = max(1e-15, info.tiny * info.eps) * root, min(1e15 * root, info.max)
+    if n and ((norm <= least) & (norm > 0) | (norm >= most)).any():
+        raise ValueError(f"{what}: too small or too large for {n} numbers of {dtype}: scale them")
 
 
 def _put_on_spheres(group, norms, radii):
@@ -560,11 +565,6 @@ def _put_on_spheres(group, norms, radii):
     for p, norm, radius in zip(group["params"], norms, radii, strict=True):
         x = _local(p.detach())
         scale = torch.where(norm > 0, radius / norm, 1.0)
-        rows, length = _rows(group, x)
-        largest = _as_matrix(x, rows, length).abs().amax(1) * scale if x.numel() else scale[:0]
-        most, least = min(torch.finfo(x.dtype).max, 1e15), max(torch.finfo(x.dtype).tiny, 1e-14)
-        if ((largest > most) | (largest < least) & (largest > 0)).any():
-            raise ValueError(f"radius={group['radius']!r}: {x.dtype} cannot hold such weights")
         if x.element_size() >= 4:  # without a copy in float64
             scale = scale.to(x.dtype)
         x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))

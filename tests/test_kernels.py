@@ -61,13 +61,13 @@ def test_the_kernels_pass_in_the_interpreter():
 @pytest.mark.parametrize("draw", range(100 if GPU else 20 if SLOW else 1))
 def test_random_sequences_are_those_of_the_reference(draw):
     """Each kind of sphere and of tile, moved by one and by three passes."""
-    seed = int(os.environ.get("SEED", random.randrange(2**31)))
+    seed = int(os.environ.get("SEED", random.randrange(2**31) if SLOW else draw))
     dtypes = torch.float32, *HALVES
     shapes = (
         SHAPES + [(20_000,), (3, 9000)] if SLOW else [(), (3, 4), (4, 3, 3, 2), (3, 70), (1100,)]
     )
     sequence = Sequence(seed, "triton", dtypes, DEVICE, shapes, SPHERES)
-    sequence.run(3)
+    sequence.run(3 if SLOW else 2)
 
 
 @runs
@@ -195,13 +195,14 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
     """No other operation: no allocation, no copy, no wait; other addresses are one table anew."""
     groups = several()
     optimizer = SphereSGD(groups, lr=1e-3, momentum=0.9, backend="triton")
-    optimizer.step()
+    with launches(run=False):
+        optimizer.step()
     counts = []
     for move in (False, True):
         if move:
             kept = [p.grad for p in params_of(groups)]  # so that no address is used again
             give_gradients(groups)
-        with launches() as found, Operations() as operations:
+        with launches(run=False) as found, Operations() as operations:
             optimizer.step()
         assert names(found) == THREE
         counts.append(len(operations.names))
@@ -230,8 +231,9 @@ def test_what_is_done_after_a_capture_does_not_reach_the_replays():
     whatever the host uploads in between; and the same bits as the step."""
     groups = several()
     optimizer = SphereSGD(groups, lr=1e-4, backend="triton")
-    optimizer.step()
     params = params_of(groups)
+    with launches(run=False):
+        optimizer.step()
     start, kept = [p.detach().clone() for p in params], [p.grad for p in params]
     with launches() as found:
         optimizer.step()
@@ -239,10 +241,9 @@ def test_what_is_done_after_a_capture_does_not_reach_the_replays():
     give_gradients(groups)  # at other addresses
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
-    optimizer.step()
-    for p in params:
-        p.data.mul_(1.5)
-    optimizer.observe()
+    with launches(run=False):  # it is the uploads that could reach them
+        optimizer.step()
+        optimizer.observe()
     for p, x in zip(params, start, strict=True):
         p.data.copy_(x)
     for *_, again in found:
