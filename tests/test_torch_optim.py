@@ -1,16 +1,13 @@
 """What torch's own tests ask of every optimizer, asked of SphereSGD where the random sequences do
-not, with the schedulers and errors that torch ships (torch.testing._internal.common_optimizers).
-"""
+not: schedulers, hooks, states, wrappers."""
 
 import io
-import sys
-import types
-import unittest
 from copy import deepcopy
 
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -18,14 +15,6 @@ from torch.optim.optimizer import (
 
 from sphere_step import SphereSGD
 
-if "expecttest" not in sys.modules:  # which torch's module imports for tests of another kind
-    stub = types.ModuleType("expecttest")
-    stub.TestCase = unittest.TestCase
-    sys.modules["expecttest"] = stub
-
-torch.backends.disable_global_flags = lambda: None  # that module calls it, for all other tests
-common = pytest.importorskip("torch.testing._internal.common_optimizers")
-SGD = next(info for info in common.optim_db if info.optim_cls is torch.optim.SGD)
 MOMENTUM = {"sphere": "row", "momentum": 0.9}
 
 
@@ -51,30 +40,34 @@ def some_steps(optimizer, params, count=3):
     return [optimizer.step(closure).item() for _ in range(count)]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_errors():
-    for case in common.get_error_inputs_for_all_optims("cpu", torch.float32):
-        given = case.optimizer_error_input
-        params = two_parameters() if given.params is None else given.params
-        error = ValueError if case.error_type is UserWarning else case.error_type  # we refuse it
-        with pytest.raises(error):
-            SphereSGD(params, **{"lr": 0.1, **given.kwargs})
+SCHEDULERS = {
+    "StepLR": dict(step_size=2),
+    "ExponentialLR": dict(gamma=0.9),
+    "CosineAnnealingLR": dict(T_max=9),
+    "CosineAnnealingWarmRestarts": dict(T_0=3),
+    "LinearLR": dict(),
+    "LambdaLR": dict(lr_lambda=lambda epoch: 0.9**epoch),
+    "OneCycleLR": dict(max_lr=0.01, total_steps=9),
+    "CyclicLR": dict(base_lr=0.001, max_lr=0.01, step_size_up=2),
+    "ReduceLROnPlateau": dict(patience=0, threshold=10.0),
+}
 
 
-@pytest.mark.parametrize("makers", SGD.scheduler_inputs)
-def test_forloop_goes_right_direction_with_schedulers(makers):
-    params = two_parameters()
-    optimizer = made(params, MOMENTUM)
-    schedulers = [make(optimizer) for make in makers]
-    losses = []
-    for _ in range(20):
-        losses += some_steps(optimizer, params, 1)
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_sets_the_elr_as_it_sets_the_lr_of_sgd(name, tensor):
+    lr, params = (torch.tensor(0.01) if tensor else 0.01), two_parameters()
+    optimizers = made(params, MOMENTUM | {"lr": lr}), torch.optim.SGD(two_parameters(), 0.01, 0.9)
+    kind = getattr(lr_scheduler, name)
+    schedulers = [kind(optimizer, **SCHEDULERS[name]) for optimizer in optimizers]
+    for _ in range(5):
+        some_steps(optimizers[0], params, 1)
+        expected = optimizers[1].param_groups[0]["lr"]
+        assert optimizers[0].stats()["elr"].tolist() == pytest.approx([expected] * 20)
+        optimizers[1].step()
         for scheduler in schedulers:
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(losses[-1])
-            else:
-                scheduler.step()
-    assert losses[0] > losses[-1]
+            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    assert expected != 0.01
 
 
 @pytest.mark.parametrize("options", [MOMENTUM, {"lr": torch.tensor(0.001), "sphere": None}])
