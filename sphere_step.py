@@ -46,7 +46,7 @@ except ImportError:  # as on macOS
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
-PIECE = 1 << 18  # elements at once in PyTorch: float32 sums of more are not accurate
+PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 NEARLY = 100  # |bu|/k of a gradient that is nearly radial
 SMALL = 1024  # so few are summed in float64
 BESIDE = 4096  # tensors of so few elements are stepped side by side
