@@ -12,7 +12,7 @@ or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ
 tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm. With k = 1,
 b = −η and u = λ, the weight decay, this is SGD: the step of what is on no sphere.
 
-Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch; Triton for the kernels.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch and numpy; Triton for the kernels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from inspect import unwrap
 from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -872,11 +873,13 @@ class _InPyTorch(_Layout):
             sums = self.grams
             if self.owners != [*range(len(self.owners))]:  # some lines share a sphere
                 sums = _sums_by(sums, self.sphere_of_line, len(self.radii))
-            table = sums.new_tensor(options)[self.group_of_sphere[: len(sums)]]
+            table = np.array(options)[self.group_of_sphere[: len(sums)]]
             lr, beta, tan, at_radius, _, _ = table.T
-            radii = at_radius * self.radii
-            rules = _formula(*sums.T, radii, lr, beta, tan, torch.where, torch.sqrt)
-            self.rules = torch.stack(rules, 1)
+            radii = at_radius * self.radius_list
+            with np.errstate(all="ignore"):  # in numpy, which takes a tenth of the time
+                sums = sums.T.cpu().numpy()
+                rules = _formula(*sums, radii, lr, beta, tan, np.where, np.sqrt)
+            self.rules = torch.from_numpy(np.stack(rules, 1)).to(self.device)
         else:  # few, and quicker as numbers
             sums = {}
             for unit, gram in zip(self.units, grams, strict=True):
