@@ -12,7 +12,8 @@ or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ
 tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm. With k = 1,
 b = −η and u = λ, the weight decay, this is SGD: the step of what is on no sphere.
 
-Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch and numpy; Triton for the kernels.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch and numpy, for the kernels
+Triton.
 """
 
 from __future__ import annotations
