@@ -139,6 +139,8 @@ def _find(net, batch, rows):
         radial, size = torch.zeros(len(params), dtype=torch.float64), 1e-300
         for i, p in enumerate(params):
             if p.grad is not None:
+                if p.grad.is_sparse:
+                    raise ValueError(f"the gradient by {names[i]} is sparse: leave sparse=True out")
                 used.add(i)
                 radial[i] = (p.detach().double() * p.grad).sum()
                 size += p.detach().norm().item() * p.grad.norm().item()
