@@ -85,11 +85,13 @@ def imported_beside_ours():
 
 
 def is_library(file):
-    """Whether it is of a library or of lab, is no file, as "<string>", or torch.compile's."""
-    parents = set(Path(file).parents)
-    installed = {"site-packages", "dist-packages"} & {folder.name for folder in parents}
+    """Whether it is of a library or ours, is no file, as "<string>", or torch.compile's."""
+    path = Path(file)
+    places = {path, *path.parents}
+    ours = {ROOT / "lab", *(ROOT / name for name in SCRIPTS)}
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
     generated = str(file).startswith("<") or "/torchinductor_" in str(file)
-    return bool(installed or generated or parents & {STANDARD_LIBRARY, ROOT / "lab", Path("/proc")})
+    return bool(installed or generated or places & {*ours, STANDARD_LIBRARY, Path("/proc")})
 
 
 def hash_of(*parts):

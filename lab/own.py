@@ -15,13 +15,11 @@ from torch import nn
 
 import models
 from lab import measure
-from lab.contents import ROOT, is_library, package_root, recorded
+from lab.contents import is_library, package_root, recorded
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
 from lab.machine import use
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
-# Whose lines are not shown in an error: their user cannot mend them.
-OUR_FILES = [str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py")]
 LOADED = {}  # somebody's file → it, and all files that were read for it
 
 
@@ -46,21 +44,19 @@ def load(model, data):
     known = dict(channels=x.shape[1], classes=data.classes, example=x[0].cpu())
     if data.tokens is not None:
         known["tokens"] = data.tokens
-    with beside(path) as package:
-        # A seed that the file sets is not that of the run.
-        with explained(f"{file} cannot be imported"), torch.random.fork_rng(devices):
+    with beside(path) as package, explained(f"{model} cannot be loaded"):
+        with torch.random.fork_rng(devices):  # a seed that the file sets is not that of the run
             module = ModuleType(f"_{path.stem}")
             module.__file__, module.__package__ = str(path), package
             sys.modules[module.__name__] = module  # where dataclasses look for it
             exec(compile(path.read_bytes(), path, "exec"), vars(module))
-        with explained(f"{model} cannot be called"):
-            net = getattr(module, name)
-            if not isinstance(net, nn.Module):
-                net = _call(net, known)
-        with explained(f"{model} cannot be run on the data"), torch.no_grad():
+        net = getattr(module, name)
+        if not isinstance(net, nn.Module):
+            net = _call(net, known)
+        with torch.no_grad():
             net.to(x.device).eval()(x)  # lazy layers get their shapes here
-            if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
-                net.register_forward_hook(logits)
+        if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
+            net.register_forward_hook(logits)
     return net.train()
 
 
@@ -132,7 +128,7 @@ def explained(failure, passing=()):
     except BaseException as error:  # sys.exit in their file, too
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if frame.filename not in OUR_FILES and not is_library(frame.filename):
+            if not is_library(frame.filename):  # their user can mend it
                 why += f"; {frame.filename}, line {frame.lineno}"
                 break
         raise ValueError(f"{failure} ({why})") from error

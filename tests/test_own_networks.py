@@ -222,12 +222,12 @@ SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8,
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("def net(:", "mine.py cannot be imported (SyntaxError: "),
+        ("def net(:", "mine.py:net cannot be loaded (SyntaxError: "),
         ("def net(c, k): return net(c, k)", "RecursionError"),
         ("def net(c, k): raise ImportError('\\n\\nit takes\\na package')", "ImportError: it takes;"),
         ("def net(channels, classes, width): pass", "missing 1 required positional argument: 'width'"),
         ("def net(channels, classes): pass", "'NoneType' object has no attribute 'to'"),
-        ("net = 3", "net cannot be called (TypeError: 3 is not a callable object"),
+        ("net = 3", "net cannot be loaded (TypeError: 3 is not a callable object"),
         (NET + ".requires_grad_(False)", "nothing is trained: requires_grad is False everywhere"),
         ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01, behind"),
         (SPARSE, "(ValueError: the gradient by 0.weight is sparse: leave sparse=True out)"),
@@ -253,7 +253,7 @@ def test_nothing_is_left_behind_in_the_folder_of_the_command(tmp_path, data, mon
     (tmp_path / "mine.py").write_text("def net(c, k):\n    raise KeyError(3)\n")
     monkeypatch.chdir(tmp_path)
     error = refused(capsys, f"--elr 1 --model mine.py:net --data {data}/numbers.npz")
-    why = f"mine.py:net cannot be called (KeyError: 3; {tmp_path.resolve()}/mine.py, line 2)"
+    why = f"mine.py:net cannot be loaded (KeyError: 3; {tmp_path.resolve()}/mine.py, line 2)"
     assert error == f"train.py: error: argument --model: {why}\n"
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
 
