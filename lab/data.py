@@ -191,7 +191,9 @@ def _channels_first(x, notes):
         return x[:, None]
     _, first, middle, last = x.shape
     unclear = (first <= 4) == (last <= 4)
-    moved = first == middle != last if unclear else last <= 4
+    moved = last <= 4
+    if unclear:
+        moved = first == middle != last
     if moved:
         x = np.moveaxis(x, 3, 1)
         notes.append(f"x is read as images [N, H, W, channels], {last} channels")

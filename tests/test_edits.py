@@ -44,6 +44,8 @@ if WIDTH < 0:
 spec = spec_from_file_location("unknown", f"{here}/loaded.py")
 spec.loader.exec_module(module_from_spec(spec))
 exec(open(f"{here}/executed.py").read())
+sys.audit("import", "compiled", f"{here}/compiled.so", None, None, None)  # as of one in C
+open(f"{here}/.cache/x.json").close()
 
 class Net(torch.nn.Sequential):
     def forward(self, x):
@@ -73,8 +75,10 @@ OWN = {
     "own/executed.py": "x = 1\n",
     "own/trained.py": "x = 1\n",
     "own/settings.json": "{}",
+    "own/compiled.so": "",
     "own/weights.pt": "",
 }
+NOT_READ = {"own/wrong.py": "syntax error", "own/.cache/x.json": ""}
 COMMAND = "--model own/mine.py:net --data own/mine.npz --threads 1 --jobs 1 --elr 0.1"
 
 
@@ -82,7 +86,7 @@ COMMAND = "--model own/mine.py:net --data own/mine.npz --threads 1 --jobs 1 --el
 def theirs(tmp_path, monkeypatch):
     """The folder in which one is, with somebody's below."""
     folder = tmp_path / "theirs"
-    for name, text in {**OWN, "own/wrong.py": "syntax error"}.items():
+    for name, text in {**OWN, **NOT_READ}.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(text)
     torch.save(torch.ones(()), folder / "own" / "weights.pt")
