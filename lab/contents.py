@@ -1,49 +1,97 @@
-"""What a run was made by: hashes of the scripts that make its numbers, of a network of one's own,
-of the data. Who edits one of them and runs the same command again sees a new run."""
+"""What a run was made by: hashes of the scripts that make its numbers, of all files that a network
+of one's own reads, of the data. Who edits one of them and runs the same command again sees a new
+run."""
 
 import ast
 import hashlib
+import os
 import sys
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import source_from_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/measure.py
     lab/schedules.py lab/own.py lab/invariance.py lab/machine.py""".split()
+STANDARD_LIBRARY = Path(os.__file__).parent
+CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
+WRITING = os.O_WRONLY | os.O_RDWR
+_recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 
 
 def contents(data, files=()):
-    """Name → hash: of our scripts and what they import beside them, of somebody's files and what
-    was imported beside those, of the arrays of the data. Of a script its syntax tree counts, not
-    comments, docstrings and layout."""
+    """Name → hash: of our scripts and what they import beside them, of somebody's files, of the
+    arrays of the data. Of a script its syntax tree counts, not comments, docstrings and layout."""
     paths = {name: ROOT / name for name in SCRIPTS}
-    roots = {ROOT, *map(package_root, files)}
-    for path in sorted({*files, *loaded_below(roots)}):
+    for path in sorted({*files, *imported_beside_ours()} - set(paths.values())):
         name = seen_from_here(path)
-        if paths.get(name, path) != path:  # theirs is called like one of ours
+        if name in paths:  # theirs is called like one of ours
             name = str(path)
         paths[name] = path
     found = {}
     for name, path in paths.items():
-        text = path.read_bytes()
-        found[name] = hash_of(code(text) if path.suffix == ".py" else text)
+        if path.is_file():  # else it was a temporary one
+            content = path.read_bytes()
+            found[name] = hash_of(code(content) if path.suffix == ".py" else content)
     arrays = [x.cpu().contiguous().numpy() for x in (data.x, data.y, data.test_x, data.test_y)]
     return found | {"the data": hash_of(*arrays)}
 
 
-def loaded_below(roots):
-    """The files of modules that are loaded from these folders, but for libraries and what makes no
-    numbers."""
-    others = {ROOT / name for name in ("regimes.py", "lab", "tests", "docs")}
-    found = set()
-    for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or "")
-        if not path.is_absolute() or path.suffix != ".py" or "site-packages" in path.parts:
-            continue
-        path = path.resolve()
-        if roots & set(path.parents) and not others & {path, *path.parents} and path.is_file():
-            found.add(path)
-    return found
+@contextmanager
+def recorded(files):
+    """Into `files` goes what is read meanwhile, however that is done: modules, weights, settings.
+    Not what is written, too, nor what is a library's or in a cache."""
+    _listen()
+    opened = []
+    _recordings.append(opened)
+    try:
+        yield
+    finally:
+        _recordings.pop()
+        written = {file for file, writing in opened if writing}
+        for file in {file for file, _ in opened} - written:
+            if file.endswith(".pyc"):
+                with suppress(ValueError):  # of one that has no source
+                    file = source_from_cache(file)
+            path = Path(file).resolve()
+            kept = path.suffix == ".py" or CACHES.isdisjoint(path.parts)
+            if kept and path.is_file() and not is_library(file):
+                files.add(path)
+
+
+@cache
+def _listen():
+    """From now on Python tells of each file that it opens. This cannot be taken back."""
+
+    def hear(event, args):
+        if not _recordings or event not in ("open", "import"):
+            return
+        file = args[0] if event == "open" else args[1]  # which only compiled modules have
+        if isinstance(file, str | bytes | os.PathLike):
+            writing = event == "open" and args[2] & WRITING
+            _recordings[-1].append((os.path.abspath(os.fsdecode(file)), writing))
+
+    sys.addaudithook(hear)
+
+
+def imported_beside_ours():
+    """The files of modules in the folder of our scripts, but for what makes no numbers."""
+    others = {ROOT / name for name in ("regimes.py", "tests", "docs")}
+    modules = list(sys.modules.values())
+    files = [getattr(module, "__file__", None) or "" for module in modules]
+    paths = {Path(file) for file in files if file.startswith(f"{ROOT}/") and file.endswith(".py")}
+    return {p for p in paths if not is_library(p) and others.isdisjoint({p, *p.parents})}
+
+
+def is_library(file):
+    """Whether it is of a library or ours, is no file, as "<string>", or torch.compile's."""
+    path = Path(file)
+    places = {path, *path.parents}
+    ours = {ROOT / "lab", *(ROOT / name for name in SCRIPTS)}
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    generated = str(file).startswith("<") or "/torchinductor_" in str(file)
+    return bool(installed or generated or places & {*ours, STANDARD_LIBRARY, Path("/proc")})
 
 
 def hash_of(*parts):
@@ -57,7 +105,10 @@ def hash_of(*parts):
 @cache
 def code(text):
     """A script without comments, docstrings and layout."""
-    tree = ast.parse(text)
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # it was read, not run
+        return text
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):

@@ -48,18 +48,19 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
     """The data set `name`, one of NAMES or a file .npz or .txt, on `device`; downloads go to
     `root`. Raises ValueError where it cannot be read. digits: 1,797 of 8×8, Alpaydin and Kaynak
     (UCI, 1998), as in scikit-learn, 1,437 to train on."""
+    path = Path(name)
     if name == "digits":
         data = arrays(DIGITS)
     elif name == "modular":
         data = modular(modulus)
     elif name in NAMES:
-        data = _download(name, Path(root))
-    elif not name.endswith((".npz", ".txt")):
+        data = _download(name, root)
+    elif path.suffix not in (".npz", ".txt"):
         raise ValueError(f"no data set {name!r}: choose {', '.join(NAMES)}, FILE.npz, FILE.txt")
-    elif not Path(name).is_file():
+    elif not path.is_file():
         raise ValueError(f"{name}: there is no such file")
     else:
-        data = arrays(Path(name)) if name.endswith(".npz") else text(Path(name))
+        data = text(path) if path.suffix == ".txt" else arrays(path)
     for part in PARTS:
         setattr(data, part, getattr(data, part).to(device))
     data.classes = int(max(data.y.max(), data.test_y.max())) + 1
@@ -91,32 +92,27 @@ def text(path, length=16):
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{path} cannot be read as text in UTF-8 ({error})") from None
-    cut, generator, parts = len(content) * 9 // 10, torch.Generator().manual_seed(0), []
-    known = sorted(set(content[:cut]))
-    tokens = {character: token for token, character in enumerate(known)}
-    for part, n in ((content[:cut], 20_000), (content[cut:], 4_000)):
-        codes = torch.tensor([tokens[character] for character in part if character in tokens])
-        if len(codes) < 1000:
-            raise ValueError(f"{path} is too short: it takes 10,000 characters")
-        start = torch.randint(len(codes) - length, (n, 1), generator=generator)
-        windows = codes[start + torch.arange(length + 1)]
+    if len(content) < 10_000:
+        raise ValueError(f"{path} is too short: it takes 10,000 characters")
+    known, codes = np.unique(list(content), return_inverse=True)
+    codes, cut = torch.from_numpy(codes), len(codes) * 9 // 10
+    generator, parts = torch.Generator().manual_seed(0), []
+    for part, n in ((codes[:cut], 20_000), (codes[cut:], 4_000)):
+        start = torch.randint(len(part) - length, (n, 1), generator=generator)
+        windows = part[start + torch.arange(length + 1)]
         parts += [windows[:, :-1], windows[:, -1]]
     notes = [f"{len(content)} characters, {len(known)} different ones, in windows of {length}"]
-    unknown = sorted(set(content[cut:]) - set(known))
-    if unknown:
-        notes.append(f"left out, as only the last tenth has them: {' '.join(map(repr, unknown))}")
-    return Data(*parts, known, notes)
+    return Data(*parts, known.tolist(), notes)
 
 
 def arrays(path):
     """The arrays x, y, test_x, test_y of a file .npz, or x_train, …, as in Keras' files. Raises
     ValueError where they are not inputs and labels."""
-    found = _read(path)
-    last = found["x"].shape[-1:]
+    found, notes = _read(path), []
     for name, array in found.items():
         try:
             if name.endswith("x"):
-                found[name] = _inputs(array)
+                found[name] = _inputs(array, notes)
             else:
                 found[name] = _labels(array, len(found[name.replace("y", "x")]))
         except ValueError as error:
@@ -125,24 +121,21 @@ def arrays(path):
     x, y, test_x, test_y = found.values()
     if x.shape[1:] != test_x.shape[1:] or x.dtype != test_x.dtype:
         raise ValueError(f"{path}: test_x is not of the kind and shape of x")
-
+    if (y.dtype.kind == "U") != (test_y.dtype.kind == "U"):
+        raise ValueError(f"{path}: of y and test_y one is text, one numbers")
     known, y, counts = np.unique(y, return_inverse=True, return_counts=True)
-    n, once = len(known), (counts == 1).sum()
+    n, once, lacking = len(known), (counts == 1).sum(), np.setdiff1d(test_y, known)
     if n > 20 and once > n / 4:
         values = f"y has {n} different values, {once} of them once"
         raise ValueError(f"{path}: {values}: only classes can be trained, no numbers to predict")
-    lacking = test_y[~np.isin(test_y, known)].tolist()
-    if lacking:
+    if len(lacking):
         raise ValueError(f"{path}: the label {lacking[0]} is in test_y, not in y")
-    labels, notes = None, []
-    if known.tolist() != list(range(n)):
-        labels = known.tolist()
+    labels, notes = known.tolist(), notes[:1]  # what is noted of x goes for test_x, too
+    if labels == list(range(n)):
+        labels = None
+    else:
         renamed = f"{n} labels, {known[0]} to {known[-1]}, are the classes 0 to {n - 1}"
         notes.append(f"{renamed}: see config.json")
-    if x.dtype == np.int64:
-        notes.append("whole numbers [N, T] are read as tokens: else save x.astype(float)")
-    elif x.shape[-1:] != last:
-        notes.append(f"x is read as images [N, channels, H, W] = {list(x.shape)}")
     parts = x, y, test_x, np.searchsorted(known, test_y)
     x, y, test_x, test_y = map(torch.from_numpy, parts)
     if x.dtype == torch.float64:
@@ -155,9 +148,11 @@ def _read(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {KERAS.get(name.lower(), name): name for name in file.files}
-            found = {name: file[stored[name]] for name in PARTS if name in stored}
-    except Exception:  # damage can show anywhere
-        message = "is damaged, or no .npz file of numbers and text (objects: save x.astype(str))"
+            found = {name: np.asarray(file[stored[name]]) for name in PARTS if name in stored}
+    except Exception as error:  # damage can show anywhere
+        message = "is damaged, or no .npz file"
+        if str(error).startswith("Object arrays"):
+            message = "holds Python objects: save numbers or text, as with y.astype(str)"
         raise ValueError(f"{path} {message}") from None
     for name in PARTS:
         if name not in found:
@@ -166,7 +161,7 @@ def _read(path):
     return found
 
 
-def _inputs(x):
+def _inputs(x, notes):
     """Images [N, C, H, W] uint8 or float64, numbers [N, M] float64, tokens [N, T] int64."""
     few = x.ndim == 2 and x.dtype in (bool, np.uint8)
     if x.ndim not in (2, 3, 4) or x.dtype.kind not in "fiub" or few:
@@ -176,11 +171,10 @@ def _inputs(x):
     if x.ndim == 2 and x.dtype.kind in "iu":
         if x.min() < 0 or x.max() > 10**6:
             raise ValueError("has tokens below 0 or above a million: numbers are floats")
+        notes.append("whole numbers [N, T] are read as tokens: else save x.astype(float)")
         return x.astype(np.int64, order="C")
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
-        x = np.moveaxis(x, 3, 1)
+    if x.ndim > 2:
+        x = _channels_first(x, notes)
     if x.dtype == np.uint8:
         return np.ascontiguousarray(x)
     x = x.astype(np.float64, order="C")
@@ -190,8 +184,33 @@ def _inputs(x):
     return x
 
 
+def _channels_first(x, notes):
+    """[N, H, W] or [N, H, W, C] as [N, C, H, W]. Up to 4 numbers are channels; where both ends have
+    so few, or none, channels are last if only so images are square."""
+    if x.ndim == 3:
+        return x[:, None]
+    _, first, middle, last = x.shape
+    unclear = (first <= 4) == (last <= 4)
+    moved = last <= 4
+    if unclear:
+        moved = first == middle != last
+    if moved:
+        x = np.moveaxis(x, 3, 1)
+        notes.append(f"x is read as images [N, H, W, channels], {last} channels")
+    elif unclear:
+        taken = f"x is read as images [N, channels, H, W], {first} channels"
+        notes.append(f"{taken}: if they are the last, save np.moveaxis(x, 3, 1)")
+    return x
+
+
 def _labels(y, n):
     """[n], whole numbers or text."""
+    if y.dtype.kind == "S":
+        y = np.char.decode(y, "utf-8")
+    if y.dtype.kind == "f":
+        y = y.astype(np.float64)
+        if ((abs(y) < 2**53) & (y.round() == y)).all():
+            y = y.astype(np.int64)
     if y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "biuU":
         raise ValueError(f"must be {n} labels, whole numbers or text: y.astype(int), y.argmax(1)")
     return y.ravel()
@@ -211,18 +230,19 @@ def _download(name, root):
     """A data set of torchvision, from `root` once it is there."""
     from torchvision import datasets
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}[name]
-    svhn, parts = name == "svhn", []
+    kind, parts = getattr(datasets, name.upper()), []
+    urls, halves = [getattr(kind, "url", "")], (True, False)
+    if name == "svhn":
+        halves = ("train", "test")
+        urls = [kind.split_list[half][0] for half in halves]
     try:
-        for part in ("train", "test"):
-            half = dict(split=part) if svhn else dict(train=part == "train")
-            found = kind(root, download=True, **half)
-            labels = found.labels if svhn else found.targets
-            parts += [torch.from_numpy(_inputs(found.data)), torch.as_tensor(labels).long()]
-    except (ImportError, OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
-        files = list(kind.split_list.values())[:2] if svhn else [(kind.url, kind.filename)]
-        where = " and ".join(f"{url} as {root / file}" for url, file, *_ in files)
-        raise ValueError(f"{name} cannot be downloaded ({error}): get {where} by hand") from None
+        for half in halves:
+            found = kind(root, half, download=True)
+            labels = found.labels if name == "svhn" else found.targets
+            parts += [torch.from_numpy(_inputs(found.data, [])), torch.as_tensor(labels).long()]
+    except (OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
+        place = f"put {' and '.join(urls)} into {root} by hand"
+        raise ValueError(f"{name} cannot be downloaded ({error}): {place}") from None
     return Data(*parts)
 
 

@@ -73,8 +73,7 @@ def read(path, device="cpu"):
         model = options["model"]
         raise ValueError(f"{path}: {model} has changed since: its weights do not fit") from None
     if "contents" in state:  # else it is of version 0.3
-        file = Path(options["model"].rpartition(":")[0]).resolve()
-        here = contents(data, own.LOADED.get(file, ()))
+        here = contents(data, own.files_of(options["model"]))
         _note(changed({name: x for name, x in state["contents"].items() if name in here}, here))
     return point
 

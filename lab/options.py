@@ -248,11 +248,11 @@ def prepare(config):
         alone = config.ranks > 1 or config.device != "cpu"
         config.jobs = 1 if alone else cores()
     config.jobs = min(config.jobs, len(config.values) * config.seeds)
-    data, file = read_data(config), Path(config.model.rpartition(":")[0])
+    data = read_data(config)
     with refusing("model"):
         net, x, layer_groups = own.layer_groups(config, data)
     choose_threads(config, net, x)
-    made_by = contents(data, own.LOADED.get(file.resolve(), ()))
+    made_by = contents(data, own.files_of(config.model))
     with refusing("out"):
         given, config.out = config.out, config.folder()
         told = open_folder(config.out, config.identity(), made_by, given)

@@ -15,15 +15,12 @@ from torch import nn
 
 import models
 from lab import measure
-from lab.contents import ROOT, package_root
+from lab.contents import is_library, package_root, recorded
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
 from lab.machine import use
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
-# Files whose lines are not shown in an error: their user cannot mend them.
-LIBRARIES = (f"{Path(torch.__file__).parents[1]}/", f"{Path(os.__file__).parent}/", "<")
-LIBRARIES += tuple(str(ROOT / name) for name in ("train.py", "sphere_step.py", "models.py", "lab/"))
-LOADED = {}  # somebody's file → the files of all modules that it has loaded, and itself
+LOADED = {}  # somebody's file → it, and all files that were read for it
 
 
 def build(options, data):
@@ -47,38 +44,43 @@ def load(model, data):
     known = dict(channels=x.shape[1], classes=data.classes, example=x[0].cpu())
     if data.tokens is not None:
         known["tokens"] = data.tokens
-    with beside(path) as package:
-        # A seed that the file sets is not that of the run.
-        with explained(f"{file} cannot be imported"), torch.random.fork_rng(devices):
+    with beside(path) as package, explained(f"{model} cannot be loaded"):
+        with torch.random.fork_rng(devices):  # a seed that the file sets is not that of the run
             module = ModuleType(f"_{path.stem}")
             module.__file__, module.__package__ = str(path), package
             sys.modules[module.__name__] = module  # where dataclasses look for it
             exec(compile(path.read_bytes(), path, "exec"), vars(module))
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise ValueError(f"{file} has no function {name!r}")
-        with explained(f"{model} cannot be called"):
-            net = function if isinstance(function, nn.Module) else _call(function, known)
-        with explained(f"{model} cannot be run on the data"), torch.no_grad():
+        net = getattr(module, name)
+        if not isinstance(net, nn.Module):
+            net = _call(net, known)
+        with torch.no_grad():
             net.to(x.device).eval()(x)  # lazy layers get their shapes here
-            if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
-                net.register_forward_hook(logits)
+        if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks
+            net.register_forward_hook(logits)
     return net.train()
 
 
 def _call(function, known):
     """Call it with what it names of `known`, or with (channels, classes)."""
     signature = inspect.signature(function)
+    parameters = signature.parameters.values()
     named = {name: known[name] for name in signature.parameters if name in known}
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    unnamed = not named and any(p.kind is p.VAR_POSITIONAL for p in parameters)
     try:
         signature.bind(**named)
     except TypeError:
-        named = {}
-        kinds.add(inspect.Parameter.VAR_POSITIONAL)
-    if not named and kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        unnamed = True
+    if unnamed:
         return function(known["channels"], known["classes"])
     return function(**named)
+
+
+def files_of(model):
+    """The files of somebody's network: its own, and what was read for it."""
+    if ":" not in model:
+        return set()
+    path = Path(model.rpartition(":")[0]).resolve()
+    return LOADED.setdefault(path, {path})
 
 
 @contextmanager
@@ -88,12 +90,11 @@ def beside(path):
     When mine.py says `from models import Block`, that is the models.py next to it, not ours. `from
     sphere_step import SphereSGD` gets ours if there is none next to it. Afterwards ours are back,
     and theirs forgotten, so that the next network imports them anew. Yields the package in which
-    `from .blocks import Block` is looked up.
+    `from .blocks import Block` is looked up. What is read goes into LOADED.
     """
     root = package_root(path)
-    folders = dict.fromkeys([str(path.parent), str(root)])
+    folders = [str(path.parent), str(root)]
     modules, argv, places, here = dict(sys.modules), sys.argv, list(sys.path), os.getcwd()
-    known = files_of_modules()
     for name in modules:
         if name.partition(".")[0] in OUR_MODULES:
             del sys.modules[name]
@@ -102,25 +103,18 @@ def beside(path):
     sys.path[:0] = folders
     sys.argv = [str(path)]
     try:
-        yield ".".join(["_own", *path.parent.relative_to(root).parts])
+        with recorded(LOADED.setdefault(path, {path})):
+            yield ".".join(["_own", *path.parent.relative_to(root).parts])
     finally:
-        files = {file for file in files_of_modules() - known if not file.startswith(LIBRARIES)}
-        LOADED.setdefault(path, {path}).update(Path(file).resolve() for file in files)
         sys.path[:] = dict.fromkeys([*places, *folders])  # last: forward may import, too
         sys.argv = argv
         os.chdir(here)
         for name in set(sys.modules) - set(modules):
             file = getattr(sys.modules[name], "__file__", None) or "<"
-            theirs = file.startswith(str(root)) and not file.startswith(LIBRARIES)
+            theirs = file.startswith(str(root)) and not is_library(file)
             if theirs and file != str(path):  # dataclasses and type hints look names up in it later
                 del sys.modules[name]
         sys.modules.update(modules)
-
-
-def files_of_modules():
-    """Where the modules that are loaded came from, but for what torch.compile writes."""
-    modules = [module for name, module in sys.modules.items() if not name.startswith("torch.")]
-    return {getattr(module, "__file__", None) or "<" for module in modules}
 
 
 @contextmanager
@@ -133,10 +127,10 @@ def explained(failure, passing=()):
         raise
     except BaseException as error:  # sys.exit in their file, too
         why = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
-        if theirs:
-            why += f"; {theirs[-1].filename}, line {theirs[-1].lineno}"
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if not is_library(frame.filename):  # their user can mend it
+                why += f"; {frame.filename}, line {frame.lineno}"
+                break
         raise ValueError(f"{failure} ({why})") from error
 
 
@@ -155,7 +149,8 @@ def rehearse(net, data, options):
     size = options.batch_size
     x = data.inputs(torch.arange(size, device=data.x.device))
     bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
-    with explained(f"{options.model} cannot be trained on a batch of {size}"), bf16:
+    read = recorded(files_of(options.model))  # what is imported in training alone
+    with explained(f"{options.model} cannot be trained on a batch of {size}"), bf16, read:
         out = net(x)
         if out.shape != (size, data.classes):
             wanted = f"[{size}, {data.classes} classes]"
@@ -185,7 +180,7 @@ def layer_groups(options, data):
             failure += " on a copy, as --average takes"
         with explained(failure):
             found = scale_invariant_groups(net, x, make, options.sphere == "row")
-        groups = _usable(net, found, options.sphere == "row")
+        groups = _usable(net, found, options.sphere)
     with running(options.model):
         notes = measure.check_gradient(net, groups, data, options, ours)
     for note in notes:
@@ -193,38 +188,32 @@ def layer_groups(options, data):
     return net, x, groups
 
 
-def _usable(net, found, rows):
+def _usable(net, found, sphere):
     """Those that are not zero, which have no direction; printed with their norms."""
-    weights = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-    usable = []
+    lines, usable = [f"{'norm':>9}  sphere"], []
+    rest = [name for name, p in net.named_parameters() if p.requires_grad]
     for group in found:
-        if rows:
-            moved = all(weights[name].flatten(1).any(dim=1).all() for name in group)
-        else:
-            moved = any(weights[name].any() for name in group)
-        if moved:
+        points = measure.vectors(net, measure.spheres_of([group], sphere))
+        if all(x.any(dim=1).all() for x in points):
             usable.append(group)
+            norm = math.hypot(*(x.norm() for x in points))
+            lines.append(f"{norm:9.3g}  {' + '.join(group)}")
+            rest = [name for name in rest if name not in group]
     if not usable:
-        raise ValueError(_why_none(net, found, rows))
-    print(f"{'norm':>9}  sphere")
-    for group in usable:
-        norm = math.hypot(*(weights.pop(name).norm().item() for name in group))
-        print(f"{norm:9.3g}  {' + '.join(group)}")
-    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(weights) or 'nothing'}")
+        raise ValueError(_why_none(net, found, sphere))
+    print(*lines, sep="\n")
+    print(f"{'':9}  off the spheres, by plain SGD: {', '.join(rest) or 'nothing'}")
     return usable
 
 
-def _why_none(net, found, rows):
+def _why_none(net, found, sphere):
     if found:
         return f"of norm zero, without direction, is {', '.join(map(' + '.join, found))}"
-    if rows:
+    if sphere == "row":
         return "no scale-invariant rows, as before a BatchNorm: take --sphere layer"
-    names = {}  # several of one tensor, as of a head that is tied to the embedding
+    where = f"a normalization layer, of eps ≤ {MAX_EPS}, behind weights that are trained"
+    first = {p: name for name, p in net.named_parameters()}
     for name, p in net.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
-    for own in names.values():
-        if len(own) > 1:
-            tied = f"{' is '.join(own)}, too: is there a normalization behind both?"
-            return f"no scale-invariant weights: {tied}"
-    where = f"of eps ≤ {MAX_EPS}, behind weights that are trained?"
-    return f"no scale-invariant weights: is there a normalization layer, {where}"
+        if name != first[p]:  # as of a head that is tied to the embedding
+            where = f"a normalization behind both uses of {first[p]}, which is {name}, too"
+    return f"no scale-invariant weights: is there {where}?"

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,190 +21,234 @@ from helpers import (
     read,
     refused,
     run,
-    start_copy,
+    start,
 )
 
 from lab import contents, landscape, own, runs
 from lab.data import Data, load
 
-LOSS = "loss = F.cross_entropy(logits, y)"
-SMOOTH = "loss = F.cross_entropy(logits, y, label_smoothing=0.1)"
-
-# A folder of somebody's: mine.py, and what it imports, in each way that there is.
-OWN = {
-    "own/mine.py": """
-import os
-import sys
-import parts.deep
+# A folder of somebody's: mine.py, and what it reads, in each way that there is.
+MINE = """
+import json, os, sys
+from importlib.util import module_from_spec, spec_from_file_location
+import torch
 from blocks import WIDTH
-from parts import *
-from parts.layers import head
 from models import norm
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "elsewhere"))
+from parts.layers import head
+here = os.path.dirname(__file__)
+sys.path.insert(0, f"{here}/../elsewhere")
 from inserted import scale
-from own.beside_it import bias
+from own.below_here import bias
 if WIDTH < 0:
     import wrong
+spec = spec_from_file_location("unknown", f"{here}/loaded.py")
+spec.loader.exec_module(module_from_spec(spec))
+exec(open(f"{here}/executed.py").read())
+sys.audit("import", "compiled", f"{here}/compiled.so", None, None, None)  # as of one in C
+open(f"{here}/.cache/x.json").close()
+
+class Net(torch.nn.Sequential):
+    def forward(self, x):
+        if self.training:
+            import trained
+        return super().forward(x)
 
 def net(example, classes):
     from late import relu
-    linear = parts.deep.nn.Linear(len(example), WIDTH, bias)
-    return parts.deep.nn.Sequential(linear, norm(WIDTH), relu(), head(WIDTH * scale, classes))
-""",
+    settings = json.load(open(f"{here}/settings.json"))
+    linear = torch.nn.Linear(len(example), WIDTH, bias)
+    linear.weight.data *= torch.load(f"{here}/weights.pt")
+    print("a line", file=open(f"{here}/my.log", "a+"))
+    return Net(linear, norm(WIDTH), relu(), head(WIDTH * scale, classes))
+"""
+OWN = {
+    "own/mine.py": MINE,
     "own/blocks.py": "WIDTH = 8\n",
-    "own/models.py": "from torch import nn\nnorm = nn.LayerNorm\n",  # has the name of ours
+    "own/models.py": "from torch.nn import LayerNorm as norm\n",  # has the name of ours
     "own/late.py": "from torch.nn import ReLU as relu\n",
-    "own/parts/__init__.py": "__all__ = []\n",
-    "own/parts/layers.py": "from . import deep\nfrom .below.here import head\n",
-    "own/parts/deep.py": "from torch import nn\n",
-    "own/parts/below/__init__.py": "",
-    "own/parts/below/here.py": "from .. import beside\nfrom ..deep import nn\nhead = nn.Linear\n",
-    "own/parts/beside.py": "x = 1\n",
-    "own/beside_it.py": "bias = True\n",  # from the folder that one is in
-    "elsewhere/inserted.py": "scale = 1\n",  # from sys.path
+    "own/parts/__init__.py": "",
+    "own/parts/layers.py": "from .deep.here import head\n",
+    "own/parts/deep/here.py": "from torch.nn import Linear as head\n",
+    "own/below_here.py": "bias = True\n",
+    "elsewhere/inserted.py": "scale = 1\n",
+    "own/loaded.py": "x = 1\n",
+    "own/executed.py": "x = 1\n",
+    "own/trained.py": "x = 1\n",
+    "own/settings.json": "{}",
+    "own/compiled.so": "",
+    "own/weights.pt": "",
 }
-WRONG = "own/wrong.py"  # not imported
+NOT_READ = {"own/wrong.py": "syntax error", "own/.cache/x.json": ""}
+COMMAND = "--model own/mine.py:net --data own/mine.npz --threads 1 --jobs 1 --elr 0.1"
 
 
 @pytest.fixture
-def project(tmp_path):
-    folder = copy_of_project(tmp_path / "project")
-    make_own(folder, shift=1)
-    return folder
-
-
-def make_own(folder, shift):
-    rng = np.random.default_rng(0)
-    y = np.arange(80) % 2
-    x = rng.normal(size=(80, 5)) + shift * y[:, None]
-    for name, text in {**OWN, WRONG: "syntax error"}.items():
+def theirs(tmp_path, monkeypatch):
+    """The folder in which one is, with somebody's below."""
+    folder = tmp_path / "theirs"
+    for name, text in {**OWN, **NOT_READ}.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        if not (folder / name).exists():
-            (folder / name).write_text(text)
+        (folder / name).write_text(text)
+    torch.save(torch.ones(()), folder / "own" / "weights.pt")
+    make_data(folder, shift=1)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))  # as `python mine.py` does
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edit in the same second counts
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+
+
+def make_data(folder, shift):
+    y = np.arange(80) % 2
+    x = np.random.default_rng(0).normal(size=(80, 5)) + shift * y[:, None]
     np.savez(folder / "own" / "mine.npz", x=x, y=y, test_x=x, test_y=y)
+
+
+def add(path, text="\nADDED = 1\n"):
+    with open(path, "a") as file:
+        file.write(text)
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def moved(project, command, output, number, what):
-    """One line says what has changed and where the old files are; there they are, whole."""
-    status, text = in_copy(project, command)
-    assert status == 0 and "(already done)" not in text, text
-    there = f"logs/{output.name}/before-{number}"
+def is_moved(text, out, number, what):
+    """One line says what has changed and where the old files are; returns that folder's name."""
+    assert "(already done)" not in text
     (line,) = [line for line in text.splitlines() if "before-" in line]
-    assert line == f"{what}: trained anew; the old runs are in {there}"
-    return project / there
+    assert line == f"{what}: trained anew; the old runs are in {out}/before-{number}"
+    return Path(f"{out}/before-{number}")
 
 
-def test_contents_change_where_code_does_and_only_there(project, monkeypatch):
-    """Scripts of ours, a file of theirs, all that it has imported."""
-    monkeypatch.setattr(contents, "ROOT", project)
-    monkeypatch.chdir(project)
-    monkeypatch.syspath_prepend(str(project))  # as `python train.py` does
-    mine, data = project / "own" / "mine.py", load(str(project / "own" / "mine.npz"))
-    own.load(f"{mine}:net", data)
+def test_contents_change_where_a_file_does_and_only_there(theirs):
+    """Scripts of ours, a file of theirs, all that it has read in whatever way."""
+    data = load("own/mine.npz")
+
+    options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32")
 
     def now():
-        return contents.contents(data, own.LOADED[mine])
+        own.rehearse(own.build(options, data), data, options)
+        return contents.contents(data, own.files_of(options.model))
 
     before = now()
     assert set(before) == {*contents.SCRIPTS, *OWN, "the data"}
-    for name in before.keys() - {"the data"}:
-        text = (project / name).read_text().replace('"""\n\n', '\nMore."""\n\n\n', 1)
-        text = re.sub(r"^(\w+) = ", r"\1   =   ", text, flags=re.M)
-        (project / name).write_text(text + "\n\n# a comment\n")
+    for name in [name for name in OWN if name.endswith(".py")]:
+        text = re.sub(r"^(\w+) = ", r"\1   =   ", (theirs / name).read_text(), flags=re.M)
+        (theirs / name).write_text(f'"""More."""\n{text}\n\n# a comment\n')
     assert now() == before
-    for name in before.keys() - {"the data"}:
-        with open(project / name, "a") as file:
-            file.write("\nADDED = 1\n")
+    for name in OWN:
+        if name.endswith(".pt"):
+            torch.save(torch.tensor(2.0), theirs / name)
+        else:
+            add(theirs / name, "\nADDED = 1\n" if name.endswith(".py") else " \n")
         after = now()
         assert [key for key in before | after if before.get(key) != after.get(key)] == [name]
         before = after
 
 
-def test_what_lies_beside_our_scripts_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
+def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in contents.SCRIPTS:
+    for name in ("labels.py", *contents.SCRIPTS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    (tmp_path / "labels.py").write_text("smoothing = 0.1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "labels", raising=False)
+    monkeypatch.setitem(sys.modules, "labels", None)  # so that it is forgotten afterwards
+    del sys.modules["labels"]
     importlib.import_module("labels")
-    found = []
-    for shape in ((4, 1, 8, 8), (4, 1, 4, 16)):
-        x, y = torch.zeros(shape, dtype=torch.uint8), torch.zeros(4).long()
-        found.append(contents.contents(Data(x, y, x, y)))
-    assert "labels.py" in found[0] and found[0]["the data"] != found[1]["the data"]
-    monkeypatch.delitem(sys.modules, "labels")
+    y = torch.zeros(4).long()
+
+    def now(*shape):
+        x = torch.zeros(shape, dtype=torch.uint8)
+        return contents.contents(Data(x, y, x, y))
+
+    before = now(4, 1, 8, 8)
+    assert set(before) == {"labels.py", *contents.SCRIPTS, "the data"}
+    assert contents.changed(before, now(4, 1, 4, 16)) == "the data has changed"
+    for name in before.keys() - {"the data"}:
+        add(tmp_path / name, '"""A text."""\n# a comment\n')
+        assert now(4, 1, 8, 8) == before
+        add(tmp_path / name)
+        assert contents.changed(before, before := now(4, 1, 8, 8)) == f"{name} has changed"
 
 
-def test_what_makes_a_run_is_edited_and_it_is_trained_anew(project):
-    command = "--model own/mine.py:net --data own/mine.npz --elr 0.1 --epochs 1 --threads 1"
-    status, text = in_copy(project, command)
-    assert status == 0 and "before-" not in text, text
-    (out,) = (project / "logs").iterdir()
-    edited = """train.py own/mine.py own/parts/beside.py own/beside_it.py elsewhere/inserted.py
-        own/mine.npz lab/options.py""".split()
-    for number, name in enumerate(edited, start=1):
-        old, what = files(out), f"{name} has changed"
-        if name.endswith(".npz"):
-            make_own(project, shift=2)
-            what = "the data has changed"
-        elif name == "lab/options.py":  # a default
-            edit(project / name, 'DATA, 16, "training', 'DATA, 20, "training')
-            what = "batch_size is 16 there, 20 here"
-        else:
-            with open(project / name, "a") as file:
-                file.write("\nADDED = 1\n")
-        assert files(moved(project, command, out, number, what)) == old, name
-        assert files(out).keys() == old.keys()
-    with open(project / "own" / "mine.py", "a") as file:
-        file.write("\n# a comment\n")
-    assert "(already done)" in in_copy(project, command)[1]
+def test_a_file_is_edited_and_the_run_trained_anew_nothing_goes_on_from_old_weights(
+    theirs, tmp_path, capsys
+):
+    """Neither with the same epochs nor with more, nor beside a run of another ELR."""
+    out = tmp_path / "out"
+    for number, name in enumerate(
+        ("", "mine.py", "parts/deep/here.py", "settings.json", "mine.npz")
+    ):
+        old = files(out) if name else {}
+        if name == "mine.npz":
+            make_data(theirs, shift=2)
+        elif name:
+            add(theirs / "own" / name, "\nADDED = 1\n" if name.endswith(".py") else "\n")
+        assert run(f"{COMMAND} 0.5 --epochs 1", out) == 0
+        text = "".join(capsys.readouterr())
+        if name:
+            what = "the data" if name == "mine.npz" else f"own/{name}"
+            assert files(is_moved(text, out, number, f"{what} has changed")) == old
+            assert files(out).keys() == old.keys()
+    add(theirs / "own" / "mine.py", "\n# a comment\n")
+    assert run(f"{COMMAND} 0.5 --epochs 1", out) == 0
+    assert capsys.readouterr().out.count("(already done)") == 2
 
-
-def test_after_an_edit_nothing_goes_on_from_the_old_weights(project, tmp_path):
-    """Neither with more epochs nor beside runs of another ELR."""
-    command = f"{SUMS} --elr 0.1 0.5 --out"
-    assert in_copy(project, f"{command} logs/a")[0] == 0
-    edit(project / "train.py", LOSS, SMOOTH)
-    more = f"{SUMS} --elr 0.5 --epochs 3 --out"
-    old = moved(project, f"{more} logs/a", project / "logs" / "a", 1, "train.py has changed")
+    edit(theirs / "own" / "blocks.py", "8", "6")
+    assert run(f"{COMMAND} --epochs 3", out) == 0
+    old = is_moved("".join(capsys.readouterr()), out, 5, "own/blocks.py has changed")
     assert len(read(old / "regimes.csv")) == 2
-    assert [row["elr"] for row in read(project / "logs" / "a" / "regimes.csv")] == ["0.5"]
-    assert in_copy(project, f"{more} {tmp_path / 'whole'}")[0] == 0
-    equal_runs(tmp_path / "whole", project / "logs" / "a", "elr=5e-01")
-    status, text = in_copy(project, f"{command} logs/a --epochs 3")
-    assert status == 0 and text.count("(already done)") == 1 and "elr 1e-01 (" not in text
+    assert [row["elr"] for row in read(out / "regimes.csv")] == ["0.1"]
+    assert run(f"{COMMAND} --epochs 3", tmp_path / "whole") == 0
+    equal_runs(tmp_path / "whole", out, "elr=1e-01")
 
 
-def test_while_a_run_is_in_progress_nothing_is_moved(project):
-    out = project / "logs"
-    command = f"{SUMS} --elr 0.1 0.5 --out logs"
-    assert in_copy(project, command)[0] == 0
-    edit(project / "train.py", LOSS, SMOOTH)
+def test_while_a_run_is_in_progress_nothing_is_moved(theirs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(f"{COMMAND} --epochs 1", out) == 0
+    add(theirs / "own" / "mine.py")
     with runs.lock(out / "elr=5e-01.lock"):
         old = files(out)
-        status, text = in_copy(project, command)
-        assert status == 2 and text.count("\n") == 1 and "elr=5e-01 is in progress" in text, text
+        assert "elr=5e-01 is in progress" in refused(capsys, f"{COMMAND} --epochs 1", out)
         assert files(out) == old and not list(out.glob("before*"))
 
 
-def test_the_ranks_of_torchrun_move_the_old_runs_once(project):
-    out = project / "logs"
-    command = f"{SUMS} --elr 0.1 0.5 --out logs"
-    assert in_copy(project, command)[0] == 0
-    edit(project / "train.py", LOSS, SMOOTH)
-    children = [start_copy(project, command, RANK=rank, WORLD_SIZE="2") for rank in "01"]
+def test_the_ranks_of_torchrun_move_the_old_runs_once(theirs, tmp_path):
+    out, command = tmp_path / "out", f"{COMMAND} 0.5 --epochs 1"
+    assert run(command, out) == 0
+    add(theirs / "own" / "mine.py")
+    children = []
+    for rank in "01":
+        environment = dict(RANK=rank, WORLD_SIZE="2")
+        children.append(start(command, out, lambda new=environment: os.environ.update(new)))
     outputs = [end_of(child) for child in children]
     assert [status for status, _ in outputs] == [0, 0], outputs
     assert "".join(text for _, text in outputs).count("trained anew") == 1
     assert [path.name for path in out.glob("before*")] == ["before-1"]
     assert len(read(out / "regimes.csv")) == 2
+
+
+def test_our_scripts_are_edited_and_the_runs_trained_anew(tmp_path):
+    """The loss, and a default."""
+    folder, command = (
+        copy_of_project(tmp_path / "project"),
+        SUMS.replace("--batch-size 8", "--elr 0.1"),
+    )
+    assert in_copy(folder, command)[0] == 0
+    (out,) = (folder / "logs").iterdir()
+    old = read(out / "elr=1e-01.csv")
+    edit(folder / "train.py", "F.cross_entropy(logits, y)", "2 * F.cross_entropy(logits, y)")
+    is_moved(in_copy(folder, command)[1], f"logs/{out.name}", 1, "train.py has changed")
+    new = read(out / "elr=1e-01.csv")
+    assert float(new[0]["train_loss"]) == pytest.approx(2 * float(old[0]["train_loss"]))
+    edit(folder / "lab" / "options.py", 'DATA, 16, "training', 'DATA, 8, "training')
+    what = "batch_size is 16 there, 8 here"
+    is_moved(in_copy(folder, command)[1], f"logs/{out.name}", 2, what)
 
 
 # What version 0.3 wrote of the run of SUMS.
