@@ -99,6 +99,8 @@ def result(path):
 def is_expected(error):
     """Whether the one line of an error tells enough: it is of the machine, of files, of somebody's
     network. Of one in an edit of train.py one wants to see the place."""
+    if isinstance(error, BrokenPipeError):  # who reads what we print has gone away
+        return False
     if isinstance(error, OSError | MemoryError) or "memory" in str(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
