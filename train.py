@@ -22,7 +22,6 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -61,8 +60,8 @@ def train_step(run, index, move=True):
 
 
 def train(run, tell):
-    """The epochs that are left, from the run's checkpoint on: each is a pass over the training set,
-    rows in the logs, and a checkpoint. Returns whether there were any. tell: as runs.Watch.tell."""
+    """The epochs that are left, from the checkpoint on: each is a pass over the training set, rows
+    in the logs, and a checkpoint. Returns whether there were any. tell: see runs.Watch.tell."""
     run.load()
     run.prolong()
     if run.finished():
@@ -105,7 +104,7 @@ def train(run, tell):
                     row |= measure.on_average(run.averaged, net, run.spheres, data, config.dtype)
             # To log one more column, give the row one more entry here.
             log.add(row)
-            layer_log.add(*({"epoch": run.epoch, **layer} for layer in means.layers(run.layers)))
+            layer_log.add(*means.layers(run.spheres, run.epoch))
             run.ended = not math.isfinite(row["train_loss"] + row["grad_norm"])
             run.save()
             shown = "loss {train_loss:.3g}, error {train_error:.3g}, γ {grad_norm:.3g}"
@@ -115,12 +114,8 @@ def train(run, tell):
 
 
 class Run:
-    """One run: network, optimizer, order of batches; it saves and loads itself. A seed gives every
-    value the same start and the same order.
-
-    experiment   options.Experiment: options, data, layer groups, hashes of what made it
-    job          runs.Job: value (ELR, angle or learning rate), seed, path of the log
-    """
+    """A runs.Job of an options.Experiment: network, optimizer, order of batches; it saves and loads
+    itself. A seed gives every value the same start and the same order."""
 
     # In a checkpoint, beside what has a state_dict
     STATE = "epoch seconds ended start spheres contents began_from".split()
@@ -136,7 +131,6 @@ class Run:
         if job.init:
             self.net.load_state_dict(job.init["net"])
         self.began_from = job.init and job.init["checksum"]  # the end of another run
-        self.layers = [name for group in layer_groups for name in group]
         self.spheres = measure.spheres_of(layer_groups, config.sphere)
         self.make_optimizer()
         self.start = measure.vectors(self.net, self.spheres)  # float64, per sphere
@@ -153,8 +147,8 @@ class Run:
         config, value = self.config, self.value
         groups = []
         for sphere in self.spheres:
-            params = [attrgetter(name)(self.net) for name in sphere["names"]]
-            groups.append(dict(params=params, sphere="row" if sphere["rows"] else "group"))
+            kind = "row" if sphere["rows"] else "group"
+            groups.append(dict(params=measure.tensors(self.net, sphere), sphere=kind))
         self.on_spheres = [p for group in groups for p in group["params"]]
         trained = [p for p in self.net.parameters() if p.requires_grad]
         rest = [p for p in trained if p not in set(self.on_spheres)]
@@ -243,8 +237,7 @@ def work(experiment, jobs, tell, patient=False):
 
 
 def measure_chance(experiment, seeds):
-    """Loss and error at random points of the sphere, and what the runs are made with, into the
-    folder's config.json."""
+    """Chance, and what the runs are made with, into the folder's config.json."""
     config = experiment.config
     chances = regimes.read_chance(config.out)
     for seed in seeds:
@@ -259,15 +252,15 @@ def measure_chance(experiment, seeds):
 
 def stop(number, _):
     """Ctrl-C, or SIGTERM: the next one has no effect."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in runs.STOPS:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 def main(argv=None):
     config = parse(argv)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for each in runs.STOPS:
+        signal.signal(each, stop)
     if config.rank:  # of torchrun's processes the first tells what all have done
         sys.stdout = open(os.devnull, "w")
     values, new, failed = [], config.values, False
@@ -297,7 +290,6 @@ def main(argv=None):
         if not runs.is_expected(error):
             raise
         print(f"train.py: error: {error}", file=sys.stderr)
-        runs.leave(config.folder())
         return 1
     if found:
         if len(values) * len(seeds) > 1:

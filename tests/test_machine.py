@@ -339,7 +339,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
             for index in batches(len(data.x), 512, run.order, "cuda:0"):
                 means.add(*train.train_step(run, index, move))
             means.row()
-            means.layers(run.layers)
+            means.layers(run.spheres, 0)
             measure.on_test_set(net, data, "fp32")
             measure.angles(run.start, measure.vectors(net, run.spheres))
         measure.chance(run, 0)
