@@ -22,7 +22,6 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ import regimes
 from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
-from lab.options import Refused, parse, parser, prepare, what_next
+from lab.options import parse, prepare, what_next
 from lab.schedules import value_at
 from sphere_step import SphereSGD
 
@@ -71,7 +70,9 @@ def train(run, tell):
     last_epoch = run.epoch if run.started else None
     log = runs.Log(run.path, last_epoch)
     layer_log = runs.Log(run.path.with_suffix(".layers.csv"), last_epoch)
-    step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
+    step = partial(train_step, run)
+    if config.graph:
+        step = Captured(step)
 
     with closing(log), closing(layer_log), own.running(config.model):
         while not run.finished():
@@ -243,7 +244,7 @@ def measure_chance(experiment, seeds):
     for seed in seeds:
         if str(seed) not in chances:
             with own.running(config.model):
-                run = Run(experiment, runs.Job(1.0, seed, Path(), ""))
+                run = Run(experiment, runs.Job(1.0, seed, None, ""))
                 chances[str(seed)] = measure.chance(run, seed)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
@@ -284,8 +285,6 @@ def main(argv=None):
     except KeyboardInterrupt as signalled:
         print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
         return 128 + signalled.args[0]
-    except Refused as refused:
-        parser().error(str(refused))
     except Exception as error:
         if not runs.is_expected(error):
             raise

@@ -30,12 +30,9 @@ REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, 0, math.p
 WHOLE, FEW = number(int), number(int, 1, 1024)
 
 
-class Refused(ValueError):
-    """An option, by name, and why it cannot be."""
-
-    def __str__(self):
-        name, why = self.args
-        return f"argument --{name.replace('_', '-')}: {why}"
+def refuse(name, why):
+    """End with one line about this option, status 2."""
+    parser().error(f"argument --{name.replace('_', '-')}: {why}")
 
 
 @contextmanager
@@ -44,7 +41,7 @@ def refusing(name):
     try:
         yield
     except (ValueError, MemoryError, RuntimeError) as error:
-        raise Refused(name, str(error).partition("\n")[0]) from None
+        refuse(name, str(error).partition("\n")[0])
 
 
 def option(group, default, text, **of_argparse):
@@ -206,23 +203,20 @@ def parser():
 
 
 def parse(argv=None):
-    """The options of a command line. Ends in one line, with exit status 2, where they cannot be."""
-    try:
-        config = Config(**vars(parser().parse_args(argv)))
-        check(config)
-    except Refused as refused:
-        parser().error(str(refused))
+    """The options of a command line; those that cannot be are refused."""
+    config = Config(**vars(parser().parse_args(argv)))
+    check(config)
     return config
 
 
 def check(config):
-    """Raises Refused where options do not go together, or not with this machine."""
+    """Refuse options that do not go together, or not with this machine."""
     if len(WAYS & config.given.keys()) != 1:
-        raise Refused("elr", "give one of this, --sweep, --angle, --lr, --loop")
+        refuse("elr", "give one of this, --sweep, --angle, --lr, --loop")
     for name, fewest in (("sweep", 2), ("loop", 8)):
         grid, numbers = getattr(config, name), range(fewest, 10_001)
         if grid and (len(grid) != 3 or grid[0] >= grid[1] or grid[2] not in numbers):
-            raise Refused(name, f"it takes LO HI N, LO < HI, {fewest} ≤ N ≤ 10000: 1e-4 1 13")
+            refuse(name, f"it takes LO HI N, LO < HI, {fewest} ≤ N ≤ 10000: 1e-4 1 13")
     with refusing("device"):
         config.device = find_device(config.device)
 
@@ -247,12 +241,12 @@ def check(config):
     ]
     for name, good, why in rules:
         if name in config.given and not good:
-            raise Refused(name, f"{why}: change that, or leave it out")
+            refuse(name, f"{why}: change that, or leave it out")
 
 
 def prepare(config):
-    """What takes a look at the data, the network and the folder; says what is refused there, and
-    opens the folder. Raises Refused."""
+    """What takes a look at the data, the network and the folder: refuses what cannot be there, and
+    opens the folder."""
     torch.set_num_threads(1)  # jobs fork from one
     if config.jobs is None:
         alone = config.ranks > 1 or config.device != "cpu"
@@ -272,18 +266,18 @@ def prepare(config):
 
 
 def read_data(config):
-    """The data set, with label noise. Raises Refused."""
+    """The data set, with label noise."""
     with refusing("data"):
         data = load(config.data, config.modulus, config.device)
     for note in data.notes:
         print(note)
     n, noise = len(data.x), config.label_noise
     if config.augment and data.x.dim() != 4:
-        raise Refused("augment", "this is for images: leave it out")
+        refuse("augment", "this is for images: leave it out")
     if config.batch_size > n:
-        raise Refused("batch_size", f"{config.batch_size} is more than the {n} training inputs")
+        refuse("batch_size", f"{config.batch_size} is more than the {n} training inputs")
     if noise and not round(noise * n):
-        raise Refused("label_noise", f"{noise:g} of {n} training inputs is none")
+        refuse("label_noise", f"{noise:g} of {n} training inputs is none")
     if noise:
         add_label_noise(data, noise)
     return data
