@@ -8,7 +8,7 @@
 Writes into logs/<data>-<model>, or --out: elr=1e-02.csv, a row per epoch; .layers.csv, a row per
 epoch and tensor; .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command goes
 on where it stopped; what was made by other code is trained anew. Regimes: Kodryan et al., NeurIPS
-2022 (arXiv 2209.03695).
+2022, arXiv 2209.03695.
 """
 
 import signal
@@ -49,10 +49,10 @@ def train_step(run, index, move=True):
     for p in run.on_spheres:
         if p.grad is None:  # a layer may be left out at random
             p.grad = torch.zeros_like(p)
-    if run.ordinary or not move:
+    if run.ordinary or not move:  # with --lr, or before training
         run.sphere.observe()
     if move:
-        # What lies in .grad is the direction of the step: here it could be changed.
+        # What lies in .grad is the direction of the step: change it here.
         optimizer = run.ordinary or run.sphere
         optimizer.step()
     return loss.detach(), logits.detach().argmax(1) != y, *run.sphere.last
@@ -94,8 +94,8 @@ def train(run, tell):
                 row["elr"] = run.lr  # as it was set, not a mean of the steps
             row |= measure.on_test_set(net, data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
-            turned = measure.angles(run.start, measure.vectors(net, run.spheres))
-            row["distance"] = turned.mean().item()
+            now = measure.vectors(net, run.spheres)
+            row["distance"] = measure.angles(run.start, now).mean().item()
             if config.loop:
                 row["leg"] = run.leg
             if run.averaged:
@@ -157,6 +157,7 @@ class Run:
         self.ordinary = None
         if config.mode == "lr":
             self.ordinary = torch.optim.SGD(trained, value, momentum, weight_decay=config.wd or 0)
+            momentum = 0.0
         elif rest:
             group = dict(params=rest, sphere=None)
             if not angle:  # the sphere of the whole network has η = η̃ρ²
@@ -180,7 +181,7 @@ class Run:
                 self.epochs = max(self.epochs, min(verdict.more_epochs or 0, most))
 
     def set_lr(self):
-        """The learning rates of the epoch that begins."""
+        """Of the epoch that begins."""
         self.leg, self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
         factor = self.lr / self.value
         for part in self.parts().values():
@@ -192,7 +193,7 @@ class Run:
                     group["lr"] = initial_lr * factor
 
     def parts(self):
-        """What has a state_dict: network, optimizers, averaged weights."""
+        """What has a state_dict: network, optimizers, mean weights."""
         return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
     def save(self):
@@ -218,14 +219,14 @@ class Run:
 def work(experiment, jobs, tell, patient=False):
     """The runs, one after another; one that fails leaves the others their turn. One that another
     process is at is left out, or waited for if `patient`."""
-    then, device = experiment.config.then, experiment.config.device
+    then = experiment.config.then
     for job in jobs:
         try:
             with runs.lock(job.path.with_suffix(".lock"), patient):
                 worked = train(Run(experiment, job), tell)
                 found = runs.result(job.path)
                 if then:
-                    second = runs.second_job(job, then, device)
+                    second = runs.second_job(job, then)
                     worked = train(Run(experiment, second), tell) or worked
                     found += f"; then at {then:g}: {runs.result(second.path)}"
             tell("finished", job.name, found, not worked)
@@ -238,7 +239,7 @@ def work(experiment, jobs, tell, patient=False):
 
 
 def measure_chance(experiment, seeds):
-    """Chance, and what the runs are made with, into the folder's config.json."""
+    """Chance, and what runs are made with, into the folder's config.json."""
     config = experiment.config
     chances = regimes.read_chance(config.out)
     for seed in seeds:
@@ -246,9 +247,9 @@ def measure_chance(experiment, seeds):
             with own.running(config.model):
                 run = Run(experiment, runs.Job(1.0, seed, None, ""))
                 chances[str(seed)] = measure.chance(run, seed)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
-    runs.add_to_config(config.out, chance=chances, versions=versions, **about)
+    about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    runs.add_to_config(config.out, chance=chances, **about)
 
 
 def stop(number, _):

@@ -73,9 +73,9 @@ def jobs_of(config, values, seeds):
     return jobs
 
 
-def second_job(job, value, device):
+def second_job(job, value):
     """The job of --then: from the end of another one, at another value."""
-    init = load_checkpoint(job.path.with_suffix(".pt"), device)
+    init = load_checkpoint(job.path.with_suffix(".pt"), "cpu")
     path = job.path.with_suffix(f".then={regimes.elr_name(value)}.csv")
     return Job(value, job.seed, path, f"{job.name}, then {value:g}", init)
 
