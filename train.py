@@ -1,4 +1,4 @@
-"""Train a scale-invariant network on the sphere and name the regime that it falls into.
+"""Train a scale-invariant network on the sphere and name its regime.
 
     python train.py --elr 0.01                one run at this effective learning rate (ELR)
     python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (`--sweep` alone does the same)
