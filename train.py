@@ -1,4 +1,4 @@
-"""Train a scale-invariant network on the sphere and name the regime that it falls into.
+"""Train a scale-invariant network on the sphere and name its regime.
 
     python train.py --elr 0.01                one run at this effective learning rate (ELR)
     python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (`--sweep` alone does the same)
@@ -8,7 +8,7 @@
 Writes into logs/<data>-<model>, or --out: elr=1e-02.csv, a row per epoch; .layers.csv, a row per
 epoch and tensor; .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command goes
 on where it stopped; what was made by other code is trained anew. Regimes: Kodryan et al., NeurIPS
-2022 (arXiv 2209.03695).
+2022, arXiv 2209.03695.
 """
 
 import signal
@@ -22,19 +22,16 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
-from operator import attrgetter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 import regimes
 from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.machine import Captured, keep_memory, use
-from lab.options import Refused, parse, parser, prepare, what_next
+from lab.options import parse, prepare, what_next
 from lab.schedules import value_at
 from sphere_step import SphereSGD
 
@@ -52,87 +49,81 @@ def train_step(run, index, move=True):
     for p in run.on_spheres:
         if p.grad is None:  # a layer may be left out at random
             p.grad = torch.zeros_like(p)
-    if run.plain or not move:
+    if run.ordinary or not move:  # with --lr, or before training
         run.sphere.observe()
     if move:
-        # What lies in .grad is the direction of the step: here it could be changed.
-        optimizer = run.plain or run.sphere
+        # What lies in .grad is the direction of the step: change it here.
+        optimizer = run.ordinary or run.sphere
         optimizer.step()
     return loss.detach(), logits.detach().argmax(1) != y, *run.sphere.last
 
 
 def train(run, tell):
-    """The epochs that are left, from the run's checkpoint on: each is a pass over the training set,
-    rows in the logs, and a checkpoint. Returns whether there were any. tell: as runs.Watch.tell."""
+    """The epochs that are left, from the checkpoint on: each is a pass over the training set, rows
+    in the logs, and a checkpoint. Returns whether there were any. tell: see runs.Watch.tell."""
     run.load()
-    if not run.goes_on():
+    run.prolong()
+    if run.finished():
         return False
-    config, net, size = run.config, run.net, run.config.batch_size
+    config, net, data = run.config, run.net, run.data
     began = time.perf_counter() - run.seconds
-    upto = run.epoch if run.started else None
-    log = runs.Log(run.path, upto)
-    layer_log = runs.Log(run.path.with_suffix(".layers.csv"), upto)
-    step = Captured(partial(train_step, run)) if config.graph else partial(train_step, run)
+    last_epoch = run.epoch if run.started else None
+    log = runs.Log(run.path, last_epoch)
+    layer_log = runs.Log(run.path.with_suffix(".layers.csv"), last_epoch)
+    step = partial(train_step, run)
+    if config.graph:
+        step = Captured(step)
 
     with closing(log), closing(layer_log), own.running(config.model):
-        while run.goes_on():
+        while not run.finished():
             run.set_lr()
+            net.train()
+            means = measure.Means(run.sphere, run.ordinary)
+            indices = batches(len(data.x), config.batch_size, run.order, config.device)
             if run.started:
-                net.train()
-                means = measure.Means(run.sphere, run.plain)
-                for index in batches(len(run.data.x), size, run.order, config.device):
+                for index in indices:
                     means.add(*step(index))
                 run.epoch += 1
-            else:
-                means = before_training(run)
+            else:  # the row before training: nothing moves
+                for index in indices:
+                    means.add(*train_step(run, index, move=False))
                 run.started = True
 
-            steps = len(run.data.x) // size
-            row = {"epoch": run.epoch, "step": run.epoch * steps, **means.row()}
+            row = {"epoch": run.epoch, "step": run.epoch * len(indices), **means.row()}
             if config.mode in ("elr", "loop"):
                 row["elr"] = run.lr  # as it was set, not a mean of the steps
-            row |= measure.on_test_set(net, run.data, config.dtype)
+            row |= measure.on_test_set(net, data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
-            turned = measure.angles(run.start, measure.vectors(net, run.spheres))
-            row["distance"] = turned.mean().item()
+            now = measure.vectors(net, run.spheres)
+            row["distance"] = measure.angles(run.start, now).mean().item()
             if config.loop:
                 row["leg"] = run.leg
             if run.averaged:
-                row |= run.average()
+                row |= {"avg_train_loss": math.nan, "avg_test_error": math.nan}
+                if run.epoch > run.epochs - config.average:
+                    run.averaged.update_parameters(net)
+                    row |= measure.on_average(run.averaged, net, run.spheres, data, config.dtype)
             # To log one more column, give the row one more entry here.
             log.add(row)
-            layer_log.add(*({"epoch": run.epoch, **layer} for layer in means.layers(run.layers)))
+            layer_log.add(*means.layers(run.spheres, run.epoch))
             run.ended = not math.isfinite(row["train_loss"] + row["grad_norm"])
             run.save()
             shown = "loss {train_loss:.3g}, error {train_error:.3g}, γ {grad_norm:.3g}"
             tell("epoch", run.name, run.epoch, run.epochs, shown.format(**row))
+            run.prolong()
     return True
 
 
-def before_training(run):
-    """The means of epoch 0: a pass over the training set in which nothing moves."""
-    run.net.train()
-    means = measure.Means(run.sphere, run.plain)
-    for index in batches(len(run.data.x), run.config.batch_size, run.order, run.config.device):
-        means.add(*train_step(run, index, move=False))
-    return means
-
-
 class Run:
-    """One run: network, optimizer, order of batches; it saves and loads itself. A seed gives every
-    value the same start and the same order.
-
-    experiment   options.Experiment: options, data, layer groups, hashes of what made it
-    job          runs.Job: value (ELR, angle or learning rate), seed, path of the log
-    """
+    """A runs.Job of an options.Experiment: network, optimizer, order of batches; it saves and loads
+    itself. A seed gives every value the same start and the same order."""
 
     # In a checkpoint, beside what has a state_dict
-    STATE = ("epoch", "seconds", "ended", "start")
+    STATE = "epoch seconds ended start spheres contents began_from".split()
 
     def __init__(self, experiment, job):
         config, self.data, layer_groups, self.contents = experiment
-        self.config, self.value, self.init = config, job.value, job.init
-        self.path, self.name = job.path, job.name
+        self.config, self.value, self.path, self.name = config, job.value, job.path, job.name
         # What a checkpoint must share with this run
         self.identity = config.identity() | dict(value=job.value, seed=job.seed, name=job.name)
         use(config.device, config.dtype)
@@ -140,159 +131,138 @@ class Run:
         self.net = own.build(config, self.data).to(config.device)
         if job.init:
             self.net.load_state_dict(job.init["net"])
-        self.layer_groups = layer_groups
-        self.layers = [name for group in layer_groups for name in group]
+        self.began_from = job.init and job.init["checksum"]  # the end of another run
         self.spheres = measure.spheres_of(layer_groups, config.sphere)
         self.make_optimizer()
         self.start = measure.vectors(self.net, self.spheres)  # float64, per sphere
         self.order = torch.Generator().manual_seed(job.seed)  # of the batches
+        self.generators = [self.order, torch.default_generator, *torch.cuda.default_generators]
         self.averaged = AveragedModel(self.net) if config.average else None
         self.started = False  # whether the row before training is there
         self.epoch, self.epochs = 0, config.epochs  # finished, and wanted
         self.seconds, self.ended = 0.0, False
 
     def make_optimizer(self):
-        """What is scale invariant on spheres, the rest by plain SGD. In the whole space, --lr, all
-        by torch's SGD, and the spheres only measure."""
-        config, net = self.config, self.net
+        """What is scale invariant on spheres, the rest by plain SGD. With --lr all by torch's SGD,
+        and the spheres only measure."""
+        config, value = self.config, self.value
         groups = []
         for sphere in self.spheres:
-            params = [attrgetter(name)(net) for name in sphere["names"]]
-            groups.append(dict(params=params, sphere="row" if sphere["rows"] else "group"))
+            kind = "row" if sphere["rows"] else "group"
+            groups.append(dict(params=measure.tensors(self.net, sphere), sphere=kind))
         self.on_spheres = [p for group in groups for p in group["params"]]
-        trained = [p for p in net.parameters() if p.requires_grad]
-        momentum = config.momentum or 0.0
-        self.plain = None
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        rest = [p for p in trained if p not in set(self.on_spheres)]
+        momentum, angle = config.momentum or 0.0, config.mode == "angle"
+        self.ordinary = None
         if config.mode == "lr":
-            self.plain = torch.optim.SGD(trained, self.value, momentum, weight_decay=config.wd or 0)
-            self.sphere = SphereSGD(groups, lr=0.0)
-            return
-        known = set(self.on_spheres)
-        rest = [p for p in trained if p not in known]
-        if rest:
+            self.ordinary = torch.optim.SGD(trained, value, momentum, weight_decay=config.wd or 0)
+            momentum = 0.0
+        elif rest:
             group = dict(params=rest, sphere=None)
-            if config.mode != "angle":  # the sphere of the whole network has η = η̃ρ²
+            if not angle:  # the sphere of the whole network has η = η̃ρ²
                 square = sum(p.detach().square().sum().item() for p in self.on_spheres)
-                group["lr"] = self.value * square
+                group["lr"] = value * square
             groups.append(group)
         if config.graph:  # which reads the learning rates from the device's memory
             for group in groups:
-                group["lr"] = torch.tensor(group.get("lr", self.value), device=config.device)
-        angle = config.mode == "angle"
-        self.sphere = SphereSGD(groups, lr=self.value, momentum=momentum, angle=angle)
+                group["lr"] = torch.tensor(group.get("lr", value), device=config.device)
+        self.sphere = SphereSGD(groups, lr=value, momentum=momentum, angle=angle)
 
-    def goes_on(self):
-        """Whether epochs are left. A run that is undecided gets more, up to --max-epochs."""
-        if not self.started:
-            return True
-        if self.epoch >= self.epochs and self.config.max_epochs and not self.init:
+    def finished(self):
+        return self.ended or self.epoch >= self.epochs
+
+    def prolong(self):
+        """Up to --max-epochs, where these epochs are done and the log leaves it undecided."""
+        most = self.config.max_epochs
+        if most and self.epoch >= self.epochs and not self.began_from:
             verdict = runs.read_run(self.path).verdict
             if verdict.regime == "undecided":
-                more = min(verdict.more_epochs or 0, self.config.max_epochs)
-                self.epochs = max(self.epochs, more)
-        return self.epoch < self.epochs and not self.ended
+                self.epochs = max(self.epochs, min(verdict.more_epochs or 0, most))
 
     def set_lr(self):
-        """The learning rates of the epoch that begins."""
+        """Of the epoch that begins."""
         self.leg, self.lr = value_at(self.config, self.value, self.epoch, self.epochs)
         factor = self.lr / self.value
-        optimizers = [x for x in self.parts().values() if isinstance(x, torch.optim.Optimizer)]
-        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-            first = group.setdefault("first_lr", float(group["lr"]))
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(first * factor)
-            else:
-                group["lr"] = first * factor
-
-    def average(self):
-        """The columns of --average: of the mean weights of the last epochs."""
-        if self.epoch <= self.epochs - self.config.average:
-            return {"avg_train_loss": math.nan, "avg_test_error": math.nan}
-        self.averaged.update_parameters(self.net)
-        return measure.on_average(
-            self.averaged, self.net, self.spheres, self.data, self.config.dtype
-        )
+        for part in self.parts().values():
+            for group in getattr(part, "param_groups", ()):
+                initial_lr = group.setdefault("initial_lr", float(group["lr"]))
+                if torch.is_tensor(group["lr"]):
+                    group["lr"].fill_(initial_lr * factor)
+                else:
+                    group["lr"] = initial_lr * factor
 
     def parts(self):
-        """What has a state_dict: network, optimizers, averaged weights."""
+        """What has a state_dict: network, optimizers, mean weights."""
         return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {name: getattr(self, name) for name in self.STATE}
-        state |= {"order": self.order.get_state(), "random": torch.get_rng_state()}
-        state |= {"spheres": self.spheres, "contents": self.contents}
-        state["origin"] = self.init and self.init["checksum"]
-        if "cuda" in self.config.device:
-            state["cuda"] = torch.cuda.get_rng_state(self.config.device)
+        state["random"] = [generator.get_state() for generator in self.generators]
         runs.save_checkpoint(self.path.with_suffix(".pt"), self.identity, state)
 
     def load(self):
-        """Go on from the checkpoint, if there is one from the same start."""
+        """Go on from the checkpoint, if there is one that began where this run does."""
         path = self.path.with_suffix(".pt")
         state = runs.load_checkpoint(path, self.config.device, self.identity, self.contents)
-        if state is None or state["origin"] != (self.init and self.init["checksum"]):
+        if state is None or state["began_from"] != self.began_from:
             return
         runs.restore(self.parts(), state, path)
         for name in self.STATE:
             setattr(self, name, state[name])
         self.started = True
-        self.order.set_state(state["order"].cpu())
-        torch.set_rng_state(state["random"].cpu())
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.config.device)
+        for generator, random in zip(self.generators, state["random"], strict=False):
+            generator.set_state(random.cpu())
 
 
 def work(experiment, jobs, tell, patient=False):
     """The runs, one after another; one that fails leaves the others their turn. One that another
     process is at is left out, or waited for if `patient`."""
-    config = experiment.config
+    then = experiment.config.then
     for job in jobs:
         try:
             with runs.lock(job.path.with_suffix(".lock"), patient):
                 worked = train(Run(experiment, job), tell)
                 found = runs.result(job.path)
-                if config.then:
-                    second = runs.second_job(job, config.then, config.device)
+                if then:
+                    second = runs.second_job(job, then)
                     worked = train(Run(experiment, second), tell) or worked
-                    found += f"; then at {config.then:g}: {runs.result(second.path)}"
+                    found += f"; then at {then:g}: {runs.result(second.path)}"
             tell("finished", job.name, found, not worked)
         except runs.Busy as busy:
             tell("busy", job.name, f"{busy}: this waits for it")
-        except BrokenPipeError:  # who reads what we print has gone away
-            raise
-        except (OSError, MemoryError, ValueError, RuntimeError) as error:
+        except Exception as error:
             if not runs.is_expected(error):
                 raise
             tell("failed", job.name, (str(error) or type(error).__name__).splitlines()[0])
 
 
 def measure_chance(experiment, seeds):
-    """Loss and error at random points of the sphere, and what the runs are made with, into the
-    folder's config.json."""
+    """Chance, and what runs are made with, into the folder's config.json."""
     config = experiment.config
     chances = regimes.read_chance(config.out)
     for seed in seeds:
         if str(seed) not in chances:
             with own.running(config.model):
-                at_start = Run(experiment, runs.Job(1.0, seed, Path(), ""))
-                chances[str(seed)] = measure.chance(at_start, seed)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+                run = Run(experiment, runs.Job(1.0, seed, None, ""))
+                chances[str(seed)] = measure.chance(run, seed)
     about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
-    runs.add_to_config(config.out, chance=chances, versions=versions, **about)
+    about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    runs.add_to_config(config.out, chance=chances, **about)
 
 
 def stop(number, _):
     """Ctrl-C, or SIGTERM: the next one has no effect."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in runs.STOPS:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 def main(argv=None):
     config = parse(argv)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for each in runs.STOPS:
+        signal.signal(each, stop)
     if config.rank:  # of torchrun's processes the first tells what all have done
         sys.stdout = open(os.devnull, "w")
     values, new, failed = [], config.values, False
@@ -313,27 +283,21 @@ def main(argv=None):
             values = values + new
             new = runs.bisect(config.out, values)
         found = report.renew(last=True)
-    except Refused as refused:
-        parser().error(str(refused))
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        if not runs.is_expected(error):
-            raise
-        print(f"train.py: error: {error}", file=sys.stderr)
-        runs.leave(config.folder())
-        return 1
     except KeyboardInterrupt as signalled:
         print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
         return 128 + signalled.args[0]
+    except Exception as error:
+        if not runs.is_expected(error):
+            raise
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
     if found:
         if len(values) * len(seeds) > 1:
             print(regimes.table(found))
-        written = [config.out / "regimes.csv", *report.pictures]
-        print(f"written: {', '.join(map(str, written))}")
+        print("written:", ", ".join(map(str, [config.out / "regimes.csv", *report.pictures])))
         for command in what_next(config, found):
-            print(f"next: {command}")
-    return 1 if failed else 0
+            print("next:", command)
+    return int(failed)
 
 
 if __name__ == "__main__":

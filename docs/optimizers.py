@@ -199,12 +199,12 @@ def make_run(job: Job, out: str) -> train.Run:
     log = Path(out) / "log.csv"
     run = train.Run(experiment, runs.Job(job.value, job.seed, log, job.kind))
     if job.kind == "adamw":
-        params = run.plain.param_groups[0]["params"]
-        run.plain = torch.optim.AdamW(params, lr=job.value, weight_decay=job.decay)
+        params = run.ordinary.param_groups[0]["params"]
+        run.ordinary = torch.optim.AdamW(params, lr=job.value, weight_decay=job.decay)
     if job.kind == "adam":
-        run.plain = hyperball(run, adam)
+        run.ordinary = hyperball(run, adam)
     if job.kind == "muon":
-        run.plain = hyperball(run, muon)
+        run.ordinary = hyperball(run, muon)
     return run
 
 

@@ -30,16 +30,21 @@ def logits_of(net, x, dtype="fp32"):
     return net(x)
 
 
+def loss_and_error(logits, y):
+    """Of a batch; the error is the share of wrong predictions, float64."""
+    return F.cross_entropy(logits, y), (logits.argmax(1) != y).double().mean()
+
+
 class Means:
     """What an epoch's steps were like on average. The statistics of many steps are computed at
     once, so that the host seldom waits for the device.
 
-    sphere   a SphereSGD, whose `last` each step leaves
-    plain    the optimizer that makes the steps, where `sphere` only measures
+    sphere     a SphereSGD, whose `last` each step leaves
+    ordinary   the optimizer that makes the steps, where `sphere` only measures
     """
 
-    def __init__(self, sphere, plain=None):
-        self.sphere, self.plain = sphere, plain
+    def __init__(self, sphere, ordinary=None):
+        self.sphere, self.ordinary = sphere, ordinary
         self.kept, self.steps = [], 0
         self.sums, self.layer_sums = 0, 0
 
@@ -56,18 +61,18 @@ class Means:
         self.steps += len(self.kept)
         self.kept = []
         stats, layers = self.sphere.stats(last), self.sphere.layer_stats(last)
-        if self.plain:
-            group = self.plain.param_groups[0]
-            pace = group["lr"] / (1 - group.get("momentum", 0))
+        if self.ordinary:
+            group = self.ordinary.param_groups[0]
+            lr = group["lr"] / (1 - group.get("momentum", 0))
             for found, norm in ((stats, "radius"), (layers, "norm")):
-                found["elr"] = pace / found[norm] ** 2
+                found["elr"] = lr / found[norm] ** 2
                 found["angle"] = (found["elr"] * found["grad_norm"]).atan()
         if self.sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
             elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
             stats["elr"] = elr.expand_as(stats["elr"])
         columns = [stats["elr"].mean(1), losses.double(), wrong.double().mean(1)]
-        columns += [stats["grad_norm"].norm(dim=1), stats["angle"].mean(1)]
-        columns += [stats["radial"].abs().mean(1)]
+        columns.append(stats["grad_norm"].norm(dim=1))
+        columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
         self.sums = self.sums + torch.stack(columns).sum(1)
         of_layers = torch.stack([layers[name] for name in OF_LAYERS], -1)
         self.layer_sums = self.layer_sums + of_layers.sum(0)
@@ -77,12 +82,14 @@ class Means:
         self._sum_up()
         return dict(zip(OF_STEPS, (self.sums / self.steps).tolist(), strict=True))
 
-    def layers(self, names):
-        """The same of each tensor on a sphere, a row per name."""
+    def layers(self, spheres, epoch):
+        """The same of each tensor on these spheres: a row with its name and this epoch."""
         self._sum_up()
+        names = [name for sphere in spheres for name in sphere["names"]]
         rows = []
         for name, values in zip(names, (self.layer_sums / self.steps).tolist(), strict=True):
-            rows.append({"layer": name, **dict(zip(OF_LAYERS, values, strict=True))})
+            values = dict(zip(OF_LAYERS, values, strict=True))
+            rows.append({"epoch": epoch, "layer": name, **values})
         return rows
 
 
@@ -91,10 +98,8 @@ def on_test_set(net, data, dtype):
     """Mean loss and error on the test set, with BatchNorm's running statistics."""
     net.eval()
     parts = [logits_of(net, data.normalized(x), dtype) for x in data.test_x.split(CHUNK)]
-    logits = torch.cat(parts)
-    wrong = logits.argmax(1) != data.test_y
-    loss = F.cross_entropy(logits, data.test_y)
-    return {"test_loss": loss.item(), "test_error": wrong.double().mean().item()}
+    loss, error = loss_and_error(torch.cat(parts), data.test_y)
+    return {"test_loss": loss.item(), "test_error": error.item()}
 
 
 @torch.no_grad()
@@ -133,27 +138,31 @@ def spheres_of(layer_groups, sphere):
     return [{"names": names, "rows": False} for names in layer_groups]
 
 
+def tensors(net, sphere):
+    """The tensors of an entry of `spheres_of`."""
+    return [attrgetter(name)(net) for name in sphere["names"]]
+
+
 @torch.no_grad()
 def vectors(net, spheres, gradient=False):
     """The points on the spheres, float64: per entry of `spheres` a matrix, a row per sphere. Or the
     gradients there."""
     found = []
     for sphere in spheres:
-        tensors = [attrgetter(name)(net) for name in sphere["names"]]
+        parts = tensors(net, sphere)
         if gradient:
-            tensors = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
-        rows = len(tensors[0]) if sphere["rows"] else 1
-        found.append(torch.cat([x.double().reshape(rows, -1) for x in tensors], 1))
+            parts = [torch.zeros_like(x) if x.grad is None else x.grad for x in parts]
+        rows = len(parts[0]) if sphere["rows"] else 1
+        found.append(torch.cat([x.double().reshape(rows, -1) for x in parts], 1))
     return found
 
 
 @torch.no_grad()
 def move_to(net, sphere, points):
     """The inverse of `vectors`, for one entry: write the points into the weights."""
-    tensors = [attrgetter(name)(net) for name in sphere["names"]]
-    parts = points.reshape(-1).split([x.numel() for x in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+    parts = tensors(net, sphere)
+    for x, point in zip(parts, points.reshape(-1).split([x.numel() for x in parts]), strict=True):
+        x.copy_(point.view_as(x))
 
 
 def to_norms_of(points, net, spheres):
@@ -186,10 +195,7 @@ def chance(run, seed):
     def on_batch():
         order = torch.randperm(len(data.x), generator=generator)
         index = order[: config.batch_size].to(config.device)
-        logits, y = logits_of(net, data.inputs(index), config.dtype), data.y[index]
-        wrong = (logits.argmax(1) != y).double().mean()
-        loss = F.cross_entropy(logits, y)
-        return loss, torch.stack([loss.detach().double(), wrong])
+        return loss_and_error(logits_of(net, data.inputs(index), config.dtype), data.y[index])
 
     def move_along(directions):
         for p, direction in zip(run.on_spheres, directions, strict=True):
@@ -199,7 +205,7 @@ def chance(run, seed):
     for i in range(POINTS + POINTS // 8):
         move_along([torch.randn(p.shape, generator=generator) for p in run.on_spheres])
         if i < POINTS:
-            values.append(on_batch()[1])
+            values.append(on_batch())
             continue
         net.zero_grad()
         with torch.enable_grad():
@@ -207,24 +213,24 @@ def chance(run, seed):
         gradients = [p.grad for p in run.on_spheres if p.grad is not None and p.grad.any()]
         if len(gradients) == len(run.on_spheres):
             move_along(-gradient for gradient in gradients)
-            stepped.append(on_batch()[1])
+            stepped.append(on_batch())
 
     share = F.one_hot(data.y, data.classes).double().mean(0)
-    entropy = -share.xlogy(share).sum().item()
-    found = _summary(values)
-    found["constant"] = {"train_loss": entropy, "train_error": 1 - share.max().item()}
+    constant = {"train_loss": -share.xlogy(share).sum().item()}
+    constant["train_error"] = 1 - share.max().item()
+    found = _summary(values) | {"constant": constant}
     if len(stepped) > 1:
         found["stepped"] = _summary(stepped)
     return found
 
 
 def _summary(values):
-    """Of a list of [2] tensors, loss and error."""
-    std, mean = torch.std_mean(torch.stack(values), 0)
-    found = {}
+    """Of pairs of loss and error."""
+    found = {"points": len(values)}
     for i, name in enumerate(("train_loss", "train_error")):
-        found[name] = {"mean": mean[i].item(), "std": std[i].item()}
-    return found | {"points": len(values)}
+        std, mean = torch.std_mean(torch.stack([value[i] for value in values]).double())
+        found[name] = {"mean": mean.item(), "std": std.item()}
+    return found
 
 
 # ------------------------------------------------------------------------- is the gradient right?
@@ -238,14 +244,14 @@ def radial_shares(net, spheres, data, options):
     gradient is wrong. That of a set without effect is rounding itself, and so shares are of a tenth
     of the largest √Σ‖θ‖²‖g‖² at least."""
     along, size = 0, 0
-    order = batches(len(data.x), options.batch_size, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
     net.train()
-    for index in order[:8]:
-        index = index.to(data.x.device)
+    for index in batches(len(data.x), options.batch_size, generator, data.x.device)[:8]:
         net.zero_grad()
         logits = logits_of(net, data.inputs(index), options.dtype)
         F.cross_entropy(logits, data.y[index]).backward()
-        pairs = list(zip(vectors(net, spheres), vectors(net, spheres, gradient=True), strict=True))
+        points, gradients = vectors(net, spheres), vectors(net, spheres, gradient=True)
+        pairs = list(zip(points, gradients, strict=True))
         along = along + torch.cat([(x * g).sum(1) for x, g in pairs]) ** 2
         size = size + torch.cat([x.norm(dim=1) * g.norm(dim=1) for x, g in pairs]) ** 2
     return (along / size.clamp(min=0.01 * size.max())).sqrt()
@@ -255,8 +261,10 @@ def check_gradient(net, layer_groups, data, options, ours):
     """Is the gradient by each layer group orthogonal to it? Raises ValueError where in a network of
     ours it is not. Elsewhere, and by single rows, it need not be: returns notes."""
     notes, bound = [], ROUNDING[options.dtype]
+    if not ours:
+        bound += EPS_SHARE
     share, worst = radial_shares(net, spheres_of(layer_groups, "layer"), data, options).max(0)
-    if share > bound + (0 if ours else EPS_SHARE):
+    if share > bound:
         processor = torch.backends.cpu.get_cpu_capability()
         if data.x.is_cuda:
             processor = torch.cuda.get_device_name()

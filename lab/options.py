@@ -24,17 +24,15 @@ from models import MODELS
 RUNS, STEP, COURSE = "which runs", "the step", "the course of a run"
 NETWORK, DATA, MACHINE = "the network", "the data", "the machine and the files"
 WAYS = {"elr", "sweep", "angle", "lr", "loop"}  # of which one says which runs
-FLAG = dict(action="store_true")
+OF_OUR_NETWORKS = ("width", "affine", "train_head")
+SWITCH = dict(action="store_true")
 REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, 0, math.pi / 2)
 WHOLE, FEW = number(int), number(int, 1, 1024)
 
 
-class Refused(ValueError):
-    """An option, by name, and why it cannot be."""
-
-    def __str__(self):
-        name, why = self.args
-        return f"argument --{name.replace('_', '-')}: {why}"
+def refuse(name, why):
+    """End with one line about this option, status 2."""
+    parser().error(f"argument --{name.replace('_', '-')}: {why}")
 
 
 @contextmanager
@@ -43,12 +41,16 @@ def refusing(name):
     try:
         yield
     except (ValueError, MemoryError, RuntimeError) as error:
-        raise Refused(name, str(error).partition("\n")[0]) from None
+        refuse(name, str(error).partition("\n")[0])
 
 
 def option(group, default, text, **of_argparse):
     """A field of Config; of_argparse: arguments of add_argument."""
     return field(default=default, metadata=dict(group=group, help=text, **of_argparse))
+
+
+def flag(field):
+    return "--" + field.name.replace("_", "-")
 
 
 @dataclass
@@ -79,19 +81,19 @@ class Config:
 
     model: str = option(NETWORK, None, f"{', '.join(MODELS)}, FILE.py:FUNCTION")
     width: int = option(NETWORK, None, "8; transformer: 64", type=number(int, 1, 16383))
-    affine: bool = option(NETWORK, False, "train BatchNorm's scales and shifts, too", **FLAG)
-    train_head: bool = option(NETWORK, False, "train the last layer, too", **FLAG)
+    affine: bool = option(NETWORK, False, "train BatchNorm's scales and shifts, too", **SWITCH)
+    train_head: bool = option(NETWORK, False, "train the last layer, too", **SWITCH)
 
     data: str = option(DATA, "digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt")
     modulus: int = option(DATA, 31, "of --data modular, addition", type=number(int, 3, 1024))
     batch_size: int = option(DATA, 16, "training inputs of a step", type=WHOLE)
     label_noise: float = option(DATA, None, "share of training labels made wrong", type=SHARE)
-    augment: bool = option(DATA, False, "random crops and flips of the images", **FLAG)
+    augment: bool = option(DATA, False, "random crops and flips of the images", **SWITCH)
 
     device: str = option(MACHINE, None, "cpu, cuda, cuda:1 (default: cuda if there)")
     jobs: int = option(MACHINE, None, "runs at a time (default: CPU one per core, GPU 1)", type=FEW)
     threads: int = option(MACHINE, None, "CPU threads of a run (default: what helps)", type=FEW)
-    graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **FLAG)
+    graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **SWITCH)
     out: str = option(MACHINE, None, "folder of the logs (default: named after the options)")
 
     def __post_init__(self):
@@ -104,11 +106,11 @@ class Config:
         self.schedule = self.schedule or ("cosine" if self.angle else "constant")
         self.rank = int(os.environ.get("RANK", 0))  # of torchrun
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
-        low, high = (1e-5, 0.1) if modular else (1e-4, 1.0)
+        ends = [1e-5, 0.1] if modular else [1e-4, 1.0]
         if self.sweep == []:
-            self.sweep = [low, high, 13]
+            self.sweep = [*ends, 13]
         if self.loop == []:
-            self.loop = [low, high, 25]
+            self.loop = [*ends, 25]
         if self.loop and len(self.loop) == 3:
             self.passes = self.given.get("epochs") or (20 if modular else 1)
             self.epochs = self.passes * (2 * int(self.loop[2]) - 1)
@@ -118,10 +120,7 @@ class Config:
     @property
     def mode(self):
         """What a run is named by: "elr", "angle", "loop", or "lr", that of ordinary training."""
-        for mode in ("angle", "loop", "lr"):
-            if getattr(self, mode):
-                return mode
-        return "elr"
+        return next((mode for mode in ("angle", "loop", "lr") if getattr(self, mode)), "elr")
 
     @property
     def constant(self):
@@ -148,6 +147,18 @@ class Config:
         if not self.loop and (self.average or not self.constant):
             found["epochs"] = self.epochs
         return found
+
+    def words(self, *groups):
+        """The options of these groups that were given, but for how long, as on a command line."""
+        words = []
+        for one in fields(self):
+            value = self.given.get(one.name)
+            if value is None or one.metadata["group"] not in groups or "epochs" in one.name:
+                continue
+            words.append(flag(one))
+            if value is not True:
+                words += map(str, value if isinstance(value, list) else [value])
+        return words
 
     def folder(self):
         """Where the logs are: --out, or a name that follows from the options."""
@@ -187,62 +198,55 @@ def parser():
             groups[title] = parser.add_argument_group(title)
         if one.default:
             of_argparse["help"] += f" (default: {one.default})"
-        flag = "--" + one.name.replace("_", "-")
-        groups[title].add_argument(flag, default=one.default, **of_argparse)
+        groups[title].add_argument(flag(one), default=one.default, **of_argparse)
     return parser
 
 
 def parse(argv=None):
-    """The options of a command line. Ends in one line, with exit status 2, where they cannot be."""
-    try:
-        config = Config(**vars(parser().parse_args(argv)))
-        check(config)
-    except Refused as refused:
-        parser().error(str(refused))
+    """The options of a command line; those that cannot be are refused."""
+    config = Config(**vars(parser().parse_args(argv)))
+    check(config)
     return config
 
 
 def check(config):
-    """Raises Refused where options do not go together, or not with this machine."""
+    """Refuse options that do not go together, or not with this machine."""
     if len(WAYS & config.given.keys()) != 1:
-        raise Refused("elr", "give one of this, --sweep, --angle, --lr, --loop")
+        refuse("elr", "give one of this, --sweep, --angle, --lr, --loop")
     for name, fewest in (("sweep", 2), ("loop", 8)):
         grid, numbers = getattr(config, name), range(fewest, 10_001)
         if grid and (len(grid) != 3 or grid[0] >= grid[1] or grid[2] not in numbers):
-            raise Refused(name, f"it takes LO HI N, LO < HI, {fewest} ≤ N ≤ 10000: 1e-4 1 13")
+            refuse(name, f"it takes LO HI N, LO < HI, {fewest} ≤ N ≤ 10000: 1e-4 1 13")
     with refusing("device"):
         config.device = find_device(config.device)
 
     whole, turn, gpu = config.mode == "lr", config.mode == "angle", config.device != "cpu"
     fixed = config.mode == "elr" and config.constant
     several = config.sweep or len(config.values) > 1
-    own = ":" in config.model
     rules = [  # option, what must hold where it is given, why not
         ("wd", whole, "this is for --lr"),
         ("refine", several and fixed, "it takes --sweep, or several constant ELRs"),
         ("max_epochs", fixed and not config.average, "it takes constant ELRs, and no --average"),
         ("max_epochs", (config.max_epochs or 0) >= config.epochs, "it is less than --epochs"),
-        ("warmup", not config.loop, "--loop has its own schedule"),
         ("warmup", config.warmup < config.epochs, "it is not less than --epochs"),
         ("average", (config.average or 0) <= config.epochs, "it is more than --epochs"),
-        ("schedule", not config.loop, "--loop has its own"),
+        *((name, not config.loop, "--loop has its own") for name in ("schedule", "warmup")),
         ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),
         ("then", fixed or turn, "it takes a constant ELR"),
         ("then", not turn or (config.then or 0) < math.pi / 2, "it is no angle below π/2"),
         ("graph", gpu and not whole, "it takes a GPU, and no --lr"),
         ("dtype", gpu or config.dtype != "tf32", "tf32 takes a GPU"),
         ("modulus", config.data == "modular", "this is for --data modular"),
-        *((name, not own, "yours has its own") for name in ("width", "affine", "train_head")),
-        ("out", config.out != "", "it is empty"),
+        *((name, ":" not in config.model, "yours has its own") for name in OF_OUR_NETWORKS),
     ]
     for name, good, why in rules:
         if name in config.given and not good:
-            raise Refused(name, f"{why}: change that, or leave it out")
+            refuse(name, f"{why}: change that, or leave it out")
 
 
 def prepare(config):
-    """What takes a look at the data, the network and the folder; says what is refused there, and
-    opens the folder. Raises Refused."""
+    """What takes a look at the data, the network and the folder: refuses what cannot be there, and
+    opens the folder."""
     torch.set_num_threads(1)  # jobs fork from one
     if config.jobs is None:
         alone = config.ranks > 1 or config.device != "cpu"
@@ -262,45 +266,36 @@ def prepare(config):
 
 
 def read_data(config):
-    """The data set, with label noise. Raises Refused."""
+    """The data set, with label noise."""
     with refusing("data"):
         data = load(config.data, config.modulus, config.device)
     for note in data.notes:
         print(note)
     n, noise = len(data.x), config.label_noise
     if config.augment and data.x.dim() != 4:
-        raise Refused("augment", "this is for images: leave it out")
+        refuse("augment", "this is for images: leave it out")
     if config.batch_size > n:
-        raise Refused("batch_size", f"{config.batch_size} is more than the {n} training inputs")
+        refuse("batch_size", f"{config.batch_size} is more than the {n} training inputs")
     if noise and not round(noise * n):
-        raise Refused("label_noise", f"{noise:g} of {n} training inputs is none")
+        refuse("label_noise", f"{noise:g} of {n} training inputs is none")
     if noise:
         add_label_noise(data, noise)
     return data
 
 
 def what_next(config, found):
-    """Where a run is undecided, twice the epochs. The paper's advice: start just above the boundary
-    of convergence, go on well below it. Then the angle, which needs no sweep. Commands, with the
-    step, network and data of this one."""
-    ways, words = [], []
+    """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
+    just above the boundary of convergence, go on well below it. Then the angle, which needs no
+    sweep; these with the step, network and data of this one."""
+    commands, shared = [], config.words(STEP, NETWORK, DATA)
     undecided = any(run.verdict.more_epochs for run in found)
     if undecided and config.mode == "elr" and config.constant and not config.average:
-        again = []
-        for name in ("elr", "sweep", "seed", "seeds", "out"):
-            if name in config.given:
-                values = config.given[name]
-                again.append(f"--{name}")
-                again += map(str, values if isinstance(values, list) else [values])
-        ways.append([*again, "--epochs", str(2 * config.epochs)])
+        again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
+        commands.append([*again, "--epochs", str(2 * config.epochs)])
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
-        ways.append(["--elr", f"{boundary.high:g}", "--then", f"{boundary.low / 10:.2g}"])
+        high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"
+        commands.append(["--elr", high, "--then", low, *shared])
     if config.mode != "angle":
-        ways.append(["--angle", "0.05"])
-    for one in fields(config):
-        if one.name in config.given and one.metadata["group"] in (STEP, NETWORK, DATA):
-            words.append(f"--{one.name.replace('_', '-')}")
-            if one.default is not False:
-                words.append(str(config.given[one.name]))
-    return [shlex.join(["python", "train.py", *way, *words]) for way in ways]
+        commands.append(["--angle", "0.05", *shared])
+    return [shlex.join(["python", sys.argv[0], *command]) for command in commands]

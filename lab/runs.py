@@ -36,6 +36,7 @@ LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("
 FILES = [*LOGS, "loop=*.png", "barrier.png", "config.json"]
 FILES += ["regimes.csv", "regimes.png", "landscape.csv", "landscape.png"]
 STOPS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = "remove it, and this run starts again"
 
 
 class Busy(Exception):
@@ -72,9 +73,9 @@ def jobs_of(config, values, seeds):
     return jobs
 
 
-def second_job(job, value, device):
+def second_job(job, value):
     """The job of --then: from the end of another one, at another value."""
-    init = load_checkpoint(job.path.with_suffix(".pt"), device)
+    init = load_checkpoint(job.path.with_suffix(".pt"), "cpu")
     path = job.path.with_suffix(f".then={regimes.elr_name(value)}.csv")
     return Job(value, job.seed, path, f"{job.name}, then {value:g}", init)
 
@@ -99,6 +100,8 @@ def result(path):
 def is_expected(error):
     """Whether the one line of an error tells enough: it is of the machine, of files, of somebody's
     network. Of one in an edit of train.py one wants to see the place."""
+    if isinstance(error, BrokenPipeError):  # who reads what we print has gone away
+        return False
     if isinstance(error, OSError | MemoryError) or "memory" in str(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -136,14 +139,6 @@ def open_folder(out, options, contents, given):
         raise ValueError(f"{busy}: wait for it, or choose another --out") from None
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror}") from None
-
-
-def leave(out):
-    """Remove a folder in which no run has begun."""
-    with suppress(OSError):
-        if not any(out.glob("*=*")):
-            (out / "config.json").unlink()
-            out.rmdir()
 
 
 def read_config(out):
@@ -199,7 +194,7 @@ def difference(there, here):
 def save_checkpoint(path, identity, state):
     """The state and whose it is; a checksum."""
     file = io.BytesIO()
-    torch.save({**state, "identity": identity}, file)
+    torch.save(state | {"identity": identity}, file)
     content = file.getvalue()
     regimes.write_whole(path, content + hashlib.sha256(content).digest())
 
@@ -209,7 +204,7 @@ def load_checkpoint(path, device, identity=None, contents=None):
     damaged or, if this is asked, of another run."""
     if not path.exists():
         return None
-    content, again = path.read_bytes(), "remove it, and this run starts again"
+    content = path.read_bytes()
     content, checksum = content[:-32], content[-32:]
     try:
         if hashlib.sha256(content).digest() != checksum:
@@ -217,12 +212,12 @@ def load_checkpoint(path, device, identity=None, contents=None):
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         there = dict(state["identity"])
     except Exception:  # what is no checkpoint can fail anywhere
-        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {again}") from None
+        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {AGAIN}") from None
     what = difference(there, identity) if identity else ""
     if contents and not what:
         what = changed(state.get("contents", {}), contents)
     if what:
-        raise ValueError(f"{path} is the checkpoint of another run ({what}): {again}")
+        raise ValueError(f"{path} is the checkpoint of another run ({what}): {AGAIN}")
     return state | {"checksum": checksum.hex()}
 
 
@@ -233,9 +228,7 @@ def restore(parts, state, path):
             part.load_state_dict(state[name])
     except (RuntimeError, KeyError) as error:
         why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} does not fit: remove it, and this run starts again ({why})"
-        ) from None
+        raise ValueError(f"{path} does not fit ({why}): {AGAIN}") from None
 
 
 def remove_leftovers(out):
@@ -280,13 +273,13 @@ def lock(path, patient=False):
 
 class Log:
     """A CSV file that grows by whole rows, floats to 9 digits; it begins with the first row, whose
-    columns it has. Of rows that are there, those up to epoch `upto` are kept; None: none of them.
+    columns it has. Of rows that are there, those up to `last_epoch` are kept; None: none of them.
     Raises ValueError where one is missing."""
 
-    def __init__(self, path, upto=None):
+    def __init__(self, path, last_epoch=None):
         self.path, self.file = path, None
-        if upto is not None:
-            self._open(_rows_up_to(path, upto))
+        if last_epoch is not None:
+            self._open(_rows_up_to(path, last_epoch))
 
     def _open(self, content=b""):
         regimes.write_whole(self.path, content)
@@ -307,7 +300,7 @@ class Log:
             os.close(self.file)
 
 
-def _rows_up_to(path, upto):
+def _rows_up_to(path, last_epoch):
     """The header of a log, and its whole rows up to that epoch, in bytes."""
     kept, epochs = [], set()
     with suppress(ValueError, FileNotFoundError):
@@ -315,10 +308,10 @@ def _rows_up_to(path, upto):
         kept.append(header)
         for line in lines:
             epoch = int(line.partition(",")[0])
-            if line.endswith("\n") and epoch <= upto:
+            if line.endswith("\n") and epoch <= last_epoch:
                 kept.append(line)
                 epochs.add(epoch)
-    if epochs != set(range(upto + 1)):
+    if epochs != set(range(last_epoch + 1)):
         checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
         what = f"remove {checkpoint}, and this run starts again"
         raise ValueError(f"{path} lacks rows or is damaged: {what}")

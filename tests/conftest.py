@@ -1,6 +1,7 @@
 """One thread per process: pytest-xdist runs the tests on all cores, and our networks are small."""
 
 import os
+import sys
 
 import pytest
 
@@ -21,6 +22,12 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "in_the_interpreter" not in item.name)  # the longest first
+
+
+@pytest.fixture(autouse=True)
+def begun_as_train_py(monkeypatch):
+    """`next:` names the script as it was begun."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
 
 
 @pytest.fixture(autouse=True)

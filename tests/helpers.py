@@ -16,7 +16,7 @@ import torch._dynamo  # late imports take seconds: children have it when they ar
 
 import train
 from lab import figures
-from lab.options import Refused, parse, parser, prepare
+from lab.options import parse, prepare
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--width 2 --epochs 2 --batch-size 128 --threads 1"
@@ -37,10 +37,7 @@ def run(command, out=None):
 
 def experiment(argv):
     """What train.py makes of a command line before it trains; refused as there."""
-    try:
-        return prepare(parse(argv))
-    except Refused as refused:
-        parser().error(str(refused))
+    return prepare(parse(argv))
 
 
 def refused(capsys, command, out=None):

@@ -130,7 +130,7 @@ def directions_of(run):
     for name, p in named.items():
         p.grad = torch.randn_like(p)
         copies[name].grad = p.grad.clone()
-    run.plain.step()
+    run.ordinary.step()
     found = {}
     for name, p in named.items():
         ways = ("muon", "adam") if p.dim() > 1 else ("adam",)
@@ -143,7 +143,7 @@ def directions_of(run):
 
 def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
     run = optimizers.make_run(Job("tiny, MLP", "muon", 0.1, 0.0, 0), "")
-    on_spheres, _ = run.plain.param_groups
+    on_spheres, _ = run.ordinary.param_groups
     assert on_spheres["sphere"] == "tensor"
     matrices = {name for name, p in run.net.named_parameters() if p in set(on_spheres["params"])}
     found = directions_of(run)

@@ -47,9 +47,8 @@ import regimes
 import train
 from lab import figures, machine, measure, runs
 
-TWO_SUMS = f"{SUMS} --elr 0.5 0.1"
 ONE_SUM = f"{SUMS} --elr 0.5"
-LONGER = "--data modular --modulus 11 --width 8 --batch-size 8 --threads 1"  # 10 steps an epoch
+LONGER = "--data modular --modulus 7 --width 4 --batch-size 8 --threads 1"  # 4 steps an epoch
 CALLS = ("open", "write", "fsync", "replace", "close", "ftruncate")
 
 
@@ -64,15 +63,8 @@ def holders(folder):
     return found
 
 
-def gone(pid):
-    """Whether a process has ended; it may still wait to be asked how."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
-
-
-def group_of(pid):
-    """The processes of its group that are alive."""
+def alive(pid):
+    """The processes of its group that have not ended; one may still wait to be asked how."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -82,14 +74,18 @@ def group_of(pid):
     return found
 
 
+def rows_in(out):
+    paths = [path for path in out.glob("elr=*.csv") if "layers" not in path.name]
+    return sum(path.read_text().count("\n") for path in paths)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed(tmp_path_factory):
-    """A small sweep; in this process, so that what torch imports late is there when children are
-    forked."""
+    """A run; in this process, so that what torch imports late is there when children are forked."""
     folder = tmp_path_factory.mktemp("undisturbed")
     points, measure.POINTS = measure.POINTS, 4  # it is the files that count here
     draw, figures.of_sweep = figures.of_sweep, NOTHING
-    assert run(TWO_SUMS, folder) == 0
+    assert run(ONE_SUM, folder) == 0
     figures.of_sweep = draw
     yield folder
     measure.POINTS = points
@@ -119,15 +115,13 @@ def net(channels, classes):
 """
 
 
-@pytest.mark.parametrize("model", ["", "--model {}/mine.py:net"], ids=["ours", "own"])
-def test_a_sweep_stops_when_it_is_told_to_and_goes_on(tmp_path, pytestconfig, model):
+def test_a_sweep_stops_when_it_is_told_to_and_goes_on(tmp_path, pytestconfig):
     """In the middle of runs of seconds: Ctrl-C at a terminal is SIGINT to all processes of a group,
     `kill` is SIGTERM to the parent."""
     (tmp_path / "mine.py").write_text(OWN)
-    more = model.format(tmp_path)
-    command = f"--elr 1e-4 1e-3 1e-2 --epochs 200 --jobs 2 --threads 1 {more}"
+    command = "--elr 1e-4 1e-3 1e-2 --epochs 2000 --batch-size 128 --jobs 2 --threads 1"
+    command += f" --model {tmp_path}/mine.py:net"
     kills = pytestconfig.getoption("--kills")
-    longest = 0
     for i in range(kills):
         out = tmp_path / str(i // 2)
         rows = rows_in(out)
@@ -135,32 +129,22 @@ def test_a_sweep_stops_when_it_is_told_to_and_goes_on(tmp_path, pytestconfig, mo
         wait_for(lambda out=out, rows=rows: rows_in(out) > rows)  # it goes on
         wait_for(lambda out=out: len(holders(out)) == 2)
         seed = random.randrange(10**6)
-        time.sleep(random.Random(seed).uniform(0, 2))
-        began = time.monotonic()
+        time.sleep(random.Random(seed).uniform(0, 1))
         if i % 2:
             os.kill(child[0], signal.SIGTERM)
         else:
             os.killpg(child[0], signal.SIGINT)
-        status = None
-        while status is None and time.monotonic() < began + 60:
-            time.sleep(0.01)
-            if gone(child[0]):
-                status, output = end_of(child)
-        left = group_of(child[0])
+        with suppress(AssertionError):
+            wait_for(lambda pid=child[0]: pid not in alive(pid))
+        left = alive(child[0])
         for pid in left:
             os.kill(pid, signal.SIGKILL)
+        status, output = end_of(child)
         assert status == (143 if i % 2 else 130), (i, seed, status, output)
         lines = [line for line in output.splitlines() if not line.startswith(("elr ", " ", "note"))]
         assert lines == [f"interrupted; the same command goes on from {out}"], (seed, output)
         assert not left, (seed, left)
         no_leftovers(out)
-        longest = max(longest, time.monotonic() - began)
-    print(f"{kills} signals, the slowest end after {longest:.1f} s")
-
-
-def rows_in(out):
-    paths = [path for path in out.glob("elr=*.csv") if "layers" not in path.name]
-    return sum(path.read_text().count("\n") for path in paths)
 
 
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, pytestconfig):
@@ -180,7 +164,7 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, pytestconfig):
 
 
 def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp_path):
-    command = f"{LONGER} --elr 0.01 --epochs 20 --momentum 0.9"
+    command = f"{LONGER} --elr 0.01 --epochs 24 --momentum 0.9"
     parts = tmp_path / "parts"
     checkpoint = parts / "elr=1e-02.pt"
     assert in_child(command, tmp_path / "whole")[0] == 0
@@ -191,7 +175,6 @@ def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp
         status, output = end_of(child)
         assert status == expected, output
         assert output == f"interrupted; the same command goes on from {parts}\n"
-        assert torch.load(checkpoint, weights_only=True)["epoch"] < 20
         text = checkpoint.with_suffix(".csv").read_text()  # whole rows
         assert text.endswith("\n") and {line.count(",") for line in text.splitlines()} == {11}
     assert in_child(command, parts)[0] == 0
@@ -231,7 +214,7 @@ def die_at(n):
 def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
     tmp_path, pytestconfig
 ):
-    """By default at every third."""
+    """By default at every fifth, from a random one on."""
     counter, calls, whole = tmp_path / "calls", 10**9, tmp_path / "whole"
     assert in_child(ONE_SUM, whole)[0] == 0
 
@@ -243,46 +226,19 @@ def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
     assert in_child(ONE_SUM, tmp_path / "counted", before=count)[0] == 0
     total = int(counter.read_text())
     assert total > 20
-    for n in range(1, total + 1, 3 if pytestconfig.getoption("--kills") == 2 else 1):
+    step = 5 if pytestconfig.getoption("--kills") == 2 else 1
+    for n in range(random.randint(1, step), total + 1, step):
         folder = tmp_path / str(n)
         status, output = in_child(ONE_SUM, folder, before=lambda n=n: die_at(n))
-        assert status == -signal.SIGKILL, output
+        assert status == -signal.SIGKILL, (n, output)
         status, output = in_child(ONE_SUM, folder)
         assert status == 0 and "Traceback" not in output, (n, output)
         equal_sweeps(whole, folder)
-        shutil.rmtree(folder)
-
-
-def test_killed_at_random_moments_a_sweep_loses_nothing(tmp_path, pytestconfig):
-    kills = pytestconfig.getoption("--kills")
-    epochs = 10 * kills  # so that there is work left for each of them
-    command = f"{LONGER} --elr 0.01 0.1 --epochs {epochs} --jobs 1"
-    assert in_child(command, tmp_path / "undisturbed")[0] == 0
-    out, finished, ends = tmp_path / "disturbed", {}, []
-    for _ in range(kills):
-        child = start(command, out)
-        wait_for(lambda pid=child[0]: gone(pid) or pid in holders(out))
-        time.sleep(random.uniform(0, 0.2))
-        os.kill(child[0], signal.SIGKILL)
-        ends.append(end_of(child)[0])
-        for path in out.glob("elr=*.csv"):  # what was a whole row before is one still
-            rows = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
-            kept = [row.rsplit(",", 2)[0] for row in finished.get(path.name, [])]
-            same = [row.rsplit(",", 2)[0] for row in rows[: len(kept)]] == kept
-            assert same or len(rows) < len(kept)
-            whole = path.with_suffix(".pt").exists() and "layers" not in path.name
-            if whole and len(rows) == epochs + 2:
-                finished[path.name] = rows
-    print(f"{ends.count(-signal.SIGKILL)} of {kills} kills met a sweep that was at work")
-    assert in_child(command, out)[0] == 0
-    for name, rows in finished.items():
-        assert (out / name).read_text() == "".join(rows)
-    equal_sweeps(tmp_path / "undisturbed", out)
 
 
 # --------------------------------------------------------------------- many runs, one writer
 
-MANY = f"{LONGER} --elr 0.01 0.02 0.04 --epochs 8"
+MANY = f"{LONGER} --elr 0.01 0.02 0.04 --epochs 12"
 
 
 @pytest.fixture(scope="module")
@@ -311,25 +267,19 @@ def test_a_second_process_is_told_who_is_in_a_run_and_waits_for_it(tmp_path):
     status, output = end_of(second)
     assert status == 0 and output.count(who) == 1 and ": this waits for it\n" in output
     assert end_of(first)[0] == -signal.SIGKILL
-    assert not list(tmp_path.glob("*.lock"))
+    no_leftovers(tmp_path)
 
 
-def test_a_sweep_started_twice_shares_the_work(tmp_path, one_by_one):
-    children = [start(f"{MANY} --jobs 1", tmp_path) for _ in range(2)]
-    text = "".join(finishes(tmp_path, one_by_one, child) for child in children[::-1])
-    assert text.count("(already done)") == 3 and text.count("elr 4e-02") == 2
-
-
-@pytest.mark.parametrize("which", ["one", "all", "parent"])
+@pytest.mark.parametrize("which", ["jobs", "parent"])
 def test_where_jobs_or_their_parent_are_killed_the_sweep_is_finished(tmp_path, one_by_one, which):
     child = start(f"{MANY} --jobs 2", tmp_path)
     wait_for(lambda: len(holders(tmp_path)) == 2)
     jobs = holders(tmp_path)
-    for pid in {"one": jobs[:1], "all": jobs, "parent": [child[0]]}[which]:
+    for pid in jobs if which == "jobs" else [child[0]]:
         os.kill(pid, signal.SIGKILL)
     if which == "parent":
         assert end_of(child)[0] == -signal.SIGKILL
-        wait_for(lambda: all(gone(pid) for pid in jobs), seconds=30)
+        wait_for(lambda: not set(jobs) & set(alive(child[0])))
         child = None
     finishes(tmp_path, one_by_one, child)
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
@@ -379,7 +329,7 @@ def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
     status, verdicts = end_of(child)
     shown = shown.decode(errors="replace")
     assert status == 0 and verdicts.count("; test error ") == 3
-    assert "/24 [" in shown and "epoch" in shown  # with the time that is left
+    assert "/36 [" in shown and "epoch" in shown  # with the time that is left
     assert "elr 1e-02: loss " in shown and "γ" in shown
 
 
@@ -387,39 +337,35 @@ def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
-    folder = tmp_path / "small"
-    out = folder / "out"
-    command = f"{LONGER} --elr 0.01 --momentum 0.9 --epochs"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-    mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    try:
-        assert in_child(f"{command} 1", out)[0] == 0
-        good = (out / "elr=1e-02.pt").read_bytes()
+    """No file may grow beyond half of a checkpoint."""
+    command, out = f"{LONGER} --elr 0.01 --momentum 0.9 --epochs", tmp_path / "out"
+    assert in_child(f"{command} 1", out)[0] == 0
+    good = (out / "elr=1e-02.pt").read_bytes()
 
-        def limit():
-            if not mounted:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2,) * 2)
 
-        if mounted:
-            with open(folder / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
-                while file.write(bytes(4096)):
-                    pass
-            with open(folder / "filler", "rb+") as file:  # leave room for half of a checkpoint
-                file.truncate(max(0, os.fstat(file.fileno()).st_size - len(good) // 2))
-        status, output = in_child(f"{command} 3", out, before=limit)
-        assert status == 1 and "Traceback" not in output and "elr" in output, output
-        errors = [line for line in output.splitlines() if line.startswith("train.py: error: ")]
-        assert errors and ("No space left" if mounted else "File too large") in errors[0]
-        assert (out / "elr=1e-02.pt").read_bytes() == good
-        (folder / "filler").unlink(missing_ok=True)
-        for place in (out, tmp_path / "whole"):
-            assert in_child(f"{command} 3", place)[0] == 0
-        equal_runs(tmp_path / "whole", out)
-    finally:
-        if mounted:
-            subprocess.run(["umount", folder], check=True)
+    status, output = in_child(f"{command} 3", out, before=limit)
+    assert status == 1 and "Traceback" not in output, output
+    errors = [line for line in output.splitlines() if line.startswith("train.py: error: ")]
+    assert errors and "elr" in errors[0] and "File too large" in errors[0]
+    assert (out / "elr=1e-02.pt").read_bytes() == good
+    for place in (out, tmp_path / "whole"):
+        assert in_child(f"{command} 3", place)[0] == 0
+    equal_runs(tmp_path / "whole", out)
+
+
+def test_rows_that_cannot_be_written_whole_are_not_written(tmp_path, monkeypatch):
+    path, write = tmp_path / "log.csv", os.write
+    log = runs.Log(path)
+    log.add({"epoch": 0, "loss": 0.5})
+    monkeypatch.setattr(runs.os, "write", lambda file, content: write(file, content[:3]))
+    with pytest.raises(OSError, match="No space left on device"):
+        log.add({"epoch": 1, "loss": 0.25})
+    monkeypatch.undo()
+    log.close()
+    assert path.read_text() == "epoch,loss\n0,0.5\n"
 
 
 def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
@@ -428,22 +374,21 @@ def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
 
     def function():
         os.dup2(writer, 1)
-        regimes.finish(lambda: run(TWO_SUMS, tmp_path))
+        regimes.finish(lambda: run(f"{ONE_SUM} 0.1", tmp_path))
 
     assert end_of(fork(function)) == (0, "")
-
-
-def pages_fetched():
-    """While 15 times 40 MB are used and freed."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        _ = [torch.ones(10**7) for _ in range(3)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def test_freed_memory_is_kept_for_the_next_step():
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("this C library has no mallopt")
+
+    def pages_fetched():
+        """While 15 times 40 MB are used and freed."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            _ = [torch.ones(10**7) for _ in range(3)]
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     def function():
         mallopt = ctypes.CDLL(None).mallopt
@@ -481,30 +426,29 @@ def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monke
         return real(run, tell)
 
     monkeypatch.setattr(train, "train", failing)
-    assert run(f"{TWO_SUMS} 1", tmp_path) == 1
+    assert run(f"{ONE_SUM} 0.1 1", tmp_path) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("train.py: error: elr 1e-01: ")
     assert str(error).splitlines()[0] in err
     assert [row["elr"] for row in read(tmp_path / "regimes.csv")] == ["0.5", "1"]
-    monkeypatch.undo()
-    assert run(f"{TWO_SUMS} 1", tmp_path) == 0 and len(read(tmp_path / "regimes.csv")) == 3
 
 
 # ----------------------------------------------------------------------------------- trust
 
 
-def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys):
-    a, b = tmp_path / "a", tmp_path / "b"
-    assert run(TWO_SUMS, a) == run(f"{TWO_SUMS} --momentum 0.5", b) == 0
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys, undisturbed):
+    out = tmp_path / "out"
+    assert run(f"{SUMS} --elr 0.1", out) == 0
+    assert run(f"{SUMS} --elr 0.1 --momentum 0.5", tmp_path / "ball") == 0
     for source, what in (
-        (a / "elr=1e-01.pt", "value is 0.1 there, 0.5 here"),
-        (b / "elr=5e-01.pt", "momentum is 0.5 there, None here"),
+        (undisturbed / "elr=5e-01.pt", "value is 0.5 there, 0.1 here"),
+        (tmp_path / "ball" / "elr=1e-01.pt", "momentum is 0.5 there, None here"),
     ):
-        shutil.copy(source, a / "elr=5e-01.pt")
+        shutil.copy(source, out / "elr=1e-01.pt")
         capsys.readouterr()
-        assert run(f"{TWO_SUMS} --epochs 3", a) == 1
+        assert run(f"{SUMS} --elr 0.1 --epochs 3", out) == 1
         err = capsys.readouterr().err
-        assert f"elr=5e-01.pt is the checkpoint of another run ({what}): remove it" in err
+        assert f"elr=1e-01.pt is the checkpoint of another run ({what}): remove it" in err
         assert err.count("\n") == 1
 
 
@@ -557,14 +501,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_read_correctly(
         assert bytes(content) == good and bytes.fromhex(found["checksum"]) == good[-32:]
 
 
+KEYS = st.sampled_from(["options", "chance", "0", "mean", "train_loss", "points"])
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["options", "chance", "0", "mean", "train_loss", "points"]), inner
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner),
     max_leaves=12,
 )
 configs = anything | anything.map(lambda x: {"options": {"width": 8}, "contents": x})
@@ -616,15 +556,3 @@ def test_a_damaged_log_is_refused_in_one_line_or_read_without_a_wrong_verdict(
         assert one_line(error) and "damaged.csv" in str(error)
     else:
         assert found.verdict.regime in ("convergence", "undecided")
-
-
-def test_rows_that_cannot_be_written_whole_are_not_written(tmp_path, monkeypatch):
-    path, write = tmp_path / "log.csv", os.write
-    log = runs.Log(path)
-    log.add({"epoch": 0, "loss": 0.5})
-    monkeypatch.setattr(runs.os, "write", lambda file, content: write(file, content[:3]))
-    with pytest.raises(OSError, match="No space left on device"):
-        log.add({"epoch": 1, "loss": 0.25})
-    monkeypatch.undo()
-    log.close()
-    assert path.read_text() == "epoch,loss\n0,0.5\n"
