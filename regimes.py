@@ -5,9 +5,8 @@
     python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
     python regimes.py export.csv --columns epoch=Step    W&B; most are known
 
-Convergence: the loss surely falls. Equilibrium: it is level and better than chance, and the run has
-forgotten where it was. Divergence: neither error nor loss can be told from chance. Kodryan et al.,
-NeurIPS 2022 (arXiv 2209.03695). Each threshold below was measured: docs/guide.md, The rule.
+Convergence: the loss surely falls. Equilibrium: it is level, better than chance, and the run has
+forgotten where it was. Divergence: no better than chance (Kodryan et al., arXiv 2209.03695).
 """
 
 import signal
@@ -28,7 +27,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -37,66 +35,39 @@ USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_
 # What others call them, the best first; of "my-run - train/loss" it is "loss".
 USUAL["epoch"] = "epoch step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
-USUAL["lr"] = "lr learning_rate lr_sgd lr_adam lr_adamw"
+USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
 KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
+NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
 
-MIN_TAIL = 4  # rows that the last half must have; 3 is the least of which a slope has an interval
+# The thresholds: docs/guide.md says how each was measured, and what it costs.
+MIN_TAIL = 4  # rows of the last half, at least
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS, STEEP = 0.05, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
-LEVEL, LEVEL_ALONE = 0.2, 0.05  # slope of a level, at most; where no angle is logged
+FALLS, STEEP = 0.02, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
+LEVEL, LEVEL_ALONE = 0.2, 0.04  # slope of a level, at most; where no angle is logged
 SURE = 0.3  # a level's slope is known to ±0.3
-TURN = 0.7  # radians of a random walk within the last half: having turned less, a run remembers
+TURN = 0.7  # radians of a random walk in the last half: having turned less, a run remembers
 RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
-NEGLIGIBLE = 0.003  # of the chance loss: below, all runs tried went on falling
+NEGLIGIBLE = 0.003  # of the chance loss
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
 Z99 = 2.576  # normal quantile of a two-sided 99 % interval
 
 
-class Trend(NamedTuple):
-    """A straight line through a column: slope and mean, and half of their 99 % intervals."""
-
-    slope: float = math.nan
-    margin: float = math.nan
-    mean: float = math.nan
-    error: float = math.nan
-
-    def __str__(self):
-        return f"slope {self.slope:+.2f} ± {self.margin:.2f}"
-
-
 def trend(x, y):
-    """The line through the means of at most BLOCKS blocks of rows, at least 3. What is left beside
-    it, curvature too, is noise."""
+    """Slope and half of its 99 % interval, mean and half of its, of the line through the means of
+    BLOCKS blocks, or through 3 rows and more. What is left beside it, curvature too, is noise."""
     blocks = min(BLOCKS, len(x))
-    starts = np.arange(blocks) * len(x) // blocks
-    sizes = np.diff(starts, append=len(x))
-    x, y = (np.add.reduceat(z, starts) / sizes for z in (x, y))
+    ends = np.arange(1, blocks) * len(x) // blocks
+    x, y = (np.array([block.mean() for block in np.split(z, ends)]) for z in (x, y))
     away, free = x - x.mean(), blocks - 2
     slope = (away @ y) / (away @ away)
     left = y - y.mean() - slope * away
     # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
     quantile = Z99 * (8 * free + 3) / (8 * free + 1)
     quantile = math.sqrt(free * math.expm1(quantile**2 / free))
-    deviation = quantile * math.sqrt(left @ left / free)
-    margin, error = deviation / math.sqrt(away @ away), deviation / math.sqrt(blocks)
-    return Trend(slope, margin, y.mean(), error)
-
-
-class Skill(NamedTuple):
-    """How much lower than by chance a column is, as a share, half of the 99 % interval, and whether
-    it is lower; None where noise hides that."""
-
-    of: str
-    mean: float
-    chance: float
-    value: float
-    margin: float
-    told: bool | None
-
-    def __str__(self):
-        return f"{self.of[6:]} {self.mean:.3g} (chance {self.chance:.3g})"
+    noise = quantile * math.sqrt(left @ left / free)
+    return slope, noise / math.sqrt(away @ away), y.mean(), noise / math.sqrt(blocks)
 
 
 @dataclass
@@ -105,17 +76,17 @@ class Verdict:
 
     regime: str = "undecided"
     why: str = ""
-    skills: list = field(default_factory=list)
-    trend: Trend = Trend()
-    more_epochs: int | None = None  # in all, that may decide
     notes: list = field(default_factory=list)
+    skill: float = math.nan  # of the error; of the loss where there is no error
+    slope: float = math.nan  # the one that decides
+    more_epochs: int | None = None  # in all, that may decide
     moves: bool = False
     broken: bool = False
 
     def __str__(self):
         if self.moves:
             return self.why
-        more = "; twice the length may decide" if self.more_epochs and self.skills else ""
+        more = "; twice the length may decide" if self.more_epochs else ""
         return f"{title(self.regime)}: {self.why}{more}"
 
 
@@ -130,108 +101,109 @@ def classify(log, chance=None):
              the best constant prediction
     """
     epoch, loss, verdict = finished(log), log["train_loss"], Verdict()
-    bad = ~(np.isfinite(loss) & (loss >= 0))
-    if bad.any():
-        verdict.broken = not np.isfinite(loss[bad][0])
-        what = "not finite" if verdict.broken else "negative: no logarithm"
-        verdict.why = f"in epoch {log['epoch'][bad][0]:g} the loss is {what}"
-        return verdict
-    counts = [int((epoch > epoch[-1] * (1 - share)).sum()) for share in WINDOWS]
-    n = counts[0]
+    unknown = np.full(len(loss), math.nan)
+    for when, value in zip(log["epoch"], loss, strict=True):
+        if not 0 <= value < math.inf:
+            verdict.why, verdict.broken = f"the loss is {value:g} in epoch {when:g}", not value < 0
+            return verdict
     for name in ("elr", "lr"):
-        values = log.get(name, epoch[:0])
-        late = values[-counts[-1] :][np.isfinite(values[-counts[-1] :])]
+        rate = log.get(name, unknown)
+        rate = rate[np.isfinite(rate)]
+        late = rate[len(rate) // 8 :]
         if len(late) and np.ptp(late) > 1e-6 * late.max():
-            why = f"{name.upper()} {values[0]:.3g} to {values[-1]:.3g}, not a fixed one"
-            return Verdict(why=why, moves=True)
-    more = max(2 * MIN_TAIL, 2 * math.ceil(epoch[-1]))
+            verdict.why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
+            verdict.moves = True
+            return verdict
+    windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
+    last = windows[0]
+    n, verdict.more_epochs = last.sum(), 2 * math.ceil(epoch[-1])
     if n < MIN_TAIL:
-        why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
-        return Verdict(why=why, more_epochs=more)
+        verdict.why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
+        return verdict
 
     if chance is None and epoch[0] == 0:
-        chance = {name: {"mean": log[name][0], "std": 0.0} for name in FLOORS if name in log}
+        chance = {name: {"mean": log[name][0]} for name in FLOORS if name in log}
         verdict.notes.append("no chance reference: the row of epoch 0 stands in")
-    angle = log["angle"][-n:].mean() if "angle" in log else math.nan
-    step = log.get("step", np.full(len(loss), math.nan))
-    turn = angle * math.sqrt(max((step[-1] - step[-n]) * n / (n - 1), 0))
-    least = 1e-38 * loss.max() or 1.0  # 0 has no logarithm
-    x, y = np.log(np.maximum(epoch, 1e-300)), np.log(np.maximum(loss, least))
-    verdict.skills = _skills(log, x[-n:], chance or {}, angle)
-    if "train_error" not in [skill.of for skill in verdict.skills]:
+    angle = log.get("angle", unknown)[last].mean()
+    turn = angle * math.sqrt(np.ptp(log.get("step", unknown)[last]) * n / (n - 1))
+    skills = _skills(log, last, chance or {}, angle)
+    if "train_error" not in skills and not angle > RIGHT_ANGLE:
         verdict.notes.append("no train_error: skill from the loss")
-    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
-    gradient = log.get("grad_norm", np.ones(n))
-    if np.median(loss[-n:]) < nothing or not loss[-MIN_TAIL:].any():
-        verdict.regime, verdict.why = "convergence", f"loss {loss[-1]:.3g}, next to nothing"
-    elif not gradient[-MIN_TAIL:].any():
-        since = epoch[np.flatnonzero(np.append(1, gradient))[-1]]
-        verdict.broken = True
-        verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at loss {loss[-1]:.3g}; "
+    if skills and math.isnan(turn):
+        verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
+    verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
+    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0.0
+    gradient, now = log.get("grad_norm", unknown), f"loss {loss[-1]:.3g}"
+    if np.median(loss[last]) < nothing or loss[-1] == 0:
+        verdict.regime, verdict.why = "convergence", f"{now}, next to nothing"
+    elif gradient[-1] == 0:
+        since = epoch[len(np.trim_zeros(gradient, "b"))]
+        verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
         verdict.why += "lower the learning rate of what is on no sphere"
+        verdict.broken = True
     else:
-        _decide(verdict, [trend(x[-k:], y[-k:]) for k in counts], loss[-n:], turn)
-        if verdict.regime == "undecided" and verdict.skills:
-            verdict.more_epochs = more
+        y = np.log(np.maximum(loss, 1e-38 * loss.max()))  # 0 has no logarithm
+        slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
+        found = _decide(slopes, turn, skills, now, loss[last].mean())
+        verdict.regime, verdict.why, verdict.slope = found
+    if verdict.regime != "undecided" or verdict.broken or not skills:
+        verdict.more_epochs = None
     return verdict
 
 
-def _decide(verdict, trends, loss, turn):
-    """Sets regime, why, and the trend that decides. `turn`: φ√steps of the last half."""
-    known, remembers, skills = not math.isnan(turn), turn < TURN, verdict.skills
-    told = [skill for skill in skills if skill.told]
-    noisy = [skill for skill in skills if skill.told is None]
-    evidence, now = ", ".join(map(str, told[:1] or skills)), f"loss {loss[-1]:.3g}"
-    flat = LEVEL if known else LEVEL_ALONE
-    falling = [trend for trend in trends if trend.slope + trend.margin < -FALLS]
-    level = [trend for trend in trends if trend.margin < SURE and abs(trend.slope) < flat]
-    if falling and not known:
-        level = []
-    if not remembers and any(trend.slope + trend.margin > -STEEP for trend in trends):
-        falling = []
-    best = verdict.trend = min(falling or level or trends, key=lambda trend: trend.margin)
-    if falling:
+def _decide(slopes, turn, skills, now, mean):
+    """Regime, why, and the slope that decides, of slopes with half of their intervals."""
+    known, remembers = not math.isnan(turn), turn < TURN
+    slopes, margins = np.transpose(slopes)
+    surely = slopes + margins < -FALLS
+    steep = (slopes + margins < -STEEP).all()
+    falls = surely.any() if remembers else steep
+    level = (margins < SURE) & (abs(slopes) < (LEVEL if known else LEVEL_ALONE))
+    if not known:
+        level &= not surely.any()
+    shown = level if level.any() and not falls else surely
+    best = np.where(shown | ~shown.any(), margins, math.inf).argmin()
+    slope = f"(slope {slopes[best]:+.2f} ± {margins[best]:.2f})"
+    told, regime = {told: text for _, told, text in reversed(skills.values())}, "undecided"
+    if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
-        verdict.regime, verdict.why = "convergence", f"{now} falls ({best}){turned}"
+        regime, why = "convergence", f"{now} falls {slope}{turned}"
     elif not skills:
-        verdict.why = f"equilibrium and divergence look alike without --chance ({best})"
+        why = f"equilibrium and divergence look alike without --chance {slope}"
     elif remembers:
-        verdict.why = f"{now}, but has turned by only {turn:.2g} rad"
-    elif not level:
-        verdict.why = f"{now}, not shown to be level ({best})"
-    elif told:
-        verdict.regime = "equilibrium"
-        verdict.why = f"{evidence}, level at loss {loss.mean():.3g} ({best})"
-    elif noisy:
-        verdict.why = f"too noisy: {noisy[0]} ± {noisy[0].margin * noisy[0].chance:.2g}"
+        why = f"{now}, but has turned by only {turn:.2g} rad"
+    elif not level.any():
+        why = f"{now}, not shown to be level {slope}"
+    elif True in told:
+        regime, why = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
+    elif None in told:
+        why = f"too noisy: {told[None]}"
     else:
-        verdict.regime, verdict.why = "divergence", f"no better than chance: {evidence}"
-    if skills and not known:
-        verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
+        texts = ", ".join(text for _, _, text in skills.values())
+        regime, why = "divergence", f"no better than chance: {texts}"
+    return regime, why, slopes[best]
 
 
-def _skills(log, x, chance, angle):
-    """Of error and loss in the last half, where chance is known. After steps of 90° a network knows
-    one batch: that, or the loss alone, tells it from chance."""
+def _skills(log, last, chance, angle):
+    """Of error and loss, by name: skill, whether there is any (None: noise hides it), in words."""
     most = chance.get("constant", {}).get("train_error", 1.0)  # to guess one class is no skill
-    forgets, skills = angle > RIGHT_ANGLE, []
-    if forgets and "stepped" in chance:
-        chance, forgets = chance["stepped"], False
+    if angle > RIGHT_ANGLE:  # the network knows one batch, at most
+        chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
+    skills, unknown = {}, np.full(len(last), math.nan)
     for name, floor in FLOORS.items():
-        values, known = log.get(name, np.array([-1.0])), chance.get(name, {"mean": 0, "std": 0})
-        is_error = name == "train_error"
-        mean = min(known["mean"], most) if is_error else known["mean"]
-        if mean <= 0 or values.min() < 0 or (is_error and values.max() > 1):
+        values, known = log.get(name, unknown)[last], chance.get(name, {"mean": 0.0})
+        by_chance, top = known["mean"], math.inf
+        if name == "train_error":
+            by_chance, top = min(by_chance, most), 1.0
+        if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):
             continue  # unknown, or in percent
-        own = trend(x, values[-len(x) :])
-        spread = Z99 * known["std"] / math.sqrt(chance.get("points", 1))
-        value, margin = 1 - own.mean / mean, math.hypot(own.error, spread) / mean
-        told = False
-        if value - margin >= floor:
-            told = not (is_error and forgets)
-        elif value >= floor or (margin > floor and value + margin > floor):
-            told = None
-        skills.append(Skill(name, own.mean, mean, value, margin, told))
+        _, _, mean, error = trend(np.log(finished(log)[last]), values)
+        spread = Z99 * known.get("std", 0.0) / math.sqrt(chance.get("points", 1))
+        skill, margin = 1 - mean / by_chance, math.hypot(error, spread) / by_chance
+        told, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
+        if not told and (skill >= floor or (margin > floor and skill + margin > floor)):
+            told, text = None, f"{text} ± {margin * by_chance:.2g}"
+        skills[name] = skill, told, text
     return skills
 
 
@@ -275,82 +247,71 @@ def elr_name(elr):
     return np.format_float_scientific(elr, trim="-", exp_digits=2)
 
 
-def _lines(path):
-    """The lines of a log. JSON becomes CSV: objects under log_history (Hugging Face), or one a line
-    (MMEngine, detectron2)."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith(("{", "[")):
-        return text.split("\n")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(found, dict):
-        found = found.get("log_history", [found])
-    header = dict.fromkeys(name for row in found for name in row)
-    rows = [[row.get(name, "") for name in header] for row in found]
-    return csv_lines([header, *rows]).decode().split("\n")
+def _rows(path):
+    """Names of columns; (line, row) of CSV, or of JSON: under log_history, or an object a line."""
+    text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
+    if text.startswith("{"):
+        try:
+            found = json.loads(text)["log_history"]
+        except (ValueError, KeyError):
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return list(dict.fromkeys(name for row in found for name in row)), enumerate(found, 1)
+    lines = text.split("\n")
+    delimiter = max(",;\t", key=lines[0].count)
+    if lines[-1].count(delimiter) < lines[0].count(delimiter):
+        lines.pop()  # cut off
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+    return reader.fieldnames, ((reader.line_num, row) for row in reader)
+
+
+def _names(header, columns):
+    """Our names of columns → theirs."""
+    if "train_runtime" in header:  # Hugging Face's train_loss is one number, at the end
+        columns = {"train_loss": "loss"} | columns
+    places, names = {}, {}
+    for name in header:
+        word = re.sub(r"\W+", "_", name.rpartition(" - ")[2].lower()).removeprefix("train_")
+        places.setdefault(word or "index", []).append(name)  # pandas does not name it
+    places |= {name: [name] * header.count(name) for name in header}
+    for ours, usual in USUAL.items():
+        words = [columns[ours]] if ours in columns else [ours, *usual.split()]
+        found = next((places[word] for word in words if word in places), [])
+        if len(found) == 1:
+            names[ours] = found[0]
+        elif found or ours in columns or ours in ("epoch", "train_loss"):
+            line = ", ".join(header)
+            raise ValueError(f"name one column {words[0]}, or say --columns {ours}=COLUMN: {line}")
+    if names.get("step") == names["epoch"] and "step" not in columns:
+        del names["step"]  # standing in for the epoch, 0 does not say that it is before training
+    return names
 
 
 def read_log(path, columns=None):
-    """The columns of a log that we know, rows of one epoch joined. `columns`: ours → theirs. Raises
+    """The columns that we know, rows of an epoch joined. `columns`: ours → theirs. Raises
     ValueError where it is no log."""
-    line, last, joined = 1, 0.0, {}
+    at, last, joined = 1, 0.0, {}
     try:
-        lines = _lines(path)
-        reader = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
-        rows = filter(None, reader)
-        header = [cell.strip() for cell in next(rows, [])]
-        if len(header) == 1 < len(next(csv.reader(lines[1:2]), [])):
-            raise ValueError("remove the title before the names of the columns")
-        places = _places(header, columns or {})
-        for row in rows:
-            line = reader.line_num
-            if len(row) < len(header) and not any(rows):
-                break  # the last one, cut off
-            if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells, the header has {len(header)}")
-            numbers = {name: float(row[i]) for name, i in places.items() if row[i].strip()}
-            epoch = numbers.get("epoch", last)  # Lightning's learning rates have none
+        header, rows = _rows(path)
+        names = _names(header, columns or {})
+        for at, row in rows:  # noqa: B007
+            if None in row:
+                raise ValueError(f"more cells than the {len(header)} of the first line")
+            cells = {ours: row.get(theirs) for ours, theirs in names.items()}
+            numbers = {ours: float(cell) for ours, cell in cells.items() if cell not in (None, "")}
+            epoch = numbers.setdefault("epoch", last)  # Lightning's learning rates have none
             if not last <= epoch < math.inf:
                 raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
             if "train_loss" in before and "train_loss" in numbers:
                 raise ValueError(f"drop a row, or say --columns epoch=step: epoch {epoch:g} again")
             before.update(numbers)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: line {line}: {str(error)[:200]}") from None
-    whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
-    if not whole:
-        raise ValueError(f"{path}: no row with a loss")
-    return {name: np.array([row.get(name, math.nan) for row in whole]) for name in places}
-
-
-def _places(header, columns):
-    """Where each of our columns is."""
-    if header and all(re.fullmatch(r"[-+.\deE]+", name) for name in header):
-        raise ValueError("put the names of the columns into a first line: there is no header")
-    if "train_runtime" in header:  # Hugging Face's train_loss is one number, at the end
-        columns = {"train_loss": "loss"} | columns
-    plain, places = [], {}
-    for name in header:
-        name = re.sub(r"\W+", "_", name.rpartition(" - ")[2].lower())
-        plain.append(name.removeprefix("train_") or "index")  # pandas does not name it
-    for ours, usual in USUAL.items():
-        asked = columns.get(ours, ours)
-        found = [i for i, name in enumerate(header) if name == asked]
-        for name in [] if found or ours in columns else usual.split():
-            found = found or [i for i, other in enumerate(plain) if other == name]
-        if len(found) == 1:
-            places[ours] = found[0]
-        elif found or ours in columns or ours in ("epoch", "train_loss"):
-            what = f"{len(found) or 'no'} columns {asked} in {', '.join(header)}"
-            raise ValueError(f"say --columns {ours}=COLUMN: {what}")
-    if places.get("step") == places["epoch"] and "step" not in columns:
-        del places["step"]  # standing in for the epoch, 0 does not say that it is before training
-    return places
+        whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
+        if not whole:
+            raise ValueError("no row with a loss")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
+        why = str(getattr(error, "strerror", error))[:200]
+        raise ValueError(f"{path}: line {at}: {why}") from None
+    return {ours: np.array([row.get(ours, math.nan) for row in whole]) for ours in names}
 
 
 def read_chance(folder):
@@ -360,10 +321,8 @@ def read_chance(folder):
         return {}
     try:
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
-        for reference in chance.values():
-            numbers = [reference[name][x] for name in FLOORS for x in ("mean", "std")]
-            if not all(0 <= x < math.inf for x in [reference["points"] - 1, *numbers]):
-                raise ValueError
+        for known in chance.values():
+            sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
     except Exception:  # damaged JSON can fail anywhere
         raise ValueError(f"{path} is damaged: it has no chance reference") from None
     return chance
@@ -372,28 +331,25 @@ def read_chance(folder):
 def read_run(path, chance, columns=None):
     """Read and classify a log. `chance`: references by seed, or under "" one for all."""
     log = read_log(path, columns)
-    elr = re.search(r"elr=(\d+(\.\d+)?(e[+-]?\d+)?)", path.name)
-    seed = re.search(r"seed=(\d{1,18})", path.name)
-    elr, seed = float(elr[1]) if elr else math.nan, int(seed[1]) if seed else 0
-    elr = float(log["elr"][-1]) if "elr" in log else elr
+    named = dict(re.findall(rf"(elr|seed)=({NUMBER})", path.name))
+    elr = log["elr"][-1] if "elr" in log else float(named.get("elr", "nan"))
+    seed = int(float(named.get("seed", "0")))
     reference = chance.get(str(seed), chance.get(""))
-    verdict = classify(log, reference)
-    loop = loop_of([log], reference)
-    if loop:
-        verdict.moves, verdict.why = True, str(loop)
-    if not 0 < elr < math.inf or verdict.moves:
+    verdict, loop = classify(log, reference), lab_loop()
+    if verdict.moves or not 0 < elr < math.inf:
         elr = math.nan
-    return Logged(path, elr, seed, log, verdict, reference)
+    if verdict.moves and loop and loop.is_loop(log):
+        verdict.why = str(loop.classify_loop([log], reference))
+    return Logged(path, float(elr), seed, log, verdict, reference)
 
 
-def loop_of(logs, chance):
-    """What lab/loop.py says of logs whose ELR falls and rises again. None: of other logs, or where
-    this file has been copied alone."""
+def lab_loop():
+    """lab/loop.py, on runs whose ELR moves. None: this file has been copied alone."""
     try:
-        from lab.loop import classify_loop, is_loop
+        from lab import loop
     except ImportError:
         return None
-    return classify_loop(logs, chance) if all(map(is_loop, logs)) else None
+    return loop
 
 
 def gather(paths, columns=None, chance=None):
@@ -401,7 +357,7 @@ def gather(paths, columns=None, chance=None):
     instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        found = sorted(log for kind in KINDS for log in path.glob(kind))
+        found = [log for kind in KINDS for log in sorted(path.glob(kind))]
         found = [log for log in found if not any(map(log.match, OURS))]
         logs += found if path.is_dir() else [path]
     if not logs:
@@ -455,20 +411,23 @@ class Boundary:
 
 
 def boundaries(runs):
-    """Of a sweep: from the largest ELR at which all runs lie below, and no run above before it, to
-    the smallest of which the reverse is true. Between, seeds disagree or are undecided. A run that
-    broke down lies above."""
+    """Of a sweep: from the largest ELR at which, as before it, no run lies above, and all below, to
+    the smallest of which the reverse is true. What broke down lies above."""
     ranks, found = {}, []
     for elr, group in by_elr(runs).items():
         verdicts = [run.verdict for run in group]
         ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
     for rank, (left, right) in enumerate(pairwise(ORDER)):
-        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=math.inf)
-        last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
-        below = [elr for elr in ranks if elr < first and (ranks[elr] <= rank).all()]
-        above = [elr for elr in ranks if elr > last and (ranks[elr] > rank).all()]
-        ends = max(below, default=math.nan), min(above, default=math.nan)
-        found.append(Boundary(left, right, *ends))
+        low = high = math.nan
+        for elr, of_seeds in ranks.items():
+            if (of_seeds > rank).any():
+                break
+            low = elr if (of_seeds <= rank).all() else low
+        for elr, of_seeds in reversed(ranks.items()):
+            if (of_seeds <= rank).any():
+                break
+            high = elr if (of_seeds > rank).all() else high
+        found.append(Boundary(left, right, low, high))
     return found
 
 
@@ -481,60 +440,33 @@ def rows(runs):
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
-        if math.isnan(elrs[-1]):
-            continue
-        row = {"elr": run.elr, "seed": run.seed}
-        row["regime"] = "not fixed" if verdict.moves else verdict.regime
-        row["skill"] = verdict.skills[0].value if verdict.skills else math.nan
-        row["slope"] = verdict.trend.slope
+        regime = "not fixed" if verdict.moves else verdict.regime
+        row = dict(elr=run.elr, seed=run.seed, regime=regime)
+        row |= dict(skill=verdict.skill, slope=verdict.slope)
         row |= {name: run.final(name) for name in ENDS}
-        row |= {"epochs": int(finished(run.log)[-1]), "run": run.name}
-        found.append(row | {"elr_min": min(elrs), "elr_max": max(elrs)})
+        row |= dict(epochs=int(finished(run.log)[-1]), run=run.name)
+        row |= dict(elr_min=min(elrs), elr_max=max(elrs))
+        if not math.isnan(elrs[-1]):
+            found.append(row)
     return found
 
 
 def table(runs):
-    """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries. Runs
-    whose ELR moves by what was set, and the best; those without an ELR."""
-    lines, moving, others, errors = [], {}, [], {}
+    """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries; runs
+    whose ELR moves; those without an ELR."""
+    lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
-        found = rows(group)
-        cells = [f"{np.median([row[name] for row in found]):12.4g}" for name in MEDIANS]
-        cells = "".join(cells).replace("nan", "  –")
+        medians = [np.median([row[name] for row in rows(group)]) for name in MEDIANS]
+        cells = "".join(f"{median:12.4g}" for median in medians).replace("nan", "  –")
         lines.append(f"{elr_name(elr):>10}  {title(regime):<20}{n:>3}/{len(group)}{cells}")
     if lines:
-        heads = [f"{name.replace('_', ' '):>12}" for name in MEDIANS]
-        lines.insert(0, f"{'ELR':>10}  {'regime':<20}seeds{''.join(heads)}")
-        lines += map(str, boundaries(runs))
-    for run in runs:
-        if run.verdict.moves and "test_error" in run.log:
-            moving.setdefault(run.name.split(" seed")[0], []).append(run)
-        elif math.isnan(run.elr):
-            others.append(str(run))
-    for name, group in sorted(moving.items(), key=lambda item: _number_in(item[0])):
-        said = loop_of([run.log for run in group], group[0].chance)
-        if said:
-            name += f", {len(group)} seeds"
-        else:
-            found = {name: [row[name] for row in rows(group)] for name in rows(group)[0]}
-            error, loss = found["test_error"], np.mean(found["train_loss"])
-            errors[name] = np.mean(error)
-            said = f"test error {errors[name]:.4f}"
-            if len(group) > 1:
-                spread = np.std(error) / math.sqrt(len(group) - 1)
-                said += f" ± {spread:.4f} ({len(group)} seeds)"
-            low, high = min(found["elr_min"]), max(found["elr_max"])
-            said += f", train loss {loss:.3g}, ELR {low:.3g} to {high:.3g}"
-        lines.append(f"{name}: {said}")
-    if len(errors) > 1:
-        lines.append(f"best: {min(errors, key=errors.get)}")
-    return "\n".join(lines + others)
-
-
-def _number_in(name):
-    found = re.search(r"\d[\d.]*(e[-+]?\d+)?", name)
-    return float(found[0]) if found else math.inf
+        heads = "".join(f"{name.replace('_', ' '):>12}" for name in MEDIANS)
+        lines = [f"{'ELR':>10}  {'regime':<20}seeds{heads}", *lines, *map(str, boundaries(runs))]
+    moving = [run for run in runs if loop and run.verdict.moves]
+    lines += loop.summary(moving) if moving else []
+    others = [run for run in runs if math.isnan(run.elr) and not (loop and run.verdict.moves)]
+    return "\n".join([*lines, *map(str, others)])
 
 
 def csv_lines(rows):
@@ -587,23 +519,21 @@ def finish(main):
 
 
 def main(argv=None):
-    style = argparse.RawDescriptionHelpFormatter
+    style, ours = argparse.RawDescriptionHelpFormatter, ", ".join(USUAL)
     parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
-    add, ours = parser.add_argument, ", ".join(USUAL)
+    add, many = parser.add_argument, dict(nargs="+", default=[])
     add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    text = f"names of columns; ours are {ours}"
-    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
+    add("--columns", **many, metavar="OURS=THEIRS", help=f"names of columns; ours are {ours}")
     text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
-    add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
+    add("--chance", **many, type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
     columns = dict(word.partition("=")[::2] for word in args.columns)
-    if not (len(columns) == len(args.columns) and all(columns.values()) and {*columns} <= {*USUAL}):
-        parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, each once of {ours}")
-    given = dict(zip(("train_loss", "train_error"), args.chance, strict=False))
-    sound = all(0 < mean < math.inf for mean in args.chance) and given.get("train_error", 1) <= 1
-    if len(args.chance) > 2 or not sound:
+    if not (all(columns.values()) and columns.keys() <= USUAL.keys()):
+        parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, of {ours}")
+    if not all(0 < x < math.inf for x in args.chance) or any(x > 1 for x in args.chance[1:]):
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    chance = {name: {"mean": mean, "std": 0.0} for name, mean in given.items()}
+    given = zip(("train_loss", "train_error"), args.chance, strict=False)
+    chance = {name: {"mean": mean} for name, mean in given}
     runs, problems = gather(args.paths, columns, chance)
     folder = args.paths[0]
     if not any(path.is_dir() for path in args.paths):

@@ -7,11 +7,12 @@ does not depend on the past. docs/findings.md has the measurements behind the th
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from regimes import FLOORS, NEGLIGIBLE, Z99
+from regimes import FLOORS, NEGLIGIBLE, NUMBER, Z99
 
 SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
 LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
@@ -171,3 +172,29 @@ def of_mean(logs, chance):
         if both.any():
             found.coexistence = elrs[both][0], elrs[both][-1]
     return found
+
+
+def summary(runs):
+    """Lines on runs whose ELR moves, by what was set: what a loop shows, or test error, loss and
+    range of the ELR over the seeds; and the best."""
+    lines, errors, groups = [], {}, {}
+    for run in sorted(runs, key=lambda run: [*map(float, re.findall(NUMBER, run.name)), math.inf]):
+        groups.setdefault(run.name.split(" seed")[0], []).append(run)
+    for name, group in groups.items():
+        logs, seeds = [run.log for run in group], f"{len(group)} seeds"
+        if all(map(is_loop, logs)):
+            lines.append(f"{name}, {seeds}: {classify_loop(logs, group[0].chance)}")
+        elif all({"elr", "test_error"} <= log.keys() for log in logs):
+            found = [run.final("test_error") for run in group]
+            loss = np.mean([run.final("train_loss") for run in group])
+            elrs = np.concatenate([log["elr"] for log in logs])
+            errors[name], spread = np.mean(found), ""
+            if len(group) > 1:
+                spread = f" ± {np.std(found) / math.sqrt(len(group) - 1):.4f} ({seeds})"
+            line = f"{name}: test error {errors[name]:.4f}{spread}, train loss {loss:.3g}"
+            lines.append(f"{line}, ELR {elrs.min():.3g} to {elrs.max():.3g}")
+        else:
+            lines += map(str, group)
+    if len(errors) > 1:
+        lines.append(f"best: {min(errors, key=errors.get)}")
+    return lines
