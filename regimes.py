@@ -539,10 +539,12 @@ def main(argv=None):
     if not any(path.is_dir() for path in args.paths):
         text = "\n".join(map(str, runs))
     else:
-        text = table(runs)
+        text, found = table(runs), rows(runs)
+        if runs and not found:
+            text += "\nno regimes.csv: no run here has an ELR"
         try:
-            if len(args.paths) == 1 and runs:
-                write_csv(folder / "regimes.csv", rows(runs))
+            if len(args.paths) == 1 and found:
+                write_csv(folder / "regimes.csv", found)
         except OSError as error:
             problems.append(f"{folder / 'regimes.csv'} not written: {error.strerror}")
     if text:

@@ -247,7 +247,7 @@ def mean_and_error(x, form=".4f"):
     """Mean ± its standard error, and whether that is surely not 0."""
     if len(x) == 1:
         return f"{x[0]:{form}}".replace("-", "−"), False
-    error = figures.standard_error(x)
+    error = np.std(x, ddof=1) / math.sqrt(len(x))
     return f"{np.mean(x):{form}} ± {error:.4f}".replace("-", "−"), abs(np.mean(x)) > 2 * error
 
 

@@ -1,7 +1,6 @@
 """Every picture, in one style: as wide as a page, legends beside curves, a thing of one colour.
 
-python -m lab.figures logs/digits-convnet                             a sweep again, from its CSVs
-python -m lab.figures logs/digits-convnet logs/mine-mine.mlp --out logs/both         two together
+python -m lab.figures logs/digits-convnet        a sweep or a loop again, from its CSVs
 """
 
 import glob
@@ -77,7 +76,7 @@ def save(fig, path, name=""):
 
 def tick(axis):
     """At least two labelled ticks on a logarithmic axis, where powers of ten may be too few."""
-    from matplotlib.ticker import FixedLocator, LogFormatterMathtext, LogLocator, MaxNLocator
+    from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator
 
     if axis.get_scale() == "linear" or isinstance(axis.get_major_locator(), FixedLocator):
         return
@@ -85,10 +84,11 @@ def tick(axis):
     zero = [0] if low <= 0 else []
     if zero:
         low = axis.get_transform().linthresh
-    locators = [LogLocator(subs=subs, numticks=1000) for subs in ([1], [1, 3], [1, 2, 5])]
-    for locator in (*locators, MaxNLocator(4)):
-        ticks = [x for x in locator.tick_values(low, high) if low <= x <= high]
-        if len(ticks) > 2:
+    decades = 10.0 ** np.arange(math.floor(math.log10(low)), math.log10(high))
+    ways = [np.outer(decades, digits).ravel() for digits in ([1], [1, 3], [1, 2, 5])]
+    for way in (*ways, MaxNLocator(4).tick_values(low, high)):
+        ticks = [x for x in way if low <= x <= high]
+        if len(ticks) > 2 and ticks[-1] > ticks[0] * (high / low) ** 0.4:  # not all at one end
             break
     axis.set_ticks(zero + ticks[:: math.ceil(len(ticks) / 7)])
     axis.set_ticks([], minor=True)
@@ -97,12 +97,9 @@ def tick(axis):
 
 def readable(text):
     """The last 100 characters of a name, those that the font may lack by their numbers."""
-    found = ""
-    for character in text:
-        if not character.isprintable() or ord(character) > 0x500:
-            character = character.encode("ascii", "backslashreplace").decode()
-        found += character.replace("$", r"\$")  # no formulas
-    return found[-100:]
+    lacking = r"[^\x20-\u0500]"
+    text = re.sub(lacking, lambda found: ascii(found[0])[1:-1], text)
+    return text.replace("$", r"\$")[-100:]  # no formulas
 
 
 def logarithmic(ax):
@@ -111,12 +108,13 @@ def logarithmic(ax):
     positive = drawn[(drawn > 0) & (drawn < math.inf)]
     if len(positive):
         low, high = positive.min(), positive.max()
-        bottom = low / 1.3
+        margin = max(1.3, (high / low) ** 0.07)  # no point is cut at an edge
+        bottom = low / margin
         ax.set_yscale("log")
         if (drawn == 0).any():
             ax.set_yscale("symlog", linthresh=low, linscale=0.5)
             bottom = -low / 10
-        ax.set_ylim(bottom, 1.3 * high)
+        ax.set_ylim(bottom, margin * high)
 
 
 def bands(axes, groups):
@@ -144,13 +142,8 @@ def means(ax, groups, looks):
         values = [[row.get(column, math.nan) for row in rows] for rows in groups.values()]
         middle = np.array([np.mean(x) for x in values])
         if np.isfinite(middle).any():
-            errors = np.nan_to_num([standard_error(x) for x in values])
-            ax.errorbar(list(groups), middle, errors, **look)
-
-
-def standard_error(x):
-    """Of a mean; nan of a single value."""
-    return np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+            errors = [np.std(x) / math.sqrt(max(len(x) - 1, 1)) for x in values]
+            ax.errorbar(list(groups), middle, np.nan_to_num(errors), **look)
 
 
 def by_elr(rows):
@@ -202,18 +195,18 @@ def draw(runs, out, name=""):
 
 def of_sweep(runs, path, name=""):
     """Of each kind of run all epochs; above, of several values, the ends against them."""
-    rows = []
+    rows, layout = [], []
     for kind, groups in by_value(runs).items():
         there = {column for group in groups.values() for run in group for column in run.log}
         error = "test_error" if "test_error" in there else "train_error"
-        angle, gradient = ("angle", "grad_norm") if kind.startswith("ELR") else ("elr", "elr")
-        several = len(groups) > 1 and not isinstance(next(iter(groups)), str)
-        for draw_row, last in ((_ends, angle), (_epochs, gradient))[not several :]:
-            columns = [column for column in ("train_loss", error, last) if column in there]
-            rows.append((draw_row, kind, groups, columns))
-    layout = []
-    for i, (*_, columns) in enumerate(rows):
-        layout.append([f"{i} {column}" for column in columns for _ in range(6 // len(columns))])
+        fixed = kind == "ELR"
+        if len(groups) > 1 and kind:
+            rows.append((_ends, kind, groups, ["train_loss", error, "angle" if fixed else "elr"]))
+        rows.append((_epochs, kind, groups, ["train_loss", error, "grad_norm" if fixed else "elr"]))
+        for *_, columns in rows[len(layout) :]:
+            columns[:] = [column for column in columns if column in there]
+            width = 6 // len(columns)
+            layout.append([f"{len(layout)} {column}" for column in columns for _ in range(width)])
     fig, axes = subplots(layout, 0.6 + 2.5 * len(rows))
     for i, (draw_row, kind, groups, columns) in enumerate(rows):
         draw_row(kind, groups, {column: axes[f"{i} {column}"] for column in columns})
@@ -222,8 +215,8 @@ def of_sweep(runs, path, name=""):
 
 def by_value(runs):
     """What runs were begun with ("ELR" where it stays) → its values → runs; of others' logs "" →
-    their names → runs. Of several folders each has its own."""
-    kinds, folders = {}, {run.path.parent for run in runs}
+    their names → runs."""
+    kinds = {}
     for run in runs:
         named = re.match(r"(elr|angle|lr)=(\d+(\.\d+)?(e[+-]?\d+)?)", run.path.name)
         kind, value = "", readable(run.name).lstrip("_")[-30:]
@@ -231,8 +224,6 @@ def by_value(runs):
             kind, value = "ELR", run.elr
         elif named and float(named[2]):
             kind, value = BEGUN_WITH[named[1]], float(named[2])
-        if len(folders) > 1:
-            kind += f" ({readable(run.path.parent.name)[-25:]})"
         kinds.setdefault(kind, {}).setdefault(value, []).append(run)
     return {kind: dict(sorted(groups.items())) for kind, groups in kinds.items()}
 
@@ -248,23 +239,23 @@ def second_runs(run):
 
 def _ends(kind, groups, axes):
     """The ends of runs, and of second runs, against what they were begun with."""
-    ends, then = {}, {}
+    ends, errors = {}, {"train_error": TRAIN, "test_error": TEST}
     for value, group in groups.items():
         ends[value] = []
         for run in group:
             row = {"regime": run.verdict.regime} | {name: run.final(name) for name in run.log}
             for elr, second in second_runs(run).items():
                 row[f"then {elr}"] = second.final("test_error")
-                then[f"then {elr}"] = THEN | {"label": f"test, then at {elr}"}
+                errors[f"then {elr}"] = THEN | {"label": f"test, then at {elr}"}
             ends[value].append(row)
-    if kind.startswith("ELR"):
+    if kind == "ELR":
         bands(axes.values(), ends)
     for column, ax in axes.items():
-        title, looks = TITLES[column], {column: TEST}
-        if column == "train_loss":
-            looks = {column: TRAIN}
+        title, looks = TITLES[column], {column: TRAIN}
         if column.endswith("error"):
-            title, looks = "error, mean ± s.e.", looks | {"train_error": TRAIN} | then
+            title, looks = "error", errors
+            if max(map(len, ends.values())) > 1:
+                title = "error, mean ± s.e."
         means(ax, ends, looks)
         logarithmic(ax)
         ax.set(xscale="log", xlabel=kind, title=f"final {title}")
@@ -274,6 +265,7 @@ def _epochs(kind, groups, axes):
     """All epochs of all runs; dotted, behind them, those of second runs."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     first, *_, last = [*groups, *groups]
     named, scale, xlabel = isinstance(first, str), None, "epoch"
@@ -283,18 +275,20 @@ def _epochs(kind, groups, axes):
         xlabel = f"epoch, at {kind} {first:g}"
     for i, (value, group) in enumerate(groups.items()):
         look = dict(color=scale.to_rgba(value) if scale else f"C{i}", lw=1)
+        look["alpha"] = len(group) ** -0.4  # of many seeds one sees where most are
         for run, (column, ax) in product(group, axes.items()):
             if column in run.log:
                 label = value if named else None
                 ax.plot(run.log["epoch"], run.log[column], label=label, **look)
             for second in second_runs(run).values():
-                xlabel = "epoch (dotted: --then)"
+                xlabel = "epoch (dotted: second runs, --then)"
                 if column in second.log:
                     epoch = run.log["epoch"][-1] + second.log["epoch"]
                     ax.plot(epoch, second.log[column], ":", **look)
     for column, ax in axes.items():
         logarithmic(ax)
         ax.set(xlabel=xlabel, title=TITLES[column])
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     if scale:
         ax.figure.colorbar(scale, ax=list(axes.values()), label=kind, pad=0.01)
 
@@ -306,14 +300,15 @@ def of_loop(runs, path, name=""):
     columns = ["train_loss", "test_error", "angle"]
     first, *others = [column for column in columns if all(column in log for log in logs)]
     fig, axes = subplots([[first, first, other] for other in others] or [[first]], 4.4)
+    seeds = f", median of {len(logs)} seeds" if len(logs) > 1 else ""
     for column, ax in axes.items():
         elrs, middle = legs(logs, column)[0], {}
         for i, (leg, tone) in enumerate(LEGS.items()):
-            seeds = np.array([legs([log], column)[1][i] for log in logs])
-            middle[leg] = np.median(seeds, 0)
-            ax.plot(elrs, seeds.T, color=tone, lw=0.7, alpha=0.5)
+            of_seeds = np.array([legs([log], column)[1][i] for log in logs])
+            middle[leg] = np.median(of_seeds, 0)
+            ax.plot(elrs, of_seeds.T, color=tone, lw=0.7, alpha=0.5)
             look = dict(color=tone, lw=1.8, marker="<>"[i], markevery=(2 * i, 4), ms=6)
-            ax.plot(elrs, middle[leg], label=f"ELR goes {leg}", **look)
+            ax.plot(elrs, middle[leg], label=f"ELR goes {leg}{seeds}", clip_on=False, **look)
         logarithmic(ax)
         low, high = found.get("coexistence", (1, 0))
         both = (low <= elrs) & (elrs <= high)
@@ -325,23 +320,30 @@ def of_loop(runs, path, name=""):
         if level:
             ax.axhline(level["mean"], color="black", ls=":", lw=1, label="chance")
     freezes = math.sqrt(math.prod(found.get("freezes", [math.nan])))
-    diverges = math.sqrt(math.prod(found.get("divergence", [math.inf])))
     low, high = found.get("reversible", (math.inf, 0))
     names = np.full(len(elrs), "undecided", object)
     names[(low <= elrs) & (elrs <= high) | (elrs >= freezes)] = "equilibrium"
     names[elrs < freezes] = "convergence"
-    names[elrs > diverges] = "divergence"
+    low, high = found.get("divergence", (math.inf, math.inf))
+    names[elrs > low] = "undecided"  # where one way diverges, and the other does not
+    names[elrs >= high] = "divergence"
     bands(axes.values(), {elr: [{"regime": x}] for elr, x in zip(elrs, names, strict=True)})
-    ax = axes[first]
+    _mark(axes[first], found)
+    save(fig, path, readable(name))
+
+
+def _mark(ax, found):
+    """Bars below the curves: from where to where it freezes, melts, diverges."""
     (low, high), where = ax.get_ylim(), dict(transform=ax.get_xaxis_transform())
-    if ax.get_yscale() == "log":  # a strip for the bars below the curves
+    if ax.get_yscale() == "log":
         ax.set_ylim(low * (low / high) ** 0.3, high)
-    tones = dict(freezes=LEGS["down"], melts=LEGS["up"], divergence="black")
-    for height, (mark, tone) in zip((0.02, 0.09, 0.16), tones.items(), strict=True):
+    marks = {"freezes": LEGS["down"], "melts": LEGS["up"], "divergence": "black"}
+    for height, (mark, tone) in zip((0.03, 0.1, 0.17), marks.items(), strict=True):
         if mark in found:
             ax.plot(found[mark], [height, height], color=tone, lw=4, **where)
-            ax.text(found[mark][1], height, f"  {mark}", color=tone, va="center", **where)
-    save(fig, path, readable(name))
+            text = "diverges" if mark == "divergence" else mark
+            look = dict(color=tone, ha="right", va="center", **where)
+            ax.text(found[mark][0], height, f"{text}  ", **look)
 
 
 def of_toy(rows, alphas, path):
@@ -350,10 +352,11 @@ def of_toy(rows, alphas, path):
     groups, total = by_elr(rows), sum(alphas)
     edges = np.maximum(bands(axes.values(), groups), 1 / total)
     fine = np.geomspace(edges[0], edges[-1], 500)
+    below = f"1/Σα = {1 / total:.4g}: below, F falls to 0"
     for ax, column in zip(axes.values(), ("loss", "skill"), strict=True):
         theory = (total - 1 / fine) / 2 if column == "loss" else 1 / (total * fine)
         ax.plot(fine, theory, "-", color=LEGS["up"], label="theory")
-        ax.axvline(1 / total, color=LEGS["up"], ls="--", label=f"1/Σα = {1 / total:.4g}")
+        ax.axvline(1 / total, color=LEGS["up"], ls="--", label=below)
         means(ax, groups, {column: dict(fmt="o", color="black", label="measured")})
     axes["a"].axhline(total / 2, color="black", ls=":", label="chance, Σα/2")
     axes["a"].set(yscale="log", ylim=(1e-4 * total, 2 * total), title="F, mean of the last half")
@@ -374,7 +377,8 @@ def of_landscape(rows, path, name):
     for column, ax in axes.items():
         means(ax, groups, {f"{end}{column}": look for end, look in looks.items()})
         if column == "sharpness":
-            ax.plot(list(groups), [2 / elr for elr in groups], ":", color=GREY, label="2/ELR")
+            edge = [2 / elr for elr in groups]
+            ax.plot(list(groups), edge, ":", color=GREY, label="2/ELR: unstable above")
         logarithmic(ax)
         ax.set_title(titles[column])
     bands(axes.values(), groups)
@@ -394,22 +398,18 @@ def of_barrier(ways, path, first, last):
 
 
 def main(argv=None):
-    parser = regimes.Parser(prog="lab.figures", description="Draw regimes.png of logs again.")
-    add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="folders of logs, or logs")
-    add("--out", type=Path, metavar="DIR", help="for regimes.png (default: that of the first)")
-    args = parser.parse_args(argv)
-    first = args.paths[0]
-    out = args.out or (first if first.is_dir() else first.parent)
-    runs, problems = regimes.gather(args.paths)
+    parser = regimes.Parser(prog="lab.figures", description="Draw the pictures of logs again.")
+    parser.add_argument("path", type=Path, metavar="PATH", help="a folder of logs, or a log")
+    path = parser.parse_args(argv).path
+    folder = path if path.is_dir() else path.parent
+    runs, problems = regimes.gather([path])
     for problem in problems:
         print(f"lab.figures: error: {problem}", file=sys.stderr)
-    if runs:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            pictures = draw(runs, out, ", ".join(str(path) for path in args.paths))
-        except OSError as error:
-            parser.error(f"argument --out: {out} cannot be written: {error.strerror}")
+    try:
+        pictures = draw(runs, folder, str(path))
+    except OSError as error:
+        parser.error(f"{folder} cannot be written: {error.strerror}")
+    if pictures:
         print(f"written: {', '.join(map(str, pictures))}")
     return 2 if problems else 0
 

@@ -101,13 +101,12 @@ def evaluate(point, net):
 def between(a, b, t, way):
     """The network at t in [0, 1] on the way from a to b: a straight "line" between the weights, or
     the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
-    straight). At 0 and 1 exactly a and b."""
-    net = a.network()
-    net.load_state_dict((b if t == 1 else a).net.state_dict())
-    if t in (0, 1):
-        return net
-    for p, q in zip(net.parameters(), b.net.parameters(), strict=True):
-        p.data.lerp_(q.data, t)
+    straight, buffers too)."""
+    net, state = a.network(), a.net.state_dict()
+    for name, y in b.net.state_dict().items():
+        if y.is_floating_point():
+            state[name] = state[name].lerp(y, t)
+    net.load_state_dict(state)
     if way == "circle":
         for sphere, x, y in zip(a.spheres, a.vectors(), b.vectors(), strict=True):
             turn = measure.angles([x], [y])[:, None] / math.pi
@@ -120,12 +119,14 @@ def between(a, b, t, way):
 
 
 def barrier(a, b, way="circle", points=21):
-    """How far the train loss rises above the line between the ends' losses; (t, train loss, test
-    error) along the way. Raises ValueError for two different networks."""
+    """How far the train loss rises above the line between the ends' losses, nan where it is nan
+    anywhere; (t, train loss, test error) along the way. Raises ValueError for two different
+    networks."""
     check_same(a, b)
     path = [(t, *evaluate(a, between(a, b, t, way))) for t in np.linspace(0, 1, points).tolist()]
-    first, last = path[0][1], path[-1][1]
-    return max(loss - (1 - t) * first - t * last for t, loss, _ in path), path
+    t, losses, _ = np.array(path).T
+    line = (1 - t) * losses[0] + t * losses[-1]
+    return float(np.max(losses - line)), path
 
 
 def check_same(first, *others):
@@ -247,7 +248,7 @@ HEADS = "ELR,seed,regime,test error,second run,averaged,both,λ_max,second run,2
 
 def summarize(folder, device, samples):
     """A row per run of a sweep, nan for what it has not (--then, --average, a loss). Barriers are
-    those to the next larger ELR, between second runs where there are some."""
+    those to the next larger ELR, between second runs where there are some; to a dead run, nan."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
@@ -264,13 +265,15 @@ def summarize(folder, device, samples):
             end = read(part.path.with_suffix(".pt"), device)
             row[f"{which}test_error"] = part.log["test_error"][-1]
             row[f"{which}avg_test_error"] = part.log.get("avg_test_error", [math.nan])[-1]
-            row[f"{which}sharpness"] = largest(operators(end, samples)["hessian"], 1)[0]
+            sharpness = largest(operators(end, samples)["hessian"], 1)[0]
+            row[f"{which}sharpness"] = sharpness
         row["edge"] = 2 / row["sharpness"]
         found.append(row)
-        ends.append(end)
+        ends.append(None if math.isnan(sharpness) else end)
     for seed in {row["seed"] for row in found}:
         for i, j in pairwise([i for i, row in enumerate(found) if row["seed"] == seed]):
-            found[i]["barrier_to_next"] = barrier(ends[i], ends[j], points=11)[0]
+            if ends[i] and ends[j]:
+                found[i]["barrier_to_next"] = barrier(ends[i], ends[j], points=11)[0]
     return found
 
 
@@ -346,9 +349,9 @@ def show_barrier(args):
     ways, out = {}, args.out or a.path.with_name("barrier.png")
     for way, name in (("line", "straight line"), ("circle", "great circle")):
         height, ways[name] = barrier(a, b, way, args.points)
-        losses = [loss for _, loss, _ in ways[name]]
+        _, losses, _ = np.array(ways[name]).T
         ends = f"train loss {losses[0]:.4g}, {losses[-1]:.4g} at the ends"
-        print(f"{name}: barrier {height:.4g}; {ends}, at most {np.max(losses):.4g}")
+        print(f"{name}: barrier {height:.4g}; {ends}, at most {losses.max():.4g}")
     out.parent.mkdir(parents=True, exist_ok=True)
     figures.of_barrier(ways, out, a.path.name, b.path.name)
     print(f"written: {out}")

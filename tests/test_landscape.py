@@ -1,9 +1,8 @@
 """Barriers, distances and curvature against closed forms, dense Hessians and invariants."""
 
 import math
-import os
 import shutil
-import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from helpers import ROOT, log, read, run, words
 from torch import nn
 
-import regimes
 import train
 from lab import landscape, measure, runs
 from lab.data import load
@@ -24,19 +22,12 @@ from models import fixed_head
 QUICK = "--width 1 --batch-size 16 --epochs 1 --jobs 1 --threads 1"
 
 
-def make(net, sphere="network", samples=60):
-    """A point that was not trained, on the digits."""
-    spheres, data = measure.spheres_of(net.layer_groups, sphere), load("digits")
-    data.x, data.y = data.x[:samples], data.y[:samples]
-    return Point("p", net, data, {"model": "convnet"}, spheres)
-
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Options with a small part of the digits."""
     path = tmp_path_factory.mktemp("few") / "few.npz"
     with np.load(ROOT / "data" / "digits.npz") as a:
-        np.savez(path, **{name: a[name][: 20 if "test" in name else 80] for name in a})
+        np.savez(path, **{name: a[name][: 20 if "test" in name else 48] for name in a})
     return f"{QUICK} --data {path}"
 
 
@@ -59,42 +50,38 @@ def two_ends(folder):
     return [landscape.read(folder / f"elr=3e-03{seed}.pt") for seed in ("", ".seed=1")]
 
 
-def two_layers():
-    """A scale-invariant network, and the same as a function of its weights."""
-    layers = []
-    for before, after in ((1, 3), (3, 5)):
-        layers.append(nn.Conv2d(before, after, 3, padding=1, bias=False))
-        layers += [nn.BatchNorm2d(after, affine=False), nn.ReLU(), nn.MaxPool2d(2)]
-    head = fixed_head(nn.Linear(5, 10)).double()
-    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head).double()
-    net.layer_groups = [["0.weight"], ["4.weight"]]
-
-    def logits(theta, x):
-        for weight, shape in zip(theta.split([27, 135]), ((3, 1, 3, 3), (5, 3, 3, 3)), strict=True):
-            x = F.batch_norm(F.conv2d(x, weight.view(shape), padding=1), None, None, training=True)
-            x = F.max_pool2d(F.relu(x), 2)
-        return head(x.amax((2, 3)))
-
-    return net, logits
-
-
-def dense_matrices(net, logits, data):
-    """Hessian and Gauss-Newton matrix of the train loss, from torch.func in float64."""
-    theta = torch.cat([net.get_parameter(name).detach().flatten() for (name,) in net.layer_groups])
+def dense_matrices(net, data):
+    """Hessian and Gauss-Newton matrix of the train loss by the weights, from torch.func."""
+    pure, names = deepcopy(net), [name for (name,) in net.layer_groups]
+    torch.func.replace_all_batch_norm_modules_(pure)
+    shapes = [net.get_parameter(name).shape for name in names]
+    theta = torch.cat([net.get_parameter(name).detach().flatten() for name in names])
     x, y = data.inputs(torch.arange(len(data.x))).double(), data.y
-    hessian = torch.func.hessian(lambda t: F.cross_entropy(logits(t, x), y))(theta)
-    jacobian = torch.func.jacrev(logits)(theta, x).reshape(-1, len(theta))
-    out = logits(theta, x).flatten()
-    of_out = torch.func.hessian(lambda out: F.cross_entropy(out.view(-1, 10), y))(out)
-    return hessian, jacobian.T @ of_out @ jacobian
+
+    def logits(theta):
+        parts = theta.split([shape.numel() for shape in shapes])
+        weights = {n: t.view(s) for n, t, s in zip(names, parts, shapes, strict=True)}
+        return torch.func.functional_call(pure, weights, x)
+
+    hessian = torch.func.hessian(lambda theta: F.cross_entropy(logits(theta), y))(theta)
+    jacobian = torch.func.jacrev(logits)(theta).reshape(-1, len(theta))
+    of_logits = torch.func.hessian(lambda z: F.cross_entropy(z.view(-1, 10), y))
+    return hessian, jacobian.T @ of_logits(logits(theta).flatten()) @ jacobian
 
 
 def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
-    net, logits = two_layers()
+    data, layers = load("digits"), []
+    data.x, data.y = data.x[:30], data.y[:30]
+    for before, after in ((1, 2), (2, 3)):
+        layers.append(nn.Conv2d(before, after, 3, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(after, affine=False), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), fixed_head(nn.Linear(3, 10))]
+    net = nn.Sequential(*layers).double()
+    net.layer_groups = [["0.weight"], ["4.weight"]]
     buffers = {name: b.clone() for name, b in net.named_buffers()}
-    both = dense_matrices(net, logits, make(net).data)
+    both = dense_matrices(net, data)
     for sphere in ("network", "layer", "row"):
-        point = make(net, sphere)
+        point = Point("p", net, data, {}, measure.spheres_of(net.layer_groups, sphere))
         radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
         radius = torch.cat(radius)
         for operator, matrix in zip(operators(point).values(), both, strict=True):
@@ -106,8 +93,7 @@ def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
     assert largest(operator, 3) == pytest.approx(values, rel=5e-3)
     deviation = math.sqrt(2 * (dense - dense.diag().diag()).square().sum().item() / 50)
     assert abs(trace(operator, probes=50) - dense.trace().item()) < 5 * deviation
-    # No trace in the network.
-    assert all(torch.equal(b, buffers[name]) for name, b in net.named_buffers())
+    assert all(torch.equal(b, buffers[name]) for name, b in net.named_buffers())  # no trace
 
 
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
@@ -116,7 +102,7 @@ def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_nor
     for way in ("circle", "line"):
         height, path = barrier(a, b, way, points=3)
         own = [evaluate(a, p.net)[0] for p in (a, b)]
-        assert (path[0][1], path[-1][1]) == pytest.approx(own, rel=1e-6) and height >= 0
+        assert (path[0][1], path[-1][1]) == pytest.approx(own, rel=1e-4) and height >= 0
     radii = [[x.norm(dim=1) for x in p.vectors()] for p in (a, b)]
     whole = [measure.angles([x], [y]) for x, y in zip(a.vectors(), b.vectors(), strict=True)]
     before = a.vectors()
@@ -132,11 +118,11 @@ def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_nor
 def test_distances_are_the_angles(ends):
     points = two_ends(ends / "network")
     layers = [f"conv{i}.weight" for i in (1, 2, 3, 4)]
-    for name, angles in distances(points).items():
-        parts = layers if name == "network" else [name]
-        x, y = (
-            torch.cat([p.net.get_parameter(n).double().flatten() for n in parts]) for p in points
-        )
+    found = distances(points)
+    assert list(found) == ["network", *layers]
+    for name, angles in found.items():
+        spheres = [{"names": layers if name == "network" else [name], "rows": False}]
+        x, y = (torch.cat(vectors(point.net, spheres)).flatten() for point in points)
         angle = math.acos((x @ y / x.norm() / y.norm()).item())
         assert angles.ravel() == pytest.approx([0, angle, angle, 0])
 
@@ -147,21 +133,19 @@ def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(
     command = words(f"--elr 0.01 --average 1 --sphere layer {few}", tmp_path)
     made, seen = train.Run(prepare(parse(command)), runs.Job(0.01, 0, tmp_path, "")), []
     start = [x.clone() for x in vectors(made.net, made.spheres)]
-    real = measure.on_train_set
+    other = [F.normalize(torch.randn_like(x)) * x.norm() for x in start]
 
-    def look(net, *rest):
+    def look(net, *_):
         seen.append(vectors(net, made.spheres))
-        return real(net, *rest)
+        return dict.fromkeys(("test_loss", "test_error"), 0.0)
 
     monkeypatch.setattr(measure, "on_train_set", look)
-    for _ in range(3):
-        made.averaged.update_parameters(made.net)
-    measure.on_average(made.averaged, made.net, made.spheres, made.data, "fp32")
-    other = [F.normalize(torch.randn_like(x)) * x.norm() for x in start]
-    for sphere, x in zip(made.spheres, other, strict=True):
-        measure.move_to(made.net, sphere, x)
-    made.averaged.update_parameters(made.net)
-    measure.on_average(made.averaged, made.net, made.spheres, made.data, "fp32")
+    for points, times in ((start, 3), (other, 1)):
+        for sphere, x in zip(made.spheres, points, strict=True):
+            measure.move_to(made.net, sphere, x)
+        for _ in range(times):
+            made.averaged.update_parameters(made.net)
+        measure.on_average(made.averaged, made.net, made.spheres, made.data, "fp32")
     for same, mean, old, new in zip(*seen, start, other, strict=True):
         expected = (3 * old + new) / 4
         assert torch.allclose(same, old, rtol=1e-6)
@@ -181,60 +165,63 @@ def test_average_adds_its_columns_in_the_last_epochs_and_changes_nothing_else(tm
 
 def test_then_starts_from_the_end_of_a_run_at_its_own_elr(ends):
     first, then = (ends / "network" / f"elr=1e-02{x}.pt" for x in ("", ".then=1e-03"))
+    points = [landscape.read(path).vectors() for path in (first, then)]
     start = runs.load_checkpoint(then, "cpu")["start"]
-    for x, y, z in zip(
-        start, landscape.read(first).vectors(), landscape.read(then).vectors(), strict=True
-    ):
+    for x, y, z in zip(start, *points, strict=True):
         assert torch.equal(x, y) and not torch.equal(x, z)
         assert x.norm().item() == pytest.approx(z.norm().item(), rel=1e-6)
     rows = log(ends / "network", "elr=1e-02.then=1e-03")
     assert [row["elr"] for row in rows] == [1e-3, 1e-3]
 
 
-def test_the_command_line_prints_and_draws_all_of_a_sweep(ends, capsys):
-    folder = ends / "network"
-    assert landscape.main(["summary", str(folder), "--samples", "32"]) == 0
-    out = capsys.readouterr().out
-    assert len(out.splitlines()) == 6 and max(map(len, out.splitlines()[:5])) <= 110
-    assert (folder / "landscape.png").stat().st_size > 10_000
-    found = read(folder / "landscape.csv")
-    assert [(row["elr"], row["seed"]) for row in found] == [
-        ("0.003", "0"), ("0.003", "1"), ("0.01", "0"), ("0.01", "1")
-    ]  # fmt: skip
-    for row in found:
-        assert all(float(row[key]) >= 0 for key in row if "sharp" in key or "error" in key)
-        assert (row["barrier_to_next"] == "nan") == (row["elr"] == "0.01")
-    a, b = str(folder / "elr=3e-03.pt"), str(folder / "elr=1e-02.pt")
-    assert landscape.main(["barrier", a, b, "--points", "3"]) == 0
-    assert landscape.main(["distance", a, b]) == 0
-    out = capsys.readouterr().out
-    assert "great circle: barrier" in out and "conv4.weight" in out
-    assert (folder / "barrier.png").exists()
+DEAD = {0.02: math.nan, 0.03: 0.0, 0.04: 1e30}  # what the weights are multiplied by
 
 
-def test_a_run_that_died_is_nan_in_its_row_and_the_sharpness_is_that_of_curvature(
+def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
     ends, tmp_path, capsys
 ):
-    """Of one dead run the weights are nan, of another the loss does not depend on them."""
-    for name in ("elr=3e-03.csv", "elr=3e-03.pt", "config.json"):
-        shutil.copy(ends / "network" / name, tmp_path)
-    for elr, factor in ((4, math.nan), (5, 0.0)):
+    """The sharpness is that of `curvature`."""
+    some = shutil.ignore_patterns("*1e-02.seed*")
+    shutil.copytree(ends / "network", tmp_path, dirs_exist_ok=True, ignore=some)
+    for elr, factor in DEAD.items():
         state = runs.load_checkpoint(tmp_path / "elr=3e-03.pt", "cpu")
         for x in state["net"].values():
-            x.copy_(x * factor)
-        runs.save_checkpoint(tmp_path / f"elr={elr}e-03.pt", state["identity"], state)
+            if x.is_floating_point():
+                x.mul_(factor)
+        runs.save_checkpoint(tmp_path / f"elr={elr:.0e}.pt", state["identity"], state)
         text = (tmp_path / "elr=3e-03.csv").read_text()
-        (tmp_path / f"elr={elr}e-03.csv").write_text(text.replace(",0.003,", f",0.00{elr},"))
+        (tmp_path / f"elr={elr:.0e}.csv").write_text(text.replace(",0.003,", f",{elr},"))
     assert landscape.main(["summary", str(tmp_path), "--samples", "32"]) == 0
-    assert "3 checkpoints: about " in capsys.readouterr().err  # before
-    good, *bad = read(tmp_path / "landscape.csv")
-    assert all(row["sharpness"] == row["edge"] == "nan" for row in bad) and len(bad) == 2
-    point = str(tmp_path / "elr=3e-03.pt")
-    assert landscape.main(["curvature", point, "--k", "2", "--samples", "32"]) == 0
+    out, err = capsys.readouterr()
+    assert "9 checkpoints: about " in err and len(out.splitlines()) == 8
+    assert max(map(len, out.splitlines()[:7])) <= 110
+    assert (tmp_path / "landscape.png").stat().st_size > 10_000
+    found = {(float(row["elr"]), row["seed"]): row for row in read(tmp_path / "landscape.csv")}
+    assert list(found) == [(0.003, "0"), (0.003, "1"), (0.01, "0"), *((x, "0") for x in DEAD)]
+    for (elr, seed), row in found.items():
+        dead = elr in DEAD
+        assert (row["sharpness"] == "nan") == (row["edge"] == "nan") == dead
+        assert dead or all(float(row[key]) >= 0 for key in row if "sharp" in key or "error" in key)
+        assert (row["barrier_to_next"] == "nan") == ((elr, seed) != (0.003, "0"))
+    points = [str(tmp_path / f"elr={elr}.pt") for elr in ("3e-03", "1e-02", "2e-02")]
+    assert landscape.main(["curvature", points[0], "--k", "2", "--samples", "32"]) == 0
     out = capsys.readouterr().out
     value = float(out.split("largest eigenvalues ")[1].split(",")[0])
-    assert value == pytest.approx(float(good["sharpness"]), rel=2e-4) and value > 0
-    assert f"2/λ_max = {2 / value:.3g}" in out and "trained at elr 0.003" in out
+    assert value == pytest.approx(float(found[0.003, "0"]["sharpness"]), rel=2e-4) and value > 0
+    assert float(out.split("2/λ_max = ")[1].split(":")[0]) == pytest.approx(2 / value, rel=1e-3)
+    assert "trained at elr 0.003" in out
+    assert landscape.main(["barrier", *points[:2], "--points", "3"]) == 0
+    assert landscape.main(["distance", *points[:2]]) == 0
+    out = capsys.readouterr().out
+    assert "great circle: barrier" in out and "conv4.weight" in out
+    assert (tmp_path / "barrier.png").exists()
+
+
+def test_a_barrier_is_nan_where_the_loss_is_nan_on_the_way(ends, monkeypatch):
+    a, b = two_ends(ends / "network")
+    losses = iter([1.0, math.nan, 1.0])
+    monkeypatch.setattr(landscape, "evaluate", lambda *_: (next(losses), 0.5))
+    assert math.isnan(barrier(a, b, points=3)[0])
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
@@ -246,11 +233,10 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
         (f"curvature {tmp_path}/junk.pt", f"junk.pt {damaged}"),
         (f"distance {good} {tmp_path}/foreign.pt", f"foreign.pt {damaged}"),
         (f"barrier {good} {ends}/layer/elr=3e-03.pt", "is another network, or on other spheres"),
-        (f"summary {tmp_path}", "no runs here"),
+        (f"summary {tmp_path}", "no runs here whose ELR stays"),
         (f"summary {tmp_path}/none", "none: there is no such folder"),
         (f"curvature {good} --k 0", "argument --k: '0' is not a whole number"),
         (f"barrier {good} {good} --points 1e9", "argument --points: '1e9' is not a whole number"),
-        (f"summary {tmp_path} --samples -1", "argument --samples: '-1' is not a whole number"),
         (f"flatness {good}", "invalid choice"),
     ):
         with pytest.raises(SystemExit) as exit:
@@ -259,16 +245,15 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
         assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
 
 
-def test_a_reader_that_goes_away_ends_it_silently(monkeypatch, capfd, ends):
-    """As in `python -m lab.landscape distance … | head -1`."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w", buffering=1) as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
-        point = str(ends / "network" / "elr=3e-03.pt")
-        with pytest.raises(SystemExit) as exit:
-            regimes.finish(lambda: landscape.main(["distance", point]))
-    assert exit.value.code == 0 and capfd.readouterr().err == ""
+def test_a_reader_that_goes_away_is_no_error_of_ours(monkeypatch):
+    """As in `python -m lab.landscape distance … | head -1`; regimes.finish ends it silently."""
+
+    def show(args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(landscape, "show_distances", show)
+    with pytest.raises(BrokenPipeError):
+        landscape.main(["distance", "a.pt"])
 
 
 def test_it_says_once_what_has_changed_since_the_runs(ends, capsys, monkeypatch):
