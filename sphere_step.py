@@ -62,7 +62,7 @@ KNOWN = (
 
 
 def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
-    """`sphere_rule` for Python, tensors and Triton, which bring `where` and a square root. tan is
+    """`sphere_rule` for Python, numpy and Triton, which bring `where` and a square root. tan is
     tan φ, or -1: from η̃."""
     good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
     zero = (tt == 0) & (gg > 0) & (radius > 0)  # a tensor of zeros: θ ← −ρ m/‖m‖
@@ -93,13 +93,10 @@ def sphere_rule(gram, radius, lr, beta, angle):
     """k, b and u of a step from the Gram matrix of its sphere; then η̃, ρ and β.
 
     gram: ⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩, ⟨θ,m⟩, ⟨g,m⟩, ⟨m,m⟩; radius: ρ, 0 for the norm of θ; lr: η̃, with
-    `angle` φ. Gram and radius may be tensors, of many spheres. A step of length 0 gives k = 1,
-    b = 0; what is not finite, or does not fit float32, nan: the sphere stays.
+    `angle` φ. A step of length 0 gives k = 1, b = 0; what is not finite, or does not fit float32,
+    nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    if isinstance(radius, Tensor):
-        lr, beta, tan = radius.new_tensor([[lr], [beta], [tan]])
-        return torch.stack(_formula(*gram, radius, lr, beta, tan, torch.where, torch.sqrt))
     return _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)
 
 
@@ -1127,14 +1124,6 @@ def _sum_pairs(a, da, b, db, c, dc):
     a = a.to(tl.float64) + da.to(tl.float64)
     b = b.to(tl.float64) + db.to(tl.float64)
     return a, b, c.to(tl.float64) + dc.to(tl.float64)
-
-
-if INTERPRET:  # where tl.reduce takes a millisecond per element
-
-    @jit
-    def _sum_pairs(a, da, b, db, c, dc):
-        pairs = ((a, da), (b, db), (c, dc))
-        return tuple(tl.sum(x.to(tl.float64) + dx.to(tl.float64), 1) for x, dx in pairs)
 
 
 @jit

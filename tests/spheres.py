@@ -17,14 +17,22 @@ import sphere_step
 from sphere_step import INTERPRET, SphereSGD
 
 if INTERPRET:
+    import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+    @sphere_step.jit
+    def sum_pairs(a, da, b, db, c, dc):  # without tl.reduce, which takes a millisecond per element
+        pairs = ((a, da), (b, db), (c, dc))
+        return tuple(tl.sum(x.to(tl.float64) + dx.to(tl.float64), 1) for x, dx in pairs)
+
+    sphere_step._sum_pairs = sum_pairs
 
     def create_fma(self, x, y, z):  # rounded once
         exact = x.data.astype("float64") * y.data + z.data
         return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     def call(self, *args, **kwargs):  # without patching the language anew, half of the time
-        ours = self.fn.__module__ == sphere_step.__name__
+        ours = self.fn.__module__ in (sphere_step.__name__, __name__)
         return self.rewrite()(*args, **kwargs) if ours else original_call(self, *args, **kwargs)
 
     InterpreterBuilder.create_fma = create_fma

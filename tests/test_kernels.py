@@ -108,7 +108,9 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
         optimizer.step()
         grams, found = optimizer.grams().cpu(), optimizer.last[1].cpu()
         radii = [optimizer.state[p]["radius"].cpu() for p in (rows, joint)]
-        expected = sphere_rule(grams.T, torch.cat(radii), lr, 0.9, angle).T
+        each = zip(grams.tolist(), torch.cat(radii).tolist(), strict=True)
+        expected = [sphere_rule(*pair, lr, 0.9, angle) for pair in each]
+        expected = torch.tensor(expected, dtype=torch.float64)
         # A compiler that joins operations rounds otherwise, the more of ‖m‖ cancels
         tt, tg, gg, tm, gm, mm = grams.T
         whole = gg + 0.81 * mm
