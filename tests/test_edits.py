@@ -128,7 +128,7 @@ def is_moved(text, out, number, what):
     return Path(f"{out}/before-{number}")
 
 
-def test_contents_change_where_a_file_does_and_only_there(theirs):
+def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
     """A file of theirs, all that it has read in whatever way, the data."""
     options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32")
 
@@ -137,7 +137,12 @@ def test_contents_change_where_a_file_does_and_only_there(theirs):
         own.rehearse(own.build(options, data), data, options)
         return contents.contents(data, own.files_of(options.model))
 
-    before = now()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", False)
+        before = now()
+    own.LOADED.clear()
+    del sys.modules["trained"]
+    assert now() == before  # now it is bytecode that is read
     assert set(before) == {*contents.SCRIPTS, *OWN, "the data"}
     for name in OWN:
         if name.endswith(".py"):
