@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 MAX_EPS = 0.01  # a larger constant in a normalization is taken for a part of the function
 
@@ -197,15 +196,17 @@ class _WithoutEps(TorchDispatchMode):
         elif "_norm" in name and name != "linalg_vector_norm":
             args = [1e-18 if isinstance(x, float) and 0 < x <= 0.1 else x for x in args]
 
-        def cast(x):
+        def cast(x):  # torch's tree_map takes longer than the arithmetic
+            if isinstance(x, list | tuple):
+                return type(x)(map(cast, x))
             if isinstance(x, Tensor) and x.is_floating_point() and not mutable:
                 return x.to(self.dtype)
             if isinstance(x, torch.dtype) and x.is_floating_point:
                 return self.dtype
             return x
 
-        args, kwargs = tree_map(cast, (list(args), kwargs or {}))
-        return tree_map(cast, function(*args, **kwargs))
+        named = {key: cast(x) for key, x in (kwargs or {}).items()}
+        return cast(function(*cast(list(args)), **named))
 
     def without_eps(self, x, other):
         """x, or 1e-18 if it is an eps: a small constant, added to what is nowhere negative."""

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -149,7 +149,9 @@ def rehearse(net, data, options):
     size = options.batch_size
     x = data.inputs(torch.arange(size, device=data.x.device))
     bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
-    read = recorded(files_of(options.model))  # what is imported in training alone
+    read = nullcontext()
+    if ":" in options.model:  # it may import something in training alone
+        read = recorded(files_of(options.model))
     with explained(f"{options.model} cannot be trained on a batch of {size}"), bf16, read:
         out = net(x)
         if out.shape != (size, data.classes):

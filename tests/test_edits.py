@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,8 +88,8 @@ def theirs(tmp_path, monkeypatch):
     for name, text in {**OWN, **NOT_READ}.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(text)
-    torch.save(torch.ones(()), folder / "own" / "weights.pt")
-    make_data(folder, shift=1)
+    change(folder / "own" / "weights.pt", 1)
+    change(folder / "own" / "mine.npz", 1)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))  # as `python mine.py` does
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edit in the same second counts
@@ -101,15 +100,20 @@ def theirs(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def make_data(folder, shift):
-    y = np.arange(80) % 2
-    x = np.random.default_rng(0).normal(size=(80, 5)) + shift * y[:, None]
-    np.savez(folder / "own" / "mine.npz", x=x, y=y, test_x=x, test_y=y)
+def change(path, value=2):
+    if path.suffix == ".npz":
+        y = np.arange(80) % 2
+        x = np.random.default_rng(0).normal(size=(80, 5)) + value * y[:, None]
+        np.savez(path, x=x, y=y, test_x=x, test_y=y)
+    elif path.suffix == ".pt":
+        torch.save(torch.tensor(float(value)), path)
+    else:
+        with open(path, "a") as file:
+            file.write("\nADDED = 1\n" if path.suffix == ".py" else " \n")
 
 
-def add(path, text="\nADDED = 1\n"):
-    with open(path, "a") as file:
-        file.write(text)
+def comment(path):
+    path.write_text(f'"""A text."""\n{path.read_text()}\n\n# a comment\n')
 
 
 def files(folder):
@@ -124,29 +128,30 @@ def is_moved(text, out, number, what):
     return Path(f"{out}/before-{number}")
 
 
-def test_contents_change_where_a_file_does_and_only_there(theirs):
-    """Scripts of ours, a file of theirs, all that it has read in whatever way."""
-    data = load("own/mine.npz")
-
+def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
+    """A file of theirs, all that it has read in whatever way, the data."""
     options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32")
 
     def now():
+        data = load("own/mine.npz")
         own.rehearse(own.build(options, data), data, options)
         return contents.contents(data, own.files_of(options.model))
 
-    before = now()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", False)
+        before = now()
+    own.LOADED.clear()
+    del sys.modules["trained"]
+    assert now() == before  # now it is bytecode that is read
     assert set(before) == {*contents.SCRIPTS, *OWN, "the data"}
-    for name in [name for name in OWN if name.endswith(".py")]:
-        text = re.sub(r"^(\w+) = ", r"\1   =   ", (theirs / name).read_text(), flags=re.M)
-        (theirs / name).write_text(f'"""More."""\n{text}\n\n# a comment\n')
-    assert now() == before
     for name in OWN:
-        if name.endswith(".pt"):
-            torch.save(torch.tensor(2.0), theirs / name)
-        else:
-            add(theirs / name, "\nADDED = 1\n" if name.endswith(".py") else " \n")
-        after = now()
-        assert [key for key in before | after if before.get(key) != after.get(key)] == [name]
+        if name.endswith(".py"):
+            comment(theirs / name)
+    assert now() == before
+    for name in (*OWN, "own/mine.npz"):
+        change(theirs / name)
+        after, what = now(), "the data" if name.endswith(".npz") else name
+        assert contents.changed(before, after) == f"{what} has changed"
         before = after
 
 
@@ -160,48 +165,39 @@ def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path
     monkeypatch.setitem(sys.modules, "labels", None)  # so that it is forgotten afterwards
     del sys.modules["labels"]
     importlib.import_module("labels")
-    y = torch.zeros(4).long()
 
     def now(*shape):
-        x = torch.zeros(shape, dtype=torch.uint8)
+        x, y = torch.zeros(shape, dtype=torch.uint8), torch.zeros(4).long()
         return contents.contents(Data(x, y, x, y))
 
     before = now(4, 1, 8, 8)
     assert set(before) == {"labels.py", *contents.SCRIPTS, "the data"}
     assert contents.changed(before, now(4, 1, 4, 16)) == "the data has changed"
     for name in before.keys() - {"the data"}:
-        add(tmp_path / name, '"""A text."""\n# a comment\n')
+        comment(tmp_path / name)
         assert now(4, 1, 8, 8) == before
-        add(tmp_path / name)
+        change(tmp_path / name)
         assert contents.changed(before, before := now(4, 1, 8, 8)) == f"{name} has changed"
 
 
-def test_a_file_is_edited_and_the_run_trained_anew_nothing_goes_on_from_old_weights(
-    theirs, tmp_path, capsys
-):
+def test_after_an_edit_nothing_goes_on_from_old_weights(theirs, tmp_path, capsys):
     """Neither with the same epochs nor with more, nor beside a run of another ELR."""
-    out = tmp_path / "out"
-    for number, name in enumerate(
-        ("", "mine.py", "parts/deep/here.py", "settings.json", "mine.npz")
-    ):
-        old = files(out) if name else {}
-        if name == "mine.npz":
-            make_data(theirs, shift=2)
-        elif name:
-            add(theirs / "own" / name, "\nADDED = 1\n" if name.endswith(".py") else "\n")
-        assert run(f"{COMMAND} 0.5 --epochs 1", out) == 0
-        text = "".join(capsys.readouterr())
-        if name:
-            what = "the data" if name == "mine.npz" else f"own/{name}"
-            assert files(is_moved(text, out, number, f"{what} has changed")) == old
-            assert files(out).keys() == old.keys()
-    add(theirs / "own" / "mine.py", "\n# a comment\n")
-    assert run(f"{COMMAND} 0.5 --epochs 1", out) == 0
+    out, command = tmp_path / "out", f"{COMMAND} 0.5 --epochs 1"
+    assert run(command, out) == 0
+    capsys.readouterr()
+    for number, name in enumerate(("mine.py", "settings.json", "mine.npz"), 1):
+        old, what = files(out), "the data" if name == "mine.npz" else f"own/{name}"
+        change(theirs / "own" / name)
+        assert run(command, out) == 0
+        moved = is_moved("".join(capsys.readouterr()), out, number, f"{what} has changed")
+        assert files(moved) == old and files(out).keys() == old.keys()
+    comment(theirs / "own" / "mine.py")
+    assert run(command, out) == 0
     assert capsys.readouterr().out.count("(already done)") == 2
 
     edit(theirs / "own" / "blocks.py", "8", "6")
     assert run(f"{COMMAND} --epochs 3", out) == 0
-    old = is_moved("".join(capsys.readouterr()), out, 5, "own/blocks.py has changed")
+    old = is_moved("".join(capsys.readouterr()), out, 4, "own/blocks.py has changed")
     assert len(read(old / "regimes.csv")) == 2
     assert [row["elr"] for row in read(out / "regimes.csv")] == ["0.1"]
     assert run(f"{COMMAND} --epochs 3", tmp_path / "whole") == 0
@@ -211,7 +207,7 @@ def test_a_file_is_edited_and_the_run_trained_anew_nothing_goes_on_from_old_weig
 def test_while_a_run_is_in_progress_nothing_is_moved(theirs, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(f"{COMMAND} --epochs 1", out) == 0
-    add(theirs / "own" / "mine.py")
+    change(theirs / "own" / "mine.py")
     with runs.lock(out / "elr=5e-01.lock"):
         old = files(out)
         assert "elr=5e-01 is in progress" in refused(capsys, f"{COMMAND} --epochs 1", out)
@@ -221,7 +217,7 @@ def test_while_a_run_is_in_progress_nothing_is_moved(theirs, tmp_path, capsys):
 def test_the_ranks_of_torchrun_move_the_old_runs_once(theirs, tmp_path):
     out, command = tmp_path / "out", f"{COMMAND} 0.5 --epochs 1"
     assert run(command, out) == 0
-    add(theirs / "own" / "mine.py")
+    change(theirs / "own" / "mine.py")
     children = []
     for rank in "01":
         environment = dict(RANK=rank, WORLD_SIZE="2")
@@ -235,10 +231,8 @@ def test_the_ranks_of_torchrun_move_the_old_runs_once(theirs, tmp_path):
 
 def test_our_scripts_are_edited_and_the_runs_trained_anew(tmp_path):
     """The loss, and a default."""
-    folder, command = (
-        copy_of_project(tmp_path / "project"),
-        SUMS.replace("--batch-size 8", "--elr 0.1"),
-    )
+    folder = copy_of_project(tmp_path / "project")
+    command = SUMS.replace("--batch-size 8", "--elr 0.1")
     assert in_copy(folder, command)[0] == 0
     (out,) = (folder / "logs").iterdir()
     old = read(out / "elr=1e-01.csv")
