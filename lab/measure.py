@@ -11,8 +11,6 @@ from torch.optim.swa_utils import update_bn
 from lab.data import CHUNK, batches, chunks
 
 POINTS = 512  # at which chance is measured
-OF_STEPS = "elr train_loss train_error grad_norm angle radial".split()
-OF_LAYERS = "norm elr grad_norm angle".split()
 KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
 
 # What share of a gradient may point along the weights: by rounding, and by the eps of others'
@@ -46,7 +44,7 @@ class Means:
     def __init__(self, sphere, ordinary=None):
         self.sphere, self.ordinary = sphere, ordinary
         self.kept, self.steps = [], 0
-        self.sums, self.layer_sums = 0, 0
+        self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
     def add(self, *step):
         """loss, wrong [batch], and what `sphere.last` was."""
@@ -70,26 +68,31 @@ class Means:
         if self.sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
             elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
             stats["elr"] = elr.expand_as(stats["elr"])
-        columns = [stats["elr"].mean(1), losses.double(), wrong.double().mean(1)]
-        columns.append(stats["grad_norm"].norm(dim=1))
-        columns += [stats["angle"].mean(1), stats["radial"].abs().mean(1)]
-        self.sums = self.sums + torch.stack(columns).sum(1)
-        of_layers = torch.stack([layers[name] for name in OF_LAYERS], -1)
-        self.layer_sums = self.layer_sums + of_layers.sum(0)
+        columns = {
+            "elr": stats["elr"].mean(1),
+            "train_loss": losses.double(),
+            "train_error": wrong.double().mean(1),
+            "grad_norm": stats["grad_norm"].norm(dim=1),
+            "angle": stats["angle"].mean(1),
+            "radial": stats["radial"].abs().mean(1),
+        }
+        for sums, found in ((self.sums, columns), (self.layer_sums, layers)):
+            for name, values in found.items():
+                sums[name] = sums.get(name, 0) + values.sum(0)
 
     def row(self):
         """Column → mean: over spheres the norm of γ, of the others the mean."""
         self._sum_up()
-        return dict(zip(OF_STEPS, (self.sums / self.steps).tolist(), strict=True))
+        return {name: (x / self.steps).item() for name, x in self.sums.items()}
 
     def layers(self, spheres, epoch):
         """The same of each tensor on these spheres: a row with its name and this epoch."""
         self._sum_up()
-        names = [name for sphere in spheres for name in sphere["names"]]
+        columns = {name: (x / self.steps).tolist() for name, x in self.layer_sums.items()}
         rows = []
-        for name, values in zip(names, (self.layer_sums / self.steps).tolist(), strict=True):
-            values = dict(zip(OF_LAYERS, values, strict=True))
-            rows.append({"epoch": epoch, "layer": name, **values})
+        for i, layer in enumerate(name for sphere in spheres for name in sphere["names"]):
+            of_layer = {name: values[i] for name, values in columns.items()}
+            rows.append({"epoch": epoch, "layer": layer, **of_layer})
         return rows
 
 

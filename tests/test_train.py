@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train
-from lab import machine, measure, options, runs
+from lab import figures, machine, measure, options, runs
 from lab.data import batches, load
 from lab.options import parse, prepare
 from lab.schedules import value_at
@@ -136,6 +137,31 @@ def test_rows_are_on_disk_as_soon_as_they_are_added_and_a_tensor_is_a_number(tmp
     log.add({"epoch": 1, "x": torch.tensor(0.1, dtype=torch.float64)}, {"epoch": 2, "x": 1 / 3})
     assert path.read_text() == "epoch,x\n1,0.1\n2,0.333333333\n"
     log.close()
+
+
+def test_the_figure_is_there_from_the_first_run_on_and_takes_at_most_a_twentieth_of_the_time(
+    tmp_path, monkeypatch
+):
+    now, drawn = [0.0], []
+
+    def draw(*_):
+        drawn.append(now[0])
+        now[0] += 1
+        return []
+
+    monkeypatch.setattr(figures, "draw", draw)
+    monkeypatch.setattr(figures, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    make_log(tmp_path / "elr=1e-02.csv", converging)
+    report = figures.Report(SimpleNamespace(out=tmp_path, rank=0))
+    for _ in range(100):
+        now[0] += 1
+        (tmp_path / "regimes.csv").unlink(missing_ok=True)
+        report.renew()
+        assert len(read(tmp_path / "regimes.csv")) == 1
+    assert drawn[0] == 1 and 3 <= len(drawn) <= 1 + now[0] / 20
+    for _ in range(2):  # with the last run once, however soon
+        report.renew(last=True)
+        assert drawn[-1] == now[0] - 1
 
 
 def test_a_loss_that_is_not_finite_ends_that_run_alone(tmp_path, capsys, monkeypatch):
@@ -267,16 +293,13 @@ def test_the_default_folder_is_named_after_what_differs_from_the_defaults(tmp_pa
     monkeypatch.chdir(tmp_path)
     for command, name in (
         ("--elr 0.1", ""),
-        ("--elr 0.1 --schedule constant", ""),
-        ("--sweep --refine 2 --seeds 3", ""),
+        ("--sweep --refine 2 --seeds 3 --schedule constant", ""),
         ("--elr 0.1 --seed 5 --epochs 7 --jobs 1 --threads 2", ""),
-        ("--elr 0.1 --label-noise 0.5", "-label_noise=0.5"),
         ("--elr 0.1 --schedule linear --epochs 9", "-schedule=linear-epochs=9"),
         ("--angle 0.05 --schedule cosine --epochs 20", "-angle"),
         ("--angle 0.05 --label-noise 0.5", "-angle-label_noise=0.5"),
         ("--lr 0.1 --wd 0.01", "-lr-wd=0.01"),
-        ("--loop 1e-3 1 9 --epochs 2", "-loop"),
-        ("--elr 0.1 --augment", "-augment"),
+        ("--loop 1e-3 1 9 --epochs 2 --augment", "-loop-augment"),
     ):
         folder = parse(command.split()).folder()
         assert folder == Path(f"logs/digits-convnet{name}"), command
