@@ -64,24 +64,23 @@ def trend(x, y):
     slope = (away @ y) / (away @ away)
     left = y - y.mean() - slope * away
     # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
-    quantile = Z99 * (8 * free + 3) / (8 * free + 1)
-    quantile = math.sqrt(free * math.expm1(quantile**2 / free))
-    noise = quantile * math.sqrt(left @ left / free)
+    normal = Z99 * (8 * free + 3) / (8 * free + 1)
+    noise = math.sqrt(math.expm1(normal**2 / free) * (left @ left))
     return slope, noise / math.sqrt(away @ away), y.mean(), noise / math.sqrt(blocks)
 
 
 @dataclass
 class Verdict:
-    """What `classify` found, and why. `moves`: its ELR does. `broken`: nan, or a gradient of 0."""
+    """What `classify` found, and why."""
 
     regime: str = "undecided"
     why: str = ""
     notes: list = field(default_factory=list)
-    skill: float = math.nan  # of the error; of the loss where there is no error
-    slope: float = math.nan  # the one that decides
+    skill: float = math.nan  # of the error, else of the loss
+    slope: float = math.nan  # that decides
     more_epochs: int | None = None  # in all, that may decide
-    moves: bool = False
-    broken: bool = False
+    moves: bool = False  # its ELR
+    broken: bool = False  # by nan, or a gradient of 0
 
     def __str__(self):
         if self.moves:
@@ -164,24 +163,24 @@ def _decide(slopes, turn, skills, now, mean):
     shown = level if level.any() and not falls else surely
     best = np.where(shown | ~shown.any(), margins, math.inf).argmin()
     slope = f"(slope {slopes[best]:+.2f} ± {margins[best]:.2f})"
-    told, regime = {told: text for _, told, text in reversed(skills.values())}, "undecided"
+    told = {told: text for _, told, text in reversed(skills.values())}
     if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
-        regime, why = "convergence", f"{now} falls {slope}{turned}"
+        found = "convergence", f"{now} falls {slope}{turned}"
     elif not skills:
-        why = f"equilibrium and divergence look alike without --chance {slope}"
+        found = "undecided", f"equilibrium and divergence look alike without --chance {slope}"
     elif remembers:
-        why = f"{now}, but has turned by only {turn:.2g} rad"
+        found = "undecided", f"{now}, but has turned by only {turn:.2g} rad"
     elif not level.any():
-        why = f"{now}, not shown to be level {slope}"
+        found = "undecided", f"{now}, not shown to be level {slope}"
     elif True in told:
-        regime, why = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
+        found = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
     elif None in told:
-        why = f"too noisy: {told[None]}"
+        found = "undecided", f"too noisy: {told[None]}"
     else:
         texts = ", ".join(text for _, _, text in skills.values())
-        regime, why = "divergence", f"no better than chance: {texts}"
-    return regime, why, slopes[best]
+        found = "divergence", f"no better than chance: {texts}"
+    return *found, slopes[best]
 
 
 def _skills(log, last, chance, angle):
@@ -315,7 +314,7 @@ def read_log(path, columns=None):
 
 
 def read_chance(folder):
-    """The chance references in a folder's config.json, by seed. Raises ValueError if damaged."""
+    """Of a folder's config.json, by seed. Raises ValueError where it is damaged."""
     path = folder / "config.json"
     if not path.exists():
         return {}
@@ -353,13 +352,12 @@ def lab_loop():
 
 
 def gather(paths, columns=None, chance=None):
-    """The runs of these folders and logs, by ELR and seed, and what was wrong with them. `chance`:
-    instead of config.json's."""
+    """The runs of folders and logs, by ELR and seed, and problems. `chance`: not config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        found = [log for kind in KINDS for log in sorted(path.glob(kind))]
-        found = [log for log in found if not any(map(log.match, OURS))]
-        logs += found if path.is_dir() else [path]
+        inside = [log for kind in KINDS for log in sorted(path.glob(kind))]
+        inside = [log for log in inside if not any(map(log.match, OURS))]
+        logs += inside if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
     for path in logs:
@@ -386,7 +384,7 @@ def by_elr(runs):
 
 
 def majority(runs):
-    """The regime of over half of the runs, else undecided; how many have the most frequent one."""
+    """The regime of most of the runs, or undecided; how many have the most frequent one."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
     return regime if 2 * n > len(runs) else "undecided", n
 
@@ -452,8 +450,7 @@ def rows(runs):
 
 
 def table(runs):
-    """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries; runs
-    whose ELR moves; those without an ELR."""
+    """A line per ELR, medians over its seeds; boundaries; runs whose ELR moves, or is not known."""
     lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -535,14 +532,12 @@ def main(argv=None):
     given = zip(("train_loss", "train_error"), args.chance, strict=False)
     chance = {name: {"mean": mean} for name, mean in given}
     runs, problems = gather(args.paths, columns, chance)
-    folder = args.paths[0]
-    if not any(path.is_dir() for path in args.paths):
-        text = "\n".join(map(str, runs))
-    else:
+    text, folder = "\n".join(map(str, runs)), args.paths[0]
+    if any(path.is_dir() for path in args.paths):
         text = table(runs)
+    if runs and folder.is_dir() and len(args.paths) == 1:
         try:
-            if len(args.paths) == 1 and runs:
-                write_csv(folder / "regimes.csv", rows(runs))
+            write_csv(folder / "regimes.csv", rows(runs))
         except OSError as error:
             problems.append(f"{folder / 'regimes.csv'} not written: {error.strerror}")
     if text:
