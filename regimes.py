@@ -123,11 +123,12 @@ def classify(log, chance=None):
     if chance is None and epoch[0] == 0:
         chance = {name: {"mean": log[name][0]} for name in FLOORS if name in log}
         verdict.notes.append("no chance reference: the row of epoch 0 stands in")
-    angle = log.get("angle", unknown)[last].mean()
+    angle = log.get("angle", unknown)[last]
+    angle = angle[np.isfinite(angle)].mean() if np.isfinite(angle).any() else math.nan
     turn = angle * math.sqrt(np.ptp(log.get("step", unknown)[last]) * n / (n - 1))
     skills = _skills(log, last, chance or {}, angle)
     if "train_error" not in skills and not angle > RIGHT_ANGLE:
-        verdict.notes.append("no train_error: skill from the loss")
+        verdict.notes.append("no train_error to judge by: skill from the loss")
     if skills and math.isnan(turn):
         verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
     verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
@@ -136,7 +137,7 @@ def classify(log, chance=None):
     if np.median(loss[last]) < nothing or loss[-1] == 0:
         verdict.regime, verdict.why = "convergence", f"{now}, next to nothing"
     elif gradient[-1] == 0:
-        since = epoch[len(np.trim_zeros(gradient, "b"))]
+        since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
         verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
         verdict.why += "lower the learning rate of what is on no sphere"
         verdict.broken = True
@@ -249,9 +250,10 @@ def elr_name(elr):
 def _rows(path):
     """Names of columns; (line, row) of CSV, or of JSON: under log_history, or an object a line."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
-    if text.startswith("{"):
+    if text.startswith(("{", "[")):
         try:
-            found = json.loads(text)["log_history"]
+            found = json.loads(text)
+            found = found if isinstance(found, list) else found["log_history"]
         except (ValueError, KeyError):
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
         return list(dict.fromkeys(name for row in found for name in row)), enumerate(found, 1)
@@ -278,7 +280,7 @@ def _names(header, columns):
         if len(found) == 1:
             names[ours] = found[0]
         elif found or ours in columns or ours in ("epoch", "train_loss"):
-            line = ", ".join(header)
+            line = ", ".join(header) or "there is nothing"
             raise ValueError(f"name one column {words[0]}, or say --columns {ours}=COLUMN: {line}")
     if names.get("step") == names["epoch"] and "step" not in columns:
         del names["step"]  # standing in for the epoch, 0 does not say that it is before training
@@ -293,6 +295,8 @@ def read_log(path, columns=None):
         header, rows = _rows(path)
         names = _names(header, columns or {})
         for at, row in rows:  # noqa: B007
+            if row.get(names["epoch"]) == names["epoch"]:
+                raise ValueError("one run a file: the names of the columns come again")
             if None in row:
                 raise ValueError(f"more cells than the {len(header)} of the first line")
             cells = {ours: row.get(theirs) for ours, theirs in names.items()}
@@ -302,13 +306,15 @@ def read_log(path, columns=None):
                 raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
             if "train_loss" in before and "train_loss" in numbers:
-                raise ValueError(f"drop a row, or say --columns epoch=step: epoch {epoch:g} again")
+                raise ValueError(f"drop a row, or say --columns epoch=STEPS: epoch {epoch:g} again")
             before.update(numbers)
         whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
         if not whole:
             raise ValueError("no row with a loss")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
         why = str(getattr(error, "strerror", error))[:200]
+        if isinstance(error, UnicodeDecodeError):
+            why = "unpack it, or save it as UTF-8"
         raise ValueError(f"{path}: line {at}: {why}") from None
     return {ours: np.array([row.get(ours, math.nan) for row in whole]) for ours in names}
 
