@@ -175,6 +175,7 @@ def test_many_rows_are_fitted_in_blocks():
     [
         (0.15, 0.1, "equilibrium"),
         (0.06, 0.1, "divergence"),  # a random walk may seem to have a skill of 0.1
+        (0.12, 0.1, "undecided"),  # it may be less than 0.1
         (0.12, 2.0, "undecided"),  # noise of the reference hides it
         (0.02, 3.0, "undecided"),
         (-1.0, 1.0, "divergence"),
@@ -185,6 +186,7 @@ def test_thresholds_of_skill(skill, std, expected):
     verdict = classify(made(noise=1e-3), chance)
     assert verdict.regime == expected and verdict.skill == pytest.approx(skill, abs=1e-3)
     assert ("too noisy: loss 1.5 (chance 1" in verdict.why) == (expected == "undecided")
+    assert "too noisy" in classify(made(noise=0.3), {"train_loss": {"mean": 1.9}}).why  # its own
 
 
 def test_an_error_has_a_skill_of_its_own():
