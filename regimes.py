@@ -64,24 +64,23 @@ def trend(x, y):
     slope = (away @ y) / (away @ away)
     left = y - y.mean() - slope * away
     # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
-    quantile = Z99 * (8 * free + 3) / (8 * free + 1)
-    quantile = math.sqrt(free * math.expm1(quantile**2 / free))
-    noise = quantile * math.sqrt(left @ left / free)
+    normal = Z99 * (8 * free + 3) / (8 * free + 1)
+    noise = math.sqrt(math.expm1(normal**2 / free) * (left @ left))
     return slope, noise / math.sqrt(away @ away), y.mean(), noise / math.sqrt(blocks)
 
 
 @dataclass
 class Verdict:
-    """What `classify` found, and why. `moves`: its ELR does. `broken`: nan, or a gradient of 0."""
+    """What `classify` found, and why."""
 
     regime: str = "undecided"
     why: str = ""
     notes: list = field(default_factory=list)
-    skill: float = math.nan  # of the error; of the loss where there is no error
-    slope: float = math.nan  # the one that decides
+    skill: float = math.nan  # of the error, else of the loss
+    slope: float = math.nan  # that decides
     more_epochs: int | None = None  # in all, that may decide
-    moves: bool = False
-    broken: bool = False
+    moves: bool = False  # its ELR
+    broken: bool = False  # by nan, or a gradient of 0
 
     def __str__(self):
         if self.moves:
@@ -124,11 +123,12 @@ def classify(log, chance=None):
     if chance is None and epoch[0] == 0:
         chance = {name: {"mean": log[name][0]} for name in FLOORS if name in log}
         verdict.notes.append("no chance reference: the row of epoch 0 stands in")
-    angle = log.get("angle", unknown)[last].mean()
+    angle = log.get("angle", unknown)[last]
+    angle = angle[np.isfinite(angle)].mean() if np.isfinite(angle).any() else math.nan
     turn = angle * math.sqrt(np.ptp(log.get("step", unknown)[last]) * n / (n - 1))
     skills = _skills(log, last, chance or {}, angle)
     if "train_error" not in skills and not angle > RIGHT_ANGLE:
-        verdict.notes.append("no train_error: skill from the loss")
+        verdict.notes.append("no train_error to judge by: skill from the loss")
     if skills and math.isnan(turn):
         verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
     verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
@@ -137,7 +137,7 @@ def classify(log, chance=None):
     if np.median(loss[last]) < nothing or loss[-1] == 0:
         verdict.regime, verdict.why = "convergence", f"{now}, next to nothing"
     elif gradient[-1] == 0:
-        since = epoch[len(np.trim_zeros(gradient, "b"))]
+        since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
         verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
         verdict.why += "lower the learning rate of what is on no sphere"
         verdict.broken = True
@@ -164,24 +164,24 @@ def _decide(slopes, turn, skills, now, mean):
     shown = level if level.any() and not falls else surely
     best = np.where(shown | ~shown.any(), margins, math.inf).argmin()
     slope = f"(slope {slopes[best]:+.2f} ± {margins[best]:.2f})"
-    told, regime = {told: text for _, told, text in reversed(skills.values())}, "undecided"
+    told = {told: text for _, told, text in reversed(skills.values())}
     if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
-        regime, why = "convergence", f"{now} falls {slope}{turned}"
+        found = "convergence", f"{now} falls {slope}{turned}"
     elif not skills:
-        why = f"equilibrium and divergence look alike without --chance {slope}"
+        found = "undecided", f"equilibrium and divergence look alike without --chance {slope}"
     elif remembers:
-        why = f"{now}, but has turned by only {turn:.2g} rad"
+        found = "undecided", f"{now}, but has turned by only {turn:.2g} rad"
     elif not level.any():
-        why = f"{now}, not shown to be level {slope}"
+        found = "undecided", f"{now}, not shown to be level {slope}"
     elif True in told:
-        regime, why = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
+        found = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
     elif None in told:
-        why = f"too noisy: {told[None]}"
+        found = "undecided", f"too noisy: {told[None]}"
     else:
         texts = ", ".join(text for _, _, text in skills.values())
-        regime, why = "divergence", f"no better than chance: {texts}"
-    return regime, why, slopes[best]
+        found = "divergence", f"no better than chance: {texts}"
+    return *found, slopes[best]
 
 
 def _skills(log, last, chance, angle):
@@ -250,9 +250,10 @@ def elr_name(elr):
 def _rows(path):
     """Names of columns; (line, row) of CSV, or of JSON: under log_history, or an object a line."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
-    if text.startswith("{"):
+    if text.startswith(("{", "[")):
         try:
-            found = json.loads(text)["log_history"]
+            found = json.loads(text)
+            found = found if isinstance(found, list) else found["log_history"]
         except (ValueError, KeyError):
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
         return list(dict.fromkeys(name for row in found for name in row)), enumerate(found, 1)
@@ -279,7 +280,7 @@ def _names(header, columns):
         if len(found) == 1:
             names[ours] = found[0]
         elif found or ours in columns or ours in ("epoch", "train_loss"):
-            line = ", ".join(header)
+            line = ", ".join(header) or "there is nothing"
             raise ValueError(f"name one column {words[0]}, or say --columns {ours}=COLUMN: {line}")
     if names.get("step") == names["epoch"] and "step" not in columns:
         del names["step"]  # standing in for the epoch, 0 does not say that it is before training
@@ -294,6 +295,8 @@ def read_log(path, columns=None):
         header, rows = _rows(path)
         names = _names(header, columns or {})
         for at, row in rows:  # noqa: B007
+            if row.get(names["epoch"]) == names["epoch"]:
+                raise ValueError("one run a file: the names of the columns come again")
             if None in row:
                 raise ValueError(f"more cells than the {len(header)} of the first line")
             cells = {ours: row.get(theirs) for ours, theirs in names.items()}
@@ -303,19 +306,21 @@ def read_log(path, columns=None):
                 raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
             if "train_loss" in before and "train_loss" in numbers:
-                raise ValueError(f"drop a row, or say --columns epoch=step: epoch {epoch:g} again")
+                raise ValueError(f"drop a row, or say --columns epoch=STEPS: epoch {epoch:g} again")
             before.update(numbers)
         whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
         if not whole:
             raise ValueError("no row with a loss")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
         why = str(getattr(error, "strerror", error))[:200]
+        if isinstance(error, UnicodeDecodeError):
+            why = "unpack it, or save it as UTF-8"
         raise ValueError(f"{path}: line {at}: {why}") from None
     return {ours: np.array([row.get(ours, math.nan) for row in whole]) for ours in names}
 
 
 def read_chance(folder):
-    """The chance references in a folder's config.json, by seed. Raises ValueError if damaged."""
+    """Of a folder's config.json, by seed. Raises ValueError where it is damaged."""
     path = folder / "config.json"
     if not path.exists():
         return {}
@@ -353,13 +358,12 @@ def lab_loop():
 
 
 def gather(paths, columns=None, chance=None):
-    """The runs of these folders and logs, by ELR and seed, and what was wrong with them. `chance`:
-    instead of config.json's."""
+    """The runs of folders and logs, by ELR and seed, and problems. `chance`: not config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        found = [log for kind in KINDS for log in sorted(path.glob(kind))]
-        found = [log for log in found if not any(map(log.match, OURS))]
-        logs += found if path.is_dir() else [path]
+        inside = [log for kind in KINDS for log in sorted(path.glob(kind))]
+        inside = [log for log in inside if not any(map(log.match, OURS))]
+        logs += inside if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
     for path in logs:
@@ -386,7 +390,7 @@ def by_elr(runs):
 
 
 def majority(runs):
-    """The regime of over half of the runs, else undecided; how many have the most frequent one."""
+    """The regime of most of the runs, or undecided; how many have the most frequent one."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
     return regime if 2 * n > len(runs) else "undecided", n
 
@@ -452,8 +456,7 @@ def rows(runs):
 
 
 def table(runs):
-    """Runs as text: by ELR the regime, its share of the seeds, medians over them; boundaries; runs
-    whose ELR moves; those without an ELR."""
+    """A line per ELR, medians over its seeds; boundaries; runs whose ELR moves, or is not known."""
     lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -535,16 +538,14 @@ def main(argv=None):
     given = zip(("train_loss", "train_error"), args.chance, strict=False)
     chance = {name: {"mean": mean} for name, mean in given}
     runs, problems = gather(args.paths, columns, chance)
-    folder = args.paths[0]
-    if not any(path.is_dir() for path in args.paths):
-        text = "\n".join(map(str, runs))
-    else:
+    text, folder, found = "\n".join(map(str, runs)), args.paths[0], []
+    if any(path.is_dir() for path in args.paths):
         text, found = table(runs), rows(runs)
         if runs and not found:
             text += "\nno regimes.csv: no run here has an ELR"
+    if found and len(args.paths) == 1:
         try:
-            if len(args.paths) == 1 and found:
-                write_csv(folder / "regimes.csv", found)
+            write_csv(folder / "regimes.csv", found)
         except OSError as error:
             problems.append(f"{folder / 'regimes.csv'} not written: {error.strerror}")
     if text:
