@@ -85,8 +85,9 @@ def tick(axis):
     if zero:
         low = axis.get_transform().linthresh
     decades = 10.0 ** np.arange(math.floor(math.log10(low)), math.log10(high))
-    ways = [np.outer(decades, digits).ravel() for digits in ([1], [1, 3], [1, 2, 5])]
-    for way in (*ways, MaxNLocator(4).tick_values(low, high)):
+    digits = [1], [1, 3], [1, 2, 5], [1, 2, 3, 4, 6, 8]
+    ways = [np.outer(decades, x).ravel() for x in digits]
+    for way in (*ways, MaxNLocator(6).tick_values(low, high)):
         ticks = [x for x in way if low <= x <= high]
         if len(ticks) > 2 and ticks[-1] > ticks[0] * (high / low) ** 0.4:  # not all at one end
             break
