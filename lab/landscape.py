@@ -340,7 +340,7 @@ def show_summary(args):
     folder = args.checkpoints
     rows = summarize(folder, args.device, args.samples)
     regimes.write_csv(folder / "landscape.csv", rows)
-    figures.of_landscape(rows, folder / "landscape.png", str(folder))
+    figures.of_landscape(rows, folder / "landscape.png")
     print(table(rows))
     print(f"written: {folder / 'landscape.csv'}, {folder / 'landscape.png'}")
 

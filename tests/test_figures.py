@@ -159,7 +159,7 @@ def test_a_loop_has_two_legs_and_bands(tmp_path, drawn):
         regimes.Logged(tmp_path, math.nan, 0, loop(x), regimes.Verdict(), chance)
         for x in (0.02, 0.04)
     ]
-    figures.of_loop(runs, tmp_path / "a.png", "name")
+    figures.of_loop(runs, tmp_path / "a.png")
     (fig,) = drawn
     ax = fig.axes[0]
     assert titles(fig) == ["train loss (nats)", "test error", "angle φ (radians)"]

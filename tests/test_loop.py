@@ -116,7 +116,7 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
 def test_a_loop_from_the_command_line_is_drawn_and_read_again_from_its_log(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(figures, "of_loop", lambda runs, path, name: path.write_bytes(b"PNG"))
+    monkeypatch.setattr(figures, "of_loop", lambda runs, path: path.write_bytes(b"PNG"))
     quick = "--width 2 --batch-size 250 --threads 1 --seeds 2 --jobs 1"
     assert run(f"--loop 1e-3 1 8 {quick}", tmp_path) == 0
     out = capsys.readouterr().out
