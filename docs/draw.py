@@ -132,7 +132,7 @@ def step():
     ax.set(xlim=(-0.8, 1.3), ylim=(-0.05, 1.3))
     ax.set_aspect("equal")
     ax.axis("off")
-    figures.save(fig, ROOT / "docs" / "step.png")
+    figures.save(fig, ROOT / "docs" / "step.png", "")
 
 
 # ---------------------------------------------------------------- modular addition, along the ELR
@@ -326,7 +326,7 @@ def draw_optimizers(tasks):
         figures.logarithmic(ax)
     for ax in list(axes.values())[len(tasks) :]:
         ax.remove()
-    figures.save(fig, ROOT / "docs" / "angle.png")
+    figures.save(fig, ROOT / "docs" / "angle.png", "")
 
 
 # ------------------------------------------------------------------- tables of the findings alone
@@ -404,7 +404,7 @@ def law(logs):
     for ax in axes.values():
         ax.set(xscale="log", yscale="log", xlabel="batch size")
         ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
-    figures.save(fig, ROOT / "docs" / "law.png")
+    figures.save(fig, ROOT / "docs" / "law.png", "")
 
 
 def second_runs(logs):

@@ -33,7 +33,7 @@ from lab.machine import Captured, keep_memory, use
 from lab.options import parse, prepare
 from lab.runs import Job, number
 from models import MODELS
-from sphere_step import INTERPRET, SphereSGD
+from sphere_step import ALONE, INTERPRET, SphereSGD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What a step may be wrong by, relative to ρ. In half precision each weight is rounded once.
@@ -284,7 +284,7 @@ def least_bytes(params, sphere, beta):
     lengths = {"group": [everything], "tensor": [p.numel() for p in params]}
     lengths["row"] = [p[0].numel() for p in params for _ in p]
     for length in lengths[sphere]:
-        once = length <= kernels.ONE_TILE or read * everything * size <= cache
+        once = length <= ALONE or read * everything * size <= cache
         total += length * size * (written + read * (1 if once else 2))
     return total
 

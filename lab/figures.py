@@ -54,8 +54,9 @@ def subplots(layout, height):
     return fig, fig.subplot_mosaic(layout)
 
 
-def save(fig, path, name=""):
-    """Letter the panels, put one legend above them, where it hides nothing, and write."""
+def save(fig, path, name=None):
+    """Letter the panels, put one legend above them, where it hides nothing, and write. name: the
+    heading, by default the folder."""
     from matplotlib.patches import Patch
 
     titled, found = [ax for ax in fig.axes if ax.get_title("left")], {}
@@ -67,8 +68,9 @@ def save(fig, path, name=""):
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     labels = sorted(found, key=lambda label: isinstance(found[label], Patch))  # lines first
     handles = [found[label] for label in labels]
+    heading = readable(str(path.parent) if name is None else name)
     look = dict(loc="outside upper center", ncol=3)
-    fig.legend(handles, labels, title=name, title_fontsize=10, **look)
+    fig.legend(handles, labels, title=heading, title_fontsize=10, **look)
     picture = io.BytesIO()
     fig.savefig(picture, dpi=160, format="png")
     regimes.write_whole(path, picture.getvalue())
@@ -85,8 +87,9 @@ def tick(axis):
     if zero:
         low = axis.get_transform().linthresh
     decades = 10.0 ** np.arange(math.floor(math.log10(low)), math.log10(high))
-    ways = [np.outer(decades, digits).ravel() for digits in ([1], [1, 3], [1, 2, 5])]
-    for way in (*ways, MaxNLocator(4).tick_values(low, high)):
+    digits = [1], [1, 3], [1, 2, 5], [1, 2, 3, 4, 6, 8]
+    ways = [np.outer(decades, x).ravel() for x in digits]
+    for way in (*ways, MaxNLocator(6).tick_values(low, high)):
         ticks = [x for x in way if low <= x <= high]
         if len(ticks) > 2 and ticks[-1] > ticks[0] * (high / low) ** 0.4:  # not all at one end
             break
@@ -170,13 +173,13 @@ class Report:
         regimes.write_csv(out / "regimes.csv", regimes.rows(runs))
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):
-            self.pictures = draw(runs, out, str(out))
+            self.pictures = draw(runs, out)
             self.next_drawing = began + 20 * (time.monotonic() - began)
             self.stale = False
         return runs
 
 
-def draw(runs, out, name=""):
+def draw(runs, out):
     """The pictures of a folder: regimes.png, and one of each loop. Returns their paths."""
     loops, others, paths = {}, [], []
     for run in runs:
@@ -186,14 +189,14 @@ def draw(runs, out, name=""):
             others.append(run)
     for stem, group in loops.items():
         paths.append(out / f"{stem}.png")
-        of_loop(group, paths[-1], name)
+        of_loop(group, paths[-1])
     if others:
         paths.append(out / "regimes.png")
-        of_sweep(others, paths[-1], name)
+        of_sweep(others, paths[-1])
     return paths
 
 
-def of_sweep(runs, path, name=""):
+def of_sweep(runs, path):
     """Of each kind of run all epochs; above, of several values, the ends against them."""
     rows, layout = [], []
     for kind, groups in by_value(runs).items():
@@ -210,7 +213,7 @@ def of_sweep(runs, path, name=""):
     fig, axes = subplots(layout, 0.6 + 2.5 * len(rows))
     for i, (draw_row, kind, groups, columns) in enumerate(rows):
         draw_row(kind, groups, {column: axes[f"{i} {column}"] for column in columns})
-    save(fig, path, readable(name))
+    save(fig, path)
 
 
 def by_value(runs):
@@ -293,7 +296,7 @@ def _epochs(kind, groups, axes):
         ax.figure.colorbar(scale, ax=list(axes.values()), label=kind, pad=0.01)
 
 
-def of_loop(runs, path, name=""):
+def of_loop(runs, path):
     """Loss, error and angle against the ELR, on its way down and up again, of a run per seed."""
     logs, chance = [run.log for run in runs], runs[0].chance or {}
     found = {mark: x for mark, x in vars(classify_loop(logs, chance)).items() if x}
@@ -329,7 +332,7 @@ def of_loop(runs, path, name=""):
     names[elrs >= high] = "divergence"
     bands(axes.values(), {elr: [{"regime": x}] for elr, x in zip(elrs, names, strict=True)})
     _mark(axes[first], found)
-    save(fig, path, readable(name))
+    save(fig, path)
 
 
 def _mark(ax, found):
@@ -364,7 +367,7 @@ def of_toy(rows, alphas, path):
     save(fig, path, "toy, α = " + ", ".join(f"{a:g}" for a in alphas))
 
 
-def of_landscape(rows, path, name):
+def of_landscape(rows, path):
     """Test error, sharpness and barriers against the ELR of first runs."""
     looks = {"": TEST | {"label": "end of the run"}, "then_": THEN | {"label": "second run"}}
     looks["avg_"] = dict(fmt="^--", color=LEGS["up"], label="averaged")
@@ -382,7 +385,7 @@ def of_landscape(rows, path, name):
         logarithmic(ax)
         ax.set_title(titles[column])
     bands(axes.values(), groups)
-    save(fig, path, readable(name))
+    save(fig, path)
 
 
 def of_barrier(ways, path, first, last):
@@ -394,7 +397,7 @@ def of_barrier(ways, path, first, last):
             ax.plot(t, y, fmt, color=tone, label=way)
     for column, ax in axes.items():
         ax.set(title=TITLES[column], xlabel="position on the way from the first to the second")
-    save(fig, path, readable(f"barrier from {first} to {last}"))
+    save(fig, path, f"barrier from {first} to {last}")
 
 
 def main(argv=None):
@@ -406,7 +409,7 @@ def main(argv=None):
     for problem in problems:
         print(f"lab.figures: error: {problem}", file=sys.stderr)
     try:
-        pictures = draw(runs, folder, str(path))
+        pictures = draw(runs, folder)
     except OSError as error:
         parser.error(f"{folder} cannot be written: {error.strerror}")
     if pictures:

@@ -35,7 +35,6 @@ CARDS = {
     "RTX 5090": (120, 1.79, 170, 2.41, 128, 128, 2, 2, 1536),
     "MI300X": ("gfx942", 5.3, 304, 2.1, 64, 64, 64, 16, 2048),
 }
-ONE_TILE = 4096  # elements of a sphere that is read once
 # In the assembly of NVIDIA and AMD
 LABEL = re.compile(r"(\.L\w+):")
 INSTRUCTION = re.compile(r"\s+(?:/\*\w{4,}\*/\s+)?(@!?\w+\s+)?([A-Za-z]\w*(?:\.\w+)*)(.*)")
@@ -89,7 +88,10 @@ def variants():
     from triton.runtime.jit import JITFunction, mangle_type
 
     found = {}
-    kinds = {"joint": ("group", [(1 << 22,)]), "one tile": ("tensor", 64 * [(ONE_TILE,)])}
+    kinds = {
+        "joint": ("group", [(1 << 22,)]),
+        "one tile": ("tensor", 64 * [(sphere_step.SMALLEST,)]),
+    }
     kinds |= {"rows": ("row", [(4096, 64)]), "no sphere": (None, [(1 << 22,)])}
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     for kind, dtype, beta in product(kinds, dtypes, (0.0, 0.9)):

@@ -17,7 +17,6 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 
@@ -254,10 +253,10 @@ def summarize(folder, device, samples):
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
     if not runs:
         raise ValueError(f"{folder}: no runs here whose ELR stays")
-    parts, found, ends = [], [], []
+    parts, found, last = [], [], {}  # last: of each seed
     for run in runs:
         parts.append([run, *list(figures.second_runs(run).values())[-1:]])
-    tell_time(runs[0].path.with_suffix(".pt"), device, samples, sum(map(len, parts)))
+    checkpoints, began = sum(map(len, parts)), time.perf_counter()
     for both in tqdm(parts, unit="run", disable=None):
         row, run = dict.fromkeys(QUANTITIES, math.nan), both[0]
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
@@ -268,23 +267,17 @@ def summarize(folder, device, samples):
             sharpness = largest(operators(end, samples)["hessian"], 1)[0]
             row[f"{which}sharpness"] = sharpness
         row["edge"] = 2 / row["sharpness"]
+        alive = not math.isnan(sharpness)
+        before, start = last.get(run.seed, (row, None))
+        if start and alive:
+            before["barrier_to_next"] = barrier(start, end, points=11)[0]
+        last[run.seed] = row, end if alive else None
         found.append(row)
-        ends.append(None if math.isnan(sharpness) else end)
-    for seed in {row["seed"] for row in found}:
-        for i, j in pairwise([i for i, row in enumerate(found) if row["seed"] == seed]):
-            if ends[i] and ends[j]:
-                found[i]["barrier_to_next"] = barrier(ends[i], ends[j], points=11)[0]
+        if len(found) == 1:
+            seconds = (time.perf_counter() - began) / len(both) * 1.6  # with a barrier
+            about = f"{checkpoints} checkpoints: about {checkpoints * seconds / 60:.2g} minutes"
+            tqdm.write(about, file=sys.stderr)
     return found
-
-
-def tell_time(path, device, samples, checkpoints):
-    operator = operators(read(path, device), samples)["hessian"]
-    ones = operator @ np.ones(operator.shape[0])  # the first is slower
-    began = time.perf_counter()
-    operator @ ones
-    products = 35  # 22 of ARPACK, and the time of a barrier
-    minutes = checkpoints * products * (time.perf_counter() - began) / 60
-    print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
 
 
 def table(rows):
@@ -339,7 +332,7 @@ def show_summary(args):
     folder = args.checkpoints
     rows = summarize(folder, args.device, args.samples)
     regimes.write_csv(folder / "landscape.csv", rows)
-    figures.of_landscape(rows, folder / "landscape.png", str(folder))
+    figures.of_landscape(rows, folder / "landscape.png")
     print(table(rows))
     print(f"written: {folder / 'landscape.csv'}, {folder / 'landscape.png'}")
 

@@ -63,24 +63,20 @@ def is_loop(log):
     return bool(0 < coldest < len(elr) - 1 and falls and rises and elr[coldest] < elr.max())
 
 
-def leg_of(log):
-    """ "down" or "up" of each row."""
-    last_cold = np.flatnonzero(log["elr"] == log["elr"].min())[-1]
-    return np.where(np.arange(len(log["elr"])) <= last_cold, "down", "up")
-
-
 def legs(logs, column):
     """ELRs in rising order [n]; on the ways down and up the mean of the later half of the rows at
     each, over seeds [2, n]. The cold end belongs to both."""
     elrs = np.unique(logs[0]["elr"])
     means = np.full((len(logs), 2, len(elrs)), math.nan)
     for of_seed, log in zip(means, logs, strict=True):
-        for way, leg in enumerate(("down", "up")):
-            on_leg = (leg_of(log) == leg) & (log["epoch"] > 0)
-            for i, elr in enumerate(elrs):
-                values = log[column][on_leg & (log["elr"] == elr)]
-                if len(values):
-                    of_seed[way, i] = values[len(values) // 2 :].mean()
+        elr, rows = log["elr"], np.arange(len(log["elr"]))
+        coldest = rows[elr == elr.min()][-1]
+        ways = (log["epoch"] > 0) & (rows <= coldest), rows > coldest
+        for way, on_way in enumerate(ways):
+            for i, value in enumerate(elrs):
+                found = log[column][on_way & (elr == value)]
+                if len(found):
+                    of_seed[way, i] = found[len(found) // 2 :].mean()
     means[:, 1, 0] = means[:, 0, 0]
     return elrs, means.mean(0)
 

@@ -167,9 +167,9 @@ def test_all_is_moved_128_bits_at_a_time_nothing_spills_and_fp64_takes_no_time(n
     variant, found = counted(name, architecture)
     assert found.wide == found.wanted and found.blocks >= 2
     # The sums of 16 bits with momentum take all of the 255 registers: some spill around the
-    # loops, 2 accesses on sm_89, 10 on sm_120.
+    # loops, 2 accesses on sm_86 and 89, 16 on sm_100, 20 on sm_120.
     full = "bf16 momentum" in name and "move" not in name
-    assert found.local <= (16 if full else 0)
+    assert found.local <= (24 if full else 0)
     for card, (of_card, *_, units, _, _) in kernels.CARDS.items():
         if of_card == architecture and variant.elements:
             memory, _, _, fp64 = kernels.times(variant, found, card)

@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,8 @@ def test_each_tensor_turns_by_the_angle_along_the_direction(name):
     assert torch.allclose(optimizer.stats()["angle"], torch.tensor(0.1).double(), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_both_directions_are_of_root_mean_square_about_one(shape):
-    for direction in (optimizers.adam, optimizers.muon):
+def test_both_directions_are_of_root_mean_square_about_one():
+    for direction, shape in product((optimizers.adam, optimizers.muon), SHAPES):
         p = torch.nn.Parameter(torch.randn(shape))
         p.grad = 1e-4 * torch.randn(shape)
         assert 0.5 < direction(p, {}).square().mean().sqrt() < 1.3
@@ -81,10 +81,8 @@ def test_the_five_lines_of_the_findings_make_the_steps_of_another_optimizer_dire
     lines = re.search(r"AdamH.*?```python\n(.*?)```", section, re.S)[1]
     assert len(lines.splitlines()) == 5
     start = [torch.randn(s) for s in SHAPES]
-    convs = [torch.nn.Parameter(x.clone()) for x in start]
-    ours = [torch.nn.Parameter(x.clone()) for x in start]
-    how = dict(lr=0.05, sphere="tensor", angle=True)
-    optimizer, other = SphereSGD(convs, **how), SphereSGD(ours, **how)
+    convs, ours = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizer, other = (SphereSGD(x, 0.05, "tensor", angle=True) for x in (convs, ours))
     adam, states = torch.optim.Adam(convs, lr=1.0, betas=(0.9, 0.95)), [{} for _ in ours]
     for _ in range(5):
         for p, q, state in zip(convs, ours, states, strict=True):
@@ -95,14 +93,11 @@ def test_the_five_lines_of_the_findings_make_the_steps_of_another_optimizer_dire
         other.step()
     for p, q, x in zip(convs, ours, start, strict=True):
         assert torch.allclose(p, q, atol=1e-5) and (p - x).norm() > 0.05 * x.norm()
-        assert abs(p.norm() / x.norm() - 1) < 1e-6
 
 
-TINY = {
-    "tiny": "--data digits --epochs 1 --batch-size 128".split(),
-    "tiny, MLP": [*"--data digits --epochs 1 --batch-size 128".split(), *optimizers.MLP],
-    "tiny, transformer": "--data modular --modulus 7 --epochs 1".split(),
-}
+QUICK = "--data digits --epochs 1 --batch-size 256 --width 2".split()
+SUMS = "--data modular --modulus 7 --epochs 1 --width 16".split()
+TINY = {"tiny": QUICK, "tiny, MLP": [*QUICK[:-2], *optimizers.MLP], "tiny, transformer": SUMS}
 
 
 @pytest.fixture
@@ -113,31 +108,29 @@ def tiny(monkeypatch):
     optimizers.prepared.cache_clear()
 
 
-@pytest.mark.parametrize("task", TINY)
-def test_every_kind_trains_every_network(tiny, task):
-    kinds = optimizers.KINDS if "transformer" in task else ("angle", "muon", "adamw")
-    for kind in kinds:
-        decay = optimizers.KINDS[kind].decays[-1]
-        error = optimizers.train_one(Job(task, kind, 0.02, decay, 0))
+def test_every_kind_trains_every_network(tiny):
+    ways = [("tiny", "angle"), ("tiny", "adamw"), ("tiny, MLP", "muon")]
+    for task, kind in [*ways, *(("tiny, transformer", kind) for kind in optimizers.KINDS)]:
+        job = Job(task, kind, 0.02, optimizers.KINDS[kind].decays[-1], 0)
+        error = optimizers.train_one(job)
         assert 0 <= error <= 1
-    assert error == optimizers.train_one(Job(task, kind, 0.02, decay, 0))
+    assert error == optimizers.train_one(job)
 
 
 def directions_of(run):
     """Name of each parameter → "muon" or "adam": what a step puts in the place of its gradient."""
-    named = {name: p for name, p in run.net.named_parameters() if p.requires_grad}
-    copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in named.items()}
-    for name, p in named.items():
-        p.grad = torch.randn_like(p)
-        copies[name].grad = p.grad.clone()
+    found, copies = {}, {}
+    for name, p in run.net.named_parameters():
+        if p.requires_grad:
+            p.grad = torch.randn_like(p)
+            copies[name] = torch.nn.Parameter(p.detach().clone())
+            copies[name].grad = p.grad.clone()
     run.ordinary.step()
-    found = {}
-    for name, p in named.items():
-        ways = ("muon", "adam") if p.dim() > 1 else ("adam",)
-        for way in ways:
-            if torch.equal(p.grad, getattr(optimizers, way)(copies[name], {})):
+    for name, copy in copies.items():
+        for way in ("adam", "muon")[: copy.dim()]:
+            if torch.equal(run.net.get_parameter(name).grad, getattr(optimizers, way)(copy, {})):
                 found[name] = way
-    assert found.keys() == named.keys()
+    assert found.keys() == copies.keys()
     return found
 
 
@@ -195,9 +188,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
     [
         ("tiny", "adamw", 7, [28, 10 * 2, 4 * 4]),
         ("tiny", "adamw", 2, [28, 10 * 1]),
-        ("tiny", "muon", 7, [5, 5 * 2, 4 * 4]),
         ("tiny", "angle, layer", 7, [5 * 7]),
-        ("digits, half wrong", "sgd", 8, [21, 5 * 1, 2 * 6]),
         ("modular 31", "angle", 8, [5 * 8]),
         ("modular 31", "angle, layer", 8, [5, 4 * 1, 1 * 6]),
     ],
@@ -251,20 +242,6 @@ def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
         assert torch.equal(few.x, digits.test_x) and torch.equal(few.test_y, digits.y)
 
 
-@pytest.mark.parametrize(
-    "command, why",
-    [
-        ("--tasks chess", "argument --tasks: invalid choice"),
-        ("--seeds 0", "argument --seeds: '0' is not a whole number from 1"),
-    ],
-)
-def test_a_bad_argument_is_one_line(command, why, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        optimizers.main(command.split())
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and why in error and error.count("\n") == 1
-
-
 @pytest.mark.parametrize("text", ("", "task,kind,val"))
 def test_a_file_that_was_interrupted_at_once_is_begun_anew(text, tmp_path):
     (tmp_path / "errors.csv").write_text(text)
@@ -273,16 +250,19 @@ def test_a_file_that_was_interrupted_at_once_is_begun_anew(text, tmp_path):
     assert head.startswith("task,kind,value") and head.count("\n") == 1
 
 
-def test_a_file_of_something_else_is_left_alone(tmp_path, capsys, monkeypatch):
+def test_what_is_refused_is_left_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(optimizers, "FEW_DIGITS", tmp_path / "few.npz")
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit):
-        optimizers.main(["--out", str(tmp_path / "mine.csv")])
-    assert "has other columns: choose another --out" in capsys.readouterr().err
+    with optimizers.lock(tmp_path / "held.lock"):
+        for argv, why in (
+            (["--out", str(tmp_path / "mine.csv")], "has other columns: choose another --out"),
+            (["--out", str(tmp_path / "held.csv")], "is in progress"),
+            (["--out", str(tmp_path / "nowhere" / "x.csv")], "argument --out: "),
+            (["--seeds", "0"], "argument --seeds: '0' is not a whole number from 1"),
+        ):
+            with pytest.raises(SystemExit) as stopped:
+                optimizers.main(argv)
+            error = capsys.readouterr().err
+            assert stopped.value.code == 2 and why in error and error.count("\n") == 1
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
-    with optimizers.lock(tmp_path / "held.lock"), pytest.raises(SystemExit):
-        optimizers.main(["--out", str(tmp_path / "held.csv")])
-    assert "is in progress" in capsys.readouterr().err and not (tmp_path / "held.csv").exists()
-    with pytest.raises(SystemExit):
-        optimizers.main(["--out", str(tmp_path / "nowhere" / "x.csv")])
-    assert "argument --out: " in capsys.readouterr().err
+    assert not (tmp_path / "held.csv").exists()

@@ -2,12 +2,15 @@
 
 import math
 import warnings
+from itertools import product
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import regimes
 from lab import figures
+from lab.loop import Loop
 
 HEADER = "epoch step elr train_loss train_error test_error grad_norm angle".split()
 pytestmark = pytest.mark.draws
@@ -23,10 +26,10 @@ def drawn(monkeypatch):
         yield found
 
 
-def write(path, elr=1e-2, last=0.5, moves=False, columns=HEADER):
+def write(path, elr=1e-2, last=0.5, moves=False, columns=HEADER, epochs=12):
     lines = [",".join(columns)]
-    for epoch in range(13):
-        share = last ** (epoch / 12)
+    for epoch in range(epochs + 1):
+        share = last ** (epoch / epochs)
         row = [epoch, 9 * epoch, elr * share if moves else elr, 2 * share, *[0.9 * share] * 2]
         row = dict(zip(HEADER, [*row, 30 * share, 0.1 * share], strict=True))
         lines.append(",".join(f"{row.get(column, 1):g}" for column in columns))
@@ -47,7 +50,7 @@ def labels(fig):
     return {text.get_text() for text in fig.legends[0].get_texts()}
 
 
-@pytest.mark.parametrize(("kind", "values"), [("elr", 1), ("elr", 3), ("angle", 3), ("lr", 3)])
+@pytest.mark.parametrize(("kind", "values"), [("elr", 1), ("elr", 3), ("lr", 3)])
 def test_the_panels_follow_from_the_runs(tmp_path, drawn, kind, values):
     for value in range(1, 1 + values):
         for seed in ("", ".seed=1"):
@@ -74,34 +77,27 @@ def test_the_panels_follow_from_the_runs(tmp_path, drawn, kind, values):
     ("last", "columns"),
     [(0.0, HEADER), (math.nan, HEADER), (math.inf, HEADER[:5]), (1.0, ["epoch", "train_loss"])],
 )
-def test_whatever_a_log_holds_it_is_drawn(tmp_path, drawn, last, columns):
-    """Also into a folder that is to be made."""
-    folder, out = tmp_path / "数字 $x_1^ \n net", tmp_path / "new" / "folder"
+def test_whatever_a_log_holds_it_is_drawn(tmp_path, drawn, capsys, last, columns):
+    folder = tmp_path / "数字 $x_1^ \n net"
     for name in ("log", "_other"):
         write(folder / f"{name}.csv", last=last, columns=columns)
-    assert figures.main([str(folder), "--out", str(out)]) == 0
-    assert (out / "regimes.png").stat().st_size > 10_000
+    assert figures.main([str(folder)]) == 0
+    assert (folder / "regimes.png").stat().st_size > 10_000
     heading = drawn[0].legends[0].get_title().get_text()
     assert "\\u6570\\u5b57" in heading and r"\$x_1^" in heading
-    if "elr" not in columns:
+    assert regimes.main([str(folder)]) == 0
+    no_table = "no regimes.csv: no run here has an ELR" in capsys.readouterr().out
+    assert no_table != (folder / "regimes.csv").exists()
+    assert no_table == ("elr" not in columns)
+    if no_table:
         assert {"log", "other"} <= labels(drawn[0])
-
-
-def test_two_folders_are_not_taken_for_seeds_of_one(tmp_path, drawn):
-    for folder in ("one", "two"):
-        for elr in (0.01, 0.02):
-            write(tmp_path / folder / f"elr={elr:.0e}.csv", elr)
-    write(tmp_path / "two" / "other.csv", columns=["epoch", "train_loss"])  # has a row of its own
-    assert figures.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
-    assert {"ELR (one)", "ELR (two)"} <= {ax.get_xlabel() for ax in drawn[0].axes}
-    assert len(titles(drawn[0])) == 13 and (tmp_path / "one" / "regimes.png").exists()
 
 
 def test_every_logarithmic_axis_has_two_ticks_and_all_that_was_drawn():
     seed = np.random.SeedSequence().entropy
     random = np.random.default_rng(seed)
     ax = figures.subplots([["a"]], 3)[1]["a"]
-    for width in 20 * [0.05, 1, 2, 7]:  # powers of ten
+    for width in 10 * [0.05, 1, 2, 7]:  # powers of ten
         values = 10 ** (random.uniform(-9, 6) + width * np.sort(random.random(5)))
         values[0] *= random.integers(2)
         ax.clear()
@@ -117,11 +113,32 @@ def test_every_logarithmic_axis_has_two_ticks_and_all_that_was_drawn():
             assert ticks[-1] / ticks[0] > (high / low) ** 0.4, (seed, values, texts)
 
 
-def test_an_error_axis_is_no_larger_than_the_errors(tmp_path, drawn):
-    write(tmp_path / "elr=1e-02.csv")  # 0.9 to 0.45
+@pytest.mark.parametrize(("epochs", "ticks"), [(1, {0, 1}), (12, {0, 5, 10})])
+def test_epochs_are_whole_and_an_axis_is_little_larger_than_what_it_shows(
+    tmp_path, drawn, epochs, ticks
+):
+    write(tmp_path / "elr=1e-02.csv", epochs=epochs)  # 0.9 to 0.45
     assert figures.main([str(tmp_path)]) == 0
     low, high = drawn[0].axes[1].get_ylim()
     assert 0.3 < low < 0.45 and 0.9 < high < 1.3
+    for ax in drawn[0].axes:
+        low, high = ax.get_xlim()
+        assert {x for x in ax.get_xticks() if low <= x <= high} == ticks
+
+
+def test_no_point_is_cut_at_an_edge(tmp_path, drawn):
+    """Points, with markers of 2 points in every direction, lie within the panels."""
+    for elr, seed in product((0.01, 0.02, 0.04), ("", ".seed=1")):
+        write(tmp_path / f"elr={elr:.0e}{seed}.csv", elr, 1e-30 ** (elr / 0.04))
+    assert figures.main([str(tmp_path)]) == 0
+    for ax in drawn[0].axes[:3]:
+        (left, low), (right, high) = ax.get_window_extent().get_points()
+        for container in ax.containers:
+            points = np.array(container.lines[0].get_data(), float).T
+            points = ax.transData.transform(points)
+            radius = 2 * drawn[0].dpi / 72
+            assert (points > (left + radius, low + radius)).all()
+            assert (points < (right - radius, high - radius)).all()
 
 
 def loop(melts):
@@ -142,14 +159,35 @@ def test_a_loop_has_two_legs_and_bands(tmp_path, drawn):
         regimes.Logged(tmp_path, math.nan, 0, loop(x), regimes.Verdict(), chance)
         for x in (0.02, 0.04)
     ]
-    figures.of_loop(runs, tmp_path / "a.png", "name")
-    assert titles(drawn[0]) == ["train loss (nats)", "test error", "angle φ (radians)"]
-    expected = {"ELR goes down", "ELR goes up", "metastable", "chance", "convergence"}
-    assert expected | {"chaotic equilibrium", "divergence"} <= labels(drawn[0])
-    found = {line.get_label(): line for line in drawn[0].axes[0].lines}
-    down, up = (found[f"ELR goes {leg}"].get_ydata() for leg in ("down", "up"))
-    elrs = found["ELR goes up"].get_xdata()
+    figures.of_loop(runs, tmp_path / "a.png")
+    (fig,) = drawn
+    ax = fig.axes[0]
+    assert titles(fig) == ["train loss (nats)", "test error", "angle φ (radians)"]
+    ways = [f"ELR goes {leg}, median of 2 seeds" for leg in ("down", "up")]
+    expected = {*ways, "metastable", "chance", "convergence"}
+    assert expected | {"chaotic equilibrium", "divergence"} <= labels(fig)
+    found = {line.get_label(): line for line in ax.lines}
+    down, up = (found[way].get_ydata() for way in ways)
+    elrs = found[ways[1]].get_xdata()
     frozen = (elrs > 0.005) & (elrs < 0.015)
     assert (down[frozen] > 50 * up[frozen]).all() and np.allclose(down[-8:], up[-8:], rtol=0.3)
-    bars = {text.get_text().strip() for text in drawn[0].axes[0].texts}
-    assert bars == {"freezes", "melts", "divergence"}
+    assert {text.get_text().strip() for text in ax.texts} == {"freezes", "melts", "diverges"}
+
+
+def test_where_one_way_diverges_and_the_other_does_not_a_loop_is_undecided(
+    tmp_path, drawn, monkeypatch
+):
+    found = Loop(divergence=(0.4, 0.7), reversible=(1e-5, 0.4))
+    monkeypatch.setattr(figures, "classify_loop", lambda *_: found)
+    logged = regimes.Logged(tmp_path, math.nan, 0, loop(0.02), regimes.Verdict(), {})
+    figures.of_loop([logged], tmp_path / "a.png")
+    ax, spans = drawn[0].axes[0], {}
+    for patch in ax.patches:
+        ends = ax.transData.inverted().transform(patch.get_window_extent())[:, 0]
+        spans.setdefault(patch.get_label(), []).append(math.sqrt(ends.prod()))
+    assert list(spans) == ["chaotic equilibrium", "undecided", "divergence"]
+    assert min(spans["undecided"]) > 0.4 and 0.7 < min(spans["divergence"])
+    renderer = FigureCanvasAgg(drawn[0]).get_renderer()
+    panel, box = ax.get_window_extent(), ax.texts[0].get_window_extent(renderer)
+    assert ax.texts[0].get_text().strip() == "diverges"
+    assert panel.x0 < box.x0 and box.x1 < panel.x1 and panel.y0 < box.y0

@@ -103,15 +103,14 @@ def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_nor
         height, path = barrier(a, b, way, points=3)
         own = [evaluate(a, p.net)[0] for p in (a, b)]
         assert (path[0][1], path[-1][1]) == pytest.approx(own, rel=1e-4) and height >= 0
-    radii = [[x.norm(dim=1) for x in p.vectors()] for p in (a, b)]
-    whole = [measure.angles([x], [y]) for x, y in zip(a.vectors(), b.vectors(), strict=True)]
-    before = a.vectors()
+    before, first, last = a.vectors(), a.vectors(), b.vectors()
     for t in (0.25, 0.5, 0.75, 1.0):
         points = vectors(between(a, b, t, "circle"), a.spheres)
-        for x, ra, rb in zip(points, *radii, strict=True):
-            assert torch.allclose(x.norm(dim=1), (1 - t) * ra + t * rb, rtol=1e-6)
-        for x, y, angle in zip(before, points, whole, strict=True):  # at even pace
-            assert torch.allclose(4 * measure.angles([x], [y]), angle, rtol=1e-3, atol=1e-5)
+        for x, y, z, earlier in zip(points, first, last, before, strict=True):
+            norm = (1 - t) * y.norm(dim=1) + t * z.norm(dim=1)
+            assert torch.allclose(x.norm(dim=1), norm, rtol=1e-6)
+            step, whole = measure.angles([x], [earlier]), measure.angles([y], [z])
+            assert torch.allclose(4 * step, whole, rtol=1e-3, atol=1e-5)  # at even pace
         before = points
 
 
@@ -127,19 +126,14 @@ def test_distances_are_the_angles(ends):
         assert angles.ravel() == pytest.approx([0, angle, angle, 0])
 
 
-def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(
-    tmp_path, few, monkeypatch
-):
+def test_an_average_lies_on_the_spheres(tmp_path, few, monkeypatch):
+    """That of equal weights is those weights."""
     command = words(f"--elr 0.01 --average 1 --sphere layer {few}", tmp_path)
     made, seen = train.Run(prepare(parse(command)), runs.Job(0.01, 0, tmp_path, "")), []
+    look = lambda net, *_: seen.append(vectors(net, made.spheres))  # noqa: E731
+    monkeypatch.setattr(measure, "on_train_set", look)
     start = [x.clone() for x in vectors(made.net, made.spheres)]
     other = [F.normalize(torch.randn_like(x)) * x.norm() for x in start]
-
-    def look(net, *_):
-        seen.append(vectors(net, made.spheres))
-        return dict.fromkeys(("test_loss", "test_error"), 0.0)
-
-    monkeypatch.setattr(measure, "on_train_set", look)
     for points, times in ((start, 3), (other, 1)):
         for sphere, x in zip(made.spheres, points, strict=True):
             measure.move_to(made.net, sphere, x)
@@ -147,20 +141,19 @@ def test_averages_lie_on_the_spheres_and_that_of_equal_weights_is_those_weights(
             made.averaged.update_parameters(made.net)
         measure.on_average(made.averaged, made.net, made.spheres, made.data, "fp32")
     for same, mean, old, new in zip(*seen, start, other, strict=True):
-        expected = (3 * old + new) / 4
         assert torch.allclose(same, old, rtol=1e-6)
-        assert mean.norm().item() == pytest.approx(old.norm().item(), rel=1e-6)
-        assert torch.allclose(mean, expected * old.norm() / expected.norm(), rtol=1e-4, atol=1e-6)
+        expected = F.normalize(3 * old + new) * old.norm()
+        assert torch.allclose(mean, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_average_adds_its_columns_in_the_last_epochs_and_changes_nothing_else(tmp_path, few):
-    for name, more in (("plain", ""), ("average", "--average 2")):
-        assert run(f"--elr 0.01 {few} --epochs 3 {more}", tmp_path / name) == 0
-    plain, average = log(tmp_path / "plain"), log(tmp_path / "average")
-    for x, y in zip(plain, average, strict=True):
+    plain, average = tmp_path / "plain", tmp_path / "average"
+    assert run(f"--elr 0.01 {few} --epochs 3", plain) == 0
+    assert run(f"--elr 0.01 {few} --epochs 3 --average 2", average) == 0
+    for x, y in zip(log(plain), log(average), strict=True):
         assert all(x[key] == y[key] for key in x if key != "seconds")
-    assert [math.isnan(row["avg_test_error"]) for row in average] == [True, True, False, False]
-    assert average[3]["avg_train_loss"] < 10 and 0 <= average[3]["avg_test_error"] <= 1
+        assert math.isnan(y["avg_test_error"]) == (y["epoch"] < 2)
+    assert y["avg_train_loss"] < 10 and 0 <= y["avg_test_error"] <= 1
 
 
 def test_then_starts_from_the_end_of_a_run_at_its_own_elr(ends):

@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, end_of, fork
 
 FOUR = ("models.py", "regimes.py", "sphere_step.py", "train.py")
 FILES = {name[:-3]: ROOT / name for name in FOUR}
@@ -63,14 +64,22 @@ def test_a_script_imports_only_those_below_it(name):
 
 
 def alone(tmp_path, file, code):
-    """Run code in an empty folder that holds a copy of this file and nothing else of ours."""
+    """Run code in an empty folder that holds a copy of this file and nothing else of ours, in a
+    child that has torch but none of our modules."""
     shutil.copy(ROOT / file, tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+
+    def function():
+        for name in list(sys.modules):
+            if name.partition(".")[0] in {*OURS, "lab"}:
+                del sys.modules[name]
+        others = [p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tests")]
+        sys.path[:] = [str(tmp_path), *others]
+        os.chdir(tmp_path)
+        exec(code, {})
+
+    status, output = end_of(fork(function))
+    assert status == 0, output
+    return output
 
 
 def test_a_copied_sphere_step_trains_a_network_of_ones_own(tmp_path):

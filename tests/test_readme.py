@@ -106,12 +106,12 @@ def test_a_loop_of_ones_own_ends_with_a_regime(capsys):
 def test_one_line_is_a_meter_for_a_loop_with_another_optimizer(tmp_path, capsys):
     begin, end = block("A meter for any training").split("...  # train as always\n")
     torch.manual_seed(0)
-    data, order, net = load("digits"), torch.Generator().manual_seed(0), convnet(1, 10, 4)
+    data, order, net = load("digits"), torch.Generator().manual_seed(0), convnet(1, 10, 2)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     names, rows = {"net": net, "optimizer": optimizer}, []
     exec(begin, names)
     for epoch in range(1, 11):
-        for index in batches(len(data.x), 64, order):
+        for index in batches(len(data.x), 128, order):
             loss = torch.nn.functional.cross_entropy(net(data.inputs(index)), data.y[index])
             optimizer.zero_grad()
             loss.backward()
@@ -119,7 +119,7 @@ def test_one_line_is_a_meter_for_a_loop_with_another_optimizer(tmp_path, capsys)
         names |= {"epoch": epoch, "loss": loss.item()}
         exec(end, names)
         rows.append(names["row"])
-        assert rows[-1]["step"] == 22 * epoch and 0 < rows[-1]["angle"] < 0.3
+        assert rows[-1]["step"] == 11 * epoch and 0 < rows[-1]["angle"] < 0.3
     regimes.write_csv(tmp_path / "my.csv", rows)
     assert not regimes.main([str(tmp_path / "my.csv")])
     assert capsys.readouterr().out.startswith("my: ")
