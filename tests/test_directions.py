@@ -147,7 +147,7 @@ def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_weight_decay_reaches_both_optimizers(tiny, kind):
-    (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").plain.param_groups
+    (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").ordinary.param_groups
     assert group["weight_decay"] == 0.3 and group["lr"] == 0.1
 
 
