@@ -92,17 +92,21 @@ def text(path, length=16):
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{path} cannot be read as text in UTF-8 ({error})") from None
-    if len(content) < 10_000:
-        raise ValueError(f"{path} is too short: it takes 10,000 characters")
-    known, codes = np.unique(list(content), return_inverse=True)
-    codes, cut = torch.from_numpy(codes), len(codes) * 9 // 10
-    generator, parts = torch.Generator().manual_seed(0), []
-    for part, n in ((codes[:cut], 20_000), (codes[cut:], 4_000)):
-        start = torch.randint(len(part) - length, (n, 1), generator=generator)
-        windows = part[start + torch.arange(length + 1)]
+    cut, generator, parts = len(content) * 9 // 10, torch.Generator().manual_seed(0), []
+    known = sorted(set(content[:cut]))
+    tokens = {character: token for token, character in enumerate(known)}
+    for part, n in ((content[:cut], 20_000), (content[cut:], 4_000)):
+        codes = torch.tensor([tokens[character] for character in part if character in tokens])
+        if len(codes) < 1000:
+            raise ValueError(f"{path} is too short: it takes 10,000 characters")
+        start = torch.randint(len(codes) - length, (n, 1), generator=generator)
+        windows = codes[start + torch.arange(length + 1)]
         parts += [windows[:, :-1], windows[:, -1]]
     notes = [f"{len(content)} characters, {len(known)} different ones, in windows of {length}"]
-    return Data(*parts, known.tolist(), notes)
+    unknown = sorted(set(content[cut:]) - set(known))
+    if unknown:
+        notes.append(f"left out, as only the last tenth has them: {' '.join(map(repr, unknown))}")
+    return Data(*parts, known, notes)
 
 
 def arrays(path):

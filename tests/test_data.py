@@ -325,19 +325,20 @@ def test_what_is_wrong_with_an_array_is_one_line_that_names_it(read, capsys, cha
 
 
 def test_a_text_is_windows_of_characters_and_the_next_one(tmp_path):
-    """In a text that counts, the next character follows from the window. The test set is of the
-    last tenth, which is of letters."""
+    """In a text that counts, the next character follows from the window. In the last tenth, of
+    which is the test set, it counts down."""
     path = tmp_path / "mine.txt"
-    path.write_text("0123456789" * 1800 + "abcdefghij" * 200, encoding="utf-8-sig")
+    path.write_text("0123456789" * 1800 + "9876543210ß" * 182, encoding="utf-8-sig")
     data, again = load(str(path)), load(str(path))
     assert data.x.shape == (20_000, 16) and data.test_x.shape == (4_000, 16)
-    assert data.labels == list("0123456789abcdefghij") and data.tokens == data.classes == 20
-    for x, y, first in ((data.x, data.y, 0), (data.test_x, data.test_y, 10)):
+    assert data.labels == list("0123456789") and data.tokens == data.classes == 10
+    for x, y, change in ((data.x, data.y, 1), (data.test_x, data.test_y, 9)):
         windows = torch.cat([x, y[:, None]], 1)
-        assert ((windows[:, 1:] - windows[:, :-1]) % 10 == 1).all()
-        assert x[:, 0].unique().tolist() == list(range(first, first + 10))
+        assert ((windows[:, 1:] - windows[:, :-1]) % 10 == change).all()
+        assert len(x[:, 0].unique()) == 10
     assert torch.equal(data.x, again.x) and torch.equal(data.test_y, again.test_y)
-    assert data.notes == ["20000 characters, 20 different ones, in windows of 16"]
+    assert data.notes[0] == "20002 characters, 10 different ones, in windows of 16"
+    assert data.notes[1] == "left out, as only the last tenth has them: 'ß'"
 
 
 FILES = [
@@ -348,6 +349,7 @@ FILES = [
     ("mine.npz", b"x,y\n1,2\n", "mine.npz is damaged, or no .npz file"),
     ("mine.npz", b"PK\x03\x04junk", "mine.npz is damaged, or no .npz file"),
     ("mine.txt", b"too short" * 1000, "mine.txt is too short: it takes 10,000 characters"),
+    ("mine.txt", b"a" * 18_000 + b"b" * 2_000, "mine.txt is too short"),  # of known ones
     ("mine.txt", b"a" * 20_000, "mine.txt has a single class"),
     ("mine.txt", "Käse ".encode("latin1") * 4000, "mine.txt cannot be read as text in UTF-8"),
 ]
