@@ -256,7 +256,7 @@ def summarize(folder, device, samples):
     parts, found, last = [], [], {}  # last: of each seed
     for run in runs:
         parts.append([run, *list(figures.second_runs(run).values())[-1:]])
-    checkpoints, began = sum(map(len, parts)), time.perf_counter()
+    tell_time(runs[0].path.with_suffix(".pt"), device, samples, sum(map(len, parts)))
     for both in tqdm(parts, unit="run", disable=None):
         row, run = dict.fromkeys(QUANTITIES, math.nan), both[0]
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
@@ -273,11 +273,17 @@ def summarize(folder, device, samples):
             before["barrier_to_next"] = barrier(start, end, points=11)[0]
         last[run.seed] = row, end if alive else None
         found.append(row)
-        if len(found) == 1:
-            seconds = (time.perf_counter() - began) / len(both) * 1.6  # with a barrier
-            about = f"{checkpoints} checkpoints: about {checkpoints * seconds / 60:.2g} minutes"
-            tqdm.write(about, file=sys.stderr)
     return found
+
+
+def tell_time(path, device, samples, checkpoints):
+    operator = operators(read(path, device), samples)["hessian"]
+    ones = operator @ np.ones(operator.shape[0])  # the first is slower
+    began = time.perf_counter()
+    operator @ ones
+    products = 35  # 22 of ARPACK, and the time of a barrier
+    minutes = checkpoints * products * (time.perf_counter() - began) / 60
+    print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
 
 
 def table(rows):
