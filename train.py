@@ -84,10 +84,8 @@ def train(run, tell):
                 for index in indices:
                     means.add(*step(index))
                 run.epoch += 1
-            else:  # the row before training: nothing moves
-                for index in indices:
-                    means.add(*train_step(run, index, move=False))
-                run.started = True
+            else:
+                before_training(run, indices, means)
 
             row = {"epoch": run.epoch, "step": run.epoch * len(indices), **means.row()}
             if config.mode in ("elr", "loop"):
@@ -112,6 +110,13 @@ def train(run, tell):
             tell("epoch", run.name, run.epoch, run.epochs, shown.format(**row))
             run.prolong()
     return True
+
+
+def before_training(run, indices, means):
+    """The pass of the row before training, in which nothing moves."""
+    for index in indices:
+        means.add(*train_step(run, index, move=False))
+    run.started = True
 
 
 class Run:
