@@ -1,7 +1,7 @@
 """Train a scale-invariant network on the sphere and name its regime.
 
     python train.py --elr 0.01                one run at this effective learning rate (ELR)
-    python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (`--sweep` alone does the same)
+    python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced; so `--sweep` alone
     python train.py --angle 0.05              an angle per step, falling along a cosine: no ELR
     python train.py --lr 0.05 --wd 5e-3       ordinary training, and the ELR that it implies
 
@@ -89,7 +89,7 @@ def train(run, tell):
 
             row = {"epoch": run.epoch, "step": run.epoch * len(indices), **means.row()}
             if config.mode in ("elr", "loop"):
-                row["elr"] = run.lr  # as it was set, not a mean of the steps
+                row["elr"] = run.lr  # as it was set, no mean
             row |= measure.on_test_set(net, data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
             now = measure.vectors(net, run.spheres)
@@ -169,7 +169,7 @@ class Run:
                 square = sum(p.detach().square().sum().item() for p in self.on_spheres)
                 group["lr"] = value * square
             groups.append(group)
-        if config.graph:  # which reads the learning rates from the device's memory
+        if config.graph:  # which reads them from the device's memory
             for group in groups:
                 group["lr"] = torch.tensor(group.get("lr", value), device=config.device)
         self.sphere = SphereSGD(groups, lr=value, momentum=momentum, angle=angle)
@@ -178,7 +178,7 @@ class Run:
         return self.ended or self.epoch >= self.epochs
 
     def prolong(self):
-        """Up to --max-epochs, where these epochs are done and the log leaves it undecided."""
+        """Up to --max-epochs, while the log leaves it undecided."""
         most = self.config.max_epochs
         if most and self.epoch >= self.epochs and not self.began_from:
             verdict = runs.read_run(self.path).verdict
@@ -268,7 +268,7 @@ def main(argv=None):
     config = parse(argv)
     for each in runs.STOPS:
         signal.signal(each, stop)
-    if config.rank:  # of torchrun's processes the first tells what all have done
+    if config.rank:  # torchrun's first process tells for all
         sys.stdout = open(os.devnull, "w")
     values, new, failed = [], config.values, False
     seeds = range(config.seed, config.seed + config.seeds)
