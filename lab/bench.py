@@ -39,6 +39,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What a step may be wrong by, relative to ρ. In half precision each weight is rounded once.
 STEP_ERRORS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SPHERES = ("group", "tensor", "row")
+WIDTHS = range(1, 17)  # of networks whose convolutions are checked
 
 
 def wait():
@@ -185,7 +186,7 @@ def convolution_error(threads):
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    for model, width, size in product(("convnet", "resnet18"), range(1, 17), (8, 32)):
+    for model, width, size in product(("convnet", "resnet18"), WIDTHS, (8, 32)):
         channels = 1 if size == 8 else 3
         net = MODELS[model](channels, 10, width).to(DEVICE)
         for module in net.modules():

@@ -126,7 +126,7 @@ def healthy(rng):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_healthy_network_raises_an_alarm(dtype):
-    seed = random.randrange(2**31)
+    seed = random.randrange(2**31) if SLOW else 0
     rng = random.Random(seed)
     for _ in range(200 if SLOW else 3):
         torch.manual_seed(rng.randrange(2**31))
@@ -217,6 +217,7 @@ def test_the_check_finds_planted_faults(monkeypatch, capsys, where, name, fault,
     if where is sphere_step:
         monkeypatch.setattr(sphere_step, "RIGHT", sphere_step._move, raising=False)
     monkeypatch.setattr(where, name, fault)
+    monkeypatch.setattr(bench, "WIDTHS", [3])
     chosen = {key: x for key, x in bench.checks().items() if check in key}
     assert bench.check(chosen) == 1
     assert capsys.readouterr().out.splitlines()[0].endswith("WRONG")

@@ -23,7 +23,7 @@ EPS_BREAKS = 1e-6  # BatchNorm's eps is why this is not 1e-12
 
 @pytest.fixture(autouse=True)
 def seed():
-    seed = random.randrange(2**31)
+    seed = random.randrange(2**31) if SLOW else 0
     torch.manual_seed(seed)
     print(f"seed {seed}")  # is shown if the test fails
 
