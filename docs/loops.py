@@ -351,10 +351,12 @@ def mean(x, digits=2):
 
 
 def geometric(x):
-    """Mean and standard error as factors, and the range."""
-    y = np.log(x)
+    """Mean and standard error as factors, and the range; without nan, where a leg never crosses."""
+    crossed = x[~np.isnan(x)]
+    y = np.log(crossed)
     error = math.exp(y.std(ddof=1) / math.sqrt(len(y))) if len(y) > 1 else math.nan
-    return f"{math.exp(y.mean()):.3g} ×/÷ {error:.2f} ({x.min():.3g} to {x.max():.3g})"
+    shown = f"{math.exp(y.mean()):.3g} ×/÷ {error:.2f} ({crossed.min():.3g} to {crossed.max():.3g}"
+    return f"{shown}; {len(crossed)} of {len(x)} seeds)"
 
 
 def main(argv=None):

@@ -26,6 +26,7 @@ SAYS = {
     "reversible": "reversible from {} to {}: up and down have the same loss",
     "coexistence": "metastable from {} to {}: frozen on the way up, not on the way down",
 }
+FROZEN = "frozen on the way up to the end"
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Loop:
     reversible: tuple | None = None
     coexistence: tuple | None = None
     passes: int = 1
+    frozen: str = ""  # which seeds do not melt
     problem: str = ""
 
     def __str__(self):
@@ -50,7 +52,7 @@ class Loop:
         if self.freezes:
             slower = f"--epochs {4 * self.passes} goes through it more slowly"
             no = "" if self.coexistence else f"no metastable state at this speed; {slower}"
-        return "\n    ".join(filter(None, [*lines, self.problem or no]))
+        return "\n    ".join(filter(None, [*lines, self.frozen, self.problem or no]))
 
 
 def is_loop(log):
@@ -99,6 +101,9 @@ def classify_loop(logs, chance=None):
         for name in ("melts", "coexistence"):
             ends = [end for loop in each for end in getattr(loop, name) or ()]
             setattr(found, name, (min(ends), max(ends)) if ends else None)
+        unmelted, found.frozen = sum(bool(loop.frozen) for loop in each), ""
+        if unmelted:
+            found.frozen = f"no melting in {unmelted} of {len(each)} seeds: {FROZEN}"
     return found
 
 
@@ -161,12 +166,19 @@ def of_mean(logs, chance):
     left = y[1] > frozen + np.maximum(math.log(LEAVES), 2 * error[1])
     left &= loss[1] > NEGLIGIBLE * top
     gone, stays = np.flatnonzero(left), np.flatnonzero(~left)
-    if len(gone) and gone[0] >= max(low, 1) and stays[-1] < len(elrs) - 1:
+    if not len(gone):
+        last = elrs[-1]
+    elif gone[0] >= max(low, 1) and stays[-1] < len(elrs) - 1:
         found.melts = elrs[gone[0] - 1], elrs[stays[-1] + 1]
-        both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
-        both &= (elrs >= found.freezes[1]) & (elrs <= found.melts[0])
-        if both.any():
-            found.coexistence = elrs[both][0], elrs[both][-1]
+        last = found.melts[0]
+    else:  # it leaves, but not for good
+        return found
+    both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
+    both &= (elrs >= found.freezes[1]) & (elrs <= last)
+    if both.any():
+        found.coexistence = elrs[both][0], elrs[both][-1]
+        if not found.melts:
+            found.frozen = f"no melting: {FROZEN}"
     return found
 
 
@@ -179,7 +191,8 @@ def summary(runs):
     for name, group in groups.items():
         logs, seeds = [run.log for run in group], f"{len(group)} seeds"
         if all(map(is_loop, logs)):
-            lines.append(f"{name}, {seeds}: {classify_loop(logs, group[0].chance)}")
+            whose = f"{name}, {seeds}" if len(group) > 1 else name
+            lines.append(f"{whose}: {classify_loop(logs, group[0].chance)}")
         elif all({"elr", "test_error"} <= log.keys() for log in logs):
             found = [run.final("test_error") for run in group]
             loss = np.mean([run.final("train_loss") for run in group])

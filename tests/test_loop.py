@@ -14,7 +14,7 @@ from lab.schedules import grid, leg
 
 SLOW = "SLOW" in os.environ
 KINDS = ["reversible", "hysteretic", "continuous", "never learned", "noisy", "no equilibrium"]
-KINDS += ["no divergence", "nan at the top"]
+KINDS += ["no divergence", "nan at the top", "no melting"]
 
 
 def made(rng, kind):
@@ -32,6 +32,8 @@ def made(rng, kind):
     melt = freeze
     if kind in ("hysteretic", "noisy"):
         melt = min(freeze * np.exp(rng.uniform(0, 2)), divergence / 1.3)
+    if kind == "no melting":
+        melt = 2 * high
 
     def level(elr):
         top = 2 * high if kind == "no divergence" else divergence
@@ -44,7 +46,7 @@ def made(rng, kind):
             return chance if elr >= divergence else chance / 1.6
         if kind == "continuous" or (way == "up" and elr > melt):
             return level(elr)
-        if way == "up" and kind in ("hysteretic", "noisy"):
+        if way == "up" and kind in ("hysteretic", "noisy", "no melting"):
             return min(frozen, level(elr))
         return max(level(elr) * min(1, elr / freeze) ** slope, min(frozen, level(elr)))
 
@@ -72,13 +74,15 @@ def made(rng, kind):
 def wrong_names(found, kind, truth):
     """What is named that the loop is not."""
     wrong, cell = [], truth["cell"]
+    if kind == "no melting" and (found.melts or found.divergence or found.reversible):
+        wrong.append("no melting")
 
     def misses(interval, low, high):
         return interval and (interval[1] * cell < low or interval[0] / cell > high)
 
     if kind == "nan at the top":
         return [] if "not finite" in found.problem and not found.freezes else ["nan"]
-    if kind != "no divergence":
+    if kind not in ("no divergence", "no melting"):
         if misses(found.divergence, truth["divergence"], truth["divergence"]):
             wrong.append("divergence")
     elif found.divergence and found.divergence[1] < truth["divergence"]:
@@ -109,8 +113,9 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
         log, chance, truth = made(np.random.default_rng([7, KINDS.index(kind), seed]), kind)
         found = classify_loop([log], chance)
         seen += bool(found.coexistence)
+        assert ("no melting" in str(found)) <= (kind == "no melting")
         assert not wrong_names(found, kind, truth), (seed, found, truth)
-    assert (seen > draws / 3) == (kind in ("hysteretic", "noisy"))
+    assert (seen > draws / 3) == (kind in ("hysteretic", "noisy", "no melting"))
 
 
 def test_a_loop_from_the_command_line_is_drawn_and_read_again_from_its_log(
