@@ -143,9 +143,13 @@ class SphereSGD(torch.optim.Optimizer):
         self._captured = []  # tables that CUDA graphs read
         self._sizes = {}  # elements of each tensor when it was given
         self._checked = None  # the options of the groups that were found sound
+        self._to_scale = []  # until all groups are found sound: groups, their norms and radii
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
         self._check()
+        for group in self._to_scale:
+            _put_on_spheres(*group)
+        self._to_scale = None
 
     # torch wraps this and the next ones for torch.compile, which takes a second to import
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
@@ -166,10 +170,13 @@ class SphereSGD(torch.optim.Optimizer):
             radii = norms = _norms(group, zeros=group["radius"] is not None)
             if group["radius"]:
                 radii = [torch.full_like(norm, group["radius"]) for norm in norms]
-                _put_on_spheres(group, norms, radii)
         except Exception:
             self.param_groups.pop()
             raise
+        if group["radius"] and self._to_scale is None:
+            _put_on_spheres(group, norms, radii)
+        elif group["radius"]:
+            self._to_scale.append((group, norms, radii))
         for i, p in enumerate(group["params"]):
             self._sizes[p] = p.numel()
             if group["sphere"]:
@@ -182,7 +189,7 @@ class SphereSGD(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._layout, self._captured, self._checked = None, [], None
+        self._layout, self._captured, self._checked, self._to_scale = None, [], None, None
         self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict):
@@ -212,6 +219,9 @@ class SphereSGD(torch.optim.Optimizer):
                     bad = "radius" in state and (_local(state["radius"]) <= 0).any()
                     if bad and p.numel():  # the sphere of an empty tensor is a point
                         raise ValueError("the state has a radius that is not positive")
+                    if "radius" in state:
+                        length = _rows(group, p)[1]
+                        _check_size("the state's radius", _local(state["radius"]), length, p.dtype)
             self._check()
         except Exception:
             self.__dict__ = before  # nothing changed
@@ -247,10 +257,10 @@ class SphereSGD(torch.optim.Optimizer):
         apply(move)
 
     def _apply_now(self, move):
-        options = [[group[name] for name in OPTIONS] for group in self.param_groups]
+        options = [[group.get(name, "missing") for name in OPTIONS] for group in self.param_groups]
         if options != self._checked:
             for group, before in zip(self.param_groups, self._checked or [], strict=False):
-                if group["radius"] != before[1]:
+                if group.get("radius") != before[1]:
                     raise ValueError(f"radius={group['radius']!r}: it cannot change between steps")
             for group in self.param_groups:
                 _check_options(group)
@@ -450,25 +460,29 @@ def _check_options(group):
     """ValueError for an option of a param group that it cannot have."""
     group.setdefault("weight_decay", 0.0)
     sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in OPTIONS)
-    at_radius = isinstance(radius, Real) and sphere is not None and 0 < radius < math.inf
+    at_radius = _is_number(radius) and sphere is not None and 0 < radius < math.inf
     rules = [
         ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
         ("radius", radius is None or at_radius, "positive, on a sphere"),
-        ("momentum", isinstance(momentum, Real) and 0 <= momentum < 1, "in [0, 1)"),
+        ("momentum", _is_number(momentum) and 0 <= momentum < 1, "in [0, 1)"),
         ("angle", isinstance(angle, bool), "True or False; lr is the angle"),
-        ("weight_decay", isinstance(decay, Real) and 0 <= decay < math.inf, "finite, ≥ 0"),
+        ("weight_decay", _is_number(decay) and 0 <= decay < math.inf, "finite, ≥ 0"),
     ]
     for name, good, wanted in rules:
         if not good:
             raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
 
 
+def _is_number(x):
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
 def _lr(group, wait=True, nan=True):
     """η̃ or φ as a number, or nan; on a GPU, where one does not wait, the tensor."""
-    lr = group["lr"]
+    lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.is_cuda and not wait:
         return lr.squeeze()
-    number = isinstance(lr, Real) or isinstance(lr, Tensor) and lr.numel() == 1
+    number = _is_number(lr) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
     most = math.pi / 2 if group.get("angle") else math.inf
     if value < 0 or value >= most or (math.isnan(value) and not nan):

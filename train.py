@@ -1,14 +1,14 @@
 """Train a scale-invariant network on the sphere and name its regime.
 
     python train.py --elr 0.01                one run at this effective learning rate (ELR)
-    python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced; so `--sweep` alone
-    python train.py --angle 0.05              an angle per step, falling along a cosine: no ELR
-    python train.py --lr 0.05 --wd 5e-3       ordinary training, and the ELR that it implies
+    python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (the default)
+    python train.py --loop                    one run down 25 ELRs and up again
+    python train.py --angle 0.05              an angle per step: no ELR
+    python train.py --lr 0.05 --wd 5e-3       ordinary training, and its ELR
 
-Writes into logs/<data>-<model>, or --out: elr=1e-02.csv, a row per epoch; .layers.csv, a row per
-epoch and tensor; .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command goes
-on where it stopped; what was made by other code is trained anew. Regimes: Kodryan et al., NeurIPS
-2022, arXiv 2209.03695.
+Writes into logs/<data>-<model>, or --out: of each run .csv, a row per epoch, .layers.csv, also by
+tensor, .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command goes on where
+it stopped; runs of older code are trained anew. Regimes: Kodryan et al., arXiv 2209.03695.
 """
 
 import signal
@@ -101,7 +101,7 @@ def train(run, tell):
                 if run.epoch > run.epochs - config.average:
                     run.averaged.update_parameters(net)
                     row |= measure.on_average(run.averaged, net, run.spheres, data, config.dtype)
-            # To log one more column, give the row one more entry here.
+            # To log one more column, add an entry here.
             log.add(row)
             layer_log.add(*means.layers(run.spheres, run.epoch))
             run.ended = not math.isfinite(row["train_loss"] + row["grad_norm"])
@@ -113,7 +113,7 @@ def train(run, tell):
 
 
 def before_training(run, indices, means):
-    """The pass of the row before training, in which nothing moves."""
+    """A pass for the row before training: nothing moves."""
     for index in indices:
         means.add(*train_step(run, index, move=False))
     run.started = True
@@ -131,9 +131,9 @@ class Run:
         self.config, self.value, self.path, self.name = config, job.value, job.path, job.name
         # What a checkpoint must share with this run
         self.identity = config.identity() | dict(value=job.value, seed=job.seed, name=job.name)
-        use(config.device, config.dtype)
         torch.manual_seed(job.seed)
         self.net = own.build(config, self.data).to(config.device)
+        use(config.device, config.dtype)  # over what that has set
         if job.init:
             self.net.load_state_dict(job.init["net"])
         self.began_from = job.init and job.init["checksum"]  # the end of another run
@@ -223,7 +223,7 @@ class Run:
 
 def work(experiment, jobs, tell, patient=False):
     """The runs, one after another; one that fails leaves the others their turn. One that another
-    process is at is left out, or waited for if `patient`."""
+    process holds is left out, or waited for if `patient`."""
     then = experiment.config.then
     for job in jobs:
         try:
@@ -258,7 +258,7 @@ def measure_chance(experiment, seeds):
 
 
 def stop(number, _):
-    """Ctrl-C, or SIGTERM: the next one has no effect."""
+    """Ctrl-C or SIGTERM; the next has no effect."""
     for each in runs.STOPS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(number)

@@ -16,7 +16,9 @@ SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/measure.py
     lab/schedules.py lab/own.py lab/invariance.py lab/machine.py""".split()
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
-WRITING = os.O_WRONLY | os.O_RDWR
+OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/figures.py lab/kernels.py
+    lab/landscape.py lab/loop.py lab/options.py lab/runs.py lab/toy.py""".split()  # make no numbers
+WRITING = os.O_WRONLY | os.O_CREAT
 _recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 
 
@@ -77,7 +79,7 @@ def _listen():
 
 def imported_beside_ours():
     """The files of modules in the folder of our scripts, but for what makes no numbers."""
-    others = {ROOT / name for name in ("regimes.py", "tests", "docs")}
+    others = {ROOT / name for name in ("tests", "docs")}
     modules = list(sys.modules.values())
     files = [getattr(module, "__file__", None) or "" for module in modules]
     paths = {Path(file) for file in files if file.startswith(f"{ROOT}/") and file.endswith(".py")}
@@ -88,7 +90,7 @@ def is_library(file):
     """Whether it is of a library or ours, is no file, as "<string>", or torch.compile's."""
     path = Path(file)
     places = {path, *path.parents}
-    ours = {ROOT / "lab", *(ROOT / name for name in SCRIPTS)}
+    ours = {ROOT / name for name in SCRIPTS + OTHERS}
     installed = {"site-packages", "dist-packages"} & set(path.parts)
     generated = str(file).startswith("<") or "/torchinductor_" in str(file)
     return bool(installed or generated or places & {*ours, STANDARD_LIBRARY, Path("/proc")})
@@ -107,13 +109,13 @@ def code(text):
     """A script without comments, docstrings and layout."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # it was read, not run
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                body[:] = [line for line in body if not is_text(line)] or [ast.Pass()]
+        return ast.unparse(tree).encode()
+    except (SyntaxError, ValueError, RecursionError):  # it was read, not run; or is too deep
         return text
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            body[:] = [line for line in body if not is_text(line)] or [ast.Pass()]
-    return ast.unparse(tree).encode()
 
 
 def is_text(statement):

@@ -144,6 +144,8 @@ def arrays(path):
     x, y, test_x, test_y = map(torch.from_numpy, parts)
     if x.dtype == torch.float64:
         x, test_x = standardized(x, test_x)
+        if not test_x.isfinite().all():
+            raise ValueError(f"{path}: test_x has numbers that are far larger than those of x")
     return Data(x, y, test_x, test_y, labels, notes)
 
 
@@ -151,13 +153,16 @@ def _read(path):
     """The four arrays of the file, by our names."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            stored = {KERAS.get(name.lower(), name): name for name in file.files}
+            names = file.files
+            stored = {KERAS.get(name.lower(), name): name for name in names}
             found = {name: np.asarray(file[stored[name]]) for name in PARTS if name in stored}
     except Exception as error:  # damage can show anywhere
         message = "is damaged, or no .npz file"
         if str(error).startswith("Object arrays"):
             message = "holds Python objects: save numbers or text, as with y.astype(str)"
         raise ValueError(f"{path} {message}") from None
+    if len(found) < sum(KERAS.get(name.lower(), name) in PARTS for name in names):
+        raise ValueError(f"{path} has an array twice, as x and x_train: {', '.join(names)}")
     for name in PARTS:
         if name not in found:
             there = f"it has {', '.join(stored.values())}, and takes {', '.join(PARTS)}"
@@ -224,6 +229,8 @@ def standardized(x, test_x):
     """[N, M], or images, as float32 of mean 0 and deviation 1 in x, by column or channel; 0 where x
     is constant."""
     over = [0, 2, 3][: x.dim() - 1]
+    unit = torch.exp2(x.abs().amax(over, keepdim=True).clamp(min=1e-307).log2().floor())
+    x, test_x = x / unit, test_x / unit  # exactly: squares of small numbers would be 0
     first = x[:1].amin(over, keepdim=True)  # of time stamps only the last digits differ
     std, mean = torch.std_mean(x - first, over, keepdim=True)
     std[std <= 1e-15 * x.abs().amax(over, keepdim=True)] = torch.inf  # constant but for rounding

@@ -343,7 +343,7 @@ def _mark(ax, found):
     marks = {"freezes": LEGS["down"], "melts": LEGS["up"], "divergence": "black"}
     for height, (mark, tone) in zip((0.03, 0.1, 0.17), marks.items(), strict=True):
         if mark in found:
-            ax.plot(found[mark], [height, height], color=tone, lw=4, **where)
+            ax.plot(found[mark], [height, height], color=tone, lw=4, solid_capstyle="butt", **where)
             text = "diverges" if mark == "divergence" else mark
             look = dict(color=tone, ha="right", va="center", **where)
             ax.text(found[mark][0], height, f"{text}  ", **look)

@@ -101,7 +101,10 @@ def between(a, b, t, way):
     """The network at t in [0, 1] on the way from a to b: a straight "line" between the weights, or
     the great "circle" of each sphere, whose radius goes from a's to b's (what is on no sphere goes
     straight, buffers too)."""
-    net, state = a.network(), a.net.state_dict()
+    net, state = a.network(), (b if t == 1 else a).net.state_dict()
+    net.load_state_dict(state)
+    if t in (0, 1):  # exactly, and where the other end is dead
+        return net
     for name, y in b.net.state_dict().items():
         if y.is_floating_point():
             state[name] = state[name].lerp(y, t)
@@ -252,7 +255,7 @@ def summarize(folder, device, samples):
         raise ValueError(f"{folder}: there is no such folder")
     runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
     if not runs:
-        raise ValueError(f"{folder}: no runs here whose ELR stays")
+        raise ValueError(f"{folder}: no runs here of --elr or --sweep, at an ELR that stays")
     parts, found, last = [], [], {}  # last: of each seed
     for run in runs:
         parts.append([run, *list(figures.second_runs(run).values())[-1:]])

@@ -167,7 +167,10 @@ class Config:
         usual = Config(data=self.data, model=self.model, **{self.mode: getattr(self, self.mode)})
         usual, here = {"epochs": usual.epochs} | usual.identity(), self.identity()
         model = here.pop("model").replace(".py:", ".")  # mine.mlp
-        name = f"{here.pop('data').removesuffix('.npz')}-{model}"
+        data = here.pop("data")
+        if data.removesuffix(".npz") not in NAMES:
+            data = data.removesuffix(".npz")
+        name = f"{data}-{model}"
         name = name.strip("/").replace("/", ".")
         if self.mode != "elr":
             name += f"-{self.mode}"
@@ -291,7 +294,8 @@ def what_next(config, found):
     undecided = any(run.verdict.more_epochs for run in found)
     if undecided and config.mode == "elr" and config.constant and not config.average:
         again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
-        commands.append([*again, "--epochs", str(2 * config.epochs)])
+        longest = max(int(run.log["epoch"][-1]) for run in found)
+        commands.append([*again, "--epochs", str(2 * max(longest, config.epochs))])
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
         high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"
