@@ -310,6 +310,8 @@ WRONG = [
     (dict(test_x=np.zeros((10, 5), int)), "test_x is not of the kind and shape of x"),
     (dict(x=np.array([Evil()] * 20, dtype=object)), OBJECTS),
     (dict(y=np.array(["a", None] * 10)), OBJECTS),
+    (dict(X_train=np.zeros((20, 5))), "mine.npz has an array twice, as x and x_train: "),
+    (dict(test_x=np.full((10, 5), 1e60)), "test_x has numbers that are far larger than those of x"),
 ]  # fmt: skip
 
 

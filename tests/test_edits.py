@@ -42,7 +42,7 @@ if WIDTH < 0:
     import wrong
 spec = spec_from_file_location("unknown", f"{here}/loaded.py")
 spec.loader.exec_module(module_from_spec(spec))
-exec(open(f"{here}/executed.py").read())
+exec(open(f"{here}/executed.py", "r+").read())
 sys.audit("import", "compiled", f"{here}/compiled.so", None, None, None)  # as of one in C
 open(f"{here}/.cache/x.json").close()
 
@@ -158,26 +158,32 @@ def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
 def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("labels.py", *contents.SCRIPTS):
+    for name in ("labels.py", "lab/losses.py", *contents.SCRIPTS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "labels", None)  # so that it is forgotten afterwards
-    del sys.modules["labels"]
-    importlib.import_module("labels")
+    for name, folder in (("labels", tmp_path), ("losses", tmp_path / "lab")):
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.setitem(sys.modules, name, None)  # so that it is forgotten afterwards
+        del sys.modules[name]
+        importlib.import_module(name)
 
     def now(*shape):
         x, y = torch.zeros(shape, dtype=torch.uint8), torch.zeros(4).long()
         return contents.contents(Data(x, y, x, y))
 
     before = now(4, 1, 8, 8)
-    assert set(before) == {"labels.py", *contents.SCRIPTS, "the data"}
+    assert set(before) == {"labels.py", "lab/losses.py", *contents.SCRIPTS, "the data"}
     assert contents.changed(before, now(4, 1, 4, 16)) == "the data has changed"
     for name in before.keys() - {"the data"}:
         comment(tmp_path / name)
         assert now(4, 1, 8, 8) == before
         change(tmp_path / name)
         assert contents.changed(before, before := now(4, 1, 8, 8)) == f"{name} has changed"
+
+
+def test_a_script_that_is_too_deep_to_be_parsed_counts_as_it_is():
+    deep = f"x = {'+'.join(['1'] * 5000)}".encode()
+    assert contents.code(deep) == deep
 
 
 def test_after_an_edit_nothing_goes_on_from_old_weights(theirs, tmp_path, capsys):

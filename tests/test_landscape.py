@@ -215,6 +215,10 @@ def test_a_barrier_is_nan_where_the_loss_is_nan_on_the_way(ends, monkeypatch):
     losses = iter([1.0, math.nan, 1.0])
     monkeypatch.setattr(landscape, "evaluate", lambda *_: (next(losses), 0.5))
     assert math.isnan(barrier(a, b, points=3)[0])
+    monkeypatch.undo()
+    next(iter(b.net.parameters())).data.fill_(math.nan)
+    _, ((_, alive, _), *_, (_, dead, _)) = barrier(a, b, points=3)
+    assert math.isfinite(alive) and math.isnan(dead)
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
@@ -226,7 +230,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
         (f"curvature {tmp_path}/junk.pt", f"junk.pt {damaged}"),
         (f"distance {good} {tmp_path}/foreign.pt", f"foreign.pt {damaged}"),
         (f"barrier {good} {ends}/layer/elr=3e-03.pt", "is another network, or on other spheres"),
-        (f"summary {tmp_path}", "no runs here whose ELR stays"),
+        (f"summary {tmp_path}", "no runs here of --elr or --sweep"),
         (f"summary {tmp_path}/none", "none: there is no such folder"),
         (f"curvature {good} --k 0", "argument --k: '0' is not a whole number"),
         (f"barrier {good} {good} --points 1e9", "argument --points: '1e9' is not a whole number"),

@@ -372,6 +372,7 @@ OPTIONS = [
 ]
 OPTIONS += [(dict(lr=1.6, angle=True), "lr=1.6"), (dict(sphere="ball"), "sphere='ball'")]
 OPTIONS += [(dict(sphere=["row"]), "sphere="), (dict(radius=-1.0), "radius=-1.0")]
+OPTIONS += [({name: True}, f"{name}=True") for name in ("lr", "radius", "momentum")]
 OPTIONS += [(dict(radius="1"), "radius='1'"), (dict(radius=1.0, sphere=None), "radius=1.0")]
 OPTIONS += [(dict(momentum=x), f"momentum={x!r}") for x in (1.0, -0.1, None, "0.9")]
 OPTIONS += [(dict(angle=x), f"angle={x!r}: it must be True or False") for x in (0.05, 1)]
@@ -489,6 +490,8 @@ STATES = [
     (three_radii, "1 spheres, but 3 radii"),
     (lambda: changed("radius", -1.0), "the state has a radius"),
     (lambda: changed("radius", math.nan), "the state has a radius"),
+    (lambda: changed("radius", 1e-30), "the state's radius: too small or too large"),
+    (lambda: changed("radius", 1e40), "the state's radius: too small or too large"),
     (lambda: changed("momentum_buffer", math.inf), "the state has a radius or momentum"),
 ]
 
@@ -594,6 +597,15 @@ def test_a_radius_that_was_changed_is_refused_by_the_next_step():
     optimizer.load_state_dict(stepped((2, 2), radius=3.0).state_dict())
     optimizer.step()
     assert optimizer.stats()["radius"] == 3.0
+
+
+def test_nothing_is_scaled_where_another_group_is_refused():
+    p = parameter(4)
+    before = p.detach().clone()
+    for other in ({"params": [parameter(2)], "lr": -1}, {"params": [p.detach()[:2]]}):
+        with pytest.raises(ValueError):
+            SphereSGD([{"params": [p], "radius": 2.0}, other], lr=0.1)
+        assert torch.equal(p, before)
 
 
 def test_small_tensors_of_a_joint_sphere_are_put_back_on_it():

@@ -402,12 +402,13 @@ def test_where_runs_are_undecided_next_is_the_same_command_with_twice_the_epochs
     which = "--sweep" if "sweep" in more else "--elr 0.01 1e-05"
     command = f"{which} {more.removeprefix('--sweep')} --momentum 0.5 --affine"
     config = parse(words(f"{command} --epochs 6", tmp_path))
-    make_log(tmp_path / "elr=1e-02.csv", lambda e: 3 - e / 100, epochs=5)
-    again, *_ = options.what_next(config, [runs.read_run(tmp_path / "elr=1e-02.csv")])
-    again = parse(shlex.split(again)[2:])
-    assert again.epochs == 12 and again.folder() == config.folder()
     given = {name: x for name, x in config.given.items() if "epochs" not in name}
-    assert {name: x for name, x in again.given.items() if name != "epochs"} == given
+    for reached, epochs in ((5, 12), (9, 18)):  # 9 by way of --max-epochs
+        make_log(tmp_path / "elr=1e-02.csv", lambda e: 3 - e / 100, epochs=reached)
+        again, *_ = options.what_next(config, [runs.read_run(tmp_path / "elr=1e-02.csv")])
+        again = parse(shlex.split(again)[2:])
+        assert again.epochs == epochs and again.folder() == config.folder()
+        assert {name: x for name, x in again.given.items() if name != "epochs"} == given
 
 
 # -------------------------------------------------- each option changes what it should, only
