@@ -404,7 +404,7 @@ def test_where_runs_are_undecided_next_is_the_same_command_with_twice_the_epochs
     config = parse(words(f"{command} --epochs 6", tmp_path))
     given = {name: x for name, x in config.given.items() if "epochs" not in name}
     for reached, epochs in ((5, 12), (9, 18)):  # 9 by way of --max-epochs
-        make_log(tmp_path / "elr=1e-02.csv", lambda e: 3 - e / 100, epochs=reached)
+        make_log(tmp_path / "elr=1e-02.csv", lambda e: 3 + e % 3 if e else 9, epochs=reached)
         again, *_ = options.what_next(config, [runs.read_run(tmp_path / "elr=1e-02.csv")])
         again = parse(shlex.split(again)[2:])
         assert again.epochs == epochs and again.folder() == config.folder()
