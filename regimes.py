@@ -115,7 +115,7 @@ def classify(log, chance=None):
             return verdict
     windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
     last = windows[0]
-    n, verdict.more_epochs = last.sum(), 2 * math.ceil(epoch[-1])
+    n, verdict.more_epochs = last.sum(), 2 * max(math.ceil(epoch[-1]), MIN_TAIL)
     if n < MIN_TAIL:
         verdict.why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
         return verdict

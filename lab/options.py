@@ -291,11 +291,10 @@ def what_next(config, found):
     just above the boundary of convergence, go on well below it. Then the angle, which needs no
     sweep; these with the step, network and data of this one."""
     commands, shared = [], config.words(STEP, NETWORK, DATA)
-    undecided = any(run.verdict.more_epochs for run in found)
-    if undecided and config.mode == "elr" and config.constant and not config.average:
+    more = max(run.verdict.more_epochs or 0 for run in found)
+    if more and config.mode == "elr" and config.constant and not config.average:
         again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
-        longest = max(int(run.log["epoch"][-1]) for run in found)
-        commands.append([*again, "--epochs", str(2 * max(longest, config.epochs))])
+        commands.append([*again, "--epochs", str(max(more, 2 * config.epochs))])
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
         high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"

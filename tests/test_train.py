@@ -99,7 +99,7 @@ def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsy
     assert verdict.startswith("elr 1e-02: undecided: too short")
     assert written == f"written: {plain / 'regimes.csv'}, {plain / 'regimes.png'}"
     again = "next: python train.py --elr 0.01 --width 2 --batch-size 128 --threads 1"
-    assert longer == f"{again} --out {plain} --epochs 4"
+    assert longer == f"{again} --out {plain} --epochs 8"
     assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 128"
     before = (plain / "elr=1e-02.csv").read_bytes()
     assert run(f"--elr 0.01 {QUICK}", plain) == 0
@@ -403,8 +403,12 @@ def test_where_runs_are_undecided_next_is_the_same_command_with_twice_the_epochs
     command = f"{which} {more.removeprefix('--sweep')} --momentum 0.5 --affine"
     config = parse(words(f"{command} --epochs 6", tmp_path))
     given = {name: x for name, x in config.given.items() if "epochs" not in name}
+    spread = {"mean": 9.0, "std": 0.1}
+    chance = {"0": {"points": 9, "train_loss": spread, "train_error": spread}}
+    (tmp_path / "config.json").write_text(json.dumps({"chance": chance}))
     for reached, epochs in ((5, 12), (9, 18)):  # 9 by way of --max-epochs
-        make_log(tmp_path / "elr=1e-02.csv", lambda e: 3 + e % 3 if e else 9, epochs=reached)
+        columns = dict(step=lambda e: 10 * e, angle=lambda e: 1e-3)
+        make_log(tmp_path / "elr=1e-02.csv", lambda e: 3 + e % 3, epochs=reached, **columns)
         again, *_ = options.what_next(config, [runs.read_run(tmp_path / "elr=1e-02.csv")])
         again = parse(shlex.split(again)[2:])
         assert again.epochs == epochs and again.folder() == config.folder()
