@@ -146,7 +146,10 @@ def _find(net, batch, rows):
         matrix.append(radial / size)
     if not used:
         raise ValueError("no weight has a gradient (if copies use the original's, give build=)")
-    _, singular, right = torch.linalg.svd(torch.stack(matrix))
+    matrix = torch.stack(matrix)
+    if not matrix.isfinite().all():
+        raise ValueError("its gradients are nan or infinite, on the first batch")
+    _, singular, right = torch.linalg.svd(matrix)
     null = right[singular < noise * len(matrix) ** 0.5].numpy()
 
     def unchanged(chosen):

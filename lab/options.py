@@ -13,7 +13,7 @@ import torch
 
 import regimes
 from lab import own
-from lab.contents import contents, seen_from_here
+from lab.contents import contents, hash_of, seen_from_here
 from lab.data import NAMES, Data, add_label_noise, load
 from lab.machine import choose_threads, cores, find_device
 from lab.runs import number, open_folder
@@ -177,6 +177,9 @@ class Config:
         for option, value in here.items():
             if value != usual[option]:
                 name += f"-{option}" if value is True else f"-{option}={value}"
+        whole = name.encode()
+        if len(whole) > 150:  # file systems take 255 bytes
+            name = f"{whole[:120].decode(errors='ignore')}-{hash_of(whole)}"
         return Path("logs") / name
 
 

@@ -53,6 +53,8 @@ def load(model, data):
         net = getattr(module, name)
         if not isinstance(net, nn.Module):
             net = _call(net, known)
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"{name} returns a {type(net).__name__}, no nn.Module")
         with torch.no_grad():
             net.to(x.device).eval()(x)  # lazy layers get their shapes here
         if not isinstance(net, torch.jit.ScriptModule):  # which has no hooks

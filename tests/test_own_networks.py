@@ -213,6 +213,11 @@ def net(channels, classes):
     assert re.search(rf"mine\.py, line {lines[0]}\)", said), said
 
 
+NAN = """class Nan(nn.Linear):
+    def forward(self, x):
+        return float("nan") * super().forward(x)
+
+net = Nan(5, 3)"""
 SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8, sparse=True), nn.Flatten(), nn.LayerNorm(40), nn.Linear(40, classes))"
 
 
@@ -223,13 +228,14 @@ SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8,
         ("def net(c, k): return net(c, k)", "RecursionError"),
         ("def net(c, k): raise ImportError('\\n\\nit takes\\na package')", "ImportError: it takes;"),
         ("def net(channels, classes, width): pass", "missing 1 required positional argument: 'width'"),
-        ("def net(channels, classes): pass", "'NoneType' object has no attribute 'to'"),
+        ("def net(channels, classes): pass", "(TypeError: net returns a NoneType, no nn.Module"),
         ("net = 3", "net cannot be loaded (TypeError: 3 is not a callable object"),
         (NET + ".requires_grad_(False)", "nothing is trained: requires_grad is False everywhere"),
         ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01, behind"),
         (SPARSE, "(ValueError: the gradient by 0.weight is sparse: leave sparse=True out)"),
+        (NAN, "its gradients are nan or infinite"),
     ],
-    ids=range(9),
+    ids=range(10),
 )  # fmt: skip
 def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
     assert message in ask(code, x="tokens" if code == SPARSE else "numbers")

@@ -304,6 +304,9 @@ def test_the_default_folder_is_named_after_what_differs_from_the_defaults(tmp_pa
         folder = parse(command.split()).folder()
         assert folder == Path(f"logs/digits-convnet{name}"), command
     assert parse("--elr 1 --out mine".split()).folder() == Path("mine")
+    long = [parse(words(f"--elr 1 --data {60 * '機械'}{i}.npz")).folder() for i in range(2)]
+    assert all(len(folder.name.encode()) < 150 for folder in long) and len(set(long)) == 2
+    assert parse(words("--elr 1 --data digits.npz")).folder() == Path("logs/digits.npz-convnet")
     which = "--elr 0.1", "--angle 0.05", "--lr 0.1", "--elr 0.1 --schedule linear --warmup 2"
     what = ["", *(f"--{x}" for x in "width 4,momentum 0.9,epochs 3,average 2,augment".split(","))]
     what += ["--model a.py:net", "--model b.py:net", "--data mine.npz", "--data modular"]
