@@ -217,7 +217,7 @@ NAN = """class Nan(nn.Linear):
     def forward(self, x):
         return float("nan") * super().forward(x)
 
-net = Nan(5, 3)"""
+net = Nan(6, 3)"""
 SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8, sparse=True), nn.Flatten(), nn.LayerNorm(40), nn.Linear(40, classes))"
 
 
