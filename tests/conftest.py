@@ -8,10 +8,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
-def pytest_configure():
-    from lab import measure
+@pytest.fixture(autouse=True, scope="session")
+def few_points():
+    """Random points enough for what the tests ask of chance."""
+    from lab import measure  # not above: pytest-xdist's first process needs no torch
 
-    measure.POINTS = 64  # random points are enough for what the tests ask of chance
+    measure.POINTS = 64
 
 
 def pytest_addoption(parser):

@@ -101,7 +101,7 @@ class net(Base):
         ("(logits, hidden) if self.training else logits", BASE),  # as torchvision's Inception
         ('{"out": logits}', "the output is a dict without logits"),
         ("hidden, logits", "the network's output is [16, 8], not [16, 3 classes]"),
-        ("logits / 0", "contained non-finite values"),
+        ("logits / 0", "gradients are nan or infinite"),
     ],
 )
 def test_of_an_output_of_several_parts_the_logits_are_taken(ask, output, expected):
