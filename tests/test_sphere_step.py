@@ -87,7 +87,7 @@ def test_the_norm_is_the_radius_after_many_float32_steps(sphere, elr):
 @pytest.mark.parametrize("share", [1e-6, 1e-8, 0.0])
 @pytest.mark.parametrize("angle", [True] if INTERPRET else [False, True])
 @pytest.mark.parametrize("count", [40, 3000] if INTERPRET else [40, 3000, 300_000])
-@pytest.mark.parametrize("dtype", DTYPES[1:3] if INTERPRET else DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[1:2] if INTERPRET else DTYPES)
 def test_a_gradient_that_is_all_but_radial(dtype, count, angle, share):
     """In 16 bits c·θ has a direction, by rounding; where there is none, nothing turns."""
     theta = torch.randn(count).to(dtype)
