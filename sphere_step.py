@@ -12,8 +12,8 @@ or φ is given, and η̃ follows. All scalars follow from the Gram matrix of (θ
 tiles and tensors: `sphere_rule` makes k, b, u of it, and m ← βm + g + uθ, θ ← kθ + bm. With k = 1,
 b = −η and u = λ, the weight decay, this is SGD: the step of what is on no sphere.
 
-Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch and numpy, for the kernels
-Triton.
+Source: Kodryan et al., NeurIPS 2022 (arXiv 2209.03695). Needs torch and numpy; the kernels
+need Triton.
 """
 
 from __future__ import annotations
@@ -260,8 +260,9 @@ class SphereSGD(torch.optim.Optimizer):
         options = [[group.get(name, "missing") for name in OPTIONS] for group in self.param_groups]
         if options != self._checked:
             for group, before in zip(self.param_groups, self._checked or [], strict=False):
-                if group.get("radius") != before[1]:
-                    raise ValueError(f"radius={group['radius']!r}: it cannot change between steps")
+                radius = group.get("radius")
+                if radius != before[1]:
+                    raise ValueError(f"radius={radius!r}: it cannot change between steps")
             for group in self.param_groups:
                 _check_options(group)
             self._checked = options

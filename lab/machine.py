@@ -31,7 +31,7 @@ def use(device, dtype="fp32"):
     if device != "cpu":
         torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
 
 
 class Captured:

@@ -122,12 +122,12 @@ def test_the_rule_of_the_kernels_is_the_rule_in_python():
 
 
 @runs
+@pytest.mark.skipif(not SLOW, reason="takes minutes in the interpreter: SLOW=1, or a GPU")
 def test_the_check_of_bench_finds_the_kernels_equal_to_float64():
     from lab import bench
 
     kernels = {name: x for name, x in bench.checks().items() if "triton" in name}
-    assert len(kernels) >= 9
-    assert not SLOW or bench.check(kernels) == 0
+    assert len(kernels) >= 9 and bench.check(kernels) == 0
 
 
 # ---------------------------------------------------------------------------------- launches

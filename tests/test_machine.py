@@ -249,6 +249,14 @@ def tf32():
     return said[0]
 
 
+def test_fp32_stays_float32_whatever_somebodys_file_sets(tmp_path):
+    setting = "import torch\ntorch.set_float32_matmul_precision('high')\n"
+    (tmp_path / "own.py").write_text(setting + OWN.replace("WrongConv(", "nn.Conv2d("))
+    made = experiment(words(f"--elr 0.1 --model {tmp_path}/own.py:network", tmp_path / "out"))
+    train.Run(made, runs.Job(0.1, 0, tmp_path / "log.csv", ""))
+    assert not tf32()
+
+
 def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys):
     machine.use("cpu", "tf32")
     experiment(words("--elr 0.1 --width 2", tmp_path))
