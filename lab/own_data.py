@@ -31,8 +31,8 @@ def text(path, length=16):
 
 
 def arrays(path):
-    """The arrays x, y, test_x, test_y of a file .npz, or x_train, …, as in Keras' files: as tensors,
-    y as classes. Then the labels of the classes, if not 0, 1, 2, …, and notes."""
+    """The arrays x, y, test_x, test_y of a file .npz, or x_train, …, as Keras calls them. Returns
+    tensors, y as classes; the labels of the classes, if not 0, 1, 2, …; and notes."""
     found, notes = _read(path), []
     for part in PARTS:
         array = found[part]
