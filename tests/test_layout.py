@@ -23,9 +23,11 @@ IMPORTS = {
     "regimes": {"loop"},  # read when it is there
     "loop": {"regimes"},
     "options": BELOW | {"contents", "schedules"},
-    "data": set(),
+    "data": {"own_data"},
+    "own_data": set(),
+    "witness": {"data", "measure"},
     "invariance": set(),
-    "own": {"models", "invariance", "contents", "machine", "measure"},
+    "own": {"models", "invariance", "contents", "machine", "measure", "witness"},
     "measure": {"data", "sphere_step"},
     "contents": set(),
     "schedules": set(),
