@@ -27,9 +27,8 @@ def loss_and_error(logits, y):
 
 
 class Means:
-    """What an epoch's steps were like on average, by the `last` that each leaves in `sphere`, a
-    SphereSGD. ordinary: the optimizer that makes the steps, where that only measures. Statistics
-    are computed of many steps at once: the host seldom waits for the device."""
+    """What an epoch's steps were like on average; the host seldom waits for the device. sphere: a
+    SphereSGD; ordinary: what makes the steps, where that only measures."""
 
     def __init__(self, sphere, ordinary=None):
         self.sphere, self.ordinary = sphere, ordinary
@@ -71,7 +70,7 @@ class Means:
                 sums[name] = sums.get(name, 0) + values.sum(0)
 
     def row(self):
-        """Column → mean: over spheres the norm of γ, else the mean."""
+        """Column → mean; over spheres the norm of γ."""
         self._sum_up()
         return {name: (x / self.steps).item() for name, x in self.sums.items()}
 
