@@ -433,6 +433,7 @@ def draw_law():
     for ax in axes.values():
         ax.set(xscale="log", yscale="log", xlabel="batch size")
         ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
+        ax.set_xticks([], minor=True)
     style.save(fig, ROOT / "docs" / "law.png", "")
 
 

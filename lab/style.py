@@ -68,7 +68,7 @@ def readable(text):
 
 def tick(axis):
     """At least two labelled ticks on a logarithmic axis, where powers of ten may be too few."""
-    from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, MaxNLocator
+    from matplotlib.ticker import FixedLocator, LogFormatterMathtext, MaxNLocator
 
     if axis.get_scale() == "linear" or isinstance(axis.get_major_locator(), FixedLocator):
         return
@@ -85,8 +85,9 @@ def tick(axis):
             break
     axis.set_ticks(zero + ticks[:: math.ceil(len(ticks) / 7)])
     axis.set_ticks([], minor=True)
-    plain = 1e-4 <= low and high <= min(1e5, 1e4 * low)
-    axis.set_major_formatter("{x:g}" if plain else LogFormatterSciNotation())
+    short = 1e-4 <= low and high <= min(1e5, 1e4 * low)
+    powers = np.isin(ticks, decades).all() and not short
+    axis.set_major_formatter(LogFormatterMathtext() if powers else "{x:g}")
 
 
 def logarithmic(ax, outside=math.inf):
