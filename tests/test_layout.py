@@ -17,7 +17,7 @@ FILES |= {path.stem: path for path in (ROOT / "lab").glob("[!_]*.py")}
 OURS = set(FILES)
 BELOW = {"data", "machine", "measure", "models", "own", "regimes", "runs"}
 IMPORTS = {
-    "train": OURS - {"toy", "landscape", "bench"},
+    "train": OURS - {"toy", "landscape", "curvature", "bench"},
     "sphere_step": set(),
     "models": set(),
     "regimes": {"loop"},  # read when it is there
@@ -36,7 +36,8 @@ IMPORTS = {
     "style": {"regimes"},
     "machine": set(),
     "toy": {"regimes", "figures"},
-    "landscape": BELOW | {"figures", "contents"},
+    "curvature": {"data", "measure"},
+    "landscape": BELOW | {"curvature", "figures", "contents"},
     "kernels": {"sphere_step"},
     "bench": OURS,
 }
