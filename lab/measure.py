@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 from lab.data import CHUNK, chunks
 
 POINTS = 512  # at which chance is measured
-KEPT = 256  # steps whose statistics are summed up at once
+KEPT = 256  # steps whose statistics are summed at once
 
 
 def logits_of(net, x, dtype="fp32"):
