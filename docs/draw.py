@@ -227,14 +227,14 @@ def draw_modular():
 # ----------------------------------------- angles and other optimizers, from docs/optimizers.py
 
 
-def read_errors():
-    """Task → kind and values → seed → test error, of tasks that have been searched to the end."""
+def read_errors(path):
+    """Task → kind and values → seed → test error."""
     tasks = {}
-    for row in rows_of(OPTIMIZERS):
+    for row in rows_of(path):
         way = row["kind"], float(row["value"]), float(row["decay"])
         of_seed = tasks.setdefault(row["task"], {}).setdefault(way, {})
         of_seed[int(row["seed"])] = float(row["test_error"])
-    return {task: ways for task, ways in tasks.items() if all(found(ways, kind) for kind in KINDS)}
+    return tasks
 
 
 def found(ways, kind):
@@ -300,11 +300,19 @@ def cell(row, column, error, form, most):
 
 
 def optimizers():
-    """Test errors of each angle and of the best of each other kind; differences between them."""
-    tasks = read_errors()
+    """Picture and tables of the tasks that have been searched to the end."""
+    tasks = read_errors(OPTIMIZERS)
+    whole = [task for task in tasks if all(found(tasks[task], kind) for kind in KINDS)]
+    tasks = {task: tasks[task] for task in whole}
     draw_optimizers(tasks)
-    rows = {task: compared(task, ways) for task, ways in tasks.items()}
+    rows = print_comparison(tasks)
     regimes.write_csv(ANGLE, [row for of_task in rows.values() for row in of_task.values()])
+
+
+def print_comparison(tasks):
+    """Test errors of each angle and of the best of each other kind; differences between them.
+    Returns the rows, by task and label."""
+    rows = {task: compared(task, ways) for task, ways in tasks.items()}
     most = {task: max(row["seeds"] for row in of_task.values()) for task, of_task in rows.items()}
     labels = list(dict.fromkeys(label for of_task in rows.values() for label in of_task))
 
@@ -321,15 +329,16 @@ def optimizers():
     heads("at the value, weight decay", *tasks)
     for label in labels:
         if label.endswith("best"):
-            found = [of_task[label] for of_task in rows.values()]
-            pairs = [(row["value"], row["weight_decay"]) for row in found]
-            line(
-                label,
-                *(f"{value:g}, {decay:g}" if decay else f"{value:g}" for value, decay in pairs),
-            )
+            cells = []
+            for of_task in rows.values():
+                row = of_task.get(label, {"value": math.nan, "weight_decay": 0})
+                decay = f", {row['weight_decay']:g}" if row["weight_decay"] else ""
+                cells.append(f"{row['value']:g}{decay}".replace("nan", "–"))
+            line(label, *cells)
     names = {"adamw": "AdamW, best", "elr": "cosine ELR, best", "cosine": "cosine from the same φ₀"}
     for name, words in names.items():
         table(f"− {words}", tasks, f"minus_{name}", f"minus_{name}_error", "+.4f")
+    return rows
 
 
 def draw_optimizers(tasks):

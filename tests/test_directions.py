@@ -208,24 +208,38 @@ def test_of_many_values_only_the_best_get_all_seeds(task, kind, seeds, of_round)
     assert sorted(whole) == sorted(found)[: len(whole)]
 
 
-def test_the_table_pairs_by_seed():
-    seeds = 5
-    jobs = [Job("tiny", "adamw", 0.01, 0.1, seed) for seed in range(seeds)]
-    jobs += [Job("tiny", "elr", 0.01, 0.0, seed) for seed in range(seeds)]
-    jobs += [Job("tiny", "angle", 0.05, 0.0, seed) for seed in range(seeds)]
-    jobs += [Job("tiny", "angle", 0.1, 0.0, 0)]  # without the other seeds: not shown
-    noise = np.random.default_rng().normal(size=(3, seeds)) / 1000
-    noise[1:] += np.random.default_rng().normal(size=seeds) / 10  # what a seed has in common
-    noise[2] -= 0.02
-    errors = dict(zip(jobs, [*noise.ravel(), 0.5], strict=True))
-    lines = optimizers.table(errors, "tiny", seeds).splitlines()
-    assert len(lines) == 5 and lines[2].startswith("| angle | 0.05 |  | **")
-    cells = [cell.strip() for cell in lines[2].split("|")]
-    mean, error = np.mean(noise[2]), np.std(noise[2], ddof=1) / seeds**0.5
-    assert cells[4] == f"**{mean:.4f} ± {error:.4f}**"
-    pairs = noise[2] - noise[1]
-    assert cells[6] == f"{np.mean(pairs):+.4f} ± {np.std(pairs, ddof=1) / seeds**0.5:.4f} *"
-    assert lines[3].split("|")[6].strip() == "–"  # the best ELR beside itself
+def test_the_table_pairs_by_seed(capsys):
+    """Of a kind it takes the value with most seeds and the least mean; differences seed by seed."""
+    rng = np.random.default_rng()
+    adamw, elr, angle = rng.normal(size=(3, 5)) / 1000 + rng.normal(size=5) / 10
+    angle -= 0.02
+    ways = {
+        ("adamw", 0.1, 0.1): [-1.0],
+        ("adamw", 0.01, 0.1): adamw,
+        ("adamw", 0.3, 0.0): adamw + 1,
+    }
+    ways |= {("elr", 0.01, 0.0): elr, ("angle", 0.05, 0.0): angle, ("angle", 0.1, 0.0): angle[:1]}
+    ways = {way: dict(enumerate(errors)) for way, errors in ways.items()}
+    rows = optimizers.draw.print_comparison({"tiny": ways})["tiny"]
+    assert [*rows] == [
+        *(f"angle, one sphere, {x}" for x in (0.05, 0.1)),
+        "cosine ELR, best",
+        "AdamW, best",
+    ]
+    row = rows["angle, one sphere, 0.05"]
+    assert (row["seeds"], rows["AdamW, best"]["value"], rows["AdamW, best"]["weight_decay"]) == (
+        5,
+        0.01,
+        0.1,
+    )
+    for name, x in (("test", angle), ("minus_adamw", angle - adamw), ("minus_elr", angle - elr)):
+        values = list(row.values())[[*row].index(f"{name}_error" if name == "test" else name) :][:2]
+        assert values == pytest.approx([np.mean(x), np.std(x, ddof=1) / 5**0.5])
+    assert row["minus_cosine"] == rows["AdamW, best"]["minus_adamw"] == ""
+    out, x = capsys.readouterr().out, angle - elr
+    said = f"| {np.mean(x):+.4f} ± {np.std(x, ddof=1) / 5**0.5:.4f} * |".replace("-", "−")
+    assert f"| angle, one sphere, 0.05 {said}" in out and "| AdamW, best | 0.01, 0.1 |" in out
+    assert f"| angle, one sphere, 0.1 | {angle[0]:.4f} (1) |".replace("-", "−") in out
 
 
 def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
