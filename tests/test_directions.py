@@ -5,7 +5,6 @@ import csv
 import importlib.util
 import re
 import shutil
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +60,13 @@ def test_each_tensor_turns_by_the_angle_along_the_direction(name):
             p.grad = direction(p, states[i])
             g = torch.from_numpy(reference(history[i]))
             expected[i], _ = step_of(expected[i], g, 0.1, angle=True)
+            assert 0.25 < p.grad.square().mean().sqrt() < 1.4  # of both directions
         optimizer.step()
     for p, wanted in zip(params, expected, strict=True):
         # Four steps in float32; Newton and Schulz multiply the rounding of small singular values,
         # by 3.4 a round.
         assert (p.detach() - wanted).norm() < 2e-4 * wanted.norm()
     assert torch.allclose(optimizer.stats()["angle"], torch.tensor(0.1).double(), atol=1e-6)
-
-
-def test_both_directions_are_of_root_mean_square_about_one():
-    for direction, shape in product((optimizers.adam, optimizers.muon), SHAPES):
-        p = torch.nn.Parameter(torch.randn(shape))
-        p.grad = 1e-4 * torch.randn(shape)
-        assert 0.5 < direction(p, {}).square().mean().sqrt() < 1.3
 
 
 def test_the_five_lines_of_the_findings_make_the_steps_of_another_optimizer_directions():
@@ -108,9 +101,9 @@ def tiny(monkeypatch):
     optimizers.prepared.cache_clear()
 
 
-def test_every_kind_trains_every_network(tiny):
-    ways = [("tiny", "angle"), ("tiny", "adamw"), ("tiny, MLP", "muon")]
-    for task, kind in [*ways, *(("tiny, transformer", kind) for kind in optimizers.KINDS)]:
+def test_each_sort_of_kind_trains_each_network(tiny):
+    ways = [("tiny", "angle, layer"), ("tiny", "adamw"), ("tiny, MLP", "muon")]
+    for task, kind in [*ways, *(("tiny, transformer", kind) for kind in ("adam", "elr", "sgd"))]:
         job = Job(task, kind, 0.02, optimizers.KINDS[kind].decays[-1], 0)
         error = optimizers.train_one(job)
         assert 0 <= error <= 1
@@ -145,10 +138,10 @@ def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
     assert [name for name in found if found[name] == "adam"] == ["embedding", "position", "head"]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_weight_decay_reaches_both_optimizers(tiny, kind):
-    (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").ordinary.param_groups
-    assert group["weight_decay"] == 0.3 and group["lr"] == 0.1
+def test_weight_decay_reaches_both_optimizers(tiny):
+    for kind in ("adamw", "sgd"):
+        (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").ordinary.param_groups
+        assert group["weight_decay"] == 0.3 and group["lr"] == 0.1
 
 
 def made_up(job):
@@ -256,12 +249,12 @@ def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
         assert torch.equal(few.x, digits.test_x) and torch.equal(few.test_y, digits.y)
 
 
-@pytest.mark.parametrize("text", ("", "task,kind,val"))
-def test_a_file_that_was_interrupted_at_once_is_begun_anew(text, tmp_path):
-    (tmp_path / "errors.csv").write_text(text)
-    assert optimizers.read(tmp_path / "errors.csv") == {}
-    head = (tmp_path / "errors.csv").read_text()
-    assert head.startswith("task,kind,value") and head.count("\n") == 1
+def test_a_file_that_was_interrupted_at_once_is_begun_anew(tmp_path):
+    for text in ("", "task,kind,val"):
+        (tmp_path / "errors.csv").write_text(text)
+        assert optimizers.read(tmp_path / "errors.csv") == {}
+        head = (tmp_path / "errors.csv").read_text()
+        assert head.startswith("task,kind,value") and head.count("\n") == 1
 
 
 def test_what_is_refused_is_left_alone(tmp_path, capsys, monkeypatch):
