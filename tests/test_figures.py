@@ -126,6 +126,14 @@ def test_epochs_are_whole_and_an_axis_is_little_larger_than_what_it_shows(
         assert {x for x in ax.get_xticks() if low <= x <= high} == ticks
 
 
+def test_the_elr_of_a_run_that_blew_up_widens_no_axis(tmp_path, drawn):
+    for lr, last in ((0.01, 0.5), (0.1, 0.2), (1.0, 1e-30)):
+        write(tmp_path / f"lr={lr:.0e}.csv", lr, last, moves=True)
+    assert figures.main([str(tmp_path)]) == 0
+    for ax, low in ((drawn[0].axes[2], 0.005), (drawn[0].axes[5], 0.002)):
+        assert 1e-7 < ax.get_ylim()[0] < low and 0.02 < ax.get_ylim()[1] < 5
+
+
 def test_no_point_is_cut_at_an_edge(tmp_path, drawn):
     """Points, with markers of 2 points in every direction, lie within the panels."""
     for elr, seed in product((0.01, 0.02, 0.04), ("", ".seed=1")):
