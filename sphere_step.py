@@ -1085,7 +1085,7 @@ def _rule(gram, sphere, here, tables):
 @jit
 def _load(address, columns, stop, aligned, DTYPE: tl.constexpr):
     """Columns below `stop` [lines, 1] as float32, then 0; 128 bits at a time if all is aligned."""
-    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    V: tl.constexpr = 4 if DTYPE == tl.float32 else 8
     ptr = address.to(tl.pointer_type(DTYPE))
     if aligned:
         vectors = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), [16, 16])  # here alone
@@ -1097,7 +1097,7 @@ def _load(address, columns, stop, aligned, DTYPE: tl.constexpr):
 
 @jit
 def _store(address, columns, x, stop, aligned, DTYPE: tl.constexpr):
-    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    V: tl.constexpr = 4 if DTYPE == tl.float32 else 8
     ptr = address.to(tl.pointer_type(DTYPE))
     if aligned:
         vectors = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), [16, 16])
@@ -1158,7 +1158,7 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
     """The Gram matrices of lines, six vectors [ROWS]; of scaled lines first where float32 cannot
     hold the squares."""
     theta_at, g_at, m_at, stop, stop_m, longest, aligned = where
-    EXACT: tl.constexpr = DTYPE.primitive_bitwidth == 16
+    EXACT: tl.constexpr = DTYPE != tl.float32
     zero = tl.zeros([ROWS, LANES], tl.float32)
     none = tl.zeros([ROWS], tl.float64)
     tt, tg, gg, tm, gm, mm = none, none, none, none, none, none
@@ -1227,7 +1227,7 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
     """GRAM: the Gram matrices of ROWS lines; if these are whole spheres, they are moved, too. Else
     the line is moved by the rule of its sphere."""
     # Which lines, of which tensors and spheres
-    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    BYTES: tl.constexpr = 4 if DTYPE == tl.float32 else 2
     lines, addresses, parts, rules = tables[0], tables[1], tables[5], tables[6]
     row = tl.arange(0, ROWS)
     here = row < tl.load(tile + 2)
@@ -1271,7 +1271,7 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
 def _gram_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
                MOVE: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A program per tile: Gram matrices; what is a whole sphere moves at once."""
-    V: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    V: tl.constexpr = 4 if DTYPE == tl.float32 else 8
     tables = (lines, addresses, spheres, radii, groups, parts, rules)
     tile = tiles + 6 * tl.program_id(0).to(tl.int64)
     kind = tl.load(tile)
@@ -1318,7 +1318,7 @@ def _move_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
     """A program per tile, from the last on, which the cache still has: the rule applied."""
     tables = (lines, addresses, spheres, radii, groups, parts, rules)
     tile = tiles + 6 * (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    _tile(tile, tables, False, True, MOMENTUM, DTYPE, 1, 512 * (128 // DTYPE.primitive_bitwidth))
+    _tile(tile, tables, False, True, MOMENTUM, DTYPE, 1, 512 * (4 if DTYPE == tl.float32 else 8))
 
 
 class _ByKernels(_Layout):

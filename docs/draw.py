@@ -1,7 +1,7 @@
 """Draw the pictures in docs/, and print the tables of the findings.
 
-python docs/draw.py          step.png; angle.png and its tables, modular.png, from benchmarks/
-python docs/draw.py logs     law.png, too, and the tables of the logs of the findings' commands
+python docs/draw.py          step.png; angle.png, modular.png, law.png and tables, from benchmarks/
+python docs/draw.py logs     also the tables of the logs of the findings' commands
 """
 
 import csv
@@ -15,10 +15,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import regimes  # noqa: E402
-from lab import figures  # noqa: E402
+from lab import style  # noqa: E402
 
 OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
 MODULAR = ROOT / "benchmarks" / "modular.csv"
+ANGLE = ROOT / "benchmarks" / "angle.csv"  # means of the runs in OPTIMIZERS
+LAW = ROOT / "benchmarks" / "law.csv"
 EARLY, EPOCHS = 100, 400  # of modular addition
 SEEDS = 8  # that each comparison has at least
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
@@ -38,11 +40,11 @@ SCHEDULES = {  # of the angle on one sphere, other than the cosine
     "angle, constant, then linear": "constant, then linear",
 }
 SIZES = {"mod23": "modulus 23", "mod43": "modulus 43", "mod31d32": "modulus 31, width 32"}
-LAW = {  # folders of logs/law: label, colour
-    "w4": ("few digits, width 4", "#56B4E9"),
-    "w8": ("few digits, width 8", "#0072B2"),
-    "w16": ("few digits, width 16", "#000000"),
-    "mod23": ("modular 23", "#D55E00"),
+OF_LAW = {  # task and width: folders in logs/law, colour
+    ("few digits", 4): ("w4", "#56B4E9"),
+    ("few digits", 8): ("w8", "#0072B2"),
+    ("few digits", 16): ("w16", "#000000"),
+    ("modular 23", 64): ("mod23", "#D55E00"),
 }
 WITH_BOUNDARIES = {
     "digits3": "digits, convnet of width 8",
@@ -65,6 +67,11 @@ def heads(*names):
     line(*["---"] * len(names))
 
 
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def middle(values):
     """Median, least and greatest, as text; of nothing, or nan, a dash."""
     if not np.isfinite(values).any():
@@ -82,18 +89,20 @@ def value_of(path):
 
 def step():
     """The step: projection on the tangent space, the turn by φ, renormalization."""
-    fig, axes = figures.subplots([["a"]], 4.7)
+    fig, axes = style.subplots([["a"]], 4.7)
     ax, phi = axes["a"], 0.56
     origin, theta, tangent = np.zeros(2), np.array([0.0, 1.0]), np.array([1.0, 0.0])
     moved = theta + np.tan(phi) * tangent
     new = moved / np.linalg.norm(moved)
     gradient = theta + np.array([0.34, 0.21])
     projected = theta + 0.34 * tangent
-    blue, orange = figures.LEGS.values()
-    green, grey = figures.TRAIN["color"], figures.GREY
+    blue, orange = style.LEGS.values()
+    green, grey = style.TRAIN["color"], style.GREY
 
     def arrow(start, end, tone, width=2.0):
-        look = dict(arrowstyle="-|>", color=tone, lw=width, shrinkA=0, shrinkB=0, mutation_scale=13)
+        look = dict(
+            arrowstyle="-|>", color=tone, lw=width, shrinkA=0, shrinkB=0, mutation_scale=11 + width
+        )
         ax.annotate("", end, start, arrowprops=look)
 
     def dashed(start, end, tone=grey):
@@ -110,9 +119,9 @@ def step():
     dashed(gradient, projected)
     arrow(origin, theta, "black")
     arrow(origin, new, blue)
-    arrow(theta, moved, orange)
     arrow(theta, gradient, grey)
-    arrow(theta, projected, green, 3)
+    arrow(theta, projected, green, 5)
+    arrow(theta, moved, orange)  # upon the projected gradient, which it is a multiple of
     arrow(moved, new, blue, 1.5)
     ax.plot(0, 0, "o", color="black", ms=4)
 
@@ -132,7 +141,7 @@ def step():
     ax.set(xlim=(-0.8, 1.3), ylim=(-0.05, 1.3))
     ax.set_aspect("equal")
     ax.axis("off")
-    figures.save(fig, ROOT / "docs" / "step.png", "")
+    style.save(fig, ROOT / "docs" / "step.png", "")
 
 
 # ---------------------------------------------------------------- modular addition, along the ELR
@@ -188,46 +197,44 @@ def modular(logs):
 
 def draw_modular():
     """Test errors at two epochs, and when the errors fall below 5 %, against the ELR."""
-    with open(MODULAR, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(MODULAR)
     for row in rows:
         row |= {name: float(cell) for name, cell in row.items() if name != "regime"}
-    of_elr = figures.by_elr(rows)
-    fig, axes = figures.subplots([["a", "b"]], 3.6)
+    of_elr = style.by_elr(rows)
+    fig, axes = style.subplots([["a", "b"]], 3.6)
     error, time = axes["a"], axes["b"]
-    look = dict(fmt="o:", color=figures.THEN["color"], label=f"{EARLY} epochs, mean ± s.e.")
-    figures.means(error, of_elr, {f"test_error_{EARLY}": look})
+    look = dict(fmt="o:", color=style.THEN["color"], label=f"{EARLY} epochs")
+    style.means(error, of_elr, {f"test_error_{EARLY}": look})
     for wanted, face, label in ((1, "black", "converged"), (0, "white", "not converged")):
         some = [row for row in rows if row["converged_400"] == wanted]
         x, y = [row["elr"] for row in some], [row["test_error_400"] for row in some]
         look = dict(ls="", marker="s", ms=5, mfc=face, mec="black", zorder=3)
         error.plot(x, y, **look, label=f"{EPOCHS} epochs, {label}")
     error.set(title="test error, a square per seed", ylim=(-0.02, 1.02))
-    for column, look in (("train", figures.TRAIN), ("test", figures.TEST)):
+    for column, look in (("train", style.TRAIN), ("test", style.TEST)):
         known = {}
         for elr, rows in of_elr.items():
             inside = [row for row in rows if math.isfinite(row[f"{column}_below_5"])]
             if inside:
                 known[elr] = inside
         look = look | {"label": f"{column} error"}
-        figures.means(time, known, {f"{column}_below_5": look})
-    time.set(yscale="log", ylabel="epoch", title="first error below 5 %, mean ± s.e.")
-    figures.bands(axes.values(), of_elr)
-    figures.save(fig, ROOT / "docs" / "modular.png", "addition modulo 31, transformer of width 64")
+        style.means(time, known, {f"{column}_below_5": look})
+    time.set(yscale="log", ylabel="epoch", title="first error below 5 %")
+    style.bands(axes.values(), of_elr)
+    style.save(fig, ROOT / "docs" / "modular.png", "addition modulo 31, transformer of width 64")
 
 
 # ----------------------------------------- angles and other optimizers, from docs/optimizers.py
 
 
-def read_errors():
-    """Task → kind and values → seed → test error, of tasks that have been searched to the end."""
+def read_errors(path):
+    """Task → kind and values → seed → test error."""
     tasks = {}
-    with open(OPTIMIZERS, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            way = row["kind"], float(row["value"]), float(row["decay"])
-            of_seed = tasks.setdefault(row["task"], {}).setdefault(way, {})
-            of_seed[int(row["seed"])] = float(row["test_error"])
-    return {task: ways for task, ways in tasks.items() if all(found(ways, kind) for kind in KINDS)}
+    for row in rows_of(path):
+        way = row["kind"], float(row["value"]), float(row["decay"])
+        of_seed = tasks.setdefault(row["task"], {}).setdefault(way, {})
+        of_seed[int(row["seed"])] = float(row["test_error"])
+    return tasks
 
 
 def found(ways, kind):
@@ -243,90 +250,118 @@ def best(ways, kind):
     return min(whole, key=lambda way: np.mean(of_kind[way]), default=None)
 
 
-def mean_and_error(x, form=".4f"):
-    """Mean ± its standard error, and whether that is surely not 0."""
-    if len(x) == 1:
-        return f"{x[0]:{form}}".replace("-", "−"), False
-    error = np.std(x, ddof=1) / math.sqrt(len(x))
-    return f"{np.mean(x):{form}} ± {error:.4f}".replace("-", "−"), abs(np.mean(x)) > 2 * error
+def mean_and_error(x):
+    """Mean and its standard error; "" where there is none."""
+    return np.mean(x), np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) > 1 else ""
 
 
-def error_cell(ways, way, seeds):
-    """Test error of a way, and the number of its seeds where it has fewer than others."""
-    if way not in ways:
+def compared(task, ways):
+    """A row for each angle, and for the best of each other kind: mean error, and seed by seed its
+    difference to the best AdamW, the best ELR, the cosine from the same angle."""
+    chosen = []
+    for kind in (*ON_ALL_TASKS, *SCHEDULES):
+        label = KINDS[kind][2] if kind in KINDS else f"{KINDS['angle'][2]}, {SCHEDULES[kind]}"
+        chosen += [(label, f"{label}, {value:g}", (kind, value, 0.0)) for value in ANGLES]
+    for kind in [kind for kind in KINDS if kind not in ON_ALL_TASKS]:
+        chosen.append((KINDS[kind][2], f"{KINDS[kind][2]}, best", best(ways, kind)))
+    rows = {}
+    for method, label, way in chosen:
+        if way not in ways:
+            continue
+        mean, error = mean_and_error([*ways[way].values()])
+        row = dict(task=task, method=method, value=way[1], weight_decay=way[2])
+        row |= dict(seeds=len(ways[way]), test_error=mean, standard_error=error)
+        others = {"adamw": best(ways, "adamw"), "elr": best(ways, "elr"), "cosine": None}
+        if way[0] in SCHEDULES:
+            others["cosine"] = "angle", *way[1:]
+        for name, other in others.items():
+            pairs = []
+            if other and other != way:
+                pairs = [
+                    ways[way][seed] - ways[other][seed] for seed in ways[way] & ways[other].keys()
+                ]
+            mean, error = mean_and_error(pairs) if pairs else ("", "")
+            row |= {f"minus_{name}": mean, f"minus_{name}_error": error}
+        rows[label] = row
+    return rows
+
+
+def cell(row, column, error, form, most):
+    """Mean ± its standard error, with a star where a difference is surely not 0, and the number of
+    seeds where others have more."""
+    if row is None or row[column] == "":
         return "–"
-    errors = list(ways[way].values())
-    text, _ = mean_and_error(errors)
-    return text if len(errors) == seeds else f"{text} ({len(errors)})"
-
-
-def difference_cell(ways, way, other):
-    """Test error of a way above that of another, seed by seed. A star: more than two errors."""
-    if way not in ways or other is None or way == other:
-        return "–"
-    common = ways[way].keys() & ways[other].keys()
-    differences = [ways[way][seed] - ways[other][seed] for seed in common]
-    text, sure = mean_and_error(differences, "+.4f")
-    if sure:
-        text += " *"
-    return text if len(common) == len(ways[other]) else f"{text} ({len(common)})"
+    text = f"{row[column]:{form}}".replace("-", "−")
+    if row[error] != "":
+        text += f" ± {row[error]:.4f}"
+        if form[0] == "+" and abs(row[column]) > 2 * row[error]:
+            text += " *"
+    return text if row["seeds"] == most else f"{text} ({row['seeds']})"
 
 
 def optimizers():
-    """Test errors of each angle and of the best of each other kind; differences between them."""
-    tasks = read_errors()
+    """Picture and tables of the tasks that have been searched to the end."""
+    tasks = read_errors(OPTIMIZERS)
+    whole = [task for task in tasks if all(found(tasks[task], kind) for kind in KINDS)]
+    tasks = {task: tasks[task] for task in whole}
     draw_optimizers(tasks)
-    rows = []
-    for kind in ON_ALL_TASKS:
-        for value in ANGLES:
-            rows.append((f"{KINDS[kind][2]}, {value:g}", dict.fromkeys(tasks, (kind, value, 0.0))))
-    others = [kind for kind in KINDS if kind not in ON_ALL_TASKS]
-    for kind in others:
-        ways = {task: best(tasks[task], kind) for task in tasks}
-        rows.append((f"{KINDS[kind][2]}, best", ways))
-    seeds = {task: max(map(len, ways.values())) for task, ways in tasks.items()}
-    heads("test error", *(f"{task}, {seeds[task]} seeds" for task in tasks))
-    for label, of_task in rows:
-        line(label, *(error_cell(tasks[task], way, seeds[task]) for task, way in of_task.items()))
+    rows = print_comparison(tasks)
+    regimes.write_csv(ANGLE, [row for of_task in rows.values() for row in of_task.values()])
+
+
+def print_comparison(tasks):
+    """Test errors of each angle and of the best of each other kind; differences between them.
+    Returns the rows, by task and label."""
+    rows = {task: compared(task, ways) for task, ways in tasks.items()}
+    most = {task: max(row["seeds"] for row in of_task.values()) for task, of_task in rows.items()}
+    labels = list(dict.fromkeys(label for of_task in rows.values() for label in of_task))
+
+    def table(head, heads_of_tasks, column, error, form):
+        heads(head, *heads_of_tasks)
+        for label in labels:
+            found = {task: rows[task].get(label) for task in tasks}
+            cells = [cell(row, column, error, form, most[task]) for task, row in found.items()]
+            if any(text != "–" for text in cells):
+                line(label, *cells)
+
+    seeds = [f"{task}, {most[task]} seeds" for task in tasks]
+    table("test error", seeds, "test_error", "standard_error", ".4f")
     heads("at the value, weight decay", *tasks)
-    for label, of_task in rows[-len(others) :]:
-        cells = []
-        for way in of_task.values():
-            text = f"{way[1]:g}" if way else "–"
-            cells.append(f"{text}, {way[2]:g}" if way and way[2] else text)
-        line(label, *cells)
-    for kind in ("adamw", "elr"):
-        heads(f"− {KINDS[kind][2]}, best", *tasks)
-        for label, of_task in rows:
+    for label in labels:
+        if label.endswith("best"):
             cells = []
-            for task, way in of_task.items():
-                cells.append(difference_cell(tasks[task], way, best(tasks[task], kind)))
+            for of_task in rows.values():
+                row = of_task.get(label, {"value": math.nan, "weight_decay": 0})
+                decay = f", {row['weight_decay']:g}" if row["weight_decay"] else ""
+                cells.append(f"{row['value']:g}{decay}".replace("nan", "–"))
             line(label, *cells)
-    heads("− cosine from the same φ₀", *tasks)
-    for kind, label in SCHEDULES.items():
-        for value in ANGLES[2:4]:
-            way, cosine = (kind, value, 0.0), ("angle", value, 0.0)
-            cells = [difference_cell(ways, way, cosine) for ways in tasks.values()]
-            line(f"{label}, {value:g}", *cells)
+    names = {"adamw": "AdamW, best", "elr": "cosine ELR, best", "cosine": "cosine from the same φ₀"}
+    for name, words in names.items():
+        table(f"− {words}", tasks, f"minus_{name}", f"minus_{name}_error", "+.4f")
+    return rows
 
 
 def draw_optimizers(tasks):
     """Mean test errors against φ₀, ELR and learning rate; of each learning rate the best decay."""
-    fig, axes = figures.subplots([list("ab"), list("cd"), list("ef")][: (len(tasks) + 1) // 2], 9.5)
+    from matplotlib.colors import to_rgba
+
+    fig, axes = style.subplots([list("ab"), list("cd"), list("ef")][: (len(tasks) + 1) // 2], 9.5)
     for ax, (task, ways) in zip(axes.values(), tasks.items(), strict=False):
-        for kind, (style, tone, label) in KINDS.items():
+        for kind, (fmt, tone, label) in KINDS.items():
             rows = {}
             for value in sorted({way[1] for way in ways if way[0] == kind}):
                 at_value = {way: x for way, x in ways.items() if way[1] == value}
                 errors = list(at_value[best(at_value, kind)].values())
                 rows[value] = [{"error": x} for x in errors]
-            look = dict(fmt=style, color=tone, label=label, elinewidth=0.7)
-            figures.means(ax, rows, {"error": look})
-        ax.set(xscale="log", xlabel="φ₀, ELR or learning rate", title=f"test error, {task}")
-        figures.logarithmic(ax)
+            look = dict(fmt=fmt, color=tone, label=label, ecolor=to_rgba(tone, 0.4))
+            style.means(ax, rows, {"error": look}, said="")
+        ax.set(
+            xscale="log", xlabel="φ₀ (radians), ELR or learning rate", title=f"test error, {task}"
+        )
+        style.logarithmic(ax)
     for ax in list(axes.values())[len(tasks) :]:
         ax.remove()
-    figures.save(fig, ROOT / "docs" / "angle.png", "")
+    style.save(fig, ROOT / "docs" / "angle.png", "means ± s.e. over seeds")
 
 
 # ------------------------------------------------------------------- tables of the findings alone
@@ -376,35 +411,39 @@ def boundary_angles(logs):
 
 def law(logs):
     """Where the convergence boundary lies, and the angle just above it, by task and batch size."""
-    fig, axes = figures.subplots([["a", "b"]], 3.4)
-    heads("task", "batch size", "boundary, ELR", "φ just above it, by seed")
-    for number, (name, (label, tone)) in enumerate(LAW.items()):
-        sizes, lows, highs, angles = [], [], [], []
+    rows = []
+    for (task, width), (name, _) in OF_LAW.items():
         for batch in (8, 16, 32, 64):
-            folder = logs / "law" / f"{name}-b{batch}"
-            runs = regimes.read_folder(folder) if folder.is_dir() else []
+            runs = regimes.read_folder(logs / "law" / f"{name}-b{batch}")
             boundary = regimes.boundaries(runs)[0]
-            if not boundary.seen:
-                continue
-            above = regimes.by_elr(runs)[boundary.high]
-            phis = sorted(run.final("angle") for run in above)
-            text = ", ".join(f"{phi:.2g}" for phi in phis)
-            line(label, f"{batch}", f"{boundary.low:.2g} to {boundary.high:.2g}", text)
-            sizes.append(batch * (0.94 + 0.04 * number))  # side by side
-            lows.append(boundary.low)
-            highs.append(boundary.high)
-            angles.append(phis)
-        look = dict(color=tone, label=label)
-        axes["a"].vlines(sizes, lows, highs, lw=4, **look)
-        for size, phis in zip(sizes, angles, strict=True):
-            axes["b"].plot([size] * len(phis), phis, "o", color=tone, ms=5)
-    axes["a"].plot([8, 64], [3e-3, 2.4e-2], ":", color="#777777", label="in proportion")
+            if boundary.seen:
+                angles = [run.final("angle") for run in regimes.by_elr(runs)[boundary.high]]
+                row = dict(task=task, width=width, batch_size=batch, boundary_low=boundary.low)
+                row |= dict(boundary_high=boundary.high)
+                rows.append(row | dict(angle_low=min(angles), angle_high=max(angles)))
+    regimes.write_csv(LAW, rows)
+
+
+def draw_law():
+    fig, axes = style.subplots([["a", "b"]], 3.4)
+    heads("task", "width", "batch size", "boundary, ELR", "φ just above it, over seeds")
+    for row in rows_of(LAW):
+        task, width, batch, *numbers = row.values()
+        low, high, least, greatest = map(float, numbers)
+        line(task, width, batch, f"{low:.2g} to {high:.2g}", f"{least:.2g} to {greatest:.2g}")
+        kind = task, int(width)
+        at = float(batch) * (0.94 + 0.04 * list(OF_LAW).index(kind))  # side by side
+        look = dict(color=OF_LAW[kind][1], label=f"{task}, width {width}")
+        axes["a"].vlines(at, low, high, lw=4, **look)
+        axes["b"].plot([at, at], [least, greatest], "o-", ms=5, color=look["color"])
+    axes["a"].plot([8, 64], [3e-3, 2.4e-2], ":", color=style.GREY, label="in proportion")
     axes["a"].set(title="convergence boundary (ELR)")
     axes["b"].set(title="angle φ just above it (radians)")
     for ax in axes.values():
         ax.set(xscale="log", yscale="log", xlabel="batch size")
         ax.set_xticks([8, 16, 32, 64], ["8", "16", "32", "64"])
-    figures.save(fig, ROOT / "docs" / "law.png", "")
+        ax.set_xticks([], minor=True)
+    style.save(fig, ROOT / "docs" / "law.png", "")
 
 
 def second_runs(logs):
@@ -436,6 +475,7 @@ def main(argv=None):
         for part in (modular, sizes, whole_space, boundary_angles, law, second_runs):
             part(logs)
     draw_modular()
+    draw_law()
 
 
 if __name__ == "__main__":

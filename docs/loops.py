@@ -32,7 +32,8 @@ import optimizers  # noqa: E402
 
 import regimes  # noqa: E402
 import train  # noqa: E402
-from lab import landscape, loop, runs  # noqa: E402
+from lab import loop, runs  # noqa: E402
+from lab.curvature import gradient as slope_of  # noqa: E402
 from lab.options import Config, parse, prepare  # noqa: E402
 
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
@@ -170,11 +171,11 @@ def curvature(run, index):
     radius = torch.cat(radius).to(weights[0])
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         loss = F.cross_entropy(run.net(run.data.inputs(index)), run.data.y[index])
-    gradient = landscape.gradient(loss, weights, again=True)
+    gradient = slope_of(loss, weights, again=True)
     along = radius * gradient.detach()
     square = along.square().sum()
     along = radius * along / square.sqrt()
-    found = landscape.gradient(gradient @ along, weights) @ along
+    found = slope_of(gradient @ along, weights) @ along
     return found.item(), square.item(), loss.item()
 
 

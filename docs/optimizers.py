@@ -9,7 +9,6 @@ differences to the best AdamW and to the best ELR.
 import csv
 import io
 import itertools
-import math
 import multiprocessing
 import signal
 import sys
@@ -26,7 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import draw  # noqa: E402
 
 import regimes  # noqa: E402
 import train  # noqa: E402
@@ -295,53 +296,6 @@ def read(path: Path) -> dict:
     return errors
 
 
-# ------------------------------------------------------------------------------------ table
-
-
-def with_uncertainty(x: np.ndarray, form: str) -> str:
-    """Mean ± its standard error."""
-    if len(x) == 1:
-        return f"{x[0]:{form}}"
-    return f"{x.mean():{form}} ± {standard_error(x):.4f}"
-
-
-def standard_error(x: np.ndarray) -> float:
-    return x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.inf
-
-
-def table(errors: dict, task: str, seeds: int) -> str:
-    """The values that have all seeds; of each kind the best is bold. A difference of more than two
-    standard errors has a star."""
-    groups = defaultdict(dict)
-    for job, error in errors.items():
-        if job.task == task and job.seed < seeds:
-            groups[job.kind, job.value, job.decay][job.seed] = error
-    whole = {}
-    for way, of_seeds in groups.items():
-        if len(of_seeds) == seeds:
-            whole[way] = np.array([of_seeds[seed] for seed in range(seeds)])
-    best = {}
-    for kind in KINDS:
-        of_kind = [way for way in whole if way[0] == kind]
-        best[kind] = min(of_kind, key=lambda way: whole[way].mean(), default=None)
-    lines = [f"| {task} | value | decay | test error, seeds: {seeds} | − AdamW | − ELR |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for way in sorted(whole, key=lambda way: (list(KINDS).index(way[0]), *way[1:])):
-        kind, value, decay = way
-        cells = [kind, f"{value:g}", f"{decay:g}" if decay else ""]
-        bold = "**" if way == best[kind] else ""
-        cells.append(bold + with_uncertainty(whole[way], ".4f") + bold)
-        for other in (best["adamw"], best["elr"]):
-            if other is None or other == way:
-                cells.append("–")
-                continue
-            difference = whole[way] - whole[other]
-            sure = abs(difference.mean()) > 2 * standard_error(difference)
-            cells.append(with_uncertainty(difference, "+.4f") + (" *" if sure else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(argv=None) -> int:
     parser = regimes.Parser(prog="optimizers.py", description="Test errors, paired by seed.")
     add = parser.add_argument
@@ -365,8 +319,8 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    for task in args.tasks:
-        print(f"\n{table(errors, task, seeds_of(task, args.seeds))}")
+    tasks = draw.read_errors(args.out)
+    draw.print_comparison({task: tasks[task] for task in args.tasks if task in tasks})
     return 0
 
 

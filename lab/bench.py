@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import models
 import regimes
 import train
-from lab import kernels, measure
+from lab import kernels, measure, witness
 from lab.data import load
 from lab.machine import Captured, keep_memory, use
 from lab.options import parse, prepare
@@ -97,7 +97,7 @@ def checks():
         found[name] = partial(convolution_error, threads), 1e-5
     for model, dtype in product(MODELS, ("fp32", "bf16")):
         name = f"gradients along the weights, {model}, {dtype}"
-        found[name] = partial(largest_share, model, dtype), measure.ROUNDING[dtype]
+        found[name] = partial(largest_share, model, dtype), witness.ROUNDING[dtype]
     if DEVICE == "cuda":
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
@@ -204,7 +204,7 @@ def largest_share(model, dtype):
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
         net = models.build(model, data, width=width).to(DEVICE)
         spheres = measure.spheres_of(net.layer_groups, "layer")
-        shares = measure.radial_shares(net, spheres, data, options)
+        shares = witness.radial_shares(net, spheres, data, options)
         worst = max(worst, shares.max().item())
     return worst
 

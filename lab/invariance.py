@@ -20,21 +20,20 @@ MAX_EPS = 0.01  # a larger constant in a normalization is taken for a part of th
 
 
 def scale_invariant_groups(net, batch, build=None, rows=False):
-    """The minimal sets of trainable parameters that are jointly scale invariant, by name.
+    """The minimal sets of trainable parameters that are jointly scale invariant, as lists of names.
 
     A set S is so if multiplying all its tensors by one c > 0 changes no logit in training mode:
     then Σ_{p in S} ⟨∂f/∂p, p⟩ = 0 for each batch and direction of the logits. At random ones these
     radial derivatives, in float64 and without eps, make a matrix with a column per tensor. In its
     null space is the indicator vector of each such set, which is verified by multiplying.
 
-    net     any network; it is left as it is, its buffers and the random state, too
+    net     any network; it is left as it is, and so are its buffers and the random state
     batch   a tensor of at least two inputs
     build   makes the network to measure; without it a deepcopy is measured
     rows    take sets of matrices each of whose rows may have a factor of its own
 
-    Where float64 fails it is float32, and says so. Returns lists of names, disjoint: of sets that
-    overlap the smallest, then the largest tensors. A tensor without effect is a set of its own; one
-    that never has a gradient is in none.
+    Sets are disjoint: of those that overlap the smallest, then the largest tensors. A tensor
+    without effect is a set of its own; one that never has a gradient is in none.
     """
 
     def measured(dtype):
@@ -53,30 +52,33 @@ def scale_invariant_groups(net, batch, build=None, rows=False):
         try:
             return measured(torch.float64)
         except Exception as error:
-            found, reason = measured(torch.float32), str(error).partition("\n")[0]
-            reason = f"{type(error).__name__}: {reason}"
-            print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({reason})")
+            found = measured(torch.float32)
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({why})")
             return found
 
 
 @contextmanager
 def _undisturbed(net):
-    """Afterwards random numbers and gradients are what they were. Without cuDNN, whose BatchNorm
-    takes no eps below 1e-5."""
-    pythons, numpys, cudnn = random.getstate(), np.random.get_state(), torch.backends.cudnn.enabled
+    """Afterwards random numbers and gradients are what they were."""
+    states = random.getstate(), np.random.get_state()
     gradients = [(p, p.grad) for p in net.parameters()]
     devices = [p.device for p, _ in gradients if p.is_cuda][:1]
-    torch.backends.cudnn.enabled = False
+    cudnn = torch.backends.cudnn.flags(enabled=False)  # its BatchNorm takes no eps below 1e-5
     try:
         net.zero_grad()
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.random.fork_rng(devices),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            cudnn,
+        ):
             yield
     finally:
         for p, gradient in gradients:
             p.grad = gradient
-        random.setstate(pythons)
-        np.random.set_state(numpys)
-        torch.backends.cudnn.enabled = cudnn
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class _CopyComputed(TorchFunctionMode):
@@ -137,12 +139,14 @@ def _find(net, batch, rows):
         outputs(seed, backward=True)
         radial, size = torch.zeros(len(params), dtype=torch.float64), 1e-300
         for i, p in enumerate(params):
-            if p.grad is not None:
-                if p.grad.is_sparse:
-                    raise ValueError(f"the gradient by {names[i]} is sparse: leave sparse=True out")
-                used.add(i)
-                radial[i] = (p.detach().double() * p.grad).sum()
-                size += p.detach().norm().item() * p.grad.norm().item()
+            g = p.grad
+            if g is None:
+                continue
+            if g.is_sparse:
+                raise ValueError(f"the gradient by {names[i]} is sparse: leave sparse=True out")
+            used.add(i)
+            radial[i] = (p.detach().double() * g).sum()
+            size += p.detach().norm().item() * g.norm().item()
         matrix.append(radial / size)
     if not used:
         raise ValueError("no weight has a gradient (if copies use the original's, give build=)")
@@ -156,17 +160,17 @@ def _find(net, batch, rows):
         """Whether the outputs stay when these tensors, or their rows, are multiplied."""
         if rows and any(params[i].dim() < 2 for i in chosen):
             return False
-        before, same = outputs(0), True
+        before, changes = outputs(0), []
         olds = [(params[i], params[i].detach().clone()) for i in chosen]
         for factor in (0.5, 3.0):
             for p, old in olds:
                 torch.manual_seed(1)  # row i has the same power in each tensor
                 power = torch.rand(len(p), *[1] * (p.dim() - 1)).to(p) if rows else 1
                 p.data.copy_(old * factor**power)
-            same = same and (outputs(0) - before).norm() <= tolerance * before.norm()
+            changes.append((outputs(0) - before).norm())
         for p, old in olds:
             p.data.copy_(old)
-        return same
+        return bool(torch.stack(changes).max() <= tolerance * before.norm())  # not if it is nan
 
     found = _smallest(null, np.array([p.numel() for p in params]), unchanged)
     # What is invariant, but not in the null space, has a wrong gradient. It is a set, so that the
@@ -179,12 +183,9 @@ def _find(net, batch, rows):
 
 
 class _WithoutEps(TorchDispatchMode):
-    """Every operation of torch passes here, and is done without eps and in one type of numbers.
-
-    Because of its eps a normalization changes a little with the scale of the weights before it.
-    So F.layer_norm(x, (8,), eps=1e-5) is done with an eps of 1e-18, x / (x.norm() + 1e-3) with
-    1e-18 for the 1e-3, and a .float(), as in Llama's normalization, stays in float64.
-    """
+    """Does every operation of torch without the eps of a normalization, which breaks invariance a
+    little, and in one type of numbers: F.layer_norm(x, (8,), eps=1e-5) with an eps of 1e-18,
+    x / (x.norm() + 1e-3) with 1e-18 for 1e-3; a .float(), as of Llama, stays in float64."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -224,12 +225,9 @@ class _WithoutEps(TorchDispatchMode):
 
 def _smallest(null, numel, holds):
     """The disjoint sets that hold of those whose vectors of zeros and ones lie in the space of
-    `null` [dimension, n]: the smallest first, then that of more numbers.
-
-    Each basis vector is 1 at one pivot and 0 at the others, so that a vector in the space is the
-    sum of basis vectors times its own entries at the pivots. That is linear, and "zeros and ones,
-    as few ones as can be" makes it an integer program.
-    """
+    `null` [dimension, n]: the smallest first, then that of more numbers. Each basis vector is 1 at
+    one pivot and 0 at the others, so that a vector in the space is the sum of basis vectors times
+    its own entries at the pivots: linear, and with zeros and ones alone an integer program."""
     from scipy.linalg import qr  # which takes a moment
     from scipy.optimize import Bounds, LinearConstraint, milp
 

@@ -294,7 +294,11 @@ def show():
         head += "".join(f"{name:>6}" for name in COUNTED) + " bytes"
         print(head + "".join(f"  {card}" for card in cards))
         for variant in variants():
-            found = count(variant, architecture, CARDS[cards[0]][-1])
+            try:
+                found = count(variant, architecture, CARDS[cards[0]][-1])
+            except Exception as error:  # of an old Triton anything
+                print(f"this Triton cannot compile for it ({str(error).splitlines()[0]})")
+                break
             line = f"{variant.name:28}{found.registers:5}{found.blocks:7}{found.local:7}"
             line += f"{f'{found.wide} of {found.wanted:.2g}':>9}"
             line += "".join(f"{n:6.3g}" for n in found.instructions.values())

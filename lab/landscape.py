@@ -2,7 +2,7 @@
 
     python -m lab.landscape barrier A.pt B.pt          the loss on the way from one to the other
     python -m lab.landscape distance A.pt B.pt C.pt    angles between them, of each layer, too
-    python -m lab.landscape curvature A.pt --k 5       eigenvalues and traces of Hessian and GGN
+    python -m lab.landscape curvature A.pt --k 5       eigenvalues, traces, batch sharpness
     python -m lab.landscape summary logs/digits-convnet    a sweep: landscape.csv, landscape.png
 
 Distances and curvature are those on the unit sphere: angles, and second derivatives times ρ².
@@ -17,26 +17,21 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointFunction
 from tqdm import tqdm
 
 import regimes
 from lab import figures, measure, own
 from lab.contents import changed, contents
-from lab.data import Data, add_label_noise, chunks, load
+from lab.curvature import SAMPLES, batch_sharpness, largest, operators, trace
+from lab.data import Data, add_label_noise, load
 from lab.machine import cores, find_device, use
 from lab.runs import load_checkpoint, number
-
-SAMPLES = 1024  # training inputs whose loss is differentiated twice
 
 
 @dataclass
@@ -154,95 +149,6 @@ def distances(points):
     return parts
 
 
-def operators(point, samples=SAMPLES):
-    """The Hessian of the train loss on the unit sphere, and the generalized Gauss-Newton matrix
-    `ggn`, which for the cross-entropy is the Fisher matrix; over so many training inputs.
-
-    D H D with D = diag(ρ) and the second derivatives H by the weights on spheres, in training mode,
-    in chunks of the set. Raises ValueError where there are none.
-    """
-    net, data = point.net.train(), point.data
-    weights = [attrgetter(name)(net) for sphere in point.spheres for name in sphere["names"]]
-    radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
-    radius, n = torch.cat(radius).cpu().numpy(), min(samples or len(data.x), len(data.x))
-    buffers, batches = [(x, x.clone()) for x in net.buffers()], []
-    devices = [weights[0].device] if weights[0].is_cuda else []
-    for index in chunks(n, data.x.device):
-        x = data.inputs(index)
-        batches.append((x.to(weights[0]) if x.is_floating_point() else x, data.y[index]))
-
-    def product(kind, v):
-        v, total = torch.from_numpy(radius * v.ravel()).to(weights[0]), 0
-        for x, y in batches:
-            with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
-                torch.manual_seed(0)  # the same dropout in each product
-                logits = net(x)
-                check_twice(logits)
-                total = total + kind(logits, y, weights, v) * len(y) / n
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        return radius * total.double().cpu().numpy()
-
-    shape = (len(radius), len(radius))
-    kinds = {"hessian": hessian_times, "ggn": ggn_times}
-    times = {name: partial(product, kind) for name, kind in kinds.items()}
-    return {name: LinearOperator(shape, x, dtype=np.float64) for name, x in times.items()}
-
-
-def gradient(of, by, *directions, again=False):
-    """By a list of tensors, as one vector; `again` if it is to be differentiated itself."""
-    options = dict(create_graph=again, retain_graph=True, materialize_grads=True)
-    return torch.cat([x.reshape(-1) for x in torch.autograd.grad(of, by, *directions, **options)])
-
-
-def hessian_times(logits, y, weights, v):
-    """The Hessian of a batch's loss, times v: the gradient of ⟨gradient, v⟩."""
-    return gradient(gradient(F.cross_entropy(logits, y), weights, again=True) @ v, weights)
-
-
-def ggn_times(logits, y, weights, v):
-    """Jᵀ H J v with the Jacobian J of the logits and the Hessian H of the loss by the logits; Jv is
-    the gradient of ⟨Jᵀu, v⟩ by u."""
-    u, p = torch.zeros_like(logits, requires_grad=True), logits.detach().softmax(1)
-    jv = gradient(gradient(logits, weights, u, again=True) @ v, [u]).view_as(p)
-    return gradient(logits, weights, p * (jv - (p * jv).sum(1, keepdim=True)) / len(y))
-
-
-def check_twice(logits):
-    """Raise ValueError where a function on the way has no second derivative, which autograd would
-    leave out without a word, or a wrong one."""
-    nodes, seen = [logits.grad_fn], {None}
-    while nodes:
-        node = nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-            function = getattr(node, "_forward_cls", None)  # a torch.autograd.Function
-            once = hasattr(getattr(function, "backward", None), "__wrapped__")
-            if once or function is CheckpointFunction:  # which takes use_reentrant=False
-                raise ValueError(f"{function.__name__} has no second derivative: no curvature")
-            if "WeightNorm" in node.name():  # wrong from torch 2.7 to 2.14
-                raise ValueError("weight_norm has no right second derivative: no curvature")
-
-
-def largest(operator, k):
-    """The k largest eigenvalues, by ARPACK, to 1e-4; nan where the matrix is nan or 0, as that of a
-    run that has died. That of the Hessian is λ_max, the sharpness."""
-    n = operator.shape[0]
-    k, start = min(k, n - 1), np.random.default_rng(0).standard_normal(n)
-    first = operator @ start
-    if not (np.isfinite(first).all() and first.any()):
-        return np.full(k, math.nan)
-    values = eigsh(operator, k, which="LA", tol=1e-4, v0=start, return_eigenvectors=False)
-    return np.sort(values)[::-1]
-
-
-def trace(operator, probes=20):
-    """Hutchinson's estimate."""
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (probes, operator.shape[0]))
-    return float(np.mean([z @ (operator @ z) for z in signs]))
-
-
 QUANTITIES = "elr seed regime test_error then_test_error avg_test_error then_avg_test_error".split()
 QUANTITIES += "sharpness then_sharpness edge barrier_to_next".split()
 HEADS = "ELR,seed,regime,test error,second run,averaged,both,λ_max,second run,2/λ_max,to next"
@@ -265,16 +171,17 @@ def summarize(folder, device, samples):
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
         for which, part in zip(("", "then_"), both, strict=False):
             end = read(part.path.with_suffix(".pt"), device)
-            row[f"{which}test_error"] = part.log["test_error"][-1]
-            row[f"{which}avg_test_error"] = part.log.get("avg_test_error", [math.nan])[-1]
             sharpness = largest(operators(end, samples)["hessian"], 1)[0]
             row[f"{which}sharpness"] = sharpness
+            for error in {"test_error", "avg_test_error"} & part.log.keys():
+                row[which + error] = part.log[error][-1]
         row["edge"] = 2 / row["sharpness"]
-        alive = not math.isnan(sharpness)
         before, start = last.get(run.seed, (row, None))
-        if start and alive:
+        if math.isnan(sharpness):
+            end = None
+        if start and end:
             before["barrier_to_next"] = barrier(start, end, points=11)[0]
-        last[run.seed] = row, end if alive else None
+        last[run.seed] = row, end
         found.append(row)
     return found
 
@@ -293,10 +200,9 @@ def table(rows):
     lines = [HEADS.split(",")]
     for row in rows:
         cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
-        lines.append(["–" if cell == "nan" else cell for cell in cells])
+        lines.append([cell.replace("nan", "–") for cell in cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pad = "  ".join(f"{{:>{width}}}" for width in widths)
-    return "\n".join(pad.format(*line) for line in lines)
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def parser():
@@ -379,6 +285,11 @@ def show_curvature(args):
             if name == "hessian":
                 trained = "trained at {mode} {value:g}".format_map(point.options)
                 print(f"  2/λ_max = {2 / values[0]:.4g}: descent above is unstable; {trained}")
+        size = point.options["batch_size"]
+        mean, error = batch_sharpness(point, size)
+        print(
+            f"  batch sharpness {mean:.4g} ± {error:.2g}, batches of {size}; 2/it = {2 / mean:.4g}"
+        )
 
 
 if __name__ == "__main__":

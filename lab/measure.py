@@ -1,5 +1,4 @@
-"""What is measured of a network: loss, error, chance, averaged weights, points on its spheres; and
-whether its gradient is right."""
+"""What is measured of a network: loss, error, chance, averaged weights, points on its spheres."""
 
 from copy import deepcopy
 from operator import attrgetter  # ScriptModules have no get_parameter
@@ -8,16 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
-from lab.data import CHUNK, batches, chunks
+from lab.data import CHUNK, chunks
 
 POINTS = 512  # at which chance is measured
-KEPT = 256  # steps whose statistics are kept as tensors before they are summed up
-
-# What share of a gradient may point along the weights: by rounding, and by the eps of others'
-# normalizations. docs/guide.md has the measurements.
-ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
-EPS_SHARE = 3e-3
-ROW_SHARE = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
+KEPT = 256  # steps whose statistics are summed at once
 
 
 def logits_of(net, x, dtype="fp32"):
@@ -34,12 +27,8 @@ def loss_and_error(logits, y):
 
 
 class Means:
-    """What an epoch's steps were like on average. The statistics of many steps are computed at
-    once, so that the host seldom waits for the device.
-
-    sphere     a SphereSGD, whose `last` each step leaves
-    ordinary   the optimizer that makes the steps, where `sphere` only measures
-    """
+    """What an epoch's steps were like on average; the host seldom waits for the device. sphere: a
+    SphereSGD; ordinary: what makes the steps, where that only measures."""
 
     def __init__(self, sphere, ordinary=None):
         self.sphere, self.ordinary = sphere, ordinary
@@ -81,42 +70,42 @@ class Means:
                 sums[name] = sums.get(name, 0) + values.sum(0)
 
     def row(self):
-        """Column → mean: over spheres the norm of γ, of the others the mean."""
+        """Column → mean; over spheres the norm of γ."""
         self._sum_up()
         return {name: (x / self.steps).item() for name, x in self.sums.items()}
 
     def layers(self, spheres, epoch):
-        """The same of each tensor on these spheres: a row with its name and this epoch."""
+        """A row for each tensor on these spheres: epoch, its name, means."""
         self._sum_up()
         columns = {name: (x / self.steps).tolist() for name, x in self.layer_sums.items()}
-        rows = []
-        for i, layer in enumerate(name for sphere in spheres for name in sphere["names"]):
-            of_layer = {name: values[i] for name, values in columns.items()}
-            rows.append({"epoch": epoch, "layer": layer, **of_layer})
+        names, rows = [name for sphere in spheres for name in sphere["names"]], []
+        for layer, *values in zip(names, *columns.values(), strict=True):
+            rows.append({"epoch": epoch, "layer": layer} | dict(zip(columns, values, strict=True)))
         return rows
 
 
 @torch.no_grad()
-def on_test_set(net, data, dtype):
-    """Mean loss and error on the test set, with BatchNorm's running statistics."""
+def evaluated(net, inputs, y, dtype):
+    """Mean loss and error over batches of inputs, with BatchNorm's running statistics."""
     net.eval()
-    parts = [logits_of(net, data.normalized(x), dtype) for x in data.test_x.split(CHUNK)]
-    loss, error = loss_and_error(torch.cat(parts), data.test_y)
-    return {"test_loss": loss.item(), "test_error": error.item()}
+    logits = [logits_of(net, x, dtype) for x in inputs]
+    loss, error = loss_and_error(torch.cat(logits), y)
+    return loss.item(), error.item()
 
 
-@torch.no_grad()
+def on_test_set(net, data, dtype):
+    """Mean loss and error on the test set."""
+    inputs = map(data.normalized, data.test_x.split(CHUNK))
+    loss, error = evaluated(net, inputs, data.test_y, dtype)
+    return {"test_loss": loss, "test_error": error}
+
+
 def on_train_set(net, data, dtype):
     """Mean loss on the training set, with BatchNorm's statistics computed anew over it."""
     order = chunks(len(data.x), data.x.device)
     with torch.autocast(data.x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         update_bn((data.inputs(index) for index in order), net)
-    net.eval()
-    total = 0.0
-    for index in order:
-        loss = F.cross_entropy(logits_of(net, data.inputs(index), dtype), data.y[index])
-        total += loss.item() * len(index) / len(data.x)
-    return total
+    return evaluated(net, (data.inputs(index) for index in order), data.y, dtype)[0]
 
 
 @torch.no_grad()
@@ -126,9 +115,6 @@ def on_average(averaged, net, spheres, data, dtype):
     to_norms_of(vectors(net, spheres), mean, spheres)
     loss = on_train_set(mean, data, dtype)
     return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
-
-
-# ------------------------------------------------------------------------- points on the spheres
 
 
 def spheres_of(layer_groups, sphere):
@@ -148,8 +134,8 @@ def tensors(net, sphere):
 
 @torch.no_grad()
 def vectors(net, spheres, gradient=False):
-    """The points on the spheres, float64: per entry of `spheres` a matrix, a row per sphere. Or the
-    gradients there."""
+    """The points on the spheres, or the gradients there: per entry of `spheres` a matrix, a row per
+    sphere, float64."""
     found = []
     for sphere in spheres:
         parts = tensors(net, sphere)
@@ -164,7 +150,8 @@ def vectors(net, spheres, gradient=False):
 def move_to(net, sphere, points):
     """The inverse of `vectors`, for one entry: write the points into the weights."""
     parts = tensors(net, sphere)
-    for x, point in zip(parts, points.reshape(-1).split([x.numel() for x in parts]), strict=True):
+    sizes = [x.numel() for x in parts]
+    for x, point in zip(parts, points.reshape(-1).split(sizes), strict=True):
         x.copy_(point.view_as(x))
 
 
@@ -181,9 +168,6 @@ def angles(some, others):
         x, y = F.normalize(x), F.normalize(y)
         found.append(2 * torch.atan2((x - y).norm(dim=1), (x + y).norm(dim=1)))
     return torch.cat(found)
-
-
-# ---------------------------------------------------------------------------------------- chance
 
 
 @torch.no_grad()
@@ -230,59 +214,7 @@ def chance(run, seed):
 def _summary(values):
     """Of pairs of loss and error."""
     found = {"points": len(values)}
-    for i, name in enumerate(("train_loss", "train_error")):
-        std, mean = torch.std_mean(torch.stack([value[i] for value in values]).double())
+    for name, column in zip(("train_loss", "train_error"), zip(*values, strict=True), strict=True):
+        std, mean = torch.std_mean(torch.stack(column).double())
         found[name] = {"mean": mean.item(), "std": std.item()}
     return found
-
-
-# ------------------------------------------------------------------------- is the gradient right?
-
-
-def radial_shares(net, spheres, data, options):
-    """Which share of the gradient points along the weights, over 8 batches, [spheres]:
-    √(Σ⟨θ,g⟩²/Σ‖θ‖²‖g‖²).
-
-    Where the set is scale invariant, ⟨θ,g⟩ = 0, whatever the data: the share is rounding, or the
-    gradient is wrong. That of a set without effect is rounding itself, and so shares are of a tenth
-    of the largest √Σ‖θ‖²‖g‖² at least."""
-    along, size = 0, 0
-    generator = torch.Generator().manual_seed(0)
-    net.train()
-    for index in batches(len(data.x), options.batch_size, generator, data.x.device)[:8]:
-        net.zero_grad()
-        logits = logits_of(net, data.inputs(index), options.dtype)
-        F.cross_entropy(logits, data.y[index]).backward()
-        points, gradients = vectors(net, spheres), vectors(net, spheres, gradient=True)
-        pairs = list(zip(points, gradients, strict=True))
-        along = along + torch.cat([(x * g).sum(1) for x, g in pairs]) ** 2
-        size = size + torch.cat([x.norm(dim=1) * g.norm(dim=1) for x, g in pairs]) ** 2
-    return (along / size.clamp(min=0.01 * size.max())).sqrt()
-
-
-def check_gradient(net, layer_groups, data, options, ours):
-    """Is the gradient by each layer group orthogonal to it? Raises ValueError where in a network of
-    ours it is not. Elsewhere, and by single rows, it need not be: returns notes."""
-    notes, bound = [], ROUNDING[options.dtype]
-    if not ours:
-        bound += EPS_SHARE
-    share, worst = radial_shares(net, spheres_of(layer_groups, "layer"), data, options).max(0)
-    if share > bound:
-        processor = torch.backends.cpu.get_cpu_capability()
-        if data.x.is_cuda:
-            processor = torch.cuda.get_device_name()
-        message = (
-            f"{share:.2g} of the gradient by {' + '.join(layer_groups[worst])} points along the "
-            "weights: is there a normalization behind it, and a right backward? Else torch "
-            f"{torch.__version__} computes it wrong on this processor ({processor}): "
-            "see python -m lab.bench check"
-        )
-        if ours:
-            raise ValueError(message)
-        notes.append(f"note: {message}")
-    if options.sphere == "row":
-        share = radial_shares(net, spheres_of(layer_groups, "row"), data, options).mean()
-        if share > ROW_SHARE:
-            along = f"{share:.2g} of the rows' gradients points along them"
-            notes.append(f"note: {along}: rows are not scale invariant; layers may be")
-    return notes

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import models
-from lab import measure
+from lab import measure, witness
 from lab.contents import is_library, package_root, recorded
 from lab.invariance import MAX_EPS, logits, scale_invariant_groups
 from lab.machine import use
@@ -186,7 +186,7 @@ def layer_groups(options, data):
             found = scale_invariant_groups(net, x, make, options.sphere == "row")
         groups = _usable(net, found, options.sphere)
     with running(options.model):
-        notes = measure.check_gradient(net, groups, data, options, ours)
+        notes = witness.check_gradient(net, groups, data, options, ours)
     for note in notes:
         print(note, file=sys.stderr)
     return net, x, groups

@@ -27,13 +27,22 @@ def variants():
 CHOSEN = [name for name in variants() if SLOW or name in DEFAULT]
 
 
+def count(variant, architecture):
+    try:
+        return kernels.count(variant, architecture)
+    except Exception as error:
+        if architecture == "gfx942" and "linker" in str(error):
+            pytest.skip("this Triton brings no linker for AMD")
+        raise
+
+
 @cache
 def counted(name, architecture):
     """Of a joint sphere, with tiles as long as where there are many bytes to move."""
     variant = variants()[name]
     if name.startswith("joint") and variant.elements:
         variant = variant._replace(elements=sphere_step.LARGEST)
-    return variant, kernels.count(variant, architecture)
+    return variant, count(variant, architecture)
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def known(wide=False, add=False):
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_kernel_of_known_instructions_is_counted_right(architecture, wide):
     """16 elements per thread, on AMD 8, of which four are one access."""
-    found = kernels.count(known(wide), architecture)
+    found = count(known(wide), architecture)
     fp64, conversions = (1, 2) if wide else (0, 0)
     a_lane = 8 if architecture == "gfx942" else 16
     assert found.wide == found.wanted == 2 * a_lane / 4 and found.local == 0
@@ -89,7 +98,7 @@ def test_a_loop_counts_as_often_as_it_runs(architecture):
     signature = {"x": "*fp32", "y": "*fp32", "n": "i32", "N": "constexpr"}
     rest = {"N": 1024}, {"num_warps": 4}, 1 << 16, 1, 0, 4
     variant = kernels.Variant("looped", "sums", looped, signature, *rest)
-    found = kernels.count(variant, architecture)
+    found = count(variant, architecture)
     assert 0.5 <= found.instructions["FP32"] < 1.1 and found.instructions["FP64"] == 0
     assert found.wide > 0 and 0.5 < found.instructions["all"] < 5
 
@@ -117,12 +126,10 @@ def test_spills_are_seen():
     assert spilled.blocks > loose.blocks
 
 
-@pytest.mark.parametrize(
-    ("registers", "warps", "threads_of_sm", "blocks"),
-    [(40, 4, 2048, 12), (32, 4, 1536, 12), (168, 8, 2048, 1)],
-)
-def test_blocks_are_those_that_registers_and_threads_allow(registers, warps, threads_of_sm, blocks):
-    assert kernels.blocks_of(registers, 32 * warps, threads_of_sm, 65536) == blocks
+def test_blocks_are_those_that_registers_and_threads_allow():
+    assert kernels.blocks_of(40, 128, 2048, 65536) == 12
+    assert kernels.blocks_of(32, 128, 1536, 65536) == 12
+    assert kernels.blocks_of(168, 256, 2048, 65536) == 1
 
 
 DATA_SHEETS = {  # TFLOPS in FP32 and FP64, a multiplication and an addition at once
@@ -138,25 +145,28 @@ DATA_SHEETS = {  # TFLOPS in FP32 and FP64, a multiplication and an addition at 
 }
 
 
-@pytest.mark.parametrize("card", kernels.CARDS)
-def test_the_rates_of_the_cards_are_those_of_their_data_sheets(card):
-    _, _, sms, clock, _, *rates, _, _ = kernels.CARDS[card]
-    found = [2 * sms * clock * rate / 1000 for rate in rates]
-    assert found == pytest.approx(DATA_SHEETS[card], rel=0.05)
+def test_the_rates_of_the_cards_are_those_of_their_data_sheets():
+    assert DATA_SHEETS.keys() == kernels.CARDS.keys()
+    for card, (_, _, sms, clock, _, *rates, _, _) in kernels.CARDS.items():
+        found = [2 * sms * clock * rate / 1000 for rate in rates]
+        assert found == pytest.approx(DATA_SHEETS[card], rel=0.05), card
 
 
 def test_the_table_has_a_line_for_each_variant_in_100_columns(capsys, monkeypatch):
     names = max(map(len, variants()))
     monkeypatch.setattr(kernels, "variants", lambda: [known(), known(wide=True)])
-    monkeypatch.setattr(kernels, "CARDS", {x: kernels.CARDS[x] for x in ("RTX 4090", "MI300X")})
+    unknown = ("gfx000", *kernels.CARDS["MI300X"][1:])
+    cards = {"RTX 4090": kernels.CARDS["RTX 4090"], "newer": unknown}
+    monkeypatch.setattr(kernels, "CARDS", cards)
     kernels.show()
-    text = capsys.readouterr().out
-    lines = text.strip().splitlines()
+    lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith("89 ") and lines[0].endswith("RTX 4090")
-    assert "gfx942" in lines[4] and "nan" not in text and len(lines) == 7
-    assert "8 of 8" in lines[1] and lines[1].split()[-2:] == ["8", "100%"]
-    cards = len("  B200  B300")
-    assert names <= 28 and max(map(len, lines[:3])) - len("  RTX 4090") + cards <= 100
+    assert "8 of 8" in lines[1] and lines[1].split()[-2:] == ["8", "100%"] and len(lines) == 6
+    assert lines[4].startswith("gfx000") and lines[5].startswith(
+        "this Triton cannot compile for it"
+    )
+    widest = len("  B200  B300")
+    assert names <= 28 and max(map(len, lines[:3])) - len("  RTX 4090") + widest <= 100
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

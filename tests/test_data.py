@@ -147,35 +147,34 @@ def arrays(x=None, n=20):
 
 def draw(kind, *shape):
     rng = np.random.default_rng(0)
-    return rng.integers(0, 2 if kind == "?" else 120, (20, *shape)).astype(kind)
+    return rng.integers(0, 2 if kind in ("?", bool) else 120, (20, *shape)).astype(kind)
 
 
-LAST, FIRST = "[N, H, W, channels], {} channels", "[N, channels, H, W], {} channels: if they are"
-SHAPES = {
+SHAPES = {  # and where the channels are
     (5,): None,
     (8, 9): None,
-    (2, 8, 9): None,
-    (8, 9, 2): LAST.format(2),
-    (8, 7, 1): LAST.format(1),
-    (8, 8, 5): LAST.format(5),  # both ends are large: else it is not square
-    (4, 4, 3): LAST.format(3),  # both are small
-    (5, 8, 8): FIRST.format(5),
-    (8, 9, 5): FIRST.format(8),
-    (3, 8, 4): FIRST.format(3),
+    (2, 8, 9): "first",
+    (8, 9, 2): "last",
+    (8, 7, 1): "last",
+    (8, 8, 5): "last",  # both ends are large: else it is not square
+    (4, 4, 3): "last",  # both are small
+    (5, 8, 8): "first",
+    (8, 9, 5): "first",
+    (3, 8, 4): "first",
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["f2", "f4", ">f8", "g", "u1", "i8", "?"])
+@pytest.mark.parametrize("kind", ["f2", ">f8", "u1", "i8", "?"])
 def test_images_of_any_type_and_order_are_those_of_float64(read, kind, shape):
     """And floats [N, M]: each channel or column has mean 0 and deviation 1, without a warning."""
-    if len(shape) == 1 and kind in ("u1", "i8", "?"):
-        return  # those are no numbers
-    x, taken = draw(kind, *shape), SHAPES[shape]
+    x, channels = draw(kind, *shape), SHAPES[shape]
+    if len(shape) == 1:
+        x = x.astype("f4")  # whole numbers are tokens
     expected = x.astype(float)
     if len(shape) == 2:
         expected = expected[:, None]
-    elif taken and "W, channels" in taken:
+    if channels == "last":
         expected = expected.transpose(0, 3, 1, 2)
     over = (0, 2, 3)[: expected.ndim - 1]
     mean, std = expected.mean(over, keepdims=True), expected.std(over, keepdims=True, ddof=1)
@@ -187,11 +186,13 @@ def test_images_of_any_type_and_order_are_those_of_float64(read, kind, shape):
     assert found.dtype == torch.float32 and found.is_contiguous()
     assert np.allclose(found, expected, atol=1e-5)
     assert np.allclose(data.normalized(data.test_x), expected[:10], atol=1e-5)
-    assert len(data.notes) == bool(taken) and (not taken or taken in data.notes[0])
+    order = {"first": "channels, H, W", "last": "H, W, channels"}
+    told = f"x is read as images [N, {order.get(channels)}], {expected.shape[1]} channels"
+    assert [note.partition(":")[0] for note in data.notes] == [told] * (channels is not None)
 
 
-@pytest.mark.parametrize("kind", [np.int64, ">i8", np.int16, np.uint32])
-def test_tokens_of_any_whole_type_but_bytes_and_kerass_names(read, kind):
+@pytest.mark.parametrize("kind", [">i8", np.uint32, np.uint8, bool])
+def test_whole_numbers_are_tokens_and_keras_names_are_known(read, kind):
     x = np.asfortranarray(draw(kind, 4))
     names = "x_train Y_train X_test y_test".split()
     data = read(dict(zip(names, arrays(x).values(), strict=True)))
@@ -200,8 +201,8 @@ def test_tokens_of_any_whole_type_but_bytes_and_kerass_names(read, kind):
     assert np.array_equal(data.test_x, x[:10]) and np.array_equal(data.y, np.arange(20) % 3)
 
 
-LABELS = [[1, 2], [17, 900000], [-1, 1], [0, 2, 7], [0, 1], [2**40, 2**41]]
-LABELS += [["cat", "dog"], ["a", "z", "Ä"], [False, True], [0.0, 1.0], [-1.0, 1.0, 3.0]]
+LABELS = [[17, 900000], [-1, 1], [0, 2, 7], [0, 1], [2**40, 2**41], ["cat", "dog"]]
+LABELS += [["a", "z", "Ä"], [False, True], [0.0, 1.0], [-1.0, 1.0, 3.0]]
 LABELS += [np.array([0, 1], kind) for kind in (">i4", np.uint64, np.float16)]
 LABELS += [np.char.encode(["cat", "Ä"], "utf-8")]
 
@@ -227,27 +228,24 @@ def test_many_classes_of_few_inputs_are_classes(read):
     assert data.classes == 100
 
 
-def test_renumbered_labels_are_told_and_kept_and_chance_counts_the_classes_there_are(
-    tmp_path, capsys
-):
-    """Coin tosses labelled {5, 6} were 43 % better than chance."""
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 256, (200, 8, 8), dtype=np.uint8), rng.integers(5, 7, 200)
-    np.savez(tmp_path / "mine.npz", x=x, y=y, test_x=x, test_y=y)
+def test_renumbered_labels_are_told_and_kept(tmp_path, capsys):
+    np.savez(tmp_path / "mine.npz", **arrays(draw("u1", 8, 8)) | {"y": np.arange(20) % 3 + 5})
+    assert "is in test_y" in refused(capsys, f"--elr 1 --data {tmp_path}/mine.npz")
+    y = np.arange(20) % 3 + 5
+    np.savez(tmp_path / "mine.npz", **arrays(draw("u1", 8, 8)) | {"y": y, "test_y": y[:10]})
     command = f"--elr 1e-3 --epochs 1 --width 2 --jobs 1 --data {tmp_path}/mine.npz"
     assert run(command, tmp_path / "out") == 0
-    told = "2 labels, 5 to 6, are the classes 0 to 1: see config.json\n"
+    told = "3 labels, 5 to 7, are the classes 0 to 2: see config.json\n"
     assert capsys.readouterr().out.count(told) == 1
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["labels"] == [5, 6]
-    assert config["chance"]["0"]["train_error"]["mean"] == pytest.approx(0.5, abs=0.2)  # of 7: 0.86
+    assert config["labels"] == [5, 6, 7]
 
 
 def test_a_column_of_time_stamps_keeps_its_digits(read):
     """Of 400 Unix seconds float32 had 4 values left."""
     rng = np.random.default_rng(0)
-    columns = [1.7e9 + rng.permutation(400), 1e15 + rng.integers(0, 50, 400)]
-    columns += [rng.normal(0, 1, 400), 1e-30 * rng.normal(5, 1, 400), 1e90 * rng.normal(0, 1, 400)]
+    columns = [1.7e9 + rng.permutation(400), 1e12 + rng.permutation(400)]
+    columns += [1e-30 * rng.normal(5, 1, 400), 1e90 * rng.normal(0, 1, 400)]
     x, y = np.stack(columns, 1), np.arange(400) % 2
     data = read(dict(x=x[:300], y=y[:300], test_x=x[300:], test_y=y[300:]))
     found = torch.cat([data.inputs(torch.arange(300)), data.normalized(data.test_x)])
@@ -259,7 +257,7 @@ def test_a_column_of_time_stamps_keeps_its_digits(read):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.7e9, -3e80])
 def test_a_constant_column_of_numbers_becomes_0(read, value):
-    """One that is constant but for a rounding, too."""
+    """One that is constant but for a rounding, too, and a channel."""
     found = arrays()
     found["x"][:, 2] = value
     found["x"][3, 2] = np.nextafter(value, 2 * value)
@@ -267,13 +265,10 @@ def test_a_constant_column_of_numbers_becomes_0(read, value):
     found["test_x"][0, 2] = 7.0
     data = read(found)
     assert (data.inputs(torch.arange(20))[:, 2] == 0).all() and (data.test_x[:, 2] == 0).all()
-
-
-def test_a_channel_without_variance_stays_finite(read):
-    x = draw("u1", 3, 8, 8)
-    x[:, 1] = 0
-    found = read(arrays(x))
-    assert (found.normalized(found.x)[:, 1] == 0).all() and found.std[1] == 1
+    images = draw("u1", 3, 8, 8)
+    images[:, 1] = 5
+    x = read(arrays(images)).inputs(torch.arange(20))
+    assert (x[:, 1] == 0).all() and x[:, 2].std() > 0.9
 
 
 class Evil:
@@ -282,36 +277,32 @@ class Evil:
 
 
 MANY = arrays(n=1200)
-OBJECTS = "mine.npz holds Python objects: save numbers or text, as with y.astype(str)"
-TEXT = np.arange(20).astype(str)
+OBJECTS = (
+    "Object arrays cannot be loaded when allow_pickle=False): np.savez(path, x=x, y=y.astype(str)"
+)
 WRONG = [
-    (dict(x=None), "has no array x: it has y, test_x, test_y, and takes x, y, test_x, test_y"),
+    (dict(x=None), "has y, test_x, test_y: it takes x, y, test_x, test_y, each once"),
+    (dict(X_train=np.zeros((20, 5))), "has x, y, test_x, test_y, X_train: it takes x, y, test_x, test_y, each once"),
     (dict(y=np.arange(20) / 2), "the array y of type float64 and shape [20] must be 20 labels, whole numbers or text: y.astype(int)"),
     (dict(y=np.full(20, np.nan)), "must be 20 labels"),
-    (dict(y=np.full(20, np.inf)), "must be 20 labels"),
     (dict(y=np.array([b"\xff"] * 20)), "codec can't decode"),
     (dict(y=np.arange(19)), "and shape [19] must be 20 labels"),
     (dict(y=np.eye(20, dtype=int)), "and shape [20, 20] must be 20 labels"),
     (dict(test_y=np.arange(10)), "the label 3 is in test_y, not in y"),
-    (dict(y=np.arange(20), test_y=TEXT[:10]), "of y and test_y one is text, one numbers"),
+    (dict(test_y=np.array(["a"] * 10)), "the label a is in test_y, not in y"),
     (MANY | dict(y=np.arange(1200) * 7 % 1000), "only classes can be trained"),
-    (MANY | dict(y=np.arange(1200.0)), "only classes can be trained"),
     (dict(y=np.zeros(20, int), test_y=np.zeros(10, int)), "has a single class"),
     (dict(x=np.zeros((20, 5, 2, 3, 3))), "the array x of type float64 and shape [20, 5, 2, 3, 3] must be images"),
-    (dict(x=np.full((20, 5), np.nan)), "the array x of type float64 and shape [20, 5] has nan"),
-    (dict(x=np.full((20, 5, 5), np.inf)), "and shape [20, 5, 5] has nan, inf or more"),
-    (dict(test_x=np.where(np.eye(10, 5), 1e200, 1.0)), "test_x of type float64 and shape [10, 5] has nan, inf or more than 1e100 in column 0"),
     (dict(x=np.float32(3)), "the array x of type float32 and shape [] must be images"),
-    (dict(x=np.zeros((20, 5), complex)), "must be images"),
-    (dict(x=np.zeros((20, 64), np.uint8)), "must be images [N, (C,) H, W], floats [N, M] or tokens"),
+    (dict(x=np.zeros((20, 5), complex)), "must be images [N, (C,) H, W], floats [N, M] or tokens"),
+    (dict(x=np.full((20, 5), np.nan)), "the array x of type float64 and shape [20, 5] has nan"),
+    (dict(test_x=np.where(np.eye(10, 5), 1e200, 1.0)), "test_x of type float64 and shape [10, 5] has nan, inf or more than 1e100"),
     (dict(x=np.full((20, 5), -1)), "tokens below 0 or above a million: numbers are floats"),
     (dict(x=np.zeros((0, 5)), y=np.zeros(0, int)), "the array x of type float64 and shape [0, 5] is empty"),
     (dict(test_x=np.zeros((10, 6))), "test_x is not of the kind and shape of x"),
     (dict(test_x=np.zeros((10, 5), int)), "test_x is not of the kind and shape of x"),
     (dict(x=np.array([Evil()] * 20, dtype=object)), OBJECTS),
     (dict(y=np.array(["a", None] * 10)), OBJECTS),
-    (dict(X_train=np.zeros((20, 5))), "mine.npz has an array twice, as x and x_train: "),
-    (dict(test_x=np.full((10, 5), 1e60)), "test_x has numbers that are far larger than those of x"),
 ]  # fmt: skip
 
 
@@ -345,15 +336,14 @@ def test_a_text_is_windows_of_characters_and_the_next_one(tmp_path):
 
 FILES = [
     ("none.txt", None, "none.txt: there is no such file"),
-    ("none.npz", None, "none.npz: there is no such file"),
     ("mine.csv", b"x,y", "no data set 'mine.csv': choose digits, modular,"),
-    ("mine.npz", b"", "mine.npz is damaged, or no .npz file"),
-    ("mine.npz", b"x,y\n1,2\n", "mine.npz is damaged, or no .npz file"),
-    ("mine.npz", b"PK\x03\x04junk", "mine.npz is damaged, or no .npz file"),
+    ("mine.npz", b"", "mine.npz is no .npz file of numbers and text"),
+    ("mine.npz", b"x,y\n1,2\n", "mine.npz is no .npz file of numbers and text"),
+    ("mine.npz", b"PK\x03\x04junk", "mine.npz is no .npz file of numbers and text"),
     ("mine.txt", b"too short" * 1000, "mine.txt is too short: it takes 10,000 characters"),
     ("mine.txt", b"a" * 18_000 + b"b" * 2_000, "mine.txt is too short"),  # of known ones
     ("mine.txt", b"a" * 20_000, "mine.txt has a single class"),
-    ("mine.txt", "Käse ".encode("latin1") * 4000, "mine.txt cannot be read as text in UTF-8"),
+    ("mine.txt", "Käse ".encode("latin1") * 4000, "'utf-8' codec can't decode byte"),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import regimes
-from lab import figures
+from lab import figures, style
 from lab.loop import Loop
 
 HEADER = "epoch step elr train_loss train_error test_error grad_norm angle".split()
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.draws
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved, without a warning on the way."""
-    found, save = [], figures.save
-    monkeypatch.setattr(figures, "save", lambda fig, *rest: found.append(fig) or save(fig, *rest))
+    found, save = [], style.save
+    monkeypatch.setattr(style, "save", lambda fig, *rest: found.append(fig) or save(fig, *rest))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield found
@@ -67,8 +67,8 @@ def test_the_panels_follow_from_the_runs(tmp_path, drawn, kind, values):
     assert max(line.get_xdata()[-1] for line in loss.lines) == 24  # the second runs lie behind
     assert "--then" in loss.get_xlabel()
     if values == 3:
-        assert "mean ± s.e." in titles(fig)[1] and "test, then at 1e-03" in labels(fig)
-        (test,) = [x for x in fig.axes[1].containers if x.get_label() == "test"]
+        assert "test, then at 1e-03, mean ± s.e." in labels(fig)
+        (test,) = [x for x in fig.axes[1].containers if x.get_label() == "test, mean ± s.e."]
         assert list(test.lines[0].get_xdata()) == [0.01, 0.02, 0.03]
         assert test.lines[0].get_ydata() == pytest.approx([0.09, 0.18, 0.27], rel=0.1)
 
@@ -96,14 +96,14 @@ def test_whatever_a_log_holds_it_is_drawn(tmp_path, drawn, capsys, last, columns
 def test_every_logarithmic_axis_has_two_ticks_and_all_that_was_drawn():
     seed = np.random.SeedSequence().entropy
     random = np.random.default_rng(seed)
-    ax = figures.subplots([["a"]], 3)[1]["a"]
+    ax = style.subplots([["a"]], 3)[1]["a"]
     for width in 10 * [0.05, 1, 2, 7]:  # powers of ten
         values = 10 ** (random.uniform(-9, 6) + width * np.sort(random.random(5)))
         values[0] *= random.integers(2)
         ax.clear()
         ax.plot(values, values)
-        figures.logarithmic(ax)
-        figures.tick(ax.yaxis)
+        style.logarithmic(ax)
+        style.tick(ax.yaxis)
         low, high = ax.get_ylim()
         assert low <= values[0] and values[-1] <= high
         ticks = [x for x in ax.get_yticks() if low <= x <= high]
@@ -124,6 +124,14 @@ def test_epochs_are_whole_and_an_axis_is_little_larger_than_what_it_shows(
     for ax in drawn[0].axes:
         low, high = ax.get_xlim()
         assert {x for x in ax.get_xticks() if low <= x <= high} == ticks
+
+
+def test_the_elr_of_a_run_that_blew_up_widens_no_axis(tmp_path, drawn):
+    for lr, last in ((0.01, 0.5), (0.1, 0.2), (1.0, 1e-30)):
+        write(tmp_path / f"lr={lr:.0e}.csv", lr, last, moves=True)
+    assert figures.main([str(tmp_path)]) == 0
+    for ax, low in ((drawn[0].axes[2], 0.005), (drawn[0].axes[5], 0.002)):
+        assert 1e-7 < ax.get_ylim()[0] < low and 0.02 < ax.get_ylim()[1] < 5
 
 
 def test_no_point_is_cut_at_an_edge(tmp_path, drawn):

@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from inspect import unwrap
@@ -164,6 +164,8 @@ def launches(run=True):
     """Of the kernels: their names, how they are launched, and a way to launch them again."""
     found = []
     kind = type(sphere_step._gram_pass)
+    if not hasattr(kind, "run"):
+        pytest.skip("the interpreter of an old Triton")
     plain = kind.run
 
     def taken(kernel, *args, **how):
@@ -270,7 +272,8 @@ def fake_gpu():
 
     card = type("card", (), {"multi_processor_count": 132})
     library = torch.library.Library("aten", "IMPL")
-    library.impl("nanmedian", lambda x: x.new_empty(()), "Meta")  # which torch lacks
+    with suppress(RuntimeError):  # where torch has it
+        library.impl("nanmedian", lambda x: x.new_empty(()), "Meta")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         patch.object(torch.Tensor, "data_ptr", lambda x: id(x) << 8),

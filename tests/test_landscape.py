@@ -13,8 +13,9 @@ from torch import nn
 
 import train
 from lab import landscape, measure, runs
+from lab.curvature import curvature_along_gradient, largest, operators, trace
 from lab.data import load
-from lab.landscape import Point, barrier, between, distances, evaluate, largest, operators, trace
+from lab.landscape import Point, barrier, between, distances, evaluate
 from lab.measure import vectors
 from lab.options import parse, prepare
 from models import fixed_head
@@ -51,7 +52,7 @@ def two_ends(folder):
 
 
 def dense_matrices(net, data):
-    """Hessian and Gauss-Newton matrix of the train loss by the weights, from torch.func."""
+    """Gradient, Hessian and Gauss-Newton matrix of the train loss, from torch.func."""
     pure, names = deepcopy(net), [name for (name,) in net.layer_groups]
     torch.func.replace_all_batch_norm_modules_(pure)
     shapes = [net.get_parameter(name).shape for name in names]
@@ -63,10 +64,13 @@ def dense_matrices(net, data):
         weights = {n: t.view(s) for n, t, s in zip(names, parts, shapes, strict=True)}
         return torch.func.functional_call(pure, weights, x)
 
-    hessian = torch.func.hessian(lambda theta: F.cross_entropy(logits(theta), y))(theta)
+    def loss(theta):
+        return F.cross_entropy(logits(theta), y)
+
+    slope, hessian = torch.func.grad(loss)(theta), torch.func.hessian(loss)(theta)
     jacobian = torch.func.jacrev(logits)(theta).reshape(-1, len(theta))
     of_logits = torch.func.hessian(lambda z: F.cross_entropy(z.view(-1, 10), y))
-    return hessian, jacobian.T @ of_logits(logits(theta).flatten()) @ jacobian
+    return slope, hessian, jacobian.T @ of_logits(logits(theta).flatten()) @ jacobian
 
 
 def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
@@ -79,7 +83,7 @@ def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
     net = nn.Sequential(*layers).double()
     net.layer_groups = [["0.weight"], ["4.weight"]]
     buffers = {name: b.clone() for name, b in net.named_buffers()}
-    both = dense_matrices(net, data)
+    slope, *both = dense_matrices(net, data)
     for sphere in ("network", "layer", "row"):
         point = Point("p", net, data, {}, measure.spheres_of(net.layer_groups, sphere))
         radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
@@ -88,6 +92,9 @@ def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
             dense = radius[:, None] * matrix * radius
             v = torch.randn(len(radius), dtype=torch.float64)
             assert np.allclose(operator @ v.numpy(), (dense @ v).numpy(), rtol=1e-6, atol=1e-9)
+        along = F.normalize(radius * slope, dim=0) * radius
+        found = curvature_along_gradient(point, torch.arange(30))
+        assert found == pytest.approx((along @ both[0] @ along).item(), rel=1e-6)
     # By ARPACK and Hutchinson, of the last of them.
     values = torch.linalg.eigvalsh(dense).flip(0)[:3].numpy()
     assert largest(operator, 3) == pytest.approx(values, rel=5e-3)
@@ -202,7 +209,7 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
     value = float(out.split("largest eigenvalues ")[1].split(",")[0])
     assert value == pytest.approx(float(found[0.003, "0"]["sharpness"]), rel=2e-4) and value > 0
     assert float(out.split("2/λ_max = ")[1].split(":")[0]) == pytest.approx(2 / value, rel=1e-3)
-    assert "trained at elr 0.003" in out
+    assert "trained at elr 0.003" in out and "batch sharpness " in out
     assert landscape.main(["barrier", *points[:2], "--points", "3"]) == 0
     assert landscape.main(["distance", *points[:2]]) == 0
     out = capsys.readouterr().out

@@ -17,23 +17,27 @@ FILES |= {path.stem: path for path in (ROOT / "lab").glob("[!_]*.py")}
 OURS = set(FILES)
 BELOW = {"data", "machine", "measure", "models", "own", "regimes", "runs"}
 IMPORTS = {
-    "train": OURS - {"toy", "landscape", "bench"},
+    "train": OURS - {"toy", "landscape", "curvature", "bench"},
     "sphere_step": set(),
     "models": set(),
     "regimes": {"loop"},  # read when it is there
     "loop": {"regimes"},
     "options": BELOW | {"contents", "schedules"},
-    "data": set(),
+    "data": {"own_data"},
+    "own_data": set(),
+    "witness": {"data", "measure"},
     "invariance": set(),
-    "own": {"models", "invariance", "contents", "machine", "measure"},
+    "own": {"models", "invariance", "contents", "machine", "measure", "witness"},
     "measure": {"data", "sphere_step"},
     "contents": set(),
     "schedules": set(),
     "runs": {"regimes", "contents"},
-    "figures": {"regimes", "loop"},
+    "figures": {"regimes", "loop", "style"},
+    "style": {"regimes"},
     "machine": set(),
     "toy": {"regimes", "figures"},
-    "landscape": BELOW | {"figures", "contents"},
+    "curvature": {"data", "measure"},
+    "landscape": BELOW | {"curvature", "figures", "contents"},
     "kernels": {"sphere_step"},
     "bench": OURS,
 }

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 import models
 import sphere_step
 import train
-from lab import bench, landscape, machine, measure, options, own, runs
+from lab import bench, landscape, machine, measure, options, own, runs, witness
 from lab.data import batches, load
 from lab.invariance import scale_invariant_groups
 from models import MODELS
@@ -104,7 +104,7 @@ def test_what_is_not_orthogonal_in_a_network_of_ones_own_or_in_rows_is_a_note(
 def shares(net, groups, sphere="layer", dtype="fp32", data=None):
     data = data or load("digits")
     options = SimpleNamespace(batch_size=16, dtype=dtype)
-    return measure.radial_shares(net, measure.spheres_of(groups, sphere), data, options)
+    return witness.radial_shares(net, measure.spheres_of(groups, sphere), data, options)
 
 
 def healthy(rng):
@@ -132,9 +132,9 @@ def test_no_healthy_network_raises_an_alarm(dtype):
         torch.manual_seed(rng.randrange(2**31))
         net, groups = healthy(rng)
         found = shares(net, groups, dtype=dtype)
-        bound = measure.ROUNDING[dtype]
+        bound = witness.ROUNDING[dtype]
         if not hasattr(net, "layer_groups"):
-            bound += measure.EPS_SHARE
+            bound += witness.EPS_SHARE
         assert found.max() <= bound, (seed, net, found)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
 import regimes
-from lab import figures
+from lab import figures, style
 from regimes import ORDER, classify
 
 CHANCE = {"points": 512, "train_loss": {"mean": 6.0, "std": 1.0}}
@@ -643,8 +643,8 @@ def test_the_help_has_a_line_for_keras_lightning_and_wandb(capsys):
 def test_the_regimes_are_told_apart_in_grey():
     grey = []
     for name in ("convergence", "undecided", "equilibrium", "divergence"):
-        luminance = np.dot(to_rgb(figures.COLOURS[name]), (0.299, 0.587, 0.114))
-        grey.append(1 - figures.SHADES[name] * (1 - luminance))  # over white
+        luminance = np.dot(to_rgb(style.COLOURS[name]), (0.299, 0.587, 0.114))
+        grey.append(1 - style.SHADES[name] * (1 - luminance))  # over white
     assert (np.diff(grey) < -0.03).all()
 
 
