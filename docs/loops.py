@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import chi2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,9 @@ from lab import landscape, loop, runs  # noqa: E402
 from lab.options import Config, parse, prepare  # noqa: E402
 
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
-HELD = (0.0046, 0.0051, 0.0056, 0.0062, 0.0068, 0.0083, 0.01)  # ELRs at which cold ends are held
-LONGEST = 40  # epochs
+HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
+LONGEST = 200  # epochs
+SHAPES = np.geomspace(0.2, 5, 161)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
@@ -88,17 +90,19 @@ def up(table, seeds, passes):
         table.add([(passes, seed, *row) for row in zip(*columns, strict=True)])
 
 
-def hold(table, seeds, passes, orders):
-    """Rows of networks held at an ELR from a cold end on, until they escape: from each cold end at
-    each ELR in so many orders of the batches."""
-    for order, seed, elr in itertools.product(range(orders), range(seeds), HELD):
-        if table.has(passes, seed, order, elr):
+def hold(table, seeds, passes, data):
+    """A row per network that is held at an ELR from a cold end on, until it escapes: each cold end
+    at each ELR, with an order of the batches of its own."""
+    for seed, (i, elr) in itertools.product(range(seeds), enumerate(HELD)):
+        if table.has(data, passes, seed, elr):
             continue
-        init, edge = cold_end(passes, seed)
-        with new_run(["--elr", "1"], elr, 1000 * (order + 1) + seed, init) as run:
+        init, edge = cold_end(passes, seed, "--data", data)
+        order = 1000 * (i + 1) + seed
+        with new_run(["--elr", "1", "--data", data], elr, order, init) as run:
             log = hold_until_escape(run)
-        rows = zip(log["epoch"], log["train_loss"], strict=True)
-        table.add([(passes, seed, order, elr, edge, *row) for row in rows])
+        loss = log["train_loss"]
+        row = (order, log["epoch"][-1], int(escaped(loss)), edge, loss[0], loss[-1])
+        table.add([(data, passes, seed, elr, *row)])
 
 
 def escaped(loss):
@@ -199,9 +203,9 @@ def sharpness_on_the_way(run, epochs, every):
 
 
 @cache
-def cold_end(passes, seed):
+def cold_end(passes, seed, *options):
     """The weights at the cold end of a loop's way down, and 2 over their batch sharpness."""
-    with new_run(["--loop", *GRID, "--epochs", str(passes)], 1.0, seed) as run:
+    with new_run(["--loop", *GRID, "--epochs", str(passes), *options], 1.0, seed) as run:
         train_until(run, passes * int(GRID[2]))
         indices = train.batches(len(run.data.x), run.config.batch_size, run.order)
         run.net.train()
@@ -236,7 +240,7 @@ def edge(table, folders):
 
 COLUMNS = {
     "up": "passes seed epoch elr train_loss train_error",
-    "hold": "passes seed order elr edge epoch train_loss",
+    "hold": "data passes seed elr order epochs escaped edge first_loss last_loss",
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
     "edge": "folder elr seed regime train_loss mean error weighted",
@@ -291,15 +295,9 @@ def show(what, table):
             losses = " ".join(f"{loss:.3g}" for loss in column(late, "train_loss"))
             print(f"{passes:g} passes, ELR {elr:.3g}: train loss {losses}")
     if what == "hold":
-        lives = {}
-        for (passes, elr, *_), rows in table.groups("passes", "elr", "seed", "order").items():
-            loss = column(rows, "train_loss")
-            lives.setdefault((passes, elr), []).append((len(loss) - 1, escaped(loss)))
-        for (passes, elr), found in lives.items():
-            epochs, out = map(sum, zip(*found, strict=True))
-            each = " ".join(f"{n}{'' if over else '+'}" for n, over in found)
-            life = f"{epochs / out:.1f}" if out else f"over {epochs}"
-            print(f"{passes:g} passes, ELR {elr:g}: epochs {each}; {life} an escape")
+        for (data, passes), rows in table.groups("data", "passes").items():
+            print(f"from the cold end of {passes:g} passes at each ELR, {data}")
+            show_lives(rows)
     if what == "cold":
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
@@ -308,6 +306,33 @@ def show(what, table):
         for row in itertools.chain(*table.groups("folder", "elr", "seed").values()):
             shown = "{folder:16} {elr:8.3g} {seed:g} {regime:12} loss {train_loss:9.3g}"
             print(f"{shown}  {{mean:9.3g}} ± {{error:.2g}} ({{weighted:.3g}})".format(**row))
+
+
+def show_lives(rows):
+    """Lives in epochs by ELR, their means, and whether they are exponential."""
+    likelihoods = []
+    for elr in sorted({row["elr"] for row in rows}):
+        held = [row for row in rows if row["elr"] == elr]
+        epochs, out = column(held, "epochs"), column(held, "escaped") == 1
+        likelihoods.append(likelihood(epochs, out))
+        each = " ".join(f"{n:g}{'' if over else '+'}" for n, over in zip(epochs, out, strict=True))
+        life = f"{epochs.sum() / out.sum():.3g} epochs" if out.any() else f"over {epochs.sum():g}"
+        print(f"ELR {elr:g}: {each}; {life} an escape, {out.sum()} of {len(out)}")
+    fit = np.sum(likelihoods, 0)
+    inside = SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
+    p = chi2.sf(2 * (fit.max() - np.interp(1, SHAPES, fit)), 1)
+    shape = f"{SHAPES[fit.argmax()]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
+    print(f"Weibull distributions of one shape: {shape}; p = {p:.2g} that it is 1, exponential")
+
+
+def likelihood(epochs, out):
+    """Of each shape [SHAPES], with the best scale, given the epochs in which runs escaped, or up to
+    which they did not."""
+    scales = np.geomspace(0.05, 1e5, 800)[:, None]
+    before, now = (((epochs - x) / scales) ** SHAPES[:, None, None] for x in (1, 0))
+    with np.errstate(divide="ignore"):
+        inside = np.log(-np.expm1(before - now)) - before
+    return np.where(out, inside, -now).sum(-1).max(-1)
 
 
 def crossing(elrs, loss, level):
@@ -365,7 +390,7 @@ def main(argv=None):
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
-    parser.add_argument("--orders", type=int, default=2, help="of batches, in hold (default: 2)")
+    parser.add_argument("--data", default="digits", help="in hold (default: digits)")
     parser.add_argument("--level", type=float, default=CROSSED)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -376,7 +401,7 @@ def main(argv=None):
     table, seeds = Table(args.what), args.seeds
     ways = {
         "up": lambda: up(table, seeds, args.passes),
-        "hold": lambda: hold(table, seeds, args.passes, args.orders),
+        "hold": lambda: hold(table, seeds, args.passes, args.data),
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
         "edge": lambda: edge(table, args.folders),
