@@ -345,29 +345,33 @@ def crossing(elrs, loss, level):
     return math.exp(x[i - 1] + t * (x[i] - x[i - 1]))
 
 
-def speeds(folder, level):
-    """By passes at each ELR: where the legs cross a loss, and the area between them."""
-    groups = {}
+def speeds(folder, level, below):
+    """By passes at each ELR: where the legs cross a loss, and the area between them, log loss over
+    log₁₀ ELR, up to the ELR `below`; and how the area grows with each doubling of the passes."""
+    groups, areas = {}, {}
     for path in sorted(folder.glob("loop=*.csv")):
         if ".layers" not in path.name:
-            found = runs.read_run(path).log
-            if loop.is_loop(found):
-                passes = loop.classify_loop([found]).passes
-                groups.setdefault(passes, []).append(found)
+            run = runs.read_run(path)
+            if loop.is_loop(run.log):
+                passes = loop.classify_loop([run.log]).passes
+                groups.setdefault(passes, []).append(run)
     print("| passes | seeds | down crosses | up crosses | their ratio | area |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for passes, logs in sorted(groups.items()):
+    for passes, found in sorted(groups.items()):
         cells = []
-        for log in logs:
-            elrs, loss = loop.legs([log], "train_loss")
+        for run in found:
+            elrs, loss = loop.legs([run.log], "train_loss")
             down, back = (crossing(elrs, leg, level) for leg in loss)
             y, x = np.log(loss), np.log10(elrs)
-            inside = elrs < 0.02  # below divergence
+            inside = elrs < below
             area = np.trapezoid((y[0] - y[1])[inside], x[inside])
             cells.append((down, back, back / down, area))
+            areas.setdefault(run.seed, []).append((math.log2(passes), area))
         down, back, ratio, area = np.array(cells).T
         shown = [f"{geometric(x)}" for x in (down, back, ratio)]
-        print(f"| {passes} | {len(logs)} | {' | '.join(shown)} | {mean(area)} |")
+        print(f"| {passes} | {len(found)} | {' | '.join(shown)} | {mean(area)} |")
+    slopes = [np.polyfit(*zip(*of_seed, strict=True), 1)[0] for of_seed in areas.values()]
+    print(f"each doubling adds to the area {mean(np.array(slopes))}, {len(slopes)} seeds")
 
 
 def mean(x, digits=2):
@@ -391,12 +395,13 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
     parser.add_argument("--data", default="digits", help="in hold (default: digits)")
-    parser.add_argument("--level", type=float, default=CROSSED)
+    parser.add_argument("--level", type=float, default=CROSSED, help="loss, in speeds")
+    parser.add_argument("--below", type=float, default=0.02, help="ELR, in speeds: no divergence")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "speeds":
         for folder in args.folders:
-            speeds(folder, args.level)
+            speeds(folder, args.level, args.below)
         return
     table, seeds = Table(args.what), args.seeds
     ways = {

@@ -26,6 +26,7 @@ SAYS = {
     "reversible": "reversible from {} to {}: up and down have the same loss",
     "coexistence": "metastable from {} to {}: frozen on the way up, not on the way down",
 }
+LOWER = "begin at a lower one, --loop LO HI N"
 FROZEN = "frozen on the way up to the end"
 
 
@@ -102,6 +103,10 @@ def classify_loop(logs, chance=None):
             ends = [end for loop in each for end in getattr(loop, name) or ()]
             setattr(found, name, (min(ends), max(ends)) if ends else None)
         unmelted, found.frozen = sum(bool(loop.frozen) for loop in each), ""
+        if found.reversible:  # where none is frozen any more
+            low, high = found.reversible
+            low = max([low] + [loop.melts[1] for loop in each if loop.melts])
+            found.reversible = (low, high) if low < high and not unmelted else None
         if unmelted:
             found.frozen = f"no melting in {unmelted} of {len(each)} seeds: {FROZEN}"
     return found
@@ -113,7 +118,12 @@ def of_mean(logs, chance):
         bad = ~np.isfinite(log["train_loss"])
         if bad.any():
             where = f"at ELR {log['elr'][bad][0]:.3g} the loss is not finite"
-            return Loop(problem=f"{where}: begin at a lower one, --loop LO HI N")
+            return Loop(problem=f"{where}: {LOWER}")
+        gradient = log.get("grad_norm", np.ones(1))
+        alive = len(np.trim_zeros(gradient, "b"))
+        if alive < len(gradient) and log["train_loss"][-1] > 0:
+            where = f"dead: the gradient is 0 from ELR {log['elr'][alive]:.3g} on, for good"
+            return Loop(problem=f"{where}: {LOWER}")
     elrs, loss = legs(logs, "train_loss")
     if np.isnan(loss).any() or len(elrs) < FEWEST:
         return Loop(problem=f"it takes a whole loop over {FEWEST} ELRs")
