@@ -4,6 +4,7 @@ epochs. Each adds rows to benchmarks/loop-WHAT.csv and goes on where it was inte
     python docs/loops.py up      a loop that begins with the way up, from random weights
     python docs/loops.py hold    how long a network that was cooled slowly stays converged when held
     python docs/loops.py cold    few digits: test error at the cold end of a descent
+    python docs/loops.py full    few digits, whole batches: a loop, and λ_max at each ELR
     python docs/loops.py edge logs/digits-convnet    ELR times batch sharpness at the ends of runs
     python docs/loops.py speeds logs/digits-convnet  what the loops of a folder show, by speed
 """
@@ -44,6 +45,7 @@ ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
 CROSSED = 0.03  # loss between those of converged and of hovering networks, on the digits
+WHOLE = ["1e-3", "0.0681", "12"]  # the loop of whole batches
 DESCENTS = (("1e-4", "0.1"), ("1e-3", "0.1"), ("1e-4", "0.03"), ("1e-3", "0.03"))
 
 
@@ -147,19 +149,47 @@ def steps_until_escape(run):
     return rows
 
 
-def cold(table, seeds):
-    """Test errors after 40 epochs of descent, one at each of 40 ELRs, on the few digits."""
+def few_digits():
+    """The path of the file."""
     optimizers.FEW_DIGITS.parent.mkdir(exist_ok=True)
     optimizers.few_digits(optimizers.FEW_DIGITS)
+    return str(optimizers.FEW_DIGITS)
+
+
+def cold(table, seeds):
+    """Test errors after 40 epochs of descent, one at each of 40 ELRs, on the few digits."""
     for low, high in DESCENTS:
         for seed in range(seeds):
             if table.has(float(low), float(high), seed):
                 continue
-            argv = ["--data", str(optimizers.FEW_DIGITS), "--loop", low, high, "40"]
+            argv = ["--data", few_digits(), "--loop", low, high, "40"]
             with new_run(argv, 1.0, seed) as run:
                 log = train_until(run, 40)
             ends = log["train_loss"][-1], log["test_error"][-1]
             table.add([(float(low), float(high), seed, *ends)])
+
+
+def full(table, seeds, passes):
+    """Rows of a loop on the few digits whose batches are the whole training set, a step each: at
+    each ELR the loss at its end, and λ_max there."""
+    for seed in range(seeds):
+        if table.has(passes, seed):
+            continue
+        argv = ["--data", few_digits(), "--batch-size", "360", "--loop", *WHOLE, "--epochs", "1"]
+        with new_run(argv, 1.0, seed) as run:
+            table.add([(passes, seed, *row) for row in down_and_up(run, passes)])
+
+
+def down_and_up(run, steps):
+    point = landscape.Point(run.path, run.net, run.data, {}, run.spheres)
+    everything = torch.arange(len(run.data.x))
+    for place in range(run.epochs):
+        run.epoch = place
+        run.set_lr()
+        for _ in range(steps):
+            loss, *_ = train.train_step(run, everything)
+        sharpness = landscape.largest(landscape.operators(point)["hessian"], 1)[0]
+        yield run.leg, run.lr, loss.item(), sharpness
 
 
 # ------------------------------------------------------------------------------------ the edge
@@ -243,6 +273,7 @@ COLUMNS = {
     "hold": "data passes seed elr order epochs escaped edge first_loss last_loss",
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
+    "full": "passes seed leg elr train_loss sharpness",
     "edge": "folder elr seed regime train_loss mean error weighted",
 }
 
@@ -302,6 +333,11 @@ def show(what, table):
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
+    if what == "full":
+        for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
+            loss = " ".join(f"{x:.2g}" for x in column(rows, "train_loss"))
+            edge = " ".join(f"{elr * x / 2:.2g}" for x in column(rows, "sharpness"))
+            print(f"{passes:g} steps, {leg}, ELR {elr:.3g}: loss {loss}; ELR × λ_max / 2 {edge}")
     if what == "edge":
         for row in itertools.chain(*table.groups("folder", "elr", "seed").values()):
             shown = "{folder:16} {elr:8.3g} {seed:g} {regime:12} loss {train_loss:9.3g}"
@@ -409,6 +445,7 @@ def main(argv=None):
         "hold": lambda: hold(table, seeds, args.passes, args.data),
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
+        "full": lambda: full(table, seeds, args.passes),
         "edge": lambda: edge(table, args.folders),
     }
     ways[args.what]()

@@ -184,7 +184,7 @@ def of_mean(logs, chance):
     else:  # it leaves, but not for good
         return found
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
-    both &= (elrs >= found.freezes[1]) & (elrs <= last)
+    both &= (elrs > elrs[steepest]) & (elrs <= last)
     if both.any():
         found.coexistence = elrs[both][0], elrs[both][-1]
         if not found.melts:
