@@ -418,6 +418,8 @@ def mean(x, digits=2):
 def geometric(x):
     """Mean and standard error as factors, and the range; without nan, where a leg never crosses."""
     crossed = x[~np.isnan(x)]
+    if not len(crossed):
+        return "–"
     y = np.log(crossed)
     error = math.exp(y.std(ddof=1) / math.sqrt(len(y))) if len(y) > 1 else math.nan
     shown = f"{math.exp(y.mean()):.3g} ×/÷ {error:.2f} ({crossed.min():.3g} to {crossed.max():.3g}"

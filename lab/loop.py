@@ -93,6 +93,10 @@ def noise(y):
     return np.array([np.median(rough[near]) for near in nearest])
 
 
+def middle(interval):
+    return math.sqrt(math.prod(interval))
+
+
 def classify_loop(logs, chance=None):
     """What the logs of a loop, one per seed, show. logs and chance: as in regimes.classify. Of
     several seeds the losses are averaged; each melts where it does, and the interval spans them."""
@@ -102,6 +106,11 @@ def classify_loop(logs, chance=None):
         for name in ("melts", "coexistence"):
             ends = [end for loop in each for end in getattr(loop, name) or ()]
             setattr(found, name, (min(ends), max(ends)) if ends else None)
+        if found.coexistence:
+            low, high = found.coexistence
+            elrs = np.unique(logs[0]["elr"])
+            low = max(low, elrs[elrs >= middle(found.freezes)][0])
+            found.coexistence = (low, high) if low <= high else None
         unmelted, found.frozen = sum(bool(loop.frozen) for loop in each), ""
         if found.reversible:  # where none is frozen any more
             low, high = found.reversible
@@ -184,7 +193,7 @@ def of_mean(logs, chance):
     else:  # it leaves, but not for good
         return found
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
-    both &= (elrs > elrs[steepest]) & (elrs <= last)
+    both &= (elrs >= middle(found.freezes)) & (elrs <= last)
     if both.any():
         found.coexistence = elrs[both][0], elrs[both][-1]
         if not found.melts:
