@@ -4,6 +4,7 @@ epochs. Each adds rows to benchmarks/loop-WHAT.csv and goes on where it was inte
     python docs/loops.py up      a loop that begins with the way up, from random weights
     python docs/loops.py hold    how long a network that was cooled slowly stays converged when held
     python docs/loops.py cold    few digits: test error at the cold end of a descent
+    python docs/loops.py full    few digits, whole batches: a loop, and λ_max at each ELR
     python docs/loops.py edge logs/digits-convnet    ELR times batch sharpness at the ends of runs
     python docs/loops.py speeds logs/digits-convnet  what the loops of a folder show, by speed
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import chi2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,12 +39,14 @@ from lab.curvature import gradient as slope_of  # noqa: E402
 from lab.options import Config, parse, prepare  # noqa: E402
 
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
-HELD = (0.0046, 0.0051, 0.0056, 0.0062, 0.0068, 0.0083, 0.01)  # ELRs at which cold ends are held
-LONGEST = 40  # epochs
+HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
+LONGEST = 100  # epochs
+SHAPES = np.geomspace(0.2, 5, 161)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
 CROSSED = 0.03  # loss between those of converged and of hovering networks, on the digits
+WHOLE = ["1e-3", "0.0681", "12"]  # the loop of whole batches
 DESCENTS = (("1e-4", "0.1"), ("1e-3", "0.1"), ("1e-4", "0.03"), ("1e-3", "0.03"))
 
 
@@ -89,17 +93,19 @@ def up(table, seeds, passes):
         table.add([(passes, seed, *row) for row in zip(*columns, strict=True)])
 
 
-def hold(table, seeds, passes, orders):
-    """Rows of networks held at an ELR from a cold end on, until they escape: from each cold end at
-    each ELR in so many orders of the batches."""
-    for order, seed, elr in itertools.product(range(orders), range(seeds), HELD):
-        if table.has(passes, seed, order, elr):
+def hold(table, seeds, passes, data):
+    """A row per network that is held at an ELR from a cold end on, until it escapes: each cold end
+    at each ELR, with an order of the batches of its own."""
+    for seed, (i, elr) in itertools.product(range(seeds), enumerate(HELD)):
+        if table.has(data, passes, seed, elr):
             continue
-        init, edge = cold_end(passes, seed)
-        with new_run(["--elr", "1"], elr, 1000 * (order + 1) + seed, init) as run:
+        init, edge = cold_end(passes, seed, "--data", data)
+        order = 1000 * (i + 1) + seed
+        with new_run(["--elr", "1", "--data", data], elr, order, init) as run:
             log = hold_until_escape(run)
-        rows = zip(log["epoch"], log["train_loss"], strict=True)
-        table.add([(passes, seed, order, elr, edge, *row) for row in rows])
+        loss = log["train_loss"]
+        row = (order, log["epoch"][-1], int(escaped(loss)), edge, loss[0], loss[-1])
+        table.add([(data, passes, seed, elr, *row)])
 
 
 def escaped(loss):
@@ -144,19 +150,47 @@ def steps_until_escape(run):
     return rows
 
 
-def cold(table, seeds):
-    """Test errors after 40 epochs of descent, one at each of 40 ELRs, on the few digits."""
+def few_digits():
+    """The path of the file."""
     optimizers.FEW_DIGITS.parent.mkdir(exist_ok=True)
     optimizers.few_digits(optimizers.FEW_DIGITS)
+    return str(optimizers.FEW_DIGITS)
+
+
+def cold(table, seeds):
+    """Test errors after 40 epochs of descent, one at each of 40 ELRs, on the few digits."""
     for low, high in DESCENTS:
         for seed in range(seeds):
             if table.has(float(low), float(high), seed):
                 continue
-            argv = ["--data", str(optimizers.FEW_DIGITS), "--loop", low, high, "40"]
+            argv = ["--data", few_digits(), "--loop", low, high, "40"]
             with new_run(argv, 1.0, seed) as run:
                 log = train_until(run, 40)
             ends = log["train_loss"][-1], log["test_error"][-1]
             table.add([(float(low), float(high), seed, *ends)])
+
+
+def full(table, seeds, passes):
+    """Rows of a loop on the few digits whose batches are the whole training set, a step each: at
+    each ELR the loss at its end, and λ_max there."""
+    for seed in range(seeds):
+        if table.has(passes, seed):
+            continue
+        argv = ["--data", few_digits(), "--batch-size", "360", "--loop", *WHOLE, "--epochs", "1"]
+        with new_run(argv, 1.0, seed) as run:
+            table.add([(passes, seed, *row) for row in down_and_up(run, passes)])
+
+
+def down_and_up(run, steps):
+    point = landscape.Point(run.path, run.net, run.data, {}, run.spheres)
+    everything = torch.arange(len(run.data.x))
+    for place in range(run.epochs):
+        run.epoch = place
+        run.set_lr()
+        for _ in range(steps):
+            loss, *_ = train.train_step(run, everything)
+        sharpness = landscape.largest(landscape.operators(point)["hessian"], 1)[0]
+        yield run.leg, run.lr, loss.item(), sharpness
 
 
 # ------------------------------------------------------------------------------------ the edge
@@ -200,9 +234,9 @@ def sharpness_on_the_way(run, epochs, every):
 
 
 @cache
-def cold_end(passes, seed):
+def cold_end(passes, seed, *options):
     """The weights at the cold end of a loop's way down, and 2 over their batch sharpness."""
-    with new_run(["--loop", *GRID, "--epochs", str(passes)], 1.0, seed) as run:
+    with new_run(["--loop", *GRID, "--epochs", str(passes), *options], 1.0, seed) as run:
         train_until(run, passes * int(GRID[2]))
         indices = train.batches(len(run.data.x), run.config.batch_size, run.order)
         run.net.train()
@@ -237,9 +271,10 @@ def edge(table, folders):
 
 COLUMNS = {
     "up": "passes seed epoch elr train_loss train_error",
-    "hold": "passes seed order elr edge epoch train_loss",
+    "hold": "data passes seed elr order epochs escaped edge first_loss last_loss",
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
+    "full": "passes seed leg elr train_loss sharpness",
     "edge": "folder elr seed regime train_loss mean error weighted",
 }
 
@@ -292,23 +327,49 @@ def show(what, table):
             losses = " ".join(f"{loss:.3g}" for loss in column(late, "train_loss"))
             print(f"{passes:g} passes, ELR {elr:.3g}: train loss {losses}")
     if what == "hold":
-        lives = {}
-        for (passes, elr, *_), rows in table.groups("passes", "elr", "seed", "order").items():
-            loss = column(rows, "train_loss")
-            lives.setdefault((passes, elr), []).append((len(loss) - 1, escaped(loss)))
-        for (passes, elr), found in lives.items():
-            epochs, out = map(sum, zip(*found, strict=True))
-            each = " ".join(f"{n}{'' if over else '+'}" for n, over in found)
-            life = f"{epochs / out:.1f}" if out else f"over {epochs}"
-            print(f"{passes:g} passes, ELR {elr:g}: epochs {each}; {life} an escape")
+        for (data, passes), rows in table.groups("data", "passes").items():
+            print(f"from the cold end of {passes:g} passes at each ELR, {data}")
+            show_lives(rows)
     if what == "cold":
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
+    if what == "full":
+        for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
+            loss = " ".join(f"{x:.2g}" for x in column(rows, "train_loss"))
+            edge = " ".join(f"{elr * x / 2:.2g}" for x in column(rows, "sharpness"))
+            print(f"{passes:g} steps, {leg}, ELR {elr:.3g}: loss {loss}; ELR × λ_max / 2 {edge}")
     if what == "edge":
         for row in itertools.chain(*table.groups("folder", "elr", "seed").values()):
             shown = "{folder:16} {elr:8.3g} {seed:g} {regime:12} loss {train_loss:9.3g}"
             print(f"{shown}  {{mean:9.3g}} ± {{error:.2g}} ({{weighted:.3g}})".format(**row))
+
+
+def show_lives(rows):
+    """Lives in epochs by ELR, their means, and whether they are exponential."""
+    likelihoods = []
+    for elr in sorted({row["elr"] for row in rows}):
+        held = [row for row in rows if row["elr"] == elr]
+        epochs, out = column(held, "epochs"), column(held, "escaped") == 1
+        likelihoods.append(likelihood(epochs, out))
+        each = " ".join(f"{n:g}{'' if over else '+'}" for n, over in zip(epochs, out, strict=True))
+        life = f"{epochs.sum() / out.sum():.3g} epochs" if out.any() else f"over {epochs.sum():g}"
+        print(f"ELR {elr:g}: {each}; {life} an escape, {out.sum()} of {len(out)}")
+    fit = np.sum(likelihoods, 0)
+    inside = SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
+    p = chi2.sf(2 * (fit.max() - np.interp(1, SHAPES, fit)), 1)
+    shape = f"{SHAPES[fit.argmax()]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
+    print(f"Weibull distributions of one shape: {shape}; p = {p:.2g} that it is 1, exponential")
+
+
+def likelihood(epochs, out):
+    """Of each shape [SHAPES], with the best scale, given the epochs in which runs escaped, or up to
+    which they did not."""
+    scales = np.geomspace(0.05, 1e5, 800)[:, None]
+    before, now = (((epochs - x) / scales) ** SHAPES[:, None, None] for x in (1, 0))
+    with np.errstate(divide="ignore"):
+        inside = np.log(-np.expm1(before - now)) - before
+    return np.where(out, inside, -now).sum(-1).max(-1)
 
 
 def crossing(elrs, loss, level):
@@ -321,29 +382,33 @@ def crossing(elrs, loss, level):
     return math.exp(x[i - 1] + t * (x[i] - x[i - 1]))
 
 
-def speeds(folder, level):
-    """By passes at each ELR: where the legs cross a loss, and the area between them."""
-    groups = {}
+def speeds(folder, level, below):
+    """By passes at each ELR: where the legs cross a loss, and the area between them, log loss over
+    log₁₀ ELR, up to the ELR `below`; and how the area grows with each doubling of the passes."""
+    groups, areas = {}, {}
     for path in sorted(folder.glob("loop=*.csv")):
         if ".layers" not in path.name:
-            found = runs.read_run(path).log
-            if loop.is_loop(found):
-                passes = loop.classify_loop([found]).passes
-                groups.setdefault(passes, []).append(found)
+            run = runs.read_run(path)
+            if loop.is_loop(run.log):
+                passes = loop.classify_loop([run.log]).passes
+                groups.setdefault(passes, []).append(run)
     print("| passes | seeds | down crosses | up crosses | their ratio | area |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for passes, logs in sorted(groups.items()):
+    for passes, found in sorted(groups.items()):
         cells = []
-        for log in logs:
-            elrs, loss = loop.legs([log], "train_loss")
+        for run in found:
+            elrs, loss = loop.legs([run.log], "train_loss")
             down, back = (crossing(elrs, leg, level) for leg in loss)
             y, x = np.log(loss), np.log10(elrs)
-            inside = elrs < 0.02  # below divergence
+            inside = elrs < below
             area = np.trapezoid((y[0] - y[1])[inside], x[inside])
             cells.append((down, back, back / down, area))
+            areas.setdefault(run.seed, []).append((math.log2(passes), area))
         down, back, ratio, area = np.array(cells).T
         shown = [f"{geometric(x)}" for x in (down, back, ratio)]
-        print(f"| {passes} | {len(logs)} | {' | '.join(shown)} | {mean(area)} |")
+        print(f"| {passes} | {len(found)} | {' | '.join(shown)} | {mean(area)} |")
+    slopes = [np.polyfit(*zip(*of_seed, strict=True), 1)[0] for of_seed in areas.values()]
+    print(f"each doubling adds to the area {mean(np.array(slopes))}, {len(slopes)} seeds")
 
 
 def mean(x, digits=2):
@@ -354,6 +419,8 @@ def mean(x, digits=2):
 def geometric(x):
     """Mean and standard error as factors, and the range; without nan, where a leg never crosses."""
     crossed = x[~np.isnan(x)]
+    if not len(crossed):
+        return "–"
     y = np.log(crossed)
     error = math.exp(y.std(ddof=1) / math.sqrt(len(y))) if len(y) > 1 else math.nan
     shown = f"{math.exp(y.mean()):.3g} ×/÷ {error:.2f} ({crossed.min():.3g} to {crossed.max():.3g}"
@@ -366,20 +433,22 @@ def main(argv=None):
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
-    parser.add_argument("--orders", type=int, default=2, help="of batches, in hold (default: 2)")
-    parser.add_argument("--level", type=float, default=CROSSED)
+    parser.add_argument("--data", default="digits", help="in hold (default: digits)")
+    parser.add_argument("--level", type=float, default=CROSSED, help="loss, in speeds")
+    parser.add_argument("--below", type=float, default=0.02, help="ELR, in speeds: no divergence")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "speeds":
         for folder in args.folders:
-            speeds(folder, args.level)
+            speeds(folder, args.level, args.below)
         return
     table, seeds = Table(args.what), args.seeds
     ways = {
         "up": lambda: up(table, seeds, args.passes),
-        "hold": lambda: hold(table, seeds, args.passes, args.orders),
+        "hold": lambda: hold(table, seeds, args.passes, args.data),
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
+        "full": lambda: full(table, seeds, args.passes),
         "edge": lambda: edge(table, args.folders),
     }
     ways[args.what]()

@@ -26,6 +26,7 @@ SAYS = {
     "reversible": "reversible from {} to {}: up and down have the same loss",
     "coexistence": "metastable from {} to {}: frozen on the way up, not on the way down",
 }
+LOWER = "begin at a lower one, --loop LO HI N"
 FROZEN = "frozen on the way up to the end"
 
 
@@ -92,6 +93,10 @@ def noise(y):
     return np.array([np.median(rough[near]) for near in nearest])
 
 
+def middle(interval):
+    return math.sqrt(math.prod(interval))
+
+
 def classify_loop(logs, chance=None):
     """What the logs of a loop, one per seed, show. logs and chance: as in regimes.classify. Of
     several seeds the losses are averaged; each melts where it does, and the interval spans them."""
@@ -101,7 +106,16 @@ def classify_loop(logs, chance=None):
         for name in ("melts", "coexistence"):
             ends = [end for loop in each for end in getattr(loop, name) or ()]
             setattr(found, name, (min(ends), max(ends)) if ends else None)
+        if found.coexistence:
+            low, high = found.coexistence
+            elrs = np.unique(logs[0]["elr"])
+            low = max(low, elrs[elrs >= middle(found.freezes)][0])
+            found.coexistence = (low, high) if low <= high else None
         unmelted, found.frozen = sum(bool(loop.frozen) for loop in each), ""
+        if found.reversible:  # where none is frozen any more
+            low, high = found.reversible
+            low = max([low] + [loop.melts[1] for loop in each if loop.melts])
+            found.reversible = (low, high) if low < high and not unmelted else None
         if unmelted:
             found.frozen = f"no melting in {unmelted} of {len(each)} seeds: {FROZEN}"
     return found
@@ -113,7 +127,12 @@ def of_mean(logs, chance):
         bad = ~np.isfinite(log["train_loss"])
         if bad.any():
             where = f"at ELR {log['elr'][bad][0]:.3g} the loss is not finite"
-            return Loop(problem=f"{where}: begin at a lower one, --loop LO HI N")
+            return Loop(problem=f"{where}: {LOWER}")
+        gradient = log.get("grad_norm", np.ones(1))
+        alive = len(np.trim_zeros(gradient, "b"))
+        if alive < len(gradient) and log["train_loss"][-1] > 0:
+            where = f"dead: the gradient is 0 from ELR {log['elr'][alive]:.3g} on, for good"
+            return Loop(problem=f"{where}: {LOWER}")
     elrs, loss = legs(logs, "train_loss")
     if np.isnan(loss).any() or len(elrs) < FEWEST:
         return Loop(problem=f"it takes a whole loop over {FEWEST} ELRs")
@@ -174,7 +193,7 @@ def of_mean(logs, chance):
     else:  # it leaves, but not for good
         return found
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
-    both &= (elrs >= found.freezes[1]) & (elrs <= last)
+    both &= (elrs >= middle(found.freezes)) & (elrs <= last)
     if both.any():
         found.coexistence = elrs[both][0], elrs[both][-1]
         if not found.melts:

@@ -118,6 +118,25 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
     assert (seen > draws / 3) == (kind in ("hysteretic", "noisy", "no melting"))
 
 
+def test_where_one_of_the_seeds_stays_frozen_nothing_is_called_reversible():
+    seen = 0
+    for seed in range(30):
+        melts, chance, _ = made(np.random.default_rng(seed), "hysteretic")
+        stays, *_ = made(np.random.default_rng(seed), "no melting")
+        found = classify_loop(9 * [melts] + [stays], chance)
+        seen += bool(found.melts and found.frozen)
+        assert not (found.frozen and found.reversible), (seed, found)
+    assert seen > 10
+
+
+def test_a_network_that_dies_is_not_told_to_train_longer():
+    log, chance, _ = made(np.random.default_rng(0), "never learned")
+    log["grad_norm"] = np.where(log["epoch"] < 3, 1.0, 0.0)
+    said = str(classify_loop([log], chance))
+    assert f"dead: the gradient is 0 from ELR {log['elr'][3]:.3g} on" in said
+    assert "more passes" not in said
+
+
 def test_a_loop_from_the_command_line_is_drawn_and_read_again_from_its_log(
     tmp_path, capsys, monkeypatch
 ):
