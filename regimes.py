@@ -58,8 +58,8 @@ def trend(x, y):
     """Slope and half of its 99 % interval, mean and half of its, of the line through the means of
     BLOCKS blocks, or through 3 rows and more. What is left beside it, curvature too, is noise."""
     blocks = min(BLOCKS, len(x))
-    ends = np.arange(1, blocks) * len(x) // blocks
-    x, y = (np.array([block.mean() for block in np.split(z, ends)]) for z in (x, y))
+    starts = np.arange(blocks) * len(x) // blocks
+    x, y = (np.add.reduceat(z, starts) / np.diff(starts, append=len(z)) for z in (x, y))
     away, free = x - x.mean(), blocks - 2
     slope = (away @ y) / (away @ away)
     left = y - y.mean() - slope * away
@@ -95,45 +95,40 @@ def classify(log, chance=None):
     log      columns, a row per epoch: `epoch`, `train_loss` in nats; where there are `train_error`
              in [0, 1], `step`, `angle` in radians, `grad_norm`, `elr`, `lr`
     chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}, at n
-             random points of the sphere; without it a row before training stands in. "stepped": the
-             same after a step of 90° along each point's gradient; "constant": {"train_error"} of
-             the best constant prediction
+             random points of the sphere. "stepped": the same after a step of 90° along each point's
+             gradient; "constant": {"train_error"} of the best constant prediction
     """
-    epoch, loss, verdict = finished(log), log["train_loss"], Verdict()
-    unknown = np.full(len(loss), math.nan)
+    loss, chance = log["train_loss"], chance or {}
+    log = {name: np.full(len(loss), math.nan) for name in USUAL} | log
     for when, value in zip(log["epoch"], loss, strict=True):
         if not 0 <= value < math.inf:
-            verdict.why, verdict.broken = f"the loss is {value:g} in epoch {when:g}", not value < 0
-            return verdict
+            why = f"the loss is {value:g} in epoch {when:g}"
+            return Verdict(why=why, broken=not value < 0)
     for name in ("elr", "lr"):
-        rate = log.get(name, unknown)
-        rate = rate[np.isfinite(rate)]
+        rate = log[name][np.isfinite(log[name])]
         late = rate[len(rate) // 8 :]
         if len(late) and np.ptp(late) > 1e-6 * late.max():
-            verdict.why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
-            verdict.moves = True
-            return verdict
+            why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
+            return Verdict(why=why, moves=True)
+    epoch = finished(log)
     windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
     last = windows[0]
-    n, verdict.more_epochs = last.sum(), 2 * max(math.ceil(epoch[-1]), MIN_TAIL)
+    n, more_epochs = last.sum(), 2 * max(math.ceil(epoch[-1]), MIN_TAIL)
     if n < MIN_TAIL:
-        verdict.why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
-        return verdict
+        why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
+        return Verdict(why=why, more_epochs=more_epochs)
 
-    if chance is None and epoch[0] == 0:
-        chance = {name: {"mean": log[name][0]} for name in FLOORS if name in log}
-        verdict.notes.append("no chance reference: the row of epoch 0 stands in")
-    angle = log.get("angle", unknown)[last]
+    angle = log["angle"][last]
     angle = angle[np.isfinite(angle)].mean() if np.isfinite(angle).any() else math.nan
-    turn = angle * math.sqrt(np.ptp(log.get("step", unknown)[last]) * n / (n - 1))
-    skills = _skills(log, last, chance or {}, angle)
+    turn = angle * math.sqrt(np.ptp(log["step"][last]) * n / (n - 1))
+    skills = _skills(log, epoch, last, chance, angle)
+    verdict = Verdict(skill=next((skill for skill, *_ in skills.values()), math.nan))
     if "train_error" not in skills and not angle > RIGHT_ANGLE:
         verdict.notes.append("no train_error to judge by: skill from the loss")
     if skills and math.isnan(turn):
         verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
-    verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0.0
-    gradient, now = log.get("grad_norm", unknown), f"loss {loss[-1]:.3g}"
+    gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
     if np.median(loss[last]) < nothing or loss[-1] == 0:
         verdict.regime, verdict.why = "convergence", f"{now}, next to nothing"
     elif gradient[-1] == 0:
@@ -146,8 +141,8 @@ def classify(log, chance=None):
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
         found = _decide(slopes, turn, skills, now, loss[last].mean())
         verdict.regime, verdict.why, verdict.slope = found
-    if verdict.regime != "undecided" or verdict.broken or not skills:
-        verdict.more_epochs = None
+        if verdict.regime == "undecided" and skills:
+            verdict.more_epochs = more_epochs
     return verdict
 
 
@@ -184,20 +179,20 @@ def _decide(slopes, turn, skills, now, mean):
     return *found, slopes[best]
 
 
-def _skills(log, last, chance, angle):
+def _skills(log, epoch, last, chance, angle):
     """Of error and loss, by name: skill, whether there is any (None: noise hides it), in words."""
     most = chance.get("constant", {}).get("train_error", 1.0)  # to guess one class is no skill
     if angle > RIGHT_ANGLE:  # the network knows one batch, at most
         chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
-    skills, unknown = {}, np.full(len(last), math.nan)
+    skills = {}
     for name, floor in FLOORS.items():
-        values, known = log.get(name, unknown)[last], chance.get(name, {"mean": 0.0})
+        values, known = log[name][last], chance.get(name, {"mean": 0.0})
         by_chance, top = known["mean"], math.inf
         if name == "train_error":
             by_chance, top = min(by_chance, most), 1.0
         if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):
             continue  # unknown, or in percent
-        _, _, mean, error = trend(np.log(finished(log)[last]), values)
+        _, _, mean, error = trend(np.log(epoch[last]), values)
         spread = Z99 * known.get("std", 0.0) / math.sqrt(chance.get("points", 1))
         skill, margin = 1 - mean / by_chance, math.hypot(error, spread) / by_chance
         told, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
@@ -282,14 +277,12 @@ def _names(header, columns):
         elif found or ours in columns or ours in ("epoch", "train_loss"):
             line = ", ".join(header) or "there is nothing"
             raise ValueError(f"name one column {words[0]}, or say --columns {ours}=COLUMN: {line}")
-    if names.get("step") == names["epoch"] and "step" not in columns:
-        del names["step"]  # standing in for the epoch, 0 does not say that it is before training
     return names
 
 
 def read_log(path, columns=None):
-    """The columns that we know, rows of an epoch joined. `columns`: ours → theirs. Raises
-    ValueError where it is no log."""
+    """The columns that we know, rows of an epoch joined. `columns`: ours → theirs. ValueError: it
+    is no log."""
     at, last, joined = 1, 0.0, {}
     try:
         header, rows = _rows(path)
@@ -320,7 +313,7 @@ def read_log(path, columns=None):
 
 
 def read_chance(folder):
-    """Of a folder's config.json, by seed. Raises ValueError where it is damaged."""
+    """Of a folder's config.json, by seed. ValueError: it is damaged."""
     path = folder / "config.json"
     if not path.exists():
         return {}
@@ -334,7 +327,7 @@ def read_chance(folder):
 
 
 def read_run(path, chance, columns=None):
-    """Read and classify a log. `chance`: references by seed, or under "" one for all."""
+    """A log, classified. `chance`: by seed, or under "" one for all."""
     log = read_log(path, columns)
     named = dict(re.findall(rf"(elr|seed)=({NUMBER})", path.name))
     elr = log["elr"][-1] if "elr" in log else float(named.get("elr", "nan"))
@@ -349,7 +342,7 @@ def read_run(path, chance, columns=None):
 
 
 def lab_loop():
-    """lab/loop.py, on runs whose ELR moves. None: this file has been copied alone."""
+    """lab/loop.py, for runs whose ELR moves; None where this file is alone."""
     try:
         from lab import loop
     except ImportError:
@@ -381,7 +374,7 @@ def read_folder(folder):
 
 
 def by_elr(runs):
-    """The runs of each ELR, in order of ELR."""
+    """Runs by ELR, in its order."""
     groups = {}
     for run in runs:
         if not math.isnan(run.elr):
@@ -422,16 +415,13 @@ def boundaries(runs):
         verdicts = [run.verdict for run in group]
         ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
     for rank, (left, right) in enumerate(pairwise(ORDER)):
-        low = high = math.nan
-        for elr, of_seeds in ranks.items():
-            if (of_seeds > rank).any():
-                break
-            low = elr if (of_seeds <= rank).all() else low
-        for elr, of_seeds in reversed(ranks.items()):
-            if (of_seeds <= rank).any():
-                break
-            high = elr if (of_seeds > rank).all() else high
-        found.append(Boundary(left, right, low, high))
+        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=math.inf)
+        last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
+        below = [elr for elr in ranks if (ranks[elr] <= rank).all() and elr < first]
+        above = [elr for elr in ranks if (ranks[elr] > rank).all() and elr > last]
+        found.append(
+            Boundary(left, right, max(below, default=math.nan), min(above, default=math.nan))
+        )
     return found
 
 
@@ -444,12 +434,13 @@ def rows(runs):
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
-        regime = "not fixed" if verdict.moves else verdict.regime
-        row = dict(elr=run.elr, seed=run.seed, regime=regime)
-        row |= dict(skill=verdict.skill, slope=verdict.slope)
+        row = {"elr": run.elr, "seed": run.seed, "regime": verdict.regime}
+        row |= {"skill": verdict.skill, "slope": verdict.slope}
         row |= {name: run.final(name) for name in ENDS}
-        row |= dict(epochs=int(finished(run.log)[-1]), run=run.name)
-        row |= dict(elr_min=min(elrs), elr_max=max(elrs))
+        row |= {"epochs": int(finished(run.log)[-1]), "run": run.name}
+        row |= {"elr_min": min(elrs), "elr_max": max(elrs)}
+        if verdict.moves:
+            row["regime"] = "not fixed"
         if not math.isnan(elrs[-1]):
             found.append(row)
     return found
@@ -483,7 +474,7 @@ def csv_lines(rows):
 
 
 def write_csv(path, rows):
-    """Of dicts with the same keys."""
+    """Rows that are dicts with the same keys."""
     write_whole(path, csv_lines(rows[:1] + [row.values() for row in rows]))
 
 

@@ -18,7 +18,7 @@ from lab.toy import simulate
 from regimes import classify
 
 SLOW = "SLOW" in os.environ
-KINDS = "blobs teacher noisy overlap unequal coin augmented parity modular".split()
+KINDS = "blobs teacher noisy overlap unequal coin augmented parity modular power spiral".split()
 CUTS = (8, 10, 12, 16, 20, 30, 40, 80) if SLOW else (10, 20)
 COLUMNS = ("train_loss", "train_error", "grad_norm", "angle")
 
@@ -44,6 +44,14 @@ def data(kind, n, d, classes, g):
     elif kind == "parity":
         x = x.sign()
         y = ((x[:, :2].prod(1) > 0) + 2 * (x[:, 2:4].prod(1) > 0).long()) % classes
+    elif kind == "power":  # hardly anything is seen of some inputs: a slow fall
+        y = (x @ centres.T).argmax(1)
+        x = x / torch.arange(1, d + 1) ** 1.5
+    elif kind == "spiral":
+        away = torch.rand(n, generator=g)
+        turn = 2 * math.pi * (away + y / classes)
+        x[:, :2] = 3 * away[:, None] * torch.stack([turn.cos(), turn.sin()], 1)
+        x[:, 2:] /= 4
     else:  # modular addition, which plateaus
         a, b = torch.randint(d // 2, (2, n), generator=g)
         x = torch.cat([F.one_hot(a, d // 2), F.one_hot(b, d // 2)], 1) * math.sqrt(d / 4)
@@ -56,46 +64,49 @@ def along(a, b):
 
 
 def train(seed, epochs):
-    """64 runs of one shape: four kinds of data, eight ELRs, two seeds; without a hidden layer softmax
+    """176 runs of one shape: the kinds of data, eight ELRs, two seeds; without a hidden layer softmax
     regression. Per run [columns, epochs + 1], kind, chance; and the steps per epoch."""
     g, draw = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     classes, d, width = (int(draw.choice(x)) for x in ((2, 4, 8), (12, 16), (8, 16)))
-    batch, steps, depth = (int(draw.choice(x)) for x in ((8, 16), (12, 16, 24), (0, 1, 2, 2)))
+    batch, steps, depth = (int(draw.choice(x)) for x in ((8, 16), (8, 12, 20), (0, 1, 2, 3)))
     over, act = int(draw.integers(1, 3)), (torch.relu, torch.tanh)[draw.integers(2)]
     size, beta = float(draw.choice([5, 10, 20])), float(draw.choice([0, 0, 0.9]))
-    elrs = 10 ** draw.uniform(-4.5, -3.5) * np.geomspace(1, 5000, 8)
-    runs = list(product(draw.choice(KINDS, 4, replace=False), elrs, range(2)))
+    residual, adam = draw.random() < 0.3, draw.random() < 0.15
+    elrs = 10 ** draw.uniform(-4, -3) * np.geomspace(1, 3000, 8)
+    runs = list(product(KINDS, elrs, range(2)))
     n, many = batch * steps, len(runs)
-    sets = {kind: data(kind, n, d, classes, g) for kind in dict.fromkeys(kind for kind, *_ in runs)}
+    sets = {kind: data(kind, n, d, classes, g) for kind in KINDS}
     x, y = (torch.stack([sets[kind][i] for kind, *_ in runs]) for i in range(2))
     fresh = torch.tensor([sets[kind][2] for kind, *_ in runs])[:, None, None]
+    anew, fresh = fresh[:, 0, 0] > 0, fresh[fresh[:, 0, 0] > 0]
     elr = torch.tensor([elr for _, elr, _ in runs]).float()[:, None]
     shapes = [(width, d), (width, width)][:depth] or [(classes, d)]
     sizes = [a * b for a, b in shapes]
     start = [torch.randn(many, a * b, generator=g) / math.sqrt(b) for a, b in shapes]
     theta = torch.cat(start, 1)
-    rho, m = theta.norm(dim=1, keepdim=True), torch.zeros_like(theta)
+    rho, m, squares = theta.norm(dim=1, keepdim=True), torch.zeros_like(theta), None
     head = F.normalize(torch.randn(many, classes * width, generator=g)) * size
 
     def measure(theta, index):
-        h = x.gather(1, index[:, :, None].expand(-1, -1, d))
-        h = h + fresh * torch.randn(h.shape, generator=g)
+        h = x.flatten(0, 1)[index + firsts]
+        h[anew] += fresh * torch.randn(len(fresh), *h.shape[1:], generator=g)
         last = head if depth else F.normalize(theta) * size
         for w, shape in zip(theta.split(sizes, 1)[:depth], shapes, strict=False):
-            h = h @ w.view(many, *shape).transpose(1, 2)
-            h = h - h.mean(over, keepdim=True)
-            h = act(h * ((h * h).mean(over, keepdim=True) + 1e-8).rsqrt())
+            below, h = h, h @ w.view(many, *shape).transpose(1, 2)
+            h = h.transpose(1, 3 - over)  # normalized over the batch, or the layer
+            h = act(F.layer_norm(h, h.shape[2:], eps=1e-8).transpose(1, 3 - over))
+            h = h + below if residual and shape[0] == shape[1] else h
         logits = h @ last.view(many, classes, -1).transpose(1, 2)
         labels = y.gather(1, index)
         loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
         return loss, (logits.argmax(2) != labels).float().mean(1)
 
-    points = []
+    firsts, points = n * torch.arange(many)[:, None], []
     with torch.no_grad():
         for _ in range(32):
             point = rho * F.normalize(torch.randn(theta.shape, generator=g))
             points.append(torch.stack(measure(point, torch.randint(n, (many, batch), generator=g))))
-    points = torch.stack(points).view(32, 2, 4, 16).permute(2, 1, 0, 3).reshape(4, 2, -1).double()
+    points = torch.stack(points).view(32, 2, -1, 16).permute(2, 1, 0, 3).flatten(2).double()
     rows = torch.zeros(epochs + 1, 4, many)
     for epoch in range(epochs + 1):
         for index in torch.rand(many, n, generator=g).argsort(1).split(batch, 1):
@@ -106,9 +117,14 @@ def train(seed, epochs):
             grad = grad - along(grad, theta) / rho**2 * theta
             m = beta * m * (epoch > 0) + grad
             m = m - along(m, theta) / rho**2 * theta
-            angle = (elr[:, 0] * rho[:, 0] * m.norm(dim=1)).atan()
+            move = m
+            if adam:
+                squares = grad**2 if squares is None else 0.99 * squares + 0.01 * grad**2
+                move = 3 * m / (squares.sqrt() + 1e-8) / (rho * theta.shape[1] ** 0.5)
+                move = move - along(move, theta) / rho**2 * theta
+            angle = (elr[:, 0] * rho[:, 0] * move.norm(dim=1)).atan()
             if epoch:
-                theta = rho * F.normalize(theta - elr * rho**2 * m)
+                theta = rho * F.normalize(theta - elr * rho**2 * move)
             gamma = rho[:, 0] * grad.norm(dim=1)
             rows[epoch] += torch.stack([loss.detach(), error, gamma, angle]) / steps
     found = []
