@@ -5,8 +5,8 @@
     python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
     python regimes.py export.csv --columns epoch=Step    W&B; most are known
 
-Convergence: the loss surely falls. Equilibrium: it is level, better than chance, and the run has
-forgotten where it was. Divergence: no better than chance (Kodryan et al., arXiv 2209.03695).
+Convergence: the loss surely falls. Equilibrium: it is level, and the run has forgotten where it
+was. Divergence: the same, no better than chance (Kodryan et al., arXiv 2209.03695).
 """
 
 import signal
@@ -24,7 +24,7 @@ import re
 import socket
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,14 +33,14 @@ import numpy as np
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
 # What others call them, the best first; of "my-run - train/loss" it is "loss".
-USUAL["epoch"] = "epoch step _step global_step iteration iter index"
+USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
 KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
 
-# The thresholds: docs/guide.md says how each was measured, and what it costs.
+# docs/guide.md says how each was measured, and what it costs
 MIN_TAIL = 4  # rows of the last half, at least
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
@@ -51,6 +51,7 @@ TURN = 0.7  # radians of a random walk in the last half: having turned less, a r
 RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
 NEGLIGIBLE = 0.003  # of the chance loss
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
+TOPS = {"train_loss": 1e308, "train_error": 1.0}  # above: in percent
 Z99 = 2.576  # normal quantile of a two-sided 99 % interval
 
 
@@ -75,41 +76,38 @@ class Verdict:
 
     regime: str = "undecided"
     why: str = ""
-    notes: list = field(default_factory=list)
-    skill: float = math.nan  # of the error, else of the loss
     slope: float = math.nan  # that decides
+    skill: float = math.nan  # of the error, else of the loss
+    notes: tuple = ()
     more_epochs: int | None = None  # in all, that may decide
     moves: bool = False  # its ELR
     broken: bool = False  # by nan, or a gradient of 0
 
     def __str__(self):
-        if self.moves:
-            return self.why
         more = "; twice the length may decide" if self.more_epochs else ""
-        return f"{title(self.regime)}: {self.why}{more}"
+        return self.why if self.moves else f"{title(self.regime)}: {self.why}{more}"
 
 
 def classify(log, chance=None):
     """The regime of one run.
 
-    log      columns, a row per epoch: `epoch`, `train_loss` in nats; where there are `train_error`
+    log      columns, a row per epoch: `epoch`, `train_loss` in nats; what there is of `train_error`
              in [0, 1], `step`, `angle` in radians, `grad_norm`, `elr`, `lr`
-    chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}, at n
-             random points of the sphere. "stepped": the same after a step of 90° along each point's
-             gradient; "constant": {"train_error"} of the best constant prediction
+    chance   {"train_loss": {"mean", "std"}, "train_error": the same, "points": n} of n random
+             points; also "stepped": the same after a step of 90° along each point's gradient;
+             "constant": {"train_error"} of the best constant prediction
     """
     loss, chance = log["train_loss"], chance or {}
     log = {name: np.full(len(loss), math.nan) for name in USUAL} | log
     for when, value in zip(log["epoch"], loss, strict=True):
         if not 0 <= value < math.inf:
-            why = f"the loss is {value:g} in epoch {when:g}"
-            return Verdict(why=why, broken=not value < 0)
+            return Verdict(why=f"the loss is {value:g} in epoch {when:g}", broken=not value < 0)
     for name in ("elr", "lr"):
-        rate = log[name][np.isfinite(log[name])]
+        rate = finite(log[name])
         late = rate[len(rate) // 8 :]
         if len(late) and np.ptp(late) > 1e-6 * late.max():
-            why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
-            return Verdict(why=why, moves=True)
+            moved = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
+            return Verdict(why=moved, moves=True)
     epoch = finished(log)
     windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
     last = windows[0]
@@ -118,47 +116,45 @@ def classify(log, chance=None):
         why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
         return Verdict(why=why, more_epochs=more_epochs)
 
-    angle = log["angle"][last]
-    angle = angle[np.isfinite(angle)].mean() if np.isfinite(angle).any() else math.nan
+    angles = finite(log["angle"][last])
+    angle = angles.mean() if len(angles) else math.nan
     turn = angle * math.sqrt(np.ptp(log["step"][last]) * n / (n - 1))
     skills = _skills(log, epoch, last, chance, angle)
-    verdict = Verdict(skill=next((skill for skill, *_ in skills.values()), math.nan))
-    if "train_error" not in skills and not angle > RIGHT_ANGLE:
-        verdict.notes.append("no train_error to judge by: skill from the loss")
-    if skills and math.isnan(turn):
-        verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0.0
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
     if np.median(loss[last]) < nothing or loss[-1] == 0:
-        verdict.regime, verdict.why = "convergence", f"{now}, next to nothing"
+        verdict = Verdict("convergence", f"{now}, next to nothing")
     elif gradient[-1] == 0:
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
-        verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
-        verdict.why += "lower the learning rate of what is on no sphere"
-        verdict.broken = True
+        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
+        why += "lower the learning rate of what is on no sphere"
+        verdict = Verdict(why=why, broken=True)
     else:
         y = np.log(np.maximum(loss, 1e-38 * loss.max()))  # 0 has no logarithm
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
-        found = _decide(slopes, turn, skills, now, loss[last].mean())
-        verdict.regime, verdict.why, verdict.slope = found
+        verdict = Verdict(*_decide(slopes, turn, skills, now, loss[last].mean()))
         if verdict.regime == "undecided" and skills:
             verdict.more_epochs = more_epochs
+    verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
+    if "train_error" not in skills and not angle > RIGHT_ANGLE:
+        verdict.notes += ("no train_error to judge by: skill from the loss",)
+    if skills and math.isnan(turn):
+        verdict.notes += ("no angle or step: a plateau, floor or slow start looks the same",)
     return verdict
 
 
 def _decide(slopes, turn, skills, now, mean):
-    """Regime, why, and the slope that decides, of slopes with half of their intervals."""
+    """Regime, why, and the slope that decides, of (slope, half of its interval) of each window."""
     known, remembers = not math.isnan(turn), turn < TURN
-    slopes, margins = np.transpose(slopes)
-    surely = slopes + margins < -FALLS
-    steep = (slopes + margins < -STEEP).all()
-    falls = surely.any() if remembers else steep
-    level = (margins < SURE) & (abs(slopes) < (LEVEL if known else LEVEL_ALONE))
-    if not known:
-        level &= not surely.any()
-    shown = level if level.any() and not falls else surely
-    best = np.where(shown | ~shown.any(), margins, math.inf).argmin()
-    slope = f"(slope {slopes[best]:+.2f} ± {margins[best]:.2f})"
+    falling = [(slope, margin) for slope, margin in slopes if slope + margin < -FALLS]
+    steep = all(slope + margin < -STEEP for slope, margin in slopes)
+    falls = falling if remembers else steep
+    most = LEVEL if known else LEVEL_ALONE
+    level = [(slope, margin) for slope, margin in slopes if margin < SURE and abs(slope) < most]
+    if falls or (falling and not known):
+        level = []
+    decides, margin = min(level or falling or slopes, key=lambda fit: fit[1])
+    slope = f"(slope {decides:+.2f} ± {margin:.2f})"
     told = {told: text for _, told, text in reversed(skills.values())}
     if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
@@ -167,7 +163,7 @@ def _decide(slopes, turn, skills, now, mean):
         found = "undecided", f"equilibrium and divergence look alike without --chance {slope}"
     elif remembers:
         found = "undecided", f"{now}, but has turned by only {turn:.2g} rad"
-    elif not level.any():
+    elif not level:
         found = "undecided", f"{now}, not shown to be level {slope}"
     elif True in told:
         found = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
@@ -176,30 +172,31 @@ def _decide(slopes, turn, skills, now, mean):
     else:
         texts = ", ".join(text for _, _, text in skills.values())
         found = "divergence", f"no better than chance: {texts}"
-    return *found, slopes[best]
+    return *found, decides
 
 
 def _skills(log, epoch, last, chance, angle):
     """Of error and loss, by name: skill, whether there is any (None: noise hides it), in words."""
-    most = chance.get("constant", {}).get("train_error", 1.0)  # to guess one class is no skill
+    constant, skills = chance.get("constant", {}), {}  # to guess one class is no skill
     if angle > RIGHT_ANGLE:  # the network knows one batch, at most
         chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
-    skills = {}
     for name, floor in FLOORS.items():
-        values, known = log[name][last], chance.get(name, {"mean": 0.0})
-        by_chance, top = known["mean"], math.inf
-        if name == "train_error":
-            by_chance, top = min(by_chance, most), 1.0
-        if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):
-            continue  # unknown, or in percent
+        values, reference = log[name][last], chance.get(name, {"mean": 0.0})
+        by_chance = min(reference["mean"], constant.get(name, math.inf))
+        if not (by_chance > 0 and 0 <= values.min() and values.max() <= TOPS[name]):
+            continue
         _, _, mean, error = trend(np.log(epoch[last]), values)
-        spread = Z99 * known.get("std", 0.0) / math.sqrt(chance.get("points", 1))
+        spread = Z99 * reference.get("std", 0.0) / math.sqrt(chance.get("points", 1))
         skill, margin = 1 - mean / by_chance, math.hypot(error, spread) / by_chance
         told, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
         if not told and (skill >= floor or (margin > floor and skill + margin > floor)):
             told, text = None, f"{text} ± {margin * by_chance:.2g}"
         skills[name] = skill, told, text
     return skills
+
+
+def finite(column):
+    return column[np.isfinite(column)]
 
 
 def finished(log):
@@ -243,7 +240,7 @@ def elr_name(elr):
 
 
 def _rows(path):
-    """Names of columns; (line, row) of CSV, or of JSON: under log_history, or an object a line."""
+    """Names of columns; (line, row), of CSV or JSON: under log_history, or an object a line."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
     if text.startswith(("{", "[")):
         try:
@@ -304,7 +301,7 @@ def read_log(path, columns=None):
         whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
         if not whole:
             raise ValueError("no row with a loss")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
+    except Exception as error:  # damaged files can fail anywhere
         why = str(getattr(error, "strerror", error))[:200]
         if isinstance(error, UnicodeDecodeError):
             why = "unpack it, or save it as UTF-8"
@@ -321,7 +318,7 @@ def read_chance(folder):
         chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
-    except Exception:  # damaged JSON can fail anywhere
+    except Exception:
         raise ValueError(f"{path} is damaged: it has no chance reference") from None
     return chance
 
@@ -354,9 +351,9 @@ def gather(paths, columns=None, chance=None):
     """The runs of folders and logs, by ELR and seed, and problems. `chance`: not config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        inside = [log for kind in KINDS for log in sorted(path.glob(kind))]
-        inside = [log for log in inside if not any(map(log.match, OURS))]
-        logs += inside if path.is_dir() else [path]
+        found = [log for kind in KINDS for log in sorted(path.glob(kind))]
+        found = [log for log in found if not any(map(log.match, OURS))]
+        logs += found if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
     for path in logs:
@@ -375,15 +372,12 @@ def read_folder(folder):
 
 def by_elr(runs):
     """Runs by ELR, in its order."""
-    groups = {}
-    for run in runs:
-        if not math.isnan(run.elr):
-            groups.setdefault(run.elr, []).append(run)
-    return dict(sorted(groups.items()))
+    elrs = sorted({run.elr for run in runs if not math.isnan(run.elr)})
+    return {elr: [run for run in runs if run.elr == elr] for elr in elrs}
 
 
 def majority(runs):
-    """The regime of most of the runs, or undecided; how many have the most frequent one."""
+    """The regime of most runs, or undecided; how many have the most frequent one."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
     return regime if 2 * n > len(runs) else "undecided", n
 
@@ -408,20 +402,18 @@ class Boundary:
 
 
 def boundaries(runs):
-    """Of a sweep: from the largest ELR at which, as before it, no run lies above, and all below, to
-    the smallest of which the reverse is true. What broke down lies above."""
+    """From the largest ELR at which all runs lie below, and up to which none lies above, to the
+    smallest of which the reverse is true. What broke down lies above."""
     ranks, found = {}, []
     for elr, group in by_elr(runs).items():
         verdicts = [run.verdict for run in group]
         ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
-    for rank, (left, right) in enumerate(pairwise(ORDER)):
+    for rank, sides in enumerate(pairwise(ORDER)):
         first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=math.inf)
         last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
         below = [elr for elr in ranks if (ranks[elr] <= rank).all() and elr < first]
         above = [elr for elr in ranks if (ranks[elr] > rank).all() and elr > last]
-        found.append(
-            Boundary(left, right, max(below, default=math.nan), min(above, default=math.nan))
-        )
+        found.append(Boundary(*sides, max(below, default=math.nan), min(above, default=math.nan)))
     return found
 
 
@@ -430,24 +422,23 @@ MEDIANS = ["skill", "slope", *ENDS]
 
 
 def rows(runs):
-    """A row per run that has an ELR; of ENDS means of the last tenth of the epochs."""
+    """A row per run that has an ELR; ENDS: means over the last tenth of the epochs."""
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
-        row = {"elr": run.elr, "seed": run.seed, "regime": verdict.regime}
+        regime = "not fixed" if verdict.moves else verdict.regime
+        row = {"elr": run.elr, "seed": run.seed, "regime": regime}
         row |= {"skill": verdict.skill, "slope": verdict.slope}
         row |= {name: run.final(name) for name in ENDS}
         row |= {"epochs": int(finished(run.log)[-1]), "run": run.name}
         row |= {"elr_min": min(elrs), "elr_max": max(elrs)}
-        if verdict.moves:
-            row["regime"] = "not fixed"
         if not math.isnan(elrs[-1]):
             found.append(row)
     return found
 
 
 def table(runs):
-    """A line per ELR, medians over its seeds; boundaries; runs whose ELR moves, or is not known."""
+    """Medians over the seeds of each ELR; boundaries; runs whose ELR moves, or is not known."""
     lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -457,8 +448,8 @@ def table(runs):
     if lines:
         heads = "".join(f"{name.replace('_', ' '):>12}" for name in MEDIANS)
         lines = [f"{'ELR':>10}  {'regime':<20}seeds{heads}", *lines, *map(str, boundaries(runs))]
-    moving = [run for run in runs if loop and run.verdict.moves]
-    lines += loop.summary(moving) if moving else []
+    if loop:
+        lines += loop.summary([run for run in runs if run.verdict.moves])
     others = [run for run in runs if math.isnan(run.elr) and not (loop and run.verdict.moves)]
     return "\n".join([*lines, *map(str, others)])
 
@@ -524,17 +515,17 @@ def main(argv=None):
     columns = dict(word.partition("=")[::2] for word in args.columns)
     if not (all(columns.values()) and columns.keys() <= USUAL.keys()):
         parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, of {ours}")
-    if not all(0 < x < math.inf for x in args.chance) or any(x > 1 for x in args.chance[1:]):
+    given = dict(zip(TOPS, args.chance, strict=False))
+    if not all(0 < given[name] <= TOPS[name] for name in given):
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    given = zip(("train_loss", "train_error"), args.chance, strict=False)
-    chance = {name: {"mean": mean} for name, mean in given}
+    chance = {name: {"mean": mean} for name, mean in given.items()}
     runs, problems = gather(args.paths, columns, chance)
-    text, folder, found = "\n".join(map(str, runs)), args.paths[0], []
+    text, folder, found = "\n".join(map(str, runs)), args.paths[0], rows(runs)
     if any(path.is_dir() for path in args.paths):
-        text, found = table(runs), rows(runs)
+        text = table(runs)
         if runs and not found:
             text += "\nno regimes.csv: no run here has an ELR"
-    if found and len(args.paths) == 1:
+    if found and folder.is_dir() and len(args.paths) == 1:
         try:
             write_csv(folder / "regimes.csv", found)
         except OSError as error:
