@@ -6,26 +6,22 @@
     python regimes.py export.csv --columns epoch=Step    W&B; most are known
 
 Convergence: the loss surely falls. Equilibrium: it is level, and the run has forgotten where it
-was. Divergence: the same, no better than chance (Kodryan et al., arXiv 2209.03695).
+was. Divergence: so is it, no better than chance. See arXiv 2209.03695, and docs/guide.md.
 """
-
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while numpy is imported: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import csv
 import io
 import json
-import math
 import os
 import re
+import signal
 import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil, expm1, hypot, inf, isnan, nan, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +40,11 @@ NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
 MIN_TAIL = 4  # rows of the last half, at least
 WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS, STEEP = 0.02, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
-LEVEL, LEVEL_ALONE = 0.2, 0.04  # slope of a level, at most; where no angle is logged
-SURE = 0.3  # a level's slope is known to ±0.3
-TURN = 0.7  # radians of a random walk in the last half: having turned less, a run remembers
-RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
+FALLS, STEEP = 0.02, 0.12  # slope of log loss that surely falls; where the run has forgotten, too
+LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
+ALONE = (-0.03, 0.1, -0.3)  # the same where no angle is logged
+TURN = 0.7  # radians of a random walk in the last half: with less a run remembers
+RIGHT_ANGLE = 1.5  # radians: a step by more leaves nothing of the weights
 NEGLIGIBLE = 0.003  # of the chance loss
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
 TOPS = {"train_loss": 1e308, "train_error": 1.0}  # above: in percent
@@ -56,8 +52,8 @@ Z99 = 2.576  # normal quantile of a two-sided 99 % interval
 
 
 def trend(x, y):
-    """Slope and half of its 99 % interval, mean and half of its, of the line through the means of
-    BLOCKS blocks, or through 3 rows and more. What is left beside it, curvature too, is noise."""
+    """Slope, half of its 99 % interval, mean, half of its, of the line through the means of blocks,
+    or 3 rows and more. What is left beside it, curvature too, is noise."""
     blocks = min(BLOCKS, len(x))
     starts = np.arange(blocks) * len(x) // blocks
     x, y = (np.add.reduceat(z, starts) / np.diff(starts, append=len(z)) for z in (x, y))
@@ -66,8 +62,8 @@ def trend(x, y):
     left = y - y.mean() - slope * away
     # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
     normal = Z99 * (8 * free + 3) / (8 * free + 1)
-    noise = math.sqrt(math.expm1(normal**2 / free) * (left @ left))
-    return slope, noise / math.sqrt(away @ away), y.mean(), noise / math.sqrt(blocks)
+    noise = sqrt(expm1(normal**2 / free) * (left @ left))
+    return slope, noise / sqrt(away @ away), y.mean(), noise / sqrt(blocks)
 
 
 @dataclass
@@ -76,8 +72,8 @@ class Verdict:
 
     regime: str = "undecided"
     why: str = ""
-    slope: float = math.nan  # that decides
-    skill: float = math.nan  # of the error, else of the loss
+    slope: float = nan  # that decides
+    skill: float = nan  # of the error, else of the loss
     notes: tuple = ()
     more_epochs: int | None = None  # in all, that may decide
     moves: bool = False  # its ELR
@@ -93,14 +89,13 @@ def classify(log, chance=None):
 
     log      columns, a row per epoch: `epoch`, `train_loss` in nats; what there is of `train_error`
              in [0, 1], `step`, `angle` in radians, `grad_norm`, `elr`, `lr`
-    chance   {"train_loss": {"mean", "std"}, "train_error": the same, "points": n} of n random
-             points; also "stepped": the same after a step of 90° along each point's gradient;
-             "constant": {"train_error"} of the best constant prediction
+    chance   of n random points: {"train_loss": {"mean", "std"}, "train_error": the same, "points":
+             n}; "stepped": after a step of 90°; "constant": {"train_error"} of the best constant
     """
     loss, chance = log["train_loss"], chance or {}
-    log = {name: np.full(len(loss), math.nan) for name in USUAL} | log
+    log = {name: np.full(len(loss), nan) for name in USUAL} | log
     for when, value in zip(log["epoch"], loss, strict=True):
-        if not 0 <= value < math.inf:
+        if not 0 <= value < inf:
             return Verdict(why=f"the loss is {value:g} in epoch {when:g}", broken=not value < 0)
     for name in ("elr", "lr"):
         rate = finite(log[name])
@@ -111,14 +106,14 @@ def classify(log, chance=None):
     epoch = finished(log)
     windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
     last = windows[0]
-    n, more_epochs = last.sum(), 2 * max(math.ceil(epoch[-1]), MIN_TAIL)
+    n, more = last.sum(), 2 * max(ceil(epoch[-1]), MIN_TAIL)
     if n < MIN_TAIL:
         why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
-        return Verdict(why=why, more_epochs=more_epochs)
+        return Verdict(why=why, more_epochs=more)
 
     angles = finite(log["angle"][last])
-    angle = angles.mean() if len(angles) else math.nan
-    turn = angle * math.sqrt(np.ptp(log["step"][last]) * n / (n - 1))
+    angle = angles.mean() if len(angles) else nan
+    turn = angle * sqrt(np.ptp(log["step"][last]) * n / (n - 1))
     skills = _skills(log, epoch, last, chance, angle)
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0.0
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
@@ -134,60 +129,61 @@ def classify(log, chance=None):
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
         verdict = Verdict(*_decide(slopes, turn, skills, now, loss[last].mean()))
         if verdict.regime == "undecided" and skills:
-            verdict.more_epochs = more_epochs
-    verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
+            verdict.more_epochs = more
+    verdict.skill = next((skill for skill, *_ in skills.values()), nan)
     if "train_error" not in skills and not angle > RIGHT_ANGLE:
         verdict.notes += ("no train_error to judge by: skill from the loss",)
-    if skills and math.isnan(turn):
+    if skills and isnan(turn):
         verdict.notes += ("no angle or step: a plateau, floor or slow start looks the same",)
     return verdict
 
 
 def _decide(slopes, turn, skills, now, mean):
-    """Regime, why, and the slope that decides, of (slope, half of its interval) of each window."""
-    known, remembers = not math.isnan(turn), turn < TURN
-    falling = [(slope, margin) for slope, margin in slopes if slope + margin < -FALLS]
-    steep = all(slope + margin < -STEEP for slope, margin in slopes)
-    falls = falling if remembers else steep
-    most = LEVEL if known else LEVEL_ALONE
-    level = [(slope, margin) for slope, margin in slopes if margin < SURE and abs(slope) < most]
+    """Regime, why, and the slope that decides. slopes: (slope, half of its interval) by window."""
+    known, remembers = not isnan(turn), turn < TURN
+    falling = [fit for fit in slopes if sum(fit) < -FALLS]  # the whole interval does
+    falls = falling if remembers else all(sum(fit) < -STEEP for fit in slopes)
+    least, most, end = LEVEL if known else ALONE
+    level = [fit for fit in slopes if least < fit[0] < most and fit[0] - fit[1] > end]
     if falls or (falling and not known):
         level = []
     decides, margin = min(level or falling or slopes, key=lambda fit: fit[1])
     slope = f"(slope {decides:+.2f} ± {margin:.2f})"
     told = {told: text for _, told, text in reversed(skills.values())}
+    regime = "undecided"
     if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
-        found = "convergence", f"{now} falls {slope}{turned}"
+        regime, why = "convergence", f"{now} falls {slope}{turned}"
     elif not skills:
-        found = "undecided", f"equilibrium and divergence look alike without --chance {slope}"
+        why = f"equilibrium and divergence look alike without --chance {slope}"
     elif remembers:
-        found = "undecided", f"{now}, but has turned by only {turn:.2g} rad"
+        why = f"{now}, but has turned by only {turn:.2g} rad"
     elif not level:
-        found = "undecided", f"{now}, not shown to be level {slope}"
+        why = f"{now}, not shown to be level {slope}"
     elif True in told:
-        found = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
+        regime, why = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
     elif None in told:
-        found = "undecided", f"too noisy: {told[None]}"
+        why = f"too noisy: {told[None]}"
     else:
         texts = ", ".join(text for _, _, text in skills.values())
-        found = "divergence", f"no better than chance: {texts}"
-    return *found, decides
+        regime, why = "divergence", f"no better than chance: {texts}"
+    return regime, why, decides
 
 
 def _skills(log, epoch, last, chance, angle):
-    """Of error and loss, by name: skill, whether there is any (None: noise hides it), in words."""
-    constant, skills = chance.get("constant", {}), {}  # to guess one class is no skill
+    """Of error and loss: skill, whether there is any (None: noise hides it), in words."""
+    skills, constant = {}, chance.get("constant", {})  # to guess one class is no skill
     if angle > RIGHT_ANGLE:  # the network knows one batch, at most
         chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
     for name, floor in FLOORS.items():
         values, reference = log[name][last], chance.get(name, {"mean": 0.0})
-        by_chance = min(reference["mean"], constant.get(name, math.inf))
+        most = constant.get(name, 1.0) if name == "train_error" else inf
+        by_chance = min(reference["mean"], most)
         if not (by_chance > 0 and 0 <= values.min() and values.max() <= TOPS[name]):
             continue
         _, _, mean, error = trend(np.log(epoch[last]), values)
-        spread = Z99 * reference.get("std", 0.0) / math.sqrt(chance.get("points", 1))
-        skill, margin = 1 - mean / by_chance, math.hypot(error, spread) / by_chance
+        spread = Z99 * reference.get("std", 0.0) / sqrt(chance.get("points", 1))
+        skill, margin = 1 - mean / by_chance, hypot(error, spread) / by_chance
         told, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
         if not told and (skill >= floor or (margin > floor and skill + margin > floor)):
             told, text = None, f"{text} ± {margin * by_chance:.2g}"
@@ -200,7 +196,7 @@ def finite(column):
 
 
 def finished(log):
-    """Epochs finished: a row of epoch 0 is before training only where `step` says 0."""
+    """Epochs finished: row 0 is before training only where `step` says 0."""
     epoch = log["epoch"]
     if len(epoch) > 1 and epoch[0] == 0 and log.get("step", [1])[0] != 0:
         return epoch + epoch[1]
@@ -231,8 +227,8 @@ class Logged:
 
     def final(self, column):
         """Mean of a column over its last tenth."""
-        values = self.log.get(column, np.array([math.nan]))
-        return float(values[-max(1, len(values) // 10) :].mean())
+        values = self.log.get(column, [nan])
+        return float(np.mean(values[-max(1, len(values) // 10) :]))
 
 
 def elr_name(elr):
@@ -278,8 +274,7 @@ def _names(header, columns):
 
 
 def read_log(path, columns=None):
-    """The columns that we know, rows of an epoch joined. `columns`: ours → theirs. ValueError: it
-    is no log."""
+    """The columns that we know, rows of an epoch joined. ValueError: it is no log."""
     at, last, joined = 1, 0.0, {}
     try:
         header, rows = _rows(path)
@@ -292,7 +287,7 @@ def read_log(path, columns=None):
             cells = {ours: row.get(theirs) for ours, theirs in names.items()}
             numbers = {ours: float(cell) for ours, cell in cells.items() if cell not in (None, "")}
             epoch = numbers.setdefault("epoch", last)  # Lightning's learning rates have none
-            if not last <= epoch < math.inf:
+            if not last <= epoch < inf:
                 raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
             if "train_loss" in before and "train_loss" in numbers:
@@ -306,7 +301,7 @@ def read_log(path, columns=None):
         if isinstance(error, UnicodeDecodeError):
             why = "unpack it, or save it as UTF-8"
         raise ValueError(f"{path}: line {at}: {why}") from None
-    return {ours: np.array([row.get(ours, math.nan) for row in whole]) for ours in names}
+    return {ours: np.array([row.get(ours, nan) for row in whole]) for ours in names}
 
 
 def read_chance(folder):
@@ -331,15 +326,15 @@ def read_run(path, chance, columns=None):
     seed = int(float(named.get("seed", "0")))
     reference = chance.get(str(seed), chance.get(""))
     verdict, loop = classify(log, reference), lab_loop()
-    if verdict.moves or not 0 < elr < math.inf:
-        elr = math.nan
+    if verdict.moves or not 0 < elr < inf:
+        elr = nan
     if verdict.moves and loop and loop.is_loop(log):
         verdict.why = str(loop.classify_loop([log], reference))
     return Logged(path, float(elr), seed, log, verdict, reference)
 
 
 def lab_loop():
-    """lab/loop.py, for runs whose ELR moves; None where this file is alone."""
+    """For runs whose ELR moves; None: this file is alone."""
     try:
         from lab import loop
     except ImportError:
@@ -348,7 +343,7 @@ def lab_loop():
 
 
 def gather(paths, columns=None, chance=None):
-    """The runs of folders and logs, by ELR and seed, and problems. `chance`: not config.json's."""
+    """Runs by ELR and seed, and problems. `chance`: instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
         found = [log for kind in KINDS for log in sorted(path.glob(kind))]
@@ -362,7 +357,7 @@ def gather(paths, columns=None, chance=None):
             runs.append(read_run(path, known, columns))
         except ValueError as error:
             problems.append(str(error))
-    runs.sort(key=lambda run: (math.isnan(run.elr), run.elr, run.seed))
+    runs.sort(key=lambda run: (isnan(run.elr), run.elr, run.seed))
     return runs, list(dict.fromkeys(problems))
 
 
@@ -372,19 +367,19 @@ def read_folder(folder):
 
 def by_elr(runs):
     """Runs by ELR, in its order."""
-    elrs = sorted({run.elr for run in runs if not math.isnan(run.elr)})
+    elrs = sorted({run.elr for run in runs if not isnan(run.elr)})
     return {elr: [run for run in runs if run.elr == elr] for elr in elrs}
 
 
 def majority(runs):
-    """The regime of most runs, or undecided; how many have the most frequent one."""
+    """The regime of most runs, or undecided; how many have the most frequent."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
     return regime if 2 * n > len(runs) else "undecided", n
 
 
 @dataclass
 class Boundary:
-    """Between two regimes: the largest ELR below, the smallest above; nan: not seen."""
+    """The largest ELR below, the smallest above; nan: not seen."""
 
     left: str
     right: str
@@ -402,18 +397,18 @@ class Boundary:
 
 
 def boundaries(runs):
-    """From the largest ELR at which all runs lie below, and up to which none lies above, to the
-    smallest of which the reverse is true. What broke down lies above."""
+    """From the largest ELR with all runs below, and none above up to it, to the smallest of which
+    the reverse is true. What broke down lies above."""
     ranks, found = {}, []
     for elr, group in by_elr(runs).items():
         verdicts = [run.verdict for run in group]
-        ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
+        ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, nan) for v in verdicts])
     for rank, sides in enumerate(pairwise(ORDER)):
-        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=math.inf)
+        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=inf)
         last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
         below = [elr for elr in ranks if (ranks[elr] <= rank).all() and elr < first]
         above = [elr for elr in ranks if (ranks[elr] > rank).all() and elr > last]
-        found.append(Boundary(*sides, max(below, default=math.nan), min(above, default=math.nan)))
+        found.append(Boundary(*sides, max(below, default=nan), min(above, default=nan)))
     return found
 
 
@@ -422,17 +417,16 @@ MEDIANS = ["skill", "slope", *ENDS]
 
 
 def rows(runs):
-    """A row per run that has an ELR; ENDS: means over the last tenth of the epochs."""
+    """A row per run that has an ELR; of ENDS means over the last tenth."""
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
         regime = "not fixed" if verdict.moves else verdict.regime
-        row = {"elr": run.elr, "seed": run.seed, "regime": regime}
-        row |= {"skill": verdict.skill, "slope": verdict.slope}
-        row |= {name: run.final(name) for name in ENDS}
+        row = {"elr": run.elr, "seed": run.seed, "regime": regime, "skill": verdict.skill}
+        row |= {"slope": verdict.slope} | {name: run.final(name) for name in ENDS}
         row |= {"epochs": int(finished(run.log)[-1]), "run": run.name}
         row |= {"elr_min": min(elrs), "elr_max": max(elrs)}
-        if not math.isnan(elrs[-1]):
+        if not isnan(elrs[-1]):
             found.append(row)
     return found
 
@@ -450,7 +444,7 @@ def table(runs):
         lines = [f"{'ELR':>10}  {'regime':<20}seeds{heads}", *lines, *map(str, boundaries(runs))]
     if loop:
         lines += loop.summary([run for run in runs if run.verdict.moves])
-    others = [run for run in runs if math.isnan(run.elr) and not (loop and run.verdict.moves)]
+    others = [run for run in runs if isnan(run.elr) and not (loop and run.verdict.moves)]
     return "\n".join([*lines, *map(str, others)])
 
 
@@ -490,7 +484,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def finish(main):
-    """Exit as `main` says; silently if the reader is gone (| head), or at Ctrl-C."""
+    """Exit as `main` says, silently at Ctrl-C or if the reader is gone (| head)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
@@ -506,11 +500,12 @@ def finish(main):
 def main(argv=None):
     style, ours = argparse.RawDescriptionHelpFormatter, ", ".join(USUAL)
     parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
-    add, many = parser.add_argument, dict(nargs="+", default=[])
+    add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    add("--columns", **many, metavar="OURS=THEIRS", help=f"names of columns; ours are {ours}")
+    text = f"names of columns; ours are {ours}"
+    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
     text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
-    add("--chance", **many, type=float, metavar=("LOSS", "ERROR"), help=text)
+    add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
     columns = dict(word.partition("=")[::2] for word in args.columns)
     if not (all(columns.values()) and columns.keys() <= USUAL.keys()):
