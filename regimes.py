@@ -3,10 +3,10 @@
     python regimes.py logs/digits-convnet                a folder: table, boundaries
     python regimes.py log.csv --chance 2.303             Keras, ten classes
     python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
-    python regimes.py export.csv --columns epoch=Step    W&B; most are known
+    python regimes.py export.csv --columns epoch=Step    W&B
 
-Convergence: the loss surely falls. Equilibrium: it is level, and the run has forgotten where it
-was. Divergence: so is it, no better than chance. See arXiv 2209.03695, and docs/guide.md.
+Convergence: the loss surely falls. Equilibrium: it is level, and the start is forgotten.
+Divergence: so is it, no better than chance (arXiv 2209.03695).
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# What others call them, the best first; of "my-run - train/loss" it is "loss".
+# what others call them, the best first; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
@@ -38,17 +38,16 @@ NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
 
 # docs/guide.md says how each was measured, and what it costs
 MIN_TAIL = 4  # rows of the last half, at least
-WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
+WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run, where those begin whose slopes count
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS, STEEP = 0.02, 0.12  # slope of log loss that surely falls; where the run has forgotten, too
+FALLS, STEEP = 0.02, 0.12  # slope of log loss that surely falls; where the run has forgotten
 LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
-ALONE = (-0.035, 0.1, -0.3)  # the same where no angle is logged
+ALONE = (-0.035, 0.1, -0.3)  # where no angle is logged
 TURN = 0.7  # radians of a random walk in the last half: with less a run remembers
 RIGHT_ANGLE = 1.5  # radians: a step by more leaves nothing of the weights
 NEGLIGIBLE = 0.003  # of the chance loss
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
-TOPS = {"train_loss": 1e308, "train_error": 1.0}  # above: in percent
-Z99 = 2.576  # normal quantile of a two-sided 99 % interval
+Z99 = 2.576  # of a two-sided 99 % interval
 
 
 def trend(x, y):
@@ -60,7 +59,7 @@ def trend(x, y):
     away, free = x - x.mean(), blocks - 2
     slope = (away @ y) / (away @ away)
     left = y - y.mean() - slope * away
-    # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
+    # Student's quantile (Wallace, Ann. Math. Stat. 30, 1959)
     normal = Z99 * (8 * free + 3) / (8 * free + 1)
     noise = sqrt(expm1(normal**2 / free) * (left @ left))
     return slope, noise / sqrt(away @ away), y.mean(), noise / sqrt(blocks)
@@ -101,10 +100,10 @@ def classify(log, chance=None):
         rate = finite(log[name])
         late = rate[len(rate) // 8 :]
         if len(late) and np.ptp(late) > 1e-6 * late.max():
-            moved = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
-            return Verdict(why=moved, moves=True)
+            why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
+            return Verdict(why=why, moves=True)
     epoch = finished(log)
-    windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
+    windows = [epoch > epoch[-1] * begin for begin in WINDOWS]
     last = windows[0]
     n, more = last.sum(), 2 * max(ceil(epoch[-1]), MIN_TAIL)
     if n < MIN_TAIL:
@@ -115,22 +114,23 @@ def classify(log, chance=None):
     angle = angles.mean() if len(angles) else nan
     turn = angle * sqrt(np.ptp(log["step"][last]) * n / (n - 1))
     skills = _skills(log, epoch, last, chance, angle)
-    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0.0
+    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
     if np.median(loss[last]) < nothing or loss[-1] == 0:
         verdict = Verdict("convergence", f"{now}, next to nothing")
     elif gradient[-1] == 0:
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
-        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
-        why += "lower the learning rate of what is on no sphere"
-        verdict = Verdict(why=why, broken=True)
+        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}"
+        verdict = Verdict(
+            why=f"{why}; lower the learning rate of what is on no sphere", broken=True
+        )
     else:
         y = np.log(np.maximum(loss, 1e-38 * loss.max()))  # 0 has no logarithm
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
         verdict = Verdict(*_decide(slopes, turn, skills, now, loss[last].mean()))
         if verdict.regime == "undecided" and skills:
             verdict.more_epochs = more
-    verdict.skill = next((skill for skill, *_ in skills.values()), nan)
+    verdict.skill = next(iter(skills.values()), (nan,))[0]
     if "train_error" not in skills and not angle > RIGHT_ANGLE:
         verdict.notes += ("no train_error to judge by: skill from the loss",)
     if skills and isnan(turn):
@@ -141,7 +141,7 @@ def classify(log, chance=None):
 def _decide(slopes, turn, skills, now, mean):
     """Regime, why, and the slope that decides. slopes: (slope, half of its interval) by window."""
     known, remembers = not isnan(turn), turn < TURN
-    falling = [fit for fit in slopes if sum(fit) < -FALLS]  # the whole interval does
+    falling = [fit for fit in slopes if sum(fit) < -FALLS]  # the whole interval
     falls = falling if remembers else all(sum(fit) < -STEEP for fit in slopes)
     least, most, end = LEVEL if known else ALONE
     level = [fit for fit in slopes if least < fit[0] < most and fit[0] - fit[1] > end]
@@ -165,7 +165,7 @@ def _decide(slopes, turn, skills, now, mean):
     elif None in told:
         why = f"too noisy: {told[None]}"
     else:
-        texts = ", ".join(text for _, _, text in skills.values())
+        texts = ", ".join(text for *_, text in skills.values())
         regime, why = "divergence", f"no better than chance: {texts}"
     return regime, why, decides
 
@@ -177,9 +177,10 @@ def _skills(log, epoch, last, chance, angle):
         chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
     for name, floor in FLOORS.items():
         values, reference = log[name][last], chance.get(name, {"mean": 0.0})
-        most = constant.get(name, 1.0) if name == "train_error" else inf
-        by_chance = min(reference["mean"], most)
-        if not (by_chance > 0 and 0 <= values.min() and values.max() <= TOPS[name]):
+        by_chance, top = reference["mean"], inf
+        if name == "train_error":
+            by_chance, top = min(by_chance, constant.get(name, 1.0)), 1.0
+        if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):  # or in percent
             continue
         _, _, mean, error = trend(np.log(epoch[last]), values)
         spread = Z99 * reference.get("std", 0.0) / sqrt(chance.get("points", 1))
@@ -236,7 +237,7 @@ def elr_name(elr):
 
 
 def _rows(path):
-    """Names of columns; (line, row), of CSV or JSON: under log_history, or an object a line."""
+    """Names of columns; (line, row), of CSV or JSON."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
     if text.startswith(("{", "[")):
         try:
@@ -244,7 +245,7 @@ def _rows(path):
             found = found if isinstance(found, list) else found["log_history"]
         except (ValueError, KeyError):
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return list(dict.fromkeys(name for row in found for name in row)), enumerate(found, 1)
+        return [*dict.fromkeys(name for row in found for name in row)], enumerate(found, 1)
     lines = text.split("\n")
     delimiter = max(",;\t", key=lines[0].count)
     if lines[-1].count(delimiter) < lines[0].count(delimiter):
@@ -255,7 +256,7 @@ def _rows(path):
 
 def _names(header, columns):
     """Our names of columns → theirs."""
-    if "train_runtime" in header:  # Hugging Face's train_loss is one number, at the end
+    if "train_runtime" in header:  # Hugging Face's train_loss is one number
         columns = {"train_loss": "loss"} | columns
     places, names = {}, {}
     for name in header:
@@ -310,11 +311,11 @@ def read_chance(folder):
     if not path.exists():
         return {}
     try:
-        chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
+        chance = json.loads(path.read_bytes()).get("chance", {})
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
     except Exception:
-        raise ValueError(f"{path} is damaged: it has no chance reference") from None
+        raise ValueError(f"{path} is damaged") from None
     return chance
 
 
@@ -322,8 +323,8 @@ def read_run(path, chance, columns=None):
     """A log, classified. `chance`: by seed, or under "" one for all."""
     log = read_log(path, columns)
     named = dict(re.findall(rf"(elr|seed)=({NUMBER})", path.name))
-    elr = log["elr"][-1] if "elr" in log else float(named.get("elr", "nan"))
-    seed = int(float(named.get("seed", "0")))
+    elr = log["elr"][-1] if "elr" in log else float(named.get("elr", nan))
+    seed = int(float(named.get("seed", 0)))
     reference = chance.get(str(seed), chance.get(""))
     verdict, loop = classify(log, reference), lab_loop()
     if verdict.moves or not 0 < elr < inf:
@@ -338,7 +339,7 @@ def lab_loop():
     try:
         from lab import loop
     except ImportError:
-        return None
+        loop = None
     return loop
 
 
@@ -358,7 +359,7 @@ def gather(paths, columns=None, chance=None):
         except ValueError as error:
             problems.append(str(error))
     runs.sort(key=lambda run: (isnan(run.elr), run.elr, run.seed))
-    return runs, list(dict.fromkeys(problems))
+    return runs, [*dict.fromkeys(problems)]
 
 
 def read_folder(folder):
@@ -432,7 +433,7 @@ def rows(runs):
 
 
 def table(runs):
-    """Medians over the seeds of each ELR; boundaries; runs whose ELR moves, or is not known."""
+    """Medians over the seeds of each ELR, boundaries, and the other runs."""
     lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -459,7 +460,7 @@ def csv_lines(rows):
 
 
 def write_csv(path, rows):
-    """Rows that are dicts with the same keys."""
+    """Of dicts with the same keys."""
     write_whole(path, csv_lines(rows[:1] + [row.values() for row in rows]))
 
 
@@ -499,27 +500,24 @@ def finish(main):
 
 def main(argv=None):
     style, ours = argparse.RawDescriptionHelpFormatter, ", ".join(USUAL)
-    parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
+    parser = Parser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    text = f"names of columns; ours are {ours}"
-    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
+    add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders")
+    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=f"ours are {ours}")
     text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
     add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
     columns = dict(word.partition("=")[::2] for word in args.columns)
     if not (all(columns.values()) and columns.keys() <= USUAL.keys()):
         parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, of {ours}")
-    given = dict(zip(TOPS, args.chance, strict=False))
-    if not all(0 < given[name] <= TOPS[name] for name in given):
+    if not all(0 < x < inf for x in args.chance) or any(x > 1 for x in args.chance[1:]):
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    chance = {name: {"mean": mean} for name, mean in given.items()}
+    chance = {name: {"mean": x} for name, x in zip(reversed(FLOORS), args.chance, strict=False)}
     runs, problems = gather(args.paths, columns, chance)
     text, folder, found = "\n".join(map(str, runs)), args.paths[0], rows(runs)
     if any(path.is_dir() for path in args.paths):
         text = table(runs)
-        if runs and not found:
-            text += "\nno regimes.csv: no run here has an ELR"
+        text += "\nno regimes.csv: no run here has an ELR" if runs and not found else ""
     if found and folder.is_dir() and len(args.paths) == 1:
         try:
             write_csv(folder / "regimes.csv", found)
