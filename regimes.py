@@ -3,70 +3,66 @@
     python regimes.py logs/digits-convnet                a folder: table, boundaries
     python regimes.py log.csv --chance 2.303             Keras, ten classes
     python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
-    python regimes.py export.csv --columns epoch=Step    W&B; most are known
+    python regimes.py export.csv --columns epoch=Step    W&B
 
-Convergence: the loss surely falls. Equilibrium: it is level, better than chance, and the run has
-forgotten where it was. Divergence: no better than chance (Kodryan et al., arXiv 2209.03695).
+Convergence: the loss surely falls. Equilibrium: it is level, and the start is forgotten.
+Divergence: so is it, no better than chance (arXiv 2209.03695).
 """
-
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while numpy is imported: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import csv
 import io
 import json
-import math
 import os
 import re
+import signal
 import socket
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil, expm1, hypot, inf, isnan, nan, sqrt
 from pathlib import Path
 
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# What others call them, the best first; of "my-run - train/loss" it is "loss".
-USUAL["epoch"] = "epoch step _step global_step iteration iter index"
+# what others call them, the best first; "my-run - train/loss" is "loss"
+USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
 KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
 
-# The thresholds: docs/guide.md says how each was measured, and what it costs.
+# docs/guide.md says how each was measured, and what it costs
 MIN_TAIL = 4  # rows of the last half, at least
-WINDOWS = (1 / 2, 3 / 4, 7 / 8)  # the last shares of a run whose slopes are looked at
+WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run, where those begin whose slopes count
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS, STEEP = 0.02, 0.1  # slope of log loss that surely falls; where the run has forgotten, too
-LEVEL, LEVEL_ALONE = 0.2, 0.04  # slope of a level, at most; where no angle is logged
-SURE = 0.3  # a level's slope is known to ±0.3
-TURN = 0.7  # radians of a random walk in the last half: having turned less, a run remembers
-RIGHT_ANGLE = 1.5  # radians: a step that turns the weights by more leaves nothing of them
+FALLS, STEEP = 0.02, 0.12  # slope of log loss that surely falls; where the run has forgotten
+LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
+ALONE = (-0.035, 0.1, -0.3)  # where no angle is logged
+TURN = 0.7  # radians of a random walk in the last half: with less a run remembers
+RIGHT_ANGLE = 1.5  # radians: a step by more leaves nothing of the weights
 NEGLIGIBLE = 0.003  # of the chance loss
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
-Z99 = 2.576  # normal quantile of a two-sided 99 % interval
+Z99 = 2.576  # of a two-sided 99 % interval
 
 
 def trend(x, y):
-    """Slope and half of its 99 % interval, mean and half of its, of the line through the means of
-    BLOCKS blocks, or through 3 rows and more. What is left beside it, curvature too, is noise."""
+    """Slope, half of its 99 % interval, mean, half of its, of the line through the means of blocks,
+    or 3 rows and more. What is left beside it, curvature too, is noise."""
     blocks = min(BLOCKS, len(x))
-    ends = np.arange(1, blocks) * len(x) // blocks
-    x, y = (np.array([block.mean() for block in np.split(z, ends)]) for z in (x, y))
+    starts = np.arange(blocks) * len(x) // blocks
+    x, y = (np.add.reduceat(z, starts) / np.diff(starts, append=len(z)) for z in (x, y))
     away, free = x - x.mean(), blocks - 2
     slope = (away @ y) / (away @ away)
     left = y - y.mean() - slope * away
-    # Student's quantile from the normal one (Wallace, Ann. Math. Stat. 30, 1959)
+    # Student's quantile (Wallace, Ann. Math. Stat. 30, 1959)
     normal = Z99 * (8 * free + 3) / (8 * free + 1)
-    noise = math.sqrt(math.expm1(normal**2 / free) * (left @ left))
-    return slope, noise / math.sqrt(away @ away), y.mean(), noise / math.sqrt(blocks)
+    noise = sqrt(expm1(normal**2 / free) * (left @ left))
+    return slope, noise / sqrt(away @ away), y.mean(), noise / sqrt(blocks)
 
 
 @dataclass
@@ -75,131 +71,120 @@ class Verdict:
 
     regime: str = "undecided"
     why: str = ""
-    notes: list = field(default_factory=list)
-    skill: float = math.nan  # of the error, else of the loss
-    slope: float = math.nan  # that decides
+    slope: float = nan  # that decides
+    skill: float = nan  # of the error, else of the loss
+    notes: tuple = ()
     more_epochs: int | None = None  # in all, that may decide
     moves: bool = False  # its ELR
     broken: bool = False  # by nan, or a gradient of 0
 
     def __str__(self):
-        if self.moves:
-            return self.why
         more = "; twice the length may decide" if self.more_epochs else ""
-        return f"{title(self.regime)}: {self.why}{more}"
+        return self.why if self.moves else f"{title(self.regime)}: {self.why}{more}"
 
 
 def classify(log, chance=None):
     """The regime of one run.
 
-    log      columns, a row per epoch: `epoch`, `train_loss` in nats; where there are `train_error`
+    log      columns, a row per epoch: `epoch`, `train_loss` in nats; what there is of `train_error`
              in [0, 1], `step`, `angle` in radians, `grad_norm`, `elr`, `lr`
-    chance   {"train_loss": {"mean", "std"}, "train_error": {"mean", "std"}, "points": n}, at n
-             random points of the sphere; without it a row before training stands in. "stepped": the
-             same after a step of 90° along each point's gradient; "constant": {"train_error"} of
-             the best constant prediction
+    chance   of n random points: {"train_loss": {"mean", "std"}, "train_error": the same, "points":
+             n}; "stepped": after a step of 90°; "constant": {"train_error"} of the best constant
     """
-    epoch, loss, verdict = finished(log), log["train_loss"], Verdict()
-    unknown = np.full(len(loss), math.nan)
+    loss, chance = log["train_loss"], chance or {}
+    log = {name: np.full(len(loss), nan) for name in USUAL} | log
     for when, value in zip(log["epoch"], loss, strict=True):
-        if not 0 <= value < math.inf:
-            verdict.why, verdict.broken = f"the loss is {value:g} in epoch {when:g}", not value < 0
-            return verdict
+        if not 0 <= value < inf:
+            return Verdict(why=f"the loss is {value:g} in epoch {when:g}", broken=not value < 0)
     for name in ("elr", "lr"):
-        rate = log.get(name, unknown)
-        rate = rate[np.isfinite(rate)]
+        rate = finite(log[name])
         late = rate[len(rate) // 8 :]
         if len(late) and np.ptp(late) > 1e-6 * late.max():
-            verdict.why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
-            verdict.moves = True
-            return verdict
-    windows = [epoch > epoch[-1] * (1 - share) for share in WINDOWS]
+            why = f"{name.upper()} {rate[0]:.3g} to {rate[-1]:.3g}, not a fixed one"
+            return Verdict(why=why, moves=True)
+    epoch = finished(log)
+    windows = [epoch > epoch[-1] * begin for begin in WINDOWS]
     last = windows[0]
-    n, verdict.more_epochs = last.sum(), 2 * max(math.ceil(epoch[-1]), MIN_TAIL)
+    n, more = last.sum(), 2 * max(ceil(epoch[-1]), MIN_TAIL)
     if n < MIN_TAIL:
-        verdict.why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
-        return verdict
+        why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
+        return Verdict(why=why, more_epochs=more)
 
-    if chance is None and epoch[0] == 0:
-        chance = {name: {"mean": log[name][0]} for name in FLOORS if name in log}
-        verdict.notes.append("no chance reference: the row of epoch 0 stands in")
-    angle = log.get("angle", unknown)[last]
-    angle = angle[np.isfinite(angle)].mean() if np.isfinite(angle).any() else math.nan
-    turn = angle * math.sqrt(np.ptp(log.get("step", unknown)[last]) * n / (n - 1))
-    skills = _skills(log, last, chance or {}, angle)
-    if "train_error" not in skills and not angle > RIGHT_ANGLE:
-        verdict.notes.append("no train_error to judge by: skill from the loss")
-    if skills and math.isnan(turn):
-        verdict.notes.append("no angle or step: a plateau, floor or slow start looks the same")
-    verdict.skill = next((skill for skill, *_ in skills.values()), math.nan)
-    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0.0
-    gradient, now = log.get("grad_norm", unknown), f"loss {loss[-1]:.3g}"
+    angles = finite(log["angle"][last])
+    angle = angles.mean() if len(angles) else nan
+    turn = angle * sqrt(np.ptp(log["step"][last]) * n / (n - 1))
+    skills = _skills(log, epoch, last, chance, angle)
+    nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
+    gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
     if np.median(loss[last]) < nothing or loss[-1] == 0:
-        verdict.regime, verdict.why = "convergence", f"{now}, next to nothing"
+        verdict = Verdict("convergence", f"{now}, next to nothing")
     elif gradient[-1] == 0:
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
-        verdict.why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; "
-        verdict.why += "lower the learning rate of what is on no sphere"
-        verdict.broken = True
+        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}"
+        verdict = Verdict(
+            why=f"{why}; lower the learning rate of what is on no sphere", broken=True
+        )
     else:
         y = np.log(np.maximum(loss, 1e-38 * loss.max()))  # 0 has no logarithm
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
-        found = _decide(slopes, turn, skills, now, loss[last].mean())
-        verdict.regime, verdict.why, verdict.slope = found
-    if verdict.regime != "undecided" or verdict.broken or not skills:
-        verdict.more_epochs = None
+        verdict = Verdict(*_decide(slopes, turn, skills, now, loss[last].mean()))
+        if verdict.regime == "undecided" and skills:
+            verdict.more_epochs = more
+    verdict.skill = next(iter(skills.values()), (nan,))[0]
+    if "train_error" not in skills and not angle > RIGHT_ANGLE:
+        verdict.notes += ("no train_error to judge by: skill from the loss",)
+    if skills and isnan(turn):
+        verdict.notes += ("no angle or step: a plateau, floor or slow start looks the same",)
     return verdict
 
 
 def _decide(slopes, turn, skills, now, mean):
-    """Regime, why, and the slope that decides, of slopes with half of their intervals."""
-    known, remembers = not math.isnan(turn), turn < TURN
-    slopes, margins = np.transpose(slopes)
-    surely = slopes + margins < -FALLS
-    steep = (slopes + margins < -STEEP).all()
-    falls = surely.any() if remembers else steep
-    level = (margins < SURE) & (abs(slopes) < (LEVEL if known else LEVEL_ALONE))
-    if not known:
-        level &= not surely.any()
-    shown = level if level.any() and not falls else surely
-    best = np.where(shown | ~shown.any(), margins, math.inf).argmin()
-    slope = f"(slope {slopes[best]:+.2f} ± {margins[best]:.2f})"
+    """Regime, why, and the slope that decides. slopes: (slope, half of its interval) by window."""
+    known, remembers = not isnan(turn), turn < TURN
+    falling = [fit for fit in slopes if sum(fit) < -FALLS]  # the whole interval
+    falls = falling if remembers else all(sum(fit) < -STEEP for fit in slopes)
+    least, most, end = LEVEL if known else ALONE
+    level = [fit for fit in slopes if least < fit[0] < most and fit[0] - fit[1] > end]
+    if falls or (falling and not known):
+        level = []
+    decides, margin = min(level or falling or slopes, key=lambda fit: fit[1])
+    slope = f"(slope {decides:+.2f} ± {margin:.2f})"
     told = {told: text for _, told, text in reversed(skills.values())}
+    regime = "undecided"
     if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
-        found = "convergence", f"{now} falls {slope}{turned}"
+        regime, why = "convergence", f"{now} falls {slope}{turned}"
     elif not skills:
-        found = "undecided", f"equilibrium and divergence look alike without --chance {slope}"
+        why = f"equilibrium and divergence look alike without --chance {slope}"
     elif remembers:
-        found = "undecided", f"{now}, but has turned by only {turn:.2g} rad"
-    elif not level.any():
-        found = "undecided", f"{now}, not shown to be level {slope}"
+        why = f"{now}, but has turned by only {turn:.2g} rad"
+    elif not level:
+        why = f"{now}, not shown to be level {slope}"
     elif True in told:
-        found = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
+        regime, why = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
     elif None in told:
-        found = "undecided", f"too noisy: {told[None]}"
+        why = f"too noisy: {told[None]}"
     else:
-        texts = ", ".join(text for _, _, text in skills.values())
-        found = "divergence", f"no better than chance: {texts}"
-    return *found, slopes[best]
+        texts = ", ".join(text for *_, text in skills.values())
+        regime, why = "divergence", f"no better than chance: {texts}"
+    return regime, why, decides
 
 
-def _skills(log, last, chance, angle):
-    """Of error and loss, by name: skill, whether there is any (None: noise hides it), in words."""
-    most = chance.get("constant", {}).get("train_error", 1.0)  # to guess one class is no skill
+def _skills(log, epoch, last, chance, angle):
+    """Of error and loss: skill, whether there is any (None: noise hides it), in words."""
+    skills, constant = {}, chance.get("constant", {})  # to guess one class is no skill
     if angle > RIGHT_ANGLE:  # the network knows one batch, at most
         chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
-    skills, unknown = {}, np.full(len(last), math.nan)
     for name, floor in FLOORS.items():
-        values, known = log.get(name, unknown)[last], chance.get(name, {"mean": 0.0})
-        by_chance, top = known["mean"], math.inf
+        values, reference = log[name][last], chance.get(name, {"mean": 0.0})
+        by_chance, top = reference["mean"], inf
         if name == "train_error":
-            by_chance, top = min(by_chance, most), 1.0
-        if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):
-            continue  # unknown, or in percent
-        _, _, mean, error = trend(np.log(finished(log)[last]), values)
-        spread = Z99 * known.get("std", 0.0) / math.sqrt(chance.get("points", 1))
-        skill, margin = 1 - mean / by_chance, math.hypot(error, spread) / by_chance
+            by_chance, top = min(by_chance, constant.get(name, 1.0)), 1.0
+        if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):  # or in percent
+            continue
+        _, _, mean, error = trend(np.log(epoch[last]), values)
+        spread = Z99 * reference.get("std", 0.0) / sqrt(chance.get("points", 1))
+        skill, margin = 1 - mean / by_chance, hypot(error, spread) / by_chance
         told, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
         if not told and (skill >= floor or (margin > floor and skill + margin > floor)):
             told, text = None, f"{text} ± {margin * by_chance:.2g}"
@@ -207,8 +192,12 @@ def _skills(log, last, chance, angle):
     return skills
 
 
+def finite(column):
+    return column[np.isfinite(column)]
+
+
 def finished(log):
-    """Epochs finished: a row of epoch 0 is before training only where `step` says 0."""
+    """Epochs finished: row 0 is before training only where `step` says 0."""
     epoch = log["epoch"]
     if len(epoch) > 1 and epoch[0] == 0 and log.get("step", [1])[0] != 0:
         return epoch + epoch[1]
@@ -239,8 +228,8 @@ class Logged:
 
     def final(self, column):
         """Mean of a column over its last tenth."""
-        values = self.log.get(column, np.array([math.nan]))
-        return float(values[-max(1, len(values) // 10) :].mean())
+        values = self.log.get(column, [nan])
+        return float(np.mean(values[-max(1, len(values) // 10) :]))
 
 
 def elr_name(elr):
@@ -248,7 +237,7 @@ def elr_name(elr):
 
 
 def _rows(path):
-    """Names of columns; (line, row) of CSV, or of JSON: under log_history, or an object a line."""
+    """Names of columns; (line, row), of CSV or JSON."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
     if text.startswith(("{", "[")):
         try:
@@ -256,7 +245,7 @@ def _rows(path):
             found = found if isinstance(found, list) else found["log_history"]
         except (ValueError, KeyError):
             found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return list(dict.fromkeys(name for row in found for name in row)), enumerate(found, 1)
+        return [*dict.fromkeys(name for row in found for name in row)], enumerate(found, 1)
     lines = text.split("\n")
     delimiter = max(",;\t", key=lines[0].count)
     if lines[-1].count(delimiter) < lines[0].count(delimiter):
@@ -267,7 +256,7 @@ def _rows(path):
 
 def _names(header, columns):
     """Our names of columns → theirs."""
-    if "train_runtime" in header:  # Hugging Face's train_loss is one number, at the end
+    if "train_runtime" in header:  # Hugging Face's train_loss is one number
         columns = {"train_loss": "loss"} | columns
     places, names = {}, {}
     for name in header:
@@ -282,14 +271,11 @@ def _names(header, columns):
         elif found or ours in columns or ours in ("epoch", "train_loss"):
             line = ", ".join(header) or "there is nothing"
             raise ValueError(f"name one column {words[0]}, or say --columns {ours}=COLUMN: {line}")
-    if names.get("step") == names["epoch"] and "step" not in columns:
-        del names["step"]  # standing in for the epoch, 0 does not say that it is before training
     return names
 
 
 def read_log(path, columns=None):
-    """The columns that we know, rows of an epoch joined. `columns`: ours → theirs. Raises
-    ValueError where it is no log."""
+    """The columns that we know, rows of an epoch joined. ValueError: it is no log."""
     at, last, joined = 1, 0.0, {}
     try:
         header, rows = _rows(path)
@@ -302,7 +288,7 @@ def read_log(path, columns=None):
             cells = {ours: row.get(theirs) for ours, theirs in names.items()}
             numbers = {ours: float(cell) for ours, cell in cells.items() if cell not in (None, "")}
             epoch = numbers.setdefault("epoch", last)  # Lightning's learning rates have none
-            if not last <= epoch < math.inf:
+            if not last <= epoch < inf:
                 raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
             before, last = joined.setdefault(epoch, {}), epoch
             if "train_loss" in before and "train_loss" in numbers:
@@ -311,59 +297,59 @@ def read_log(path, columns=None):
         whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
         if not whole:
             raise ValueError("no row with a loss")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError, csv.Error) as error:
+    except Exception as error:  # damaged files can fail anywhere
         why = str(getattr(error, "strerror", error))[:200]
         if isinstance(error, UnicodeDecodeError):
             why = "unpack it, or save it as UTF-8"
         raise ValueError(f"{path}: line {at}: {why}") from None
-    return {ours: np.array([row.get(ours, math.nan) for row in whole]) for ours in names}
+    return {ours: np.array([row.get(ours, nan) for row in whole]) for ours in names}
 
 
 def read_chance(folder):
-    """Of a folder's config.json, by seed. Raises ValueError where it is damaged."""
+    """Of a folder's config.json, by seed. ValueError: it is damaged."""
     path = folder / "config.json"
     if not path.exists():
         return {}
     try:
-        chance = json.loads(path.read_text(encoding="utf-8")).get("chance", {})
+        chance = json.loads(path.read_bytes()).get("chance", {})
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
-    except Exception:  # damaged JSON can fail anywhere
-        raise ValueError(f"{path} is damaged: it has no chance reference") from None
+    except Exception:
+        raise ValueError(f"{path} is damaged") from None
     return chance
 
 
 def read_run(path, chance, columns=None):
-    """Read and classify a log. `chance`: references by seed, or under "" one for all."""
+    """A log, classified. `chance`: by seed, or under "" one for all."""
     log = read_log(path, columns)
     named = dict(re.findall(rf"(elr|seed)=({NUMBER})", path.name))
-    elr = log["elr"][-1] if "elr" in log else float(named.get("elr", "nan"))
-    seed = int(float(named.get("seed", "0")))
+    elr = log["elr"][-1] if "elr" in log else float(named.get("elr", nan))
+    seed = int(float(named.get("seed", 0)))
     reference = chance.get(str(seed), chance.get(""))
     verdict, loop = classify(log, reference), lab_loop()
-    if verdict.moves or not 0 < elr < math.inf:
-        elr = math.nan
+    if verdict.moves or not 0 < elr < inf:
+        elr = nan
     if verdict.moves and loop and loop.is_loop(log):
         verdict.why = str(loop.classify_loop([log], reference))
     return Logged(path, float(elr), seed, log, verdict, reference)
 
 
 def lab_loop():
-    """lab/loop.py, on runs whose ELR moves. None: this file has been copied alone."""
+    """For runs whose ELR moves; None: this file is alone."""
     try:
         from lab import loop
     except ImportError:
-        return None
+        loop = None
     return loop
 
 
 def gather(paths, columns=None, chance=None):
-    """The runs of folders and logs, by ELR and seed, and problems. `chance`: not config.json's."""
+    """Runs by ELR and seed, and problems. `chance`: instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        inside = [log for kind in KINDS for log in sorted(path.glob(kind))]
-        inside = [log for log in inside if not any(map(log.match, OURS))]
-        logs += inside if path.is_dir() else [path]
+        found = [log for kind in KINDS for log in sorted(path.glob(kind))]
+        found = [log for log in found if not any(map(log.match, OURS))]
+        logs += found if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
     for path in logs:
@@ -372,8 +358,8 @@ def gather(paths, columns=None, chance=None):
             runs.append(read_run(path, known, columns))
         except ValueError as error:
             problems.append(str(error))
-    runs.sort(key=lambda run: (math.isnan(run.elr), run.elr, run.seed))
-    return runs, list(dict.fromkeys(problems))
+    runs.sort(key=lambda run: (isnan(run.elr), run.elr, run.seed))
+    return runs, [*dict.fromkeys(problems)]
 
 
 def read_folder(folder):
@@ -381,23 +367,20 @@ def read_folder(folder):
 
 
 def by_elr(runs):
-    """The runs of each ELR, in order of ELR."""
-    groups = {}
-    for run in runs:
-        if not math.isnan(run.elr):
-            groups.setdefault(run.elr, []).append(run)
-    return dict(sorted(groups.items()))
+    """Runs by ELR, in its order."""
+    elrs = sorted({run.elr for run in runs if not isnan(run.elr)})
+    return {elr: [run for run in runs if run.elr == elr] for elr in elrs}
 
 
 def majority(runs):
-    """The regime of most of the runs, or undecided; how many have the most frequent one."""
+    """The regime of most runs, or undecided; how many have the most frequent."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
     return regime if 2 * n > len(runs) else "undecided", n
 
 
 @dataclass
 class Boundary:
-    """Between two regimes: the largest ELR below, the smallest above; nan: not seen."""
+    """The largest ELR below, the smallest above; nan: not seen."""
 
     left: str
     right: str
@@ -415,23 +398,18 @@ class Boundary:
 
 
 def boundaries(runs):
-    """Of a sweep: from the largest ELR at which, as before it, no run lies above, and all below, to
-    the smallest of which the reverse is true. What broke down lies above."""
+    """From the largest ELR with all runs below, and none above up to it, to the smallest of which
+    the reverse is true. What broke down lies above."""
     ranks, found = {}, []
     for elr, group in by_elr(runs).items():
         verdicts = [run.verdict for run in group]
-        ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, math.nan) for v in verdicts])
-    for rank, (left, right) in enumerate(pairwise(ORDER)):
-        low = high = math.nan
-        for elr, of_seeds in ranks.items():
-            if (of_seeds > rank).any():
-                break
-            low = elr if (of_seeds <= rank).all() else low
-        for elr, of_seeds in reversed(ranks.items()):
-            if (of_seeds <= rank).any():
-                break
-            high = elr if (of_seeds > rank).all() else high
-        found.append(Boundary(left, right, low, high))
+        ranks[elr] = np.array([2 if v.broken else ORDER.get(v.regime, nan) for v in verdicts])
+    for rank, sides in enumerate(pairwise(ORDER)):
+        first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=inf)
+        last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
+        below = [elr for elr in ranks if (ranks[elr] <= rank).all() and elr < first]
+        above = [elr for elr in ranks if (ranks[elr] > rank).all() and elr > last]
+        found.append(Boundary(*sides, max(below, default=nan), min(above, default=nan)))
     return found
 
 
@@ -440,23 +418,22 @@ MEDIANS = ["skill", "slope", *ENDS]
 
 
 def rows(runs):
-    """A row per run that has an ELR; of ENDS means of the last tenth of the epochs."""
+    """A row per run that has an ELR; of ENDS means over the last tenth."""
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
         regime = "not fixed" if verdict.moves else verdict.regime
-        row = dict(elr=run.elr, seed=run.seed, regime=regime)
-        row |= dict(skill=verdict.skill, slope=verdict.slope)
-        row |= {name: run.final(name) for name in ENDS}
-        row |= dict(epochs=int(finished(run.log)[-1]), run=run.name)
-        row |= dict(elr_min=min(elrs), elr_max=max(elrs))
-        if not math.isnan(elrs[-1]):
+        row = {"elr": run.elr, "seed": run.seed, "regime": regime, "skill": verdict.skill}
+        row |= {"slope": verdict.slope} | {name: run.final(name) for name in ENDS}
+        row |= {"epochs": int(finished(run.log)[-1]), "run": run.name}
+        row |= {"elr_min": min(elrs), "elr_max": max(elrs)}
+        if not isnan(elrs[-1]):
             found.append(row)
     return found
 
 
 def table(runs):
-    """A line per ELR, medians over its seeds; boundaries; runs whose ELR moves, or is not known."""
+    """Medians over the seeds of each ELR, boundaries, and the other runs."""
     lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -466,9 +443,9 @@ def table(runs):
     if lines:
         heads = "".join(f"{name.replace('_', ' '):>12}" for name in MEDIANS)
         lines = [f"{'ELR':>10}  {'regime':<20}seeds{heads}", *lines, *map(str, boundaries(runs))]
-    moving = [run for run in runs if loop and run.verdict.moves]
-    lines += loop.summary(moving) if moving else []
-    others = [run for run in runs if math.isnan(run.elr) and not (loop and run.verdict.moves)]
+    if loop:
+        lines += loop.summary([run for run in runs if run.verdict.moves])
+    others = [run for run in runs if isnan(run.elr) and not (loop and run.verdict.moves)]
     return "\n".join([*lines, *map(str, others)])
 
 
@@ -508,7 +485,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def finish(main):
-    """Exit as `main` says; silently if the reader is gone (| head), or at Ctrl-C."""
+    """Exit as `main` says, silently at Ctrl-C or if the reader is gone (| head)."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
@@ -523,27 +500,25 @@ def finish(main):
 
 def main(argv=None):
     style, ours = argparse.RawDescriptionHelpFormatter, ", ".join(USUAL)
-    parser = Parser(prog="regimes.py", description=__doc__, formatter_class=style)
-    add, many = parser.add_argument, dict(nargs="+", default=[])
-    add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders of logs")
-    add("--columns", **many, metavar="OURS=THEIRS", help=f"names of columns; ours are {ours}")
+    parser = Parser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="logs, or folders")
+    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=f"ours are {ours}")
     text = "of random weights: for C classes mostly above ln C and 1 − 1/C"
-    add("--chance", **many, type=float, metavar=("LOSS", "ERROR"), help=text)
+    add("--chance", nargs="+", default=[], type=float, metavar=("LOSS", "ERROR"), help=text)
     args = parser.parse_args(argv)
     columns = dict(word.partition("=")[::2] for word in args.columns)
     if not (all(columns.values()) and columns.keys() <= USUAL.keys()):
         parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, of {ours}")
-    if not all(0 < x < math.inf for x in args.chance) or any(x > 1 for x in args.chance[1:]):
+    if not all(0 < x < inf for x in args.chance) or any(x > 1 for x in args.chance[1:]):
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    given = zip(("train_loss", "train_error"), args.chance, strict=False)
-    chance = {name: {"mean": mean} for name, mean in given}
+    chance = {name: {"mean": x} for name, x in zip(reversed(FLOORS), args.chance, strict=False)}
     runs, problems = gather(args.paths, columns, chance)
-    text, folder, found = "\n".join(map(str, runs)), args.paths[0], []
+    text, folder, found = "\n".join(map(str, runs)), args.paths[0], rows(runs)
     if any(path.is_dir() for path in args.paths):
-        text, found = table(runs), rows(runs)
-        if runs and not found:
-            text += "\nno regimes.csv: no run here has an ELR"
-    if found and len(args.paths) == 1:
+        text = table(runs)
+        text += "\nno regimes.csv: no run here has an ELR" if runs and not found else ""
+    if found and folder.is_dir() and len(args.paths) == 1:
         try:
             write_csv(folder / "regimes.csv", found)
         except OSError as error:
