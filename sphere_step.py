@@ -49,13 +49,12 @@ except ImportError:  # as on macOS
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
-NEARLY = 100  # |bu|/k of a gradient that is nearly radial
-SMALL = 1024  # so few are summed in float64
-BESIDE = 4096  # tensors of so few elements are stepped side by side
+NEARLY_RADIAL = 100  # |bu|/k above which g + uθ cancels: in float64
+FLOAT64_SUMS = 1024  # a tensor of so few elements is summed in float64
+FEW_LINES = 16384  # the same of lines side by side
+STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
-KNOWN = (
-    "params param_names name lr sphere radius momentum angle weight_decay differentiable".split()
-)
+OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
 
 
 # -------------------------------------------------------------------------------------- the rule
@@ -64,23 +63,32 @@ KNOWN = (
 def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
     """`sphere_rule` for Python, numpy and Triton, which bring `where` and a square root. tan is
     tan φ, or -1: from η̃."""
+    # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
     good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
-    zero = (tt == 0) & (gg > 0) & (radius > 0)  # a tensor of zeros: θ ← −ρ m/‖m‖
+    zero = (tt == 0) & (gg > 0) & (radius > 0)
     good = good & ((tt > 0) | zero)
     tt = where(tt > 0, tt, where(zero, radius * radius, 1.0))
+
+    # r = ⟨θ,g⟩/‖θ‖², q = ⟨θ,m⟩/‖θ‖²: the new m is βm + g + uθ, across θ
     norm = root(tt)
     per_tt = 1 / tt
-    r, q = tg * per_tt, tm * per_tt
-    radius, u = where(radius == 0, norm, radius), -(r + beta * q)
-    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)  # ‖new m‖²
-    s = root(where(s2 > 1e-14 * (gg + beta * beta * mm), s2, 0.0))  # a smaller part is rounding
     per_norm = norm * per_tt
+    r, q = tg * per_tt, tm * per_tt
+    u = -(r + beta * q)
+    # Its norm: s² = ‖g_t‖² + 2β⟨g_t,m_t⟩ + β²‖m_t‖²; a smaller part of the whole is rounding
+    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)
+    s = root(where(s2 > 1e-14 * (gg + beta * beta * mm), s2, 0.0))
+
+    # tan φ = η̃ρ²s/‖θ‖, or η̃ from a given tan φ
+    radius = where(radius == 0, norm, radius)
     from_lr = tan < 0
     tan = where(from_lr, lr * radius * radius * s * per_norm, tan)
     tan = where(tan < 1e100, tan, 1e100)
     stays = (s == 0) | (tan == 0)
     per_s = 1 / where(stays, 1.0, s)
     elr = where(from_lr, lr, where(stays, 0.0, tan) * norm * per_s / (radius * radius))
+
+    # θ ← ρ (cos φ θ/‖θ‖ − sin φ m/s) = kθ + bm
     tan = where(zero, 1e100, tan)
     along = radius / root(1 + tan * tan)  # ρ cos φ
     k, b = where(stays, 1.0, along * per_norm), where(stays, 0.0, -along * tan * per_s)
@@ -126,7 +134,8 @@ class SphereSGD(torch.optim.Optimizer):
     A tensor without a gradient stays out of that step; a sphere that is not finite stays. 16-bit
     weights lose what is smaller than half a unit in their last place: with bfloat16 an angle below
     about 2e-3 is mostly rounded away, whatever the statistics say.
-    The radii are those of the moment when the optimizer is made: load weights before.
+    The radii are those of the moment when the optimizer is made: load weights before. The next step
+    takes those that are loaded later to the old norms, and warns once (Triton: the first step).
     Shards: of DTensors (FSDP2, tensor parallelism) on one mesh the Gram matrices are added up by an
     all_reduce per process group; `stats` are the global ones, of rows those on this rank. ZeRO's
     partitions of a param group cannot share a "group" sphere: take "tensor".
@@ -143,6 +152,7 @@ class SphereSGD(torch.optim.Optimizer):
         self._captured = []  # tables that CUDA graphs read
         self._sizes = {}  # elements of each tensor when it was given
         self._checked = None  # the options of the groups that were found sound
+        self._warned = False  # of weights that something else has moved
         self._to_scale = []  # until all groups are found sound: groups, their norms and radii
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
@@ -161,7 +171,7 @@ class SphereSGD(torch.optim.Optimizer):
         try:
             _check_options(group)
             _lr(group, nan=False)
-            for name in set(group) - set(KNOWN):
+            for name in group.keys() - {*OPTIONS, *OTHER_KEYS}:
                 if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
                     raise ValueError(f"{name}={group[name]!r}: there is no such option")
             for number, p in enumerate(group["params"], len(self._sizes)):
@@ -190,6 +200,7 @@ class SphereSGD(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._layout, self._captured, self._checked, self._to_scale = None, [], None, None
+        self._warned = False
         self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict):
@@ -206,6 +217,8 @@ class SphereSGD(torch.optim.Optimizer):
                     state = self.state[p]
                     if state.get("momentum_buffer", p) is None:  # as torch's SGD leaves it
                         del state["momentum_buffer"]
+                    if not isinstance(state.get("momentum_buffer", p), Tensor):
+                        raise ValueError("the state has a momentum_buffer that is no tensor")
                     if group["sphere"]:  # torch has made it of the parameter's type
                         radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
                         if not isinstance(radius, Tensor) or radius.dim() != 1:
@@ -223,9 +236,11 @@ class SphereSGD(torch.optim.Optimizer):
                         length = _rows(group, p)[1]
                         _check_size("the state's radius", _local(state["radius"]), length, p.dtype)
             self._check()
-        except Exception:
+        except Exception as error:
             self.__dict__ = before  # nothing changed
-            raise
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(f"this is no state of an optimizer: {error!r}") from error
         for group, old in zip(self.param_groups, before["param_groups"], strict=True):
             if isinstance(old["lr"], Tensor):
                 group["lr"] = old["lr"].fill_(float(group["lr"]))
@@ -272,9 +287,7 @@ class SphereSGD(torch.optim.Optimizer):
                 if p not in self._sizes:
                     what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
                     raise ValueError(f"{what} (a flat partition?): call add_param_group")
-            first, self._layout = self._layout is None, kind(self, device)
-            if first and move:
-                self._warn_of_moved_weights()
+            self._layout = kind(self, device)
         layout = self._layout
         lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
         layout.refresh()  # raises, if anything does, before anything moves
@@ -286,11 +299,17 @@ class SphereSGD(torch.optim.Optimizer):
             plain = float(group["sphere"] is None)
             options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
         layout.step(options, move)
+        if layout.moved_before and not self._warned:
+            self._warned = True
+            what = "weights were changed since the optimizer was made, as by load_state_dict"
+            cure = "this step takes them to the norms of then. To keep the new ones, make it anew"
+            warnings.warn(f"{what}: {cure}", stacklevel=6)
 
     @property
     def last(self):
-        """What `stats` are made of: Gram matrices of parts of lines, and what `sphere_rule`
-        returned. A line is a tensor, or a row of one where rows are spheres."""
+        """Of the last step two tensors, to be kept and given to `stats` and the others later: the
+        sums [parts, 6] of which their Gram matrices are made, and the six numbers of `sphere_rule`
+        for each sphere [spheres, 6]."""
         if self._layout is None or not self._on_spheres():
             raise RuntimeError("no statistics before the first step on a sphere")
         return self._layout.last()
@@ -360,15 +379,6 @@ class SphereSGD(torch.optim.Optimizer):
         if len({p.device_mesh for p in params if _is_dtensor(p)}) > 1:
             raise ValueError("the DTensors are on several device meshes: an optimizer for each")
         return _ByKernels if possible and self.backend != "torch" else _InPyTorch, device
-
-    def _warn_of_moved_weights(self):
-        for group in self._on_spheres():
-            for p, norm in zip(group["params"], _norms(group, zeros=True), strict=True):
-                radius = _local(self.state[p]["radius"])
-                if ((norm / radius - 1).abs() * (norm > 0) > 0.01).any():
-                    what = "weights have moved since the optimizer was made, as by load_state_dict"
-                    warnings.warn(f"{what}: the step takes them to the norms of then", stacklevel=7)
-                    return
 
 
 class watch:
@@ -678,6 +688,7 @@ class _Layout:
         self.layouts = [_in_memory(x) for x in self.local_params()]
         self.copies = {}  # number of a tensor → its gradient, which lies otherwise than its θ
         self.whole = []  # of each group: no tensor of a joint sphere is without a gradient
+        self.moved_before = False  # whether weights had left their spheres before the last step
 
         numbers = [number for number, group in enumerate(self.groups) for _ in group["params"]]
         order = sorted(range(len(numbers)), key=lambda i: self.groups[numbers[i]]["sphere"] is None)
@@ -820,7 +831,9 @@ class _InPyTorch(_Layout):
         self.units = []
         # Of the last step: [lines, 6], [spheres, 6] float64, or still those of units, by sphere
         self.grams, self.rules = [], {}
-        self.radius_list = self.radii.tolist()
+        self.radius_list = radii = self.radii.tolist()
+        self.radius_array, self.group_numbers = np.array(radii), np.array(self.group_of_sphere)
+        self.lines_are_spheres = self.owners == [*range(len(radii))]
 
     def refresh(self):
         self.vectors = self.gather()
@@ -833,15 +846,16 @@ class _InPyTorch(_Layout):
         for place in self.places:
             size, p = place.rows * place.length, _local(self.params[place.tensor])
             if size and present[place.tensor] and self.groups[place.group]["sphere"]:
-                key = (place.group, p.dtype, p.shape) if size <= BESIDE else place.tensor
+                key = (place.group, p.dtype, p.shape) if size <= STACKED else place.tensor
                 together.setdefault(key, []).append(place)
         units = []
         for places in together.values():
             first = places[0]
-            lines = slice(first.line, first.line + first.rows)
-            if len(places) > 1:
-                several = (range(place.line, place.line + place.rows) for place in places)
-                lines = self.upload([line for own in several for line in own])
+            several = (range(place.line, place.line + place.rows) for place in places)
+            numbers = [line for own in several for line in own]
+            lines = slice(numbers[0], numbers[-1] + 1)
+            if numbers != [*range(numbers[0], numbers[-1] + 1)]:
+                lines = self.upload(numbers)
             one = self.groups[first.group]["sphere"] == "group" or len(places) * first.rows == 1
             sphere = first.sphere if one else None
             tensors = [place.tensor for place in places]
@@ -869,6 +883,8 @@ class _InPyTorch(_Layout):
         return table
 
     def step(self, options, move):
+        self.moved_before = False
+
         # The Gram matrices
         grams, work = [], []
         for unit in self.units:
@@ -884,14 +900,13 @@ class _InPyTorch(_Layout):
             self.grams = self.table_of(grams)
             self.add_up(self.grams)
             sums = self.grams
-            if self.owners != [*range(len(self.owners))]:  # some lines share a sphere
+            if not self.lines_are_spheres:
                 sums = _sums_by(sums, self.sphere_of_line, len(self.radii))
-            table = np.array(options)[self.group_of_sphere[: len(sums)]]
-            lr, beta, tan, at_radius, _, _ = table.T
-            radii = at_radius * self.radius_list
+            lr, beta, tan, at_radius, _, _ = np.array(options)[self.group_numbers[: len(sums)]].T
             with np.errstate(all="ignore"):  # in numpy, which takes a tenth of the time
-                sums = sums.T.cpu().numpy()
+                sums, radii = sums.T.cpu().numpy(), at_radius * self.radius_array
                 rules = _formula(*sums, radii, lr, beta, tan, np.where, np.sqrt)
+                self.moved_before = move and _off(sums[0], rules).any()
             self.rules = torch.from_numpy(np.stack(rules, 1)).to(self.device)
         else:  # few, and quicker as numbers
             sums = {}
@@ -905,12 +920,16 @@ class _InPyTorch(_Layout):
                 number = self.group_of_sphere[sphere]
                 lr, beta, tan, at_radius, _, _ = options[number]
                 radius = at_radius * self.radius_list[sphere]
-                self.rules[sphere] = sphere_rule(gram, radius, lr, beta, tan >= 0)
+                self.rules[sphere] = rule = sphere_rule(gram, radius, lr, beta, tan >= 0)
+                self.moved_before |= move and _off(gram[0], rule)
 
         # The moves, from the last on, which the cache still has
+        rules = self.rules
+        if not self.lines_are_spheres and isinstance(rules, Tensor):
+            rules = rules[self.sphere_of_line]
         for unit, lists, matrices in reversed(work) if move else ():
             if unit.sphere is None:
-                rule = self.rules[self.sphere_of_line[unit.lines]]
+                rule = rules[unit.lines]
             else:
                 rule = self.rules[unit.sphere]
                 rule = rule.tolist() if isinstance(rule, Tensor) else rule
@@ -956,31 +975,55 @@ def _gram_of_lines(matrices, beta):
     """The Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: of one line six
     numbers, of several a tensor [6, lines] float64."""
     if matrices[0].shape[0] > 1:
-        grams = [_wide_gram(piece) for piece in _pieces(matrices)]
+        grams = [_gram_of_rows(piece, beta) for piece in _pieces(matrices)]
         return grams[0] if len(grams) == 1 else torch.cat(grams, 1)
     grams = [_gram_of_line([x[0] for x in piece], beta) for piece in _pieces(matrices)]
     return [sum(entry) for entry in zip(*grams, strict=True)]
 
 
+def _gram_of_rows(matrices, beta):
+    """Of lines side by side; float32 sums, where they are neither too small nor mostly cancel."""
+    if matrices[0].dtype == torch.float64 or matrices[0].numel() <= FEW_LINES:
+        return _wide_gram(matrices)
+    gram = _products([x.float() for x in matrices]).double()
+    held = torch.minimum(gram[0], gram[2]) > 1e-25
+    for way in {0.0, beta}:
+        rest, whole = _rest(gram, way)
+        held &= rest > 1e-2 * whole
+    if not held.all():
+        gram[:, ~held] = _wide_gram([x[~held] for x in matrices])
+    return gram
+
+
 def _gram_of_line(vectors, beta):
-    """Of vectors [length]; float32 sums, where they are neither too small nor mostly cancel."""
-    small = vectors[0].numel() <= SMALL
+    """Of vectors [length], as of rows; in numbers, which are quicker."""
+    small = vectors[0].numel() <= FLOAT64_SUMS
     if small or vectors[0].element_size() < 4:
         vectors = [x.double() if small else x.float() for x in vectors]
     gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     gram += [0.0] * (6 - len(gram))
     if not small:
         ways = [_rest(gram, 0), _rest(gram, beta)] if min(gram[0], gram[2]) > 1e-25 else [(0, 0)]
-        if any(rest <= 1e-2 * whole for rest, whole in ways):
+        if not all(rest > 1e-2 * whole for rest, whole in ways):
             return _wide_gram(vectors).tolist()
     return gram
 
 
 def _wide_gram(vectors):
-    """In float64, [6, …]; summed by pairs, unlike torch.dot."""
-    vectors = [x.double() for x in vectors]
+    """In float64, [6, …]."""
+    return _products([x.double() for x in vectors])
+
+
+def _products(vectors):
+    """Scalar products along the last dimension, [6, …]; summed by pairs, unlike torch.dot."""
     gram = [(x * y).sum(-1) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
     return torch.stack(gram + [0 * gram[0]] * (6 - len(gram)))
+
+
+def _off(tt, rule):
+    """Whether the norm of what moves is off its radius by more than a step leaves in 16 bits."""
+    _, b, _, _, radius, _ = rule
+    return (b != 0) & (tt > 0) & (abs(tt - radius * radius) > 0.02 * radius * radius)
 
 
 def _move(rule, matrices):
@@ -988,13 +1031,13 @@ def _move(rule, matrices):
     its six numbers, or those of each line, a tensor [lines, 6]. Nothing moves where k is nan."""
     if isinstance(rule, Tensor):
         for own, *vectors in _pieces([rule, *matrices]):
-            _move_wide(own.T[:, :, None], *vectors)
+            _move_each(own.T[:, :, None], *vectors)
     elif not math.isnan(rule[0]):
         k, b, u, _, _, beta = rule
         for theta, g, *m in reversed(_pieces(matrices)):
-            if theta.element_size() < 4 or abs(b * u) > NEARLY * k:
+            if theta.element_size() < 4 or abs(b * u) > NEARLY_RADIAL * k:
                 wide = torch.tensor(rule, dtype=torch.float64, device=theta.device)
-                _move_wide(wide, theta, g, *m)
+                _move_each(wide, theta, g, *m)
             elif m:
                 m[0].mul_(beta).add_(g).add_(theta, alpha=u)
                 theta.mul_(k).add_(m[0], alpha=b)
@@ -1002,19 +1045,29 @@ def _move(rule, matrices):
                 theta.mul_(k + b * u).add_(g, alpha=b)
 
 
-def _move_wide(rule, theta, g, m=None):
-    """In float32, rounded once; in float64 where g + uθ cancels to next to nothing."""
-    wide = torch.promote_types(theta.dtype, torch.float32)
+def _move_each(rule, theta, g, m=None):
+    """The same with a rule [6, lines, 1]: in float32, rounded once; in float64 where g + uθ cancels
+    to next to nothing."""
     k, b, u, _, _, beta = rule
-    if ((b * u).abs() > NEARLY * k).any():
+    if k.isnan().any():  # these lines stay
+        moving = ~k.isnan().flatten()
+        old = [x for x in (theta, m) if x is not None]
+        new = [x[moving] for x in old]
+        _move_each(rule[:, moving], new[0], g[moving], *new[1:])
+        for x, y in zip(old, new, strict=True):
+            x[moving] = y
+        return
+    wide = torch.promote_types(theta.dtype, torch.float32)
+    if ((b * u).abs() > NEARLY_RADIAL * k).any():
         wide = torch.float64
-    k, b, u, beta = k.to(wide), b.to(wide), u.to(wide), beta.to(wide)
-    x = theta.to(wide)
-    new = torch.addcmul(g.to(wide), x, u)
-    if m is not None:
-        new.addcmul_(m.to(wide), beta)
-        m.copy_(torch.where(k.isnan(), m, new))
-    theta.copy_(torch.where(k.isnan(), x, (k * x).addcmul_(new, b)))
+    x, g = theta.to(wide), g.to(wide)
+    if m is None:
+        x.mul_((k + b * u).to(wide)).addcmul_(g, b.to(wide))
+    else:
+        new = m.to(wide).mul_(beta.to(wide)).add_(g).addcmul_(x, u.to(wide))
+        x.mul_(k.to(wide)).addcmul_(new, b.to(wide))
+        m.copy_(new)
+    theta.copy_(x)
 
 
 # ----------------------------------------------------------------------------------- the kernels
@@ -1331,6 +1384,7 @@ class _ByKernels(_Layout):
         self.addresses = None  # of θ, g, m
         self.moved = []  # the tensors that a step changes
         self.numbers = None  # the options that `settings` holds
+        self.first = True
         size = SMALLEST
         if device.type == "cuda":  # some tiles for each processor, but not too many
             processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -1461,11 +1515,19 @@ class _ByKernels(_Layout):
             for dtype, tiles in self.move_tiles if move else ():
                 how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _move_pass[(len(tiles),)](tiles, *tables, **how)
+        self.moved_before = self.first and move and self.look_at_radii()
+        self.first = False
         if move:  # else a backward pass through an old graph would not notice
             torch.autograd.graph.increment_version(self.moved)
         if self.capturing():
             read = self.gram_tiles, self.many, self.move_tiles, self.copies
             self.captured.append((tables, read))
+
+    def look_at_radii(self):
+        """Whether a sphere was off its radius: waits for the device."""
+        lines = _sums_by(self.parts, self.line_of_part, len(self.owners))
+        sums = _sums_by(lines, self.sphere_of_line, len(self.radii))
+        return bool(_off(sums[:, 0], self.rules[: len(self.radii)].T).any())
 
     def last(self):
         return self.parts.clone(), self.rules[: len(self.radii)].clone()

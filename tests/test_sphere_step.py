@@ -255,20 +255,42 @@ def test_schedules_leave_their_options_and_every_group_has_a_weight_decay():
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0]
 
 
-def test_weights_that_were_loaded_after_the_optimizer_was_made_are_told_of_once():
-    p = parameter(4, 3)
-    optimizer = SphereSGD([p], lr=0.1)
-    p.data.mul_(3)
-    with pytest.warns(UserWarning, match="weights have moved since the optimizer was made"):
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+@pytest.mark.parametrize("steps", [0, 1] if not INTERPRET else [0])
+def test_weights_that_something_else_has_moved_are_told_of_once(sphere, steps):
+    """Before the first step, or between steps; the kernels, which do not wait, look at the first."""
+    params = [parameter(4, 3), parameter(5, 2), parameter(3)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "sphere": None}]
+    optimizer = SphereSGD(groups, lr=0.1, sphere=sphere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(steps):
+            optimizer.step()
+        params[2].data.mul_(3)  # is on no sphere
+        params[1].data.mul_(1.001)  # rounding may do that
+        optimizer.observe()
+        params[1].data.mul_(3)
+        optimizer.observe()  # at the norms that they have
+    with pytest.warns(UserWarning, match="weights were changed since the optimizer was made"):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        for p in params:
+            p.data.mul_(3)
         optimizer.step()
         optimizer.load_state_dict(optimizer.state_dict())
         optimizer.step()
-        p.data, p.grad = 3 * p.data.double(), None
-        p.grad = torch.ones_like(p)
+
+
+def test_where_a_tensor_has_no_gradient_the_others_keep_their_norm_and_nothing_is_told():
+    params = [parameter(4, 3), parameter(5)]
+    optimizer, params[0].grad = SphereSGD(params, lr=0.1), None
+    params[1].data.mul_(3)
+    norm = params[1].detach().norm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         optimizer.step()
+    assert close(params[1].detach().norm(), norm)
 
 
 def test_statistics_of_layers_have_the_names_that_were_given():
@@ -494,6 +516,43 @@ STATES = [
     (lambda: changed("radius", 1e40), "the state's radius: too small or too large"),
     (lambda: changed("momentum_buffer", math.inf), "the state has a radius or momentum"),
 ]
+# A state that was edited, or is that of something else: where | what is there.
+EDITED = [
+    ("state", None, "'state'"),
+    ("param_groups", None, "'param_groups'"),
+    ("param_groups", [], "parameter groups"),
+    ("param_groups", 3, "no state of an optimizer"),
+    ("param_groups 0", None, "parameter groups"),
+    ("param_groups 0 params", None, "'params'"),
+    ("param_groups 0 params", [0], "doesn't match the size"),
+    ("param_groups 0 lr", None, "lr=None"),
+    ("param_groups 0 lr", [0.1], r"lr=\[0.1\]"),
+    ("param_groups 0 momentum", [0.9], r"momentum=\[0.9\]"),
+    ("param_groups 0 momentum", None, "momentum='missing'"),
+    ("state", [], "no state of an optimizer"),
+    ("state 1", [1], "no state of an optimizer"),
+    ("state 1 momentum_buffer", [1.0], "a momentum_buffer that is no tensor"),
+    ("state 1 momentum_buffer", 0.5, "a momentum_buffer that is no tensor"),
+    ("state 1 radius", [1.0], "a radius that is no vector"),
+]
+
+
+@pytest.mark.parametrize("where, what, message", EDITED)
+def test_a_malformed_state_is_refused_by_name_and_nothing_changed(where, what, message):
+    ours = stepped((2, 2), (5, 3), sphere="tensor")
+    state = part = deepcopy(ours.state_dict())
+    *path, last = [int(word) if word.isdigit() else word for word in where.split()]
+    for step in path:
+        part = part[step]
+    if what is None:
+        del part[last]
+    else:
+        part[last] = what
+    before = everything(ours)
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(state)
+    assert everything(ours) == before
+    ours.step()
 
 
 @pytest.mark.parametrize("state, message", STATES)
@@ -595,6 +654,7 @@ def test_a_radius_that_was_changed_is_refused_by_the_next_step():
     with pytest.raises(ValueError, match="radius=2.0: it cannot change between steps"):
         optimizer.step()
     optimizer.load_state_dict(stepped((2, 2), radius=3.0).state_dict())
+    optimizer.normalize()
     optimizer.step()
     assert optimizer.stats()["radius"] == 3.0
 
