@@ -292,6 +292,7 @@ WRONG = [
     (dict(x=np.full((20, 5), np.nan)), "the array x of type float64 and shape [20, 5] has nan"),
     (dict(test_x=np.where(np.eye(10, 5), 1e200, 1.0)), "test_x of type float64 and shape [10, 5] has nan, inf or more than 1e100"),
     (dict(x=np.full((20, 5), -1)), "tokens below 0 or above a million: numbers are floats"),
+    (dict(x=np.full((20, 5), 10**7)), "tokens below 0 or above a million: numbers are floats"),
     (dict(x=np.zeros((0, 5)), y=np.zeros(0, int)), "the array x of type float64 and shape [0, 5] is empty"),
     (dict(test_x=np.zeros((10, 6))), "test_x is not of the kind and shape of x"),
     (dict(test_x=np.zeros((10, 5), int)), "test_x is not of the kind and shape of x"),
