@@ -34,7 +34,7 @@ import optimizers  # noqa: E402
 
 import regimes  # noqa: E402
 import train  # noqa: E402
-from lab import loop, runs  # noqa: E402
+from lab import landscape, loop, runs  # noqa: E402, F401
 from lab.curvature import gradient as slope_of  # noqa: E402
 from lab.options import Config, parse, prepare  # noqa: E402
 

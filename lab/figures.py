@@ -75,14 +75,14 @@ def of_sweep(runs, path):
     for kind, groups in by_value(runs).items():
         there = {column for group in groups.values() for run in group for column in run.log}
         error = "test_error" if "test_error" in there else "train_error"
-        fixed = kind == "ELR"
+        wanted = [(_epochs, "grad_norm" if kind == "ELR" else "elr")]
         if len(groups) > 1 and kind:
-            rows.append((_ends, kind, groups, ["train_loss", error, "angle" if fixed else "elr"]))
-        rows.append((_epochs, kind, groups, ["train_loss", error, "grad_norm" if fixed else "elr"]))
-        for *_, columns in rows[len(layout) :]:
-            columns[:] = [column for column in columns if column in there]
+            wanted.insert(0, (_ends, "angle" if kind == "ELR" else "elr"))
+        for draw_row, third in wanted:
+            columns = [column for column in ("train_loss", error, third) if column in there]
             width = 6 // len(columns)
-            layout.append([f"{len(layout)} {column}" for column in columns for _ in range(width)])
+            layout.append([f"{len(rows)} {column}" for column in columns for _ in range(width)])
+            rows.append((draw_row, kind, groups, columns))
     fig, axes = style.subplots(layout, 0.6 + 2.5 * len(rows))
     for i, (draw_row, kind, groups, columns) in enumerate(rows):
         draw_row(kind, groups, {column: axes[f"{i} {column}"] for column in columns})
@@ -146,19 +146,20 @@ def _epochs(kind, groups, axes):
     if first != last and not named:
         scale = ScalarMappable(LogNorm(first / 1.001, last * 1.001), "viridis")
     elif not named:
-        xlabel = f"epoch, at {kind} {first:g}"
+        name, _, unit = kind.strip(")").partition(" (")
+        xlabel = f"epoch, {name} {first:g} {unit}"
     for i, (value, group) in enumerate(groups.items()):
         look = dict(color=scale.to_rgba(value) if scale else f"C{i}", lw=1)
         look["alpha"] = len(group) ** -0.4  # of many seeds one sees where most are
-        for run, (column, ax) in product(group, axes.items()):
-            if column in run.log:
-                label = value if named else None
-                ax.plot(run.log["epoch"], run.log[column], label=label, **look)
+        for run in group:
+            label, end = value if named else None, run.log["epoch"][-1]
+            lines = [(run.log, 0, dict(label=label))]
             for second in second_runs(run).values():
+                lines.append((second.log, end, dict(ls=":")))
                 xlabel = "epoch (dotted: second runs, --then)"
-                if column in second.log:
-                    epoch = run.log["epoch"][-1] + second.log["epoch"]
-                    ax.plot(epoch, second.log[column], ":", **look)
+            for (log, start, more), (column, ax) in product(lines, axes.items()):
+                if column in log:
+                    ax.plot(start + log["epoch"], log[column], **look, **more)
     for column, ax in axes.items():
         style.logarithmic(ax, OUTSIDE.get(column, math.inf))
         ax.set(xlabel=xlabel, title=TITLES[column])

@@ -127,11 +127,17 @@ def test_epochs_are_whole_and_an_axis_is_little_larger_than_what_it_shows(
 
 
 def test_the_elr_of_a_run_that_blew_up_widens_no_axis(tmp_path, drawn):
-    for lr, last in ((0.01, 0.5), (0.1, 0.2), (1.0, 1e-30)):
+    for lr, last in ((0.01, 0.5), (0.1, 0.2), (0.2, 1e20), (1.0, 1e-30)):
         write(tmp_path / f"lr={lr:.0e}.csv", lr, last, moves=True)
     assert figures.main([str(tmp_path)]) == 0
     for ax, low in ((drawn[0].axes[2], 0.005), (drawn[0].axes[5], 0.002)):
-        assert 1e-7 < ax.get_ylim()[0] < low and 0.02 < ax.get_ylim()[1] < 5
+        assert 1e-8 < ax.get_ylim()[0] < low and 0.02 < ax.get_ylim()[1] < 1e5
+
+
+def test_where_seeds_disagree_the_band_is_undecided():
+    ax, regimes_of = style.subplots([["a"]], 3)[1]["a"], ["convergence", "equilibrium"]
+    style.bands([ax], {0.1: [{"regime": x} for x in regimes_of], 0.2: [{"regime": "convergence"}]})
+    assert [patch.get_label() for patch in ax.patches] == ["undecided", "convergence"]
 
 
 def test_no_point_is_cut_at_an_edge(tmp_path, drawn):

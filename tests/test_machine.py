@@ -147,18 +147,18 @@ def test_a_share_is_that_of_the_gradient_along_the_weights(sphere):
     net = nn.Sequential(*layers).double()
     data.mean, data.std = data.mean.double(), data.std.double()
     found = shares(net, groups, sphere, data=data)
-    along, size = 0, 0
+
+    def cut(one, two, three):
+        if sphere == "row":
+            return [*one, *two, *three]
+        return [one.flatten(), torch.cat([two.flatten(), three.flatten()])]
+
+    along, size, weights = 0, 0, [net[i].weight for i in (1, 3, 5)]
     for index in batches(len(data.x), 16, torch.Generator().manual_seed(0))[:8]:
-        weights = [net[i].weight for i in (1, 3, 5)]
         loss = F.cross_entropy(net(data.inputs(index)), data.y[index])
-        pairs = list(zip(weights, torch.autograd.grad(loss, weights), strict=True))
-        wg, ww, gg = ([(x * y).sum(1) for x, y in own] for own in (
-            pairs, [(w, w) for w, _ in pairs], [(g, g) for _, g in pairs]
-        ))  # fmt: skip
-        if sphere == "layer":
-            wg, ww, gg = ([x[0].sum(), x[1].sum() + x[2].sum()] for x in (wg, ww, gg))
-        wg, ww, gg = (torch.hstack(x) for x in (wg, ww, gg))
-        along, size = along + wg**2, size + ww * gg
+        pairs = list(zip(cut(*weights), cut(*torch.autograd.grad(loss, weights)), strict=True))
+        along = along + torch.stack([(x @ g) ** 2 for x, g in pairs])
+        size = size + torch.stack([(x @ x) * (g @ g) for x, g in pairs])
     expected = (along / size.clamp(min=0.01 * size.max())).sqrt()
     assert torch.allclose(found, expected, rtol=1e-6)
 
@@ -226,10 +226,10 @@ def test_the_check_finds_planted_faults(monkeypatch, capsys, where, name, fault,
 # ---------------------------------------------------------------------------- device, precision, cores
 
 
-@pytest.mark.parametrize("name", ["mps", "cpu:1", "", "cuda:x"])
-def test_a_device_that_is_none_is_one_line(tmp_path, capsys, name):
-    error = refused(capsys, f"--elr 0.1 --device '{name}'", tmp_path / "out")
-    assert f"{name!r} is none of cpu, cuda, cuda:N" in error and not (tmp_path / "out").exists()
+def test_a_device_that_is_none_is_one_line(tmp_path, capsys):
+    for name in ("mps", "cpu:1", "", "cuda:x"):
+        error = refused(capsys, f"--elr 0.1 --device '{name}'", tmp_path / "out")
+        assert f"{name!r} is none of cpu, cuda, cuda:N" in error and not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         landscape.main(["--device", name, "distance", "a.pt"])
     assert f"{name!r} is none of cpu, cuda, cuda:N" in capsys.readouterr().err
