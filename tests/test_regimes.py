@@ -126,24 +126,32 @@ def test_a_level_is_a_regime_only_where_the_run_has_forgotten_its_start(loss, ex
         assert verdict.regime == expected and "no angle or step: a plateau" in verdict.notes[-1]
 
 
-SLOPES = """  on both sides of each threshold
- 0.04  1e-4  0.002  convergence
- 0.01  1e-4  0.002  undecided    it falls by less than 0.02
- 0.12  1e-4  0.3    convergence
- 0.08  1e-4  0.3    equilibrium  less than 0.1, and within 0.2
--0.15  0.01  0.3    equilibrium
--0.25  0.01  0.3    undecided    it rises
- 0.0   0.3   0.3    equilibrium  known to ±0.28 by 24 blocks
- 0.0   0.5   0.3    undecided    not known to ±0.3
- 0.12  1e-4  nan    convergence
- 0.03  1e-4  nan    undecided    falls by 0.02: no level where no angle is logged
--0.03  1e-4  nan    equilibrium
--0.06  1e-4  nan    undecided    not within 0.04"""
+SLOPES = """how it falls, its noise, angle: on both sides of each threshold
+0.025 1e-4 0.002 convergence
+0.015 1e-4 0.002 undecided, it falls by less than 0.02
+0.16 1e-4 0.3 convergence
+0.14 1e-4 0.3 equilibrium, less than 0.15, and within 0.2
+0.19 0.1 0.3 equilibrium, -0.16 ± 0.09
+0.3 0.2 0.3 undecided, -0.24 ± 0.18
+-0.18 1e-3 0.3 equilibrium
+-0.22 1e-3 0.3 undecided, it rises
+0.05 0.4 0.3 equilibrium, +0.06 ± 0.37
+0.1 0.5 0.3 undecided, +0.04 ± 0.46 may fall by 0.4
+0.16 1e-4 nan convergence
+0.14 1e-4 nan undecided
+0.015 1e-4 nan equilibrium
+0.025 1e-4 nan undecided, falls by 0.02: no level where no angle is logged
+0.03 0.03 nan equilibrium, -0.02 ± 0.03
+0.06 0.05 nan undecided, -0.05 ± 0.05
+-0.09 1e-3 nan equilibrium
+-0.11 1e-3 nan undecided, it rises
+0.05 0.3 nan equilibrium, +0.03 ± 0.28
+0.08 0.4 nan undecided, +0.03 ± 0.37 may fall by 0.3"""
 
 
 @pytest.mark.parametrize("case", SLOPES.splitlines()[1:])
 def test_thresholds_of_slopes(case):
-    slope, noise, angle, expected, *_ = case.split()
+    slope, noise, angle, expected = case.partition(",")[0].split()
     assert named(made(float(slope), float(noise), angle=float(angle)), ALONE) == expected
 
 
