@@ -28,19 +28,19 @@ import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# what others call them, the best first; "my-run - train/loss" is "loss"
+# others' names, the best first; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
 KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
-OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")  # no first runs
+OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
 
 # docs/guide.md says how each was measured, and what it costs
 MIN_TAIL = 4  # rows of the last half, at least
 WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run, where those begin whose slopes count
 BLOCKS = 24  # of rows, whose means are fitted
-FALLS, STEEP = 0.02, 0.12  # slope of log loss that surely falls; where the run has forgotten
+FALLS, STEEP = 0.02, 0.15  # slope of log loss that surely falls; where the run has forgotten
 LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
 ALONE = (-0.035, 0.1, -0.3)  # where no angle is logged
 TURN = 0.7  # radians of a random walk in the last half: with less a run remembers
@@ -131,8 +131,8 @@ def classify(log, chance=None):
         if verdict.regime == "undecided" and skills:
             verdict.more_epochs = more
     verdict.skill = next(iter(skills.values()), (nan,))[0]
-    if "train_error" not in skills and not angle > RIGHT_ANGLE:
-        verdict.notes += ("no train_error to judge by: skill from the loss",)
+    if skills and "train_error" not in skills and not angle > RIGHT_ANGLE:
+        verdict.notes += ("judged by the loss: no train_error in [0, 1], or no chance of it",)
     if skills and isnan(turn):
         verdict.notes += ("no angle or step: a plateau, floor or slow start looks the same",)
     return verdict

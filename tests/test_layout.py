@@ -119,7 +119,4 @@ def test_a_copied_regimes_names_the_regime_of_anybodys_log(tmp_path):
     rows = [f"{epoch},{3 / (1 + epoch) ** 1.5}" for epoch in range(31)]
     (tmp_path / "mine.csv").write_text("epoch,train_loss\n" + "\n".join(rows) + "\n")
     out = alone(tmp_path, "regimes.py", "import regimes; regimes.main(['mine.csv'])")
-    assert (
-        out.startswith("mine: convergence: ")
-        and "no train_error to judge by: skill from the loss" in out
-    )
+    assert out.startswith("mine: convergence: ")
