@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from scipy.stats import chi2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,7 +41,7 @@ from lab.options import Config, parse, prepare  # noqa: E402
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
 HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
 LONGEST = 100  # epochs
-SHAPES = np.geomspace(0.2, 5, 161)  # of Weibull distributions; 1 is the exponential
+SHAPES = np.geomspace(0.2, 3, 41)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
@@ -345,30 +346,53 @@ def show(what, table):
 
 
 def show_lives(rows):
-    """Lives in epochs by ELR, their means, and whether they are exponential."""
-    likelihoods = []
-    for elr in sorted({row["elr"] for row in rows}):
-        held = [row for row in rows if row["elr"] == elr]
-        epochs, out = column(held, "epochs"), column(held, "escaped") == 1
-        likelihoods.append(likelihood(epochs, out))
-        each = " ".join(f"{n:g}{'' if over else '+'}" for n, over in zip(epochs, out, strict=True))
-        life = f"{epochs.sum() / out.sum():.3g} epochs" if out.any() else f"over {epochs.sum():g}"
-        print(f"ELR {elr:g}: {each}; {life} an escape, {out.sum()} of {len(out)}")
-    fit = np.sum(likelihoods, 0)
-    inside = SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
-    p = chi2.sf(2 * (fit.max() - np.interp(1, SHAPES, fit)), 1)
-    shape = f"{SHAPES[fit.argmax()]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
-    print(f"Weibull distributions of one shape: {shape}; p = {p:.2g} that it is 1, exponential")
+    """Lives in epochs by ELR and by cold end, and whether they are exponential."""
+    for name in ("elr", "seed"):
+        for value in sorted({row[name] for row in rows}):
+            held = [row for row in rows if row[name] == value]
+            epochs, out = column(held, "epochs"), column(held, "escaped")
+            each = " ".join(
+                f"{n:g}{'' if over else '+'}" for n, over in zip(epochs, out, strict=True)
+            )
+            ends = ""
+            if name == "seed":
+                loss, edge = np.median(column(held, "first_loss")), held[0]["edge"]
+                ends = f"loss {loss:.2g}, 2 over batch sharpness {edge:.2g}; "
+            print(f"{name} {value:g}: {ends}{each}; {out.sum():g} of {len(out)} escape", end=", ")
+            print(f"{epochs.sum() / out.sum():.3g} epochs an escape" if out.any() else "none")
+    for what, ends in {
+        "one for all": len(rows) * [0],
+        "each its own": column(rows, "seed"),
+    }.items():
+        fit, powers = fit_lives(rows, ends)
+        inside = SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
+        p = chi2.sf(2 * (fit.max() - np.interp(1, SHAPES, fit)), 1)
+        shape = f"{SHAPES[fit.argmax()]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
+        print(
+            f"Weibull, scale of the cold ends {what}: shape {shape}, p = {p:.2g} that it is 1",
+            end=", ",
+        )
+        print(f"scale as ELR to the power {-powers[fit.argmax()]:.1f}")
 
 
-def likelihood(epochs, out):
-    """Of each shape [SHAPES], with the best scale, given the epochs in which runs escaped, or up to
-    which they did not."""
-    scales = np.geomspace(0.05, 1e5, 800)[:, None]
-    before, now = (((epochs - x) / scales) ** SHAPES[:, None, None] for x in (1, 0))
-    with np.errstate(divide="ignore"):
-        inside = np.log(-np.expm1(before - now)) - before
-    return np.where(out, inside, -now).sum(-1).max(-1)
+def fit_lives(rows, ends):
+    """Weibull distributions whose scale is a power of the ELR, times a factor of each of the `ends`
+    [row]: log likelihood and power by shape [SHAPES]. An epoch tells only that it was within it."""
+    elrs, groups = np.log(column(rows, "elr") / HELD[0]), np.unique(ends, return_inverse=True)[1]
+    epochs, out = column(rows, "epochs"), column(rows, "escaped") == 1
+
+    def loss(p, shape):
+        rate = np.exp(p[0] * elrs - p[1:][groups])
+        before, now = ((rate * (epochs - x)) ** shape for x in (1, 0))
+        within = np.log(np.maximum(-np.expm1(before - now), 1e-300)) - before
+        return -np.where(out, within, -now).sum()
+
+    start, found = np.append(4.0, np.full(groups.max() + 1, 4.0)), []
+    bounds = [(0, 20)] + [(-4, 14)] * (len(start) - 1)
+    for shape in SHAPES:
+        best = minimize(loss, start, args=(shape,), bounds=bounds)
+        found.append((-best.fun, best.x[0]))
+    return np.array(found).T
 
 
 def crossing(elrs, loss, level):
