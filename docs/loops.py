@@ -350,29 +350,21 @@ def show_lives(rows):
     for name in ("elr", "seed"):
         for value in sorted({row[name] for row in rows}):
             held = [row for row in rows if row[name] == value]
-            epochs, out = column(held, "epochs"), column(held, "escaped")
-            each = " ".join(
-                f"{n:g}{'' if over else '+'}" for n, over in zip(epochs, out, strict=True)
-            )
-            ends = ""
             if name == "seed":
                 loss, edge = np.median(column(held, "first_loss")), held[0]["edge"]
-                ends = f"loss {loss:.2g}, 2 over batch sharpness {edge:.2g}; "
-            print(f"{name} {value:g}: {ends}{each}; {out.sum():g} of {len(out)} escape", end=", ")
-            print(f"{epochs.sum() / out.sum():.3g} epochs an escape" if out.any() else "none")
-    for what, ends in {
-        "one for all": len(rows) * [0],
-        "each its own": column(rows, "seed"),
-    }.items():
+                print(f"loss {loss:.2g}, 2 over batch sharpness {edge:.2g}", end=", ")
+            each = [f"{row['epochs']:g}{'' if row['escaped'] else '+'}" for row in held]
+            epochs, out = column(held, "epochs").sum(), column(held, "escaped").sum()
+            mean = f"{epochs / out:.3g} epochs an escape" if out else f"none in {epochs:g} epochs"
+            print(f"{name} {value:g}: {' '.join(each)}; {mean}, {out:g} of {len(held)}")
+    alike, own = len(rows) * [0], column(rows, "seed")
+    for what, ends in {"alike": alike, "each with a scale of its own": own}.items():
         fit, powers = fit_lives(rows, ends)
-        inside = SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
-        p = chi2.sf(2 * (fit.max() - np.interp(1, SHAPES, fit)), 1)
-        shape = f"{SHAPES[fit.argmax()]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
-        print(
-            f"Weibull, scale of the cold ends {what}: shape {shape}, p = {p:.2g} that it is 1",
-            end=", ",
-        )
-        print(f"scale as ELR to the power {-powers[fit.argmax()]:.1f}")
+        best, inside = fit.argmax(), SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
+        p = chi2.sf(2 * (fit[best] - np.interp(1, SHAPES, fit)), 1)
+        shape = f"{SHAPES[best]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
+        print(f"Weibull, cold ends {what}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
+        print(f"shape {shape}; that it is 1, exponential: p = {p:.2g}")
 
 
 def fit_lives(rows, ends):
@@ -412,7 +404,7 @@ def speeds(folder, level, below):
     for path in sorted(folder.glob("loop=*.csv")):
         if ".layers" not in path.name:
             run = runs.read_run(path)
-            if loop.is_loop(run.log):
+            if loop.is_loop(run.log) and not np.isnan(loop.legs([run.log], "train_loss")[1]).any():
                 passes = loop.classify_loop([run.log]).passes
                 groups.setdefault(passes, []).append(run)
     print("| passes | seeds | down crosses | up crosses | their ratio | area |")
