@@ -6,7 +6,7 @@ epochs. Each adds rows to benchmarks/loop-WHAT.csv and goes on where it was inte
     python docs/loops.py cold    few digits: test error at the cold end of a descent
     python docs/loops.py full    few digits, whole batches: a loop, and λ_max at each ELR
     python docs/loops.py edge logs/digits-convnet    ELR times batch sharpness at the ends of runs
-    python docs/loops.py speeds logs/digits-convnet  what the loops of a folder show, by speed
+    python docs/loops.py speeds logs/digits-convnet-loop  hysteresis against the speed
 """
 
 import argparse
@@ -275,6 +275,7 @@ COLUMNS = {
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
     "full": "passes seed leg elr train_loss sharpness",
+    "speeds": "folder passes seed level down up area",
     "edge": "folder elr seed regime train_loss mean error weighted",
 }
 
@@ -334,6 +335,10 @@ def show(what, table):
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
+    if what == "speeds":
+        for (folder,), rows in table.groups("folder").items():
+            print(f"{folder}: passes, seeds, down and up cross {rows[0]['level']:g}, ratio, area")
+            show_speeds(rows)
     if what == "full":
         for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
             loss = " ".join(f"{x:.2g}" for x in column(rows, "train_loss"))
@@ -397,33 +402,37 @@ def crossing(elrs, loss, level):
     return math.exp(x[i - 1] + t * (x[i] - x[i - 1]))
 
 
-def speeds(folder, level, below):
-    """By passes at each ELR: where the legs cross a loss, and the area between them, log loss over
-    log₁₀ ELR, up to the ELR `below`; and how the area grows with each doubling of the passes."""
-    groups, areas = {}, {}
-    for path in sorted(folder.glob("loop=*.csv")):
-        if ".layers" not in path.name:
-            run = runs.read_run(path)
-            if loop.is_loop(run.log) and not np.isnan(loop.legs([run.log], "train_loss")[1]).any():
+def speeds(table, folders, level, below):
+    """A row per loop of these folders: where its legs cross a loss, and the area between them, log
+    loss over log₁₀ ELR, up to the ELR `below`."""
+    for folder in folders:
+        for path in sorted(folder.glob("loop=*.csv")):
+            run = None if ".layers" in path.name else runs.read_run(path)
+            if run and loop.is_loop(run.log):
+                elrs, loss = loop.legs([run.log], "train_loss")
                 passes = loop.classify_loop([run.log]).passes
-                groups.setdefault(passes, []).append(run)
-    print("| passes | seeds | down crosses | up crosses | their ratio | area |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for passes, found in sorted(groups.items()):
-        cells = []
-        for run in found:
-            elrs, loss = loop.legs([run.log], "train_loss")
-            down, back = (crossing(elrs, leg, level) for leg in loss)
-            y, x = np.log(loss), np.log10(elrs)
-            inside = elrs < below
-            area = np.trapezoid((y[0] - y[1])[inside], x[inside])
-            cells.append((down, back, back / down, area))
-            areas.setdefault(run.seed, []).append((math.log2(passes), area))
-        down, back, ratio, area = np.array(cells).T
-        shown = [f"{geometric(x)}" for x in (down, back, ratio)]
-        print(f"| {passes} | {len(found)} | {' | '.join(shown)} | {mean(area)} |")
-    slopes = [np.polyfit(*zip(*of_seed, strict=True), 1)[0] for of_seed in areas.values()]
-    print(f"each doubling adds to the area {mean(np.array(slopes))}, {len(slopes)} seeds")
+                if np.isnan(loss).any() or table.has(folder.name, passes, run.seed):
+                    continue
+                ends = [crossing(elrs, leg, level) for leg in loss]
+                y, inside = np.log(loss), elrs < below
+                area = np.trapezoid((y[0] - y[1])[inside], np.log10(elrs)[inside])
+                table.add([(folder.name, passes, run.seed, level, *ends, area)])
+
+
+def show_speeds(rows):
+    """Means over seeds by passes at each ELR; how the area grows with each doubling of them."""
+    slopes = []
+    for passes in sorted({row["passes"] for row in rows}):
+        found = [row for row in rows if row["passes"] == passes]
+        down, up, area = (column(found, name) for name in ("down", "up", "area"))
+        shown = " | ".join(geometric(x) for x in (down, up, up / down))
+        print(f"| {passes:g} | {len(found)} | {shown} | {mean(area)} |")
+    for seed in sorted({row["seed"] for row in rows}):
+        found = [row for row in rows if row["seed"] == seed]
+        if len(found) > 1:
+            slopes.append(np.polyfit(np.log2(column(found, "passes")), column(found, "area"), 1)[0])
+    if slopes:
+        print(f"each doubling adds to the area {mean(np.array(slopes))}, {len(slopes)} seeds")
 
 
 def mean(x, digits=2):
@@ -444,7 +453,7 @@ def geometric(x):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The measurements of docs/findings.md.")
-    parser.add_argument("what", choices=[*COLUMNS, "speeds"])
+    parser.add_argument("what", choices=COLUMNS)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
@@ -453,10 +462,6 @@ def main(argv=None):
     parser.add_argument("--below", type=float, default=0.02, help="ELR, in speeds: no divergence")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if args.what == "speeds":
-        for folder in args.folders:
-            speeds(folder, args.level, args.below)
-        return
     table, seeds = Table(args.what), args.seeds
     ways = {
         "up": lambda: up(table, seeds, args.passes),
@@ -464,6 +469,7 @@ def main(argv=None):
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
         "full": lambda: full(table, seeds, args.passes),
+        "speeds": lambda: speeds(table, args.folders, args.level, args.below),
         "edge": lambda: edge(table, args.folders),
     }
     ways[args.what]()
