@@ -6,7 +6,7 @@ epochs. Each adds rows to benchmarks/loop-WHAT.csv and goes on where it was inte
     python docs/loops.py cold    few digits: test error at the cold end of a descent
     python docs/loops.py full    few digits, whole batches: a loop, and λ_max at each ELR
     python docs/loops.py edge logs/digits-convnet    ELR times batch sharpness at the ends of runs
-    python docs/loops.py speeds logs/digits-convnet  what the loops of a folder show, by speed
+    python docs/loops.py speeds logs/digits-convnet-loop  hysteresis against the speed
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from scipy.stats import chi2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,7 +42,7 @@ from lab.options import Config, parse, prepare  # noqa: E402
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
 HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
 LONGEST = 100  # epochs
-SHAPES = np.geomspace(0.2, 5, 161)  # of Weibull distributions; 1 is the exponential
+SHAPES = np.geomspace(0.2, 3, 41)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
@@ -275,6 +276,7 @@ COLUMNS = {
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
     "full": "passes seed leg elr train_loss sharpness",
+    "speeds": "folder passes seed level down up area",
     "edge": "folder elr seed regime train_loss mean error weighted",
 }
 
@@ -334,6 +336,10 @@ def show(what, table):
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
+    if what == "speeds":
+        for (folder,), rows in table.groups("folder").items():
+            print(f"{folder}: passes, seeds, down and up cross {rows[0]['level']:g}, ratio, area")
+            show_speeds(rows)
     if what == "full":
         for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
             loss = " ".join(f"{x:.2g}" for x in column(rows, "train_loss"))
@@ -346,30 +352,45 @@ def show(what, table):
 
 
 def show_lives(rows):
-    """Lives in epochs by ELR, their means, and whether they are exponential."""
-    likelihoods = []
-    for elr in sorted({row["elr"] for row in rows}):
-        held = [row for row in rows if row["elr"] == elr]
-        epochs, out = column(held, "epochs"), column(held, "escaped") == 1
-        likelihoods.append(likelihood(epochs, out))
-        each = " ".join(f"{n:g}{'' if over else '+'}" for n, over in zip(epochs, out, strict=True))
-        life = f"{epochs.sum() / out.sum():.3g} epochs" if out.any() else f"over {epochs.sum():g}"
-        print(f"ELR {elr:g}: {each}; {life} an escape, {out.sum()} of {len(out)}")
-    fit = np.sum(likelihoods, 0)
-    inside = SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
-    p = chi2.sf(2 * (fit.max() - np.interp(1, SHAPES, fit)), 1)
-    shape = f"{SHAPES[fit.argmax()]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
-    print(f"Weibull distributions of one shape: {shape}; p = {p:.2g} that it is 1, exponential")
+    """Lives in epochs by ELR and by cold end, and whether they are exponential."""
+    for name in ("elr", "seed"):
+        for value in sorted({row[name] for row in rows}):
+            held = [row for row in rows if row[name] == value]
+            if name == "seed":
+                loss, edge = np.median(column(held, "first_loss")), held[0]["edge"]
+                print(f"loss {loss:.2g}, 2 over batch sharpness {edge:.2g}", end=", ")
+            each = [f"{row['epochs']:g}{'' if row['escaped'] else '+'}" for row in held]
+            epochs, out = column(held, "epochs").sum(), column(held, "escaped").sum()
+            mean = f"{epochs / out:.3g} epochs an escape" if out else f"none in {epochs:g} epochs"
+            print(f"{name} {value:g}: {' '.join(each)}; {mean}, {out:g} of {len(held)}")
+    alike, own = len(rows) * [0], column(rows, "seed")
+    for what, ends in {"alike": alike, "each with a scale of its own": own}.items():
+        fit, powers = fit_lives(rows, ends)
+        best, inside = fit.argmax(), SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
+        p = chi2.sf(2 * (fit[best] - np.interp(1, SHAPES, fit)), 1)
+        shape = f"{SHAPES[best]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
+        print(f"Weibull, cold ends {what}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
+        print(f"shape {shape}; that it is 1, exponential: p = {p:.2g}")
 
 
-def likelihood(epochs, out):
-    """Of each shape [SHAPES], with the best scale, given the epochs in which runs escaped, or up to
-    which they did not."""
-    scales = np.geomspace(0.05, 1e5, 800)[:, None]
-    before, now = (((epochs - x) / scales) ** SHAPES[:, None, None] for x in (1, 0))
-    with np.errstate(divide="ignore"):
-        inside = np.log(-np.expm1(before - now)) - before
-    return np.where(out, inside, -now).sum(-1).max(-1)
+def fit_lives(rows, ends):
+    """Weibull distributions whose scale is a power of the ELR, times a factor of each of the `ends`
+    [row]: log likelihood and power by shape [SHAPES]. An epoch tells only that it was within it."""
+    elrs, groups = np.log(column(rows, "elr") / HELD[0]), np.unique(ends, return_inverse=True)[1]
+    epochs, out = column(rows, "epochs"), column(rows, "escaped") == 1
+
+    def loss(p, shape):
+        rate = np.exp(p[0] * elrs - p[1:][groups])
+        before, now = ((rate * (epochs - x)) ** shape for x in (1, 0))
+        within = np.log(np.maximum(-np.expm1(before - now), 1e-300)) - before
+        return -np.where(out, within, -now).sum()
+
+    start, found = np.append(4.0, np.full(groups.max() + 1, 4.0)), []
+    bounds = [(0, 20)] + [(-4, 14)] * (len(start) - 1)
+    for shape in SHAPES:
+        best = minimize(loss, start, args=(shape,), bounds=bounds)
+        found.append((-best.fun, best.x[0]))
+    return np.array(found).T
 
 
 def crossing(elrs, loss, level):
@@ -382,33 +403,37 @@ def crossing(elrs, loss, level):
     return math.exp(x[i - 1] + t * (x[i] - x[i - 1]))
 
 
-def speeds(folder, level, below):
-    """By passes at each ELR: where the legs cross a loss, and the area between them, log loss over
-    log₁₀ ELR, up to the ELR `below`; and how the area grows with each doubling of the passes."""
-    groups, areas = {}, {}
-    for path in sorted(folder.glob("loop=*.csv")):
-        if ".layers" not in path.name:
-            run = runs.read_run(path)
-            if loop.is_loop(run.log):
+def speeds(table, folders, level, below):
+    """A row per loop of these folders: where its legs cross a loss, and the area between them, log
+    loss over log₁₀ ELR, up to the ELR `below`."""
+    for folder in folders:
+        for path in sorted(folder.glob("loop=*.csv")):
+            run = None if ".layers" in path.name else runs.read_run(path)
+            if run and loop.is_loop(run.log):
+                elrs, loss = loop.legs([run.log], "train_loss")
                 passes = loop.classify_loop([run.log]).passes
-                groups.setdefault(passes, []).append(run)
-    print("| passes | seeds | down crosses | up crosses | their ratio | area |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for passes, found in sorted(groups.items()):
-        cells = []
-        for run in found:
-            elrs, loss = loop.legs([run.log], "train_loss")
-            down, back = (crossing(elrs, leg, level) for leg in loss)
-            y, x = np.log(loss), np.log10(elrs)
-            inside = elrs < below
-            area = np.trapezoid((y[0] - y[1])[inside], x[inside])
-            cells.append((down, back, back / down, area))
-            areas.setdefault(run.seed, []).append((math.log2(passes), area))
-        down, back, ratio, area = np.array(cells).T
-        shown = [f"{geometric(x)}" for x in (down, back, ratio)]
-        print(f"| {passes} | {len(found)} | {' | '.join(shown)} | {mean(area)} |")
-    slopes = [np.polyfit(*zip(*of_seed, strict=True), 1)[0] for of_seed in areas.values()]
-    print(f"each doubling adds to the area {mean(np.array(slopes))}, {len(slopes)} seeds")
+                if np.isnan(loss).any() or table.has(folder.name, passes, run.seed):
+                    continue
+                ends = [crossing(elrs, leg, level) for leg in loss]
+                y, inside = np.log(loss), elrs < below
+                area = np.trapezoid((y[0] - y[1])[inside], np.log10(elrs)[inside])
+                table.add([(folder.name, passes, run.seed, level, *ends, area)])
+
+
+def show_speeds(rows):
+    """Means over seeds by passes at each ELR; how the area grows with each doubling of them."""
+    slopes = []
+    for passes in sorted({row["passes"] for row in rows}):
+        found = [row for row in rows if row["passes"] == passes]
+        down, up, area = (column(found, name) for name in ("down", "up", "area"))
+        shown = " | ".join(geometric(x) for x in (down, up, up / down))
+        print(f"| {passes:g} | {len(found)} | {shown} | {mean(area)} |")
+    for seed in sorted({row["seed"] for row in rows}):
+        found = [row for row in rows if row["seed"] == seed]
+        if len(found) > 1:
+            slopes.append(np.polyfit(np.log2(column(found, "passes")), column(found, "area"), 1)[0])
+    if slopes:
+        print(f"each doubling adds to the area {mean(np.array(slopes))}, {len(slopes)} seeds")
 
 
 def mean(x, digits=2):
@@ -429,7 +454,7 @@ def geometric(x):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The measurements of docs/findings.md.")
-    parser.add_argument("what", choices=[*COLUMNS, "speeds"])
+    parser.add_argument("what", choices=COLUMNS)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
@@ -438,10 +463,6 @@ def main(argv=None):
     parser.add_argument("--below", type=float, default=0.02, help="ELR, in speeds: no divergence")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    if args.what == "speeds":
-        for folder in args.folders:
-            speeds(folder, args.level, args.below)
-        return
     table, seeds = Table(args.what), args.seeds
     ways = {
         "up": lambda: up(table, seeds, args.passes),
@@ -449,6 +470,7 @@ def main(argv=None):
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
         "full": lambda: full(table, seeds, args.passes),
+        "speeds": lambda: speeds(table, args.folders, args.level, args.below),
         "edge": lambda: edge(table, args.folders),
     }
     ways[args.what]()
