@@ -16,8 +16,9 @@ SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/measure.py
     lab/schedules.py lab/own.py lab/invariance.py lab/machine.py""".split()
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
-OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/figures.py lab/kernels.py
-    lab/landscape.py lab/loop.py lab/options.py lab/runs.py lab/toy.py""".split()  # make no numbers
+OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/experiment.py
+    lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py lab/options.py
+    lab/runs.py lab/toy.py""".split()  # make no numbers
 WRITING = os.O_WRONLY | os.O_CREAT
 _recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 

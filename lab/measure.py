@@ -201,20 +201,20 @@ def chance(run, seed):
         return loss_and_error(logits_of(net, data.inputs(index), config.dtype), data.y[index])
 
     def move_along(directions):
-        for p, direction in zip(run.on_spheres, directions, strict=True):
+        for p, direction in zip(run.sphere_weights, directions, strict=True):
             p.copy_(direction)
         to_norms_of(run.start, net, run.spheres)
 
     for i in range(POINTS + POINTS // 8):
-        move_along([torch.randn(p.shape, generator=generator) for p in run.on_spheres])
+        move_along([torch.randn(p.shape, generator=generator) for p in run.sphere_weights])
         if i < POINTS:
             values.append(on_batch())
             continue
         net.zero_grad()
         with torch.enable_grad():
             on_batch()[0].backward()
-        gradients = [p.grad for p in run.on_spheres if p.grad is not None and p.grad.any()]
-        if len(gradients) == len(run.on_spheres):
+        gradients = [p.grad for p in run.sphere_weights if p.grad is not None and p.grad.any()]
+        if len(gradients) == len(run.sphere_weights):
             move_along(-gradient for gradient in gradients)
             stepped.append(on_batch())
 

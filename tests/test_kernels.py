@@ -1,7 +1,8 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter, which is slow; what
 they are compiled to is in test_bench_kernels.py.
 
-`test_the_kernels_pass_in_the_interpreter` runs this file again, TRITON_INTERPRET=1, in a child.
+`test_the_kernels_pass_in_the_interpreter` runs this file again, TRITON_INTERPRET=1, in a child,
+with those tests of the step and of shards that are for the kernels, too.
 """
 
 import math
@@ -41,10 +42,10 @@ compiled = pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="n
 @pytest.mark.skipif(INTERPRET, reason="this is that run")
 @pytest.mark.skipif(sphere_step.triton is None, reason="Triton is not installed")
 def test_the_kernels_pass_in_the_interpreter():
-    which = " or ".join(["test_kernels", *SHARED])
+    which = " or ".join(["test_kernels", "several_processes_step", *SHARED])
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
-    files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
-    command = [sys.executable, "-m", "pytest", *options, *files]
+    files = [HERE, HERE.with_name("test_sphere_step.py"), HERE.with_name("test_shards.py")]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
     # Without what measures coverage, which would take twice the time.
     environment = {k: v for k, v in os.environ.items() if k[:3] != "COV" and k != "PYTEST_ADDOPTS"}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

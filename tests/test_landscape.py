@@ -14,9 +14,10 @@ from torch import nn
 import train
 from lab import landscape, measure, runs
 from lab.data import load
+from lab.experiment import prepare
 from lab.landscape import Point, barrier, between, distances, evaluate, largest, operators, trace
 from lab.measure import vectors
-from lab.options import parse, prepare
+from lab.options import parse
 from models import fixed_head
 
 QUICK = "--width 1 --batch-size 16 --epochs 1 --jobs 1 --threads 1"

@@ -22,7 +22,9 @@ IMPORTS = {
     "models": set(),
     "regimes": {"loop"},  # read when it is there
     "loop": {"regimes"},
-    "options": BELOW | {"contents", "schedules"},
+    "options": {"contents", "data", "machine", "models", "regimes", "runs", "schedules"},
+    "experiment": BELOW | {"contents", "options"},
+    "jobs": {"runs"},
     "data": set(),
     "invariance": set(),
     "own": {"models", "invariance", "contents", "machine", "measure"},
