@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/measure.py
-    lab/schedules.py lab/own.py lab/invariance.py lab/machine.py""".split()
+    lab/schedules.py lab/own.py lab/groups.py lab/invariance.py lab/machine.py""".split()
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
 OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/experiment.py
