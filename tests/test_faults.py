@@ -181,6 +181,16 @@ def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp
     equal_runs(tmp_path / "whole", parts)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_folder_leaves_nothing_and_says_so(tmp_path, number):
+    def signalled():
+        train.prepare = lambda config: os.kill(os.getpid(), number)
+
+    child = in_child(f"{ONE_SUM}", tmp_path / "out", before=signalled)
+    assert child == (128 + number, "interrupted; nothing was written\n")
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------- killed
 
 

@@ -33,7 +33,7 @@ HALVES = torch.bfloat16, torch.float16
 THREE = ["_gram_pass", "_rule_pass", "_move_pass"]
 # Of the step in PyTorch, which are for the kernels, too
 SHARED = """a_gradient_that_is_all_but_radial a_factor_that_does_not_fit_float32
-a_backward_pass_through_a_graph an_lr_that_became_nan""".split()
+a_backward_pass_through_a_graph an_lr_that_became_nan something_else_has_moved""".split()
 runs = pytest.mark.skipif(not (GPU or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; there is none")
 compiled = pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="not interpreted")

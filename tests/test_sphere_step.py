@@ -268,9 +268,11 @@ def test_weights_that_something_else_has_moved_are_told_of_once(sphere, steps):
             optimizer.step()
         params[2].data.mul_(3)  # is on no sphere
         params[1].data.mul_(1.001)  # rounding may do that
-        optimizer.observe()
+        if not INTERPRET:  # at the norms that they have
+            optimizer.observe()
         params[1].data.mul_(3)
-        optimizer.observe()  # at the norms that they have
+        if not INTERPRET:
+            optimizer.observe()
     with pytest.warns(UserWarning, match="weights were changed since the optimizer was made"):
         optimizer.step()
     with warnings.catch_warnings():
