@@ -191,6 +191,16 @@ def test_a_signal_before_there_is_a_folder_leaves_nothing_and_says_so(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_who_was_told_to_stop_does_not_wait_until_torch_is_taken_down():
+    def function():
+        try:
+            regimes.finish(lambda: print("told") or 143)
+        finally:
+            print("taken down")
+
+    assert end_of(fork(function)) == (143, "told\n")
+
+
 # ---------------------------------------------------------------------------------- killed
 
 
