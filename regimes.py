@@ -490,6 +490,8 @@ def finish(main):
     try:
         status = main()
         sys.stdout.flush()
+        if status and status > 128:  # by a signal: torch takes seconds to be taken down
+            os._exit(status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0

@@ -4,7 +4,7 @@
     python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (the default)
     python train.py --loop                    one run down 25 ELRs and up again
     python train.py --angle 0.05              an angle per step: no ELR
-    python train.py --lr 0.05 --wd 5e-3       ordinary training, and its ELR
+    python train.py --lr 0.05 --wd 5e-3       plain SGD, and its ELR
 
 Writes into logs/<data>-<model>, or --out: of each run .csv, a row per epoch, .layers.csv, also by
 tensor, .pt, the checkpoint; config.json, regimes.csv, regimes.png. The same command goes on where
@@ -30,8 +30,10 @@ from torch.optim.swa_utils import AveragedModel
 import regimes
 from lab import figures, measure, own, runs
 from lab.data import batches
+from lab.experiment import prepare, what_next
+from lab.jobs import Watch, side_by_side
 from lab.machine import Captured, keep_memory, use
-from lab.options import parse, prepare, what_next
+from lab.options import parse
 from lab.schedules import value_at
 from sphere_step import SphereSGD
 
@@ -46,21 +48,21 @@ def train_step(run, index, move=True):
 
     run.net.zero_grad(set_to_none=not config.graph)  # a CUDA graph knows gradients by address
     loss.backward()
-    for p in run.on_spheres:
+    for p in run.sphere_weights:
         if p.grad is None:  # a layer may be left out at random
             p.grad = torch.zeros_like(p)
-    if run.ordinary or not move:  # with --lr, or before training
-        run.sphere.observe()
+    if run.plain_sgd or not move:  # with --lr, or before training
+        run.sphere_sgd.observe()
     if move:
         # What lies in .grad is the direction of the step: change it here.
-        optimizer = run.ordinary or run.sphere
+        optimizer = run.plain_sgd or run.sphere_sgd
         optimizer.step()
-    return loss.detach(), logits.detach().argmax(1) != y, *run.sphere.last
+    return loss.detach(), logits.detach().argmax(1) != y, *run.sphere_sgd.last
 
 
 def train(run, tell):
     """The epochs that are left, from the checkpoint on: each is a pass over the training set, rows
-    in the logs, and a checkpoint. Returns whether there were any. tell: see runs.Watch.tell."""
+    in the logs, and a checkpoint. Returns whether there were any. tell: see jobs.Watch.tell."""
     run.load()
     run.prolong()
     if run.finished():
@@ -78,7 +80,7 @@ def train(run, tell):
         while not run.finished():
             run.set_lr()
             net.train()
-            means = measure.Means(run.sphere, run.ordinary)
+            means = measure.Means(run.sphere_sgd, run.plain_sgd)
             indices = batches(len(data.x), config.batch_size, run.order, config.device)
             if run.started:
                 for index in indices:
@@ -120,7 +122,7 @@ def before_training(run, indices, means):
 
 
 class Run:
-    """A runs.Job of an options.Experiment: network, optimizer, order of batches; it saves and loads
+    """A runs.Job of an Experiment: network, optimizer, order of batches; it saves and loads
     itself. A seed gives every value the same start and the same order."""
 
     # In a checkpoint, beside what has a state_dict
@@ -155,24 +157,24 @@ class Run:
         for sphere in self.spheres:
             kind = "row" if sphere["rows"] else "group"
             groups.append(dict(params=measure.tensors(self.net, sphere), sphere=kind))
-        self.on_spheres = [p for group in groups for p in group["params"]]
+        self.sphere_weights = [p for group in groups for p in group["params"]]
         trained = [p for p in self.net.parameters() if p.requires_grad]
-        rest = [p for p in trained if p not in set(self.on_spheres)]
+        rest = [p for p in trained if p not in set(self.sphere_weights)]
         momentum, angle = config.momentum or 0.0, config.mode == "angle"
-        self.ordinary = None
+        self.plain_sgd = None
         if config.mode == "lr":
-            self.ordinary = torch.optim.SGD(trained, value, momentum, weight_decay=config.wd or 0)
+            self.plain_sgd = torch.optim.SGD(trained, value, momentum, weight_decay=config.wd or 0)
             momentum = 0.0
         elif rest:
             group = dict(params=rest, sphere=None)
             if not angle:  # the sphere of the whole network has η = η̃ρ²
-                square = sum(p.detach().square().sum().item() for p in self.on_spheres)
+                square = sum(p.detach().square().sum().item() for p in self.sphere_weights)
                 group["lr"] = value * square
             groups.append(group)
         if config.graph:  # which reads them from the device's memory
             for group in groups:
                 group["lr"] = torch.tensor(group.get("lr", value), device=config.device)
-        self.sphere = SphereSGD(groups, lr=value, momentum=momentum, angle=angle)
+        self.sphere_sgd = SphereSGD(groups, lr=value, momentum=momentum, angle=angle)
 
     def finished(self):
         return self.ended or self.epoch >= self.epochs
@@ -244,7 +246,7 @@ def work(experiment, jobs, tell, patient=False):
 
 
 def measure_chance(experiment, seeds):
-    """Chance, and what runs are made with, into the folder's config.json."""
+    """Chance at each seed, into the folder's config.json."""
     config = experiment.config
     chances = regimes.read_chance(config.out)
     for seed in seeds:
@@ -252,9 +254,7 @@ def measure_chance(experiment, seeds):
             with own.running(config.model):
                 run = Run(experiment, runs.Job(1.0, seed, None, ""))
                 chances[str(seed)] = measure.chance(run, seed)
-    about = dict(command=config.given, threads=config.threads, labels=experiment.data.labels)
-    about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    runs.add_to_config(config.out, chance=chances, **about)
+    runs.add_to_config(config.out, chance=chances)
 
 
 def stop(number, _):
@@ -279,9 +279,9 @@ def main(argv=None):
         report = figures.Report(config)
         for _ in range(1 + config.refine):
             jobs = runs.jobs_of(config, new, seeds)
-            with closing(runs.Watch(config, jobs, report.renew)) as watch:
+            with closing(Watch(config, jobs, report.renew)) as watch:
                 if config.jobs > 1:
-                    runs.side_by_side(work, experiment, jobs, watch.tell)
+                    side_by_side(work, experiment, jobs, watch.tell)
                 for patient in (False, True):  # what another process is at comes last
                     work(experiment, watch.left(), watch.tell, patient)
             failed = failed or watch.failed
@@ -289,7 +289,9 @@ def main(argv=None):
             new = runs.bisect(config.out, values)
         found = report.renew(last=True)
     except KeyboardInterrupt as signalled:
-        print(f"interrupted; the same command goes on from {config.folder()}", file=sys.stderr)
+        out = config.folder()
+        begun = f"the same command goes on from {out}" if out.exists() else "nothing was written"
+        print(f"interrupted; {begun}", file=sys.stderr)
         return 128 + signalled.args[0]
     except Exception as error:
         if not runs.is_expected(error):

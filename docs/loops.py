@@ -37,7 +37,8 @@ import regimes  # noqa: E402
 import train  # noqa: E402
 from lab import landscape, loop, runs  # noqa: E402, F401
 from lab.curvature import gradient as slope_of  # noqa: E402
-from lab.options import Config, parse, prepare  # noqa: E402
+from lab.experiment import prepare  # noqa: E402
+from lab.options import Config, parse  # noqa: E402
 
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
 HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
@@ -146,7 +147,7 @@ def steps_until_escape(run):
         rows.append((step, loss, math.sqrt(square), run.value * found))
 
     indices = []
-    run.sphere.register_step_pre_hook(look)
+    run.sphere_sgd.register_step_pre_hook(look)
     hold_until_escape(run)
     return rows
 
@@ -229,7 +230,7 @@ def sharpness_on_the_way(run, epochs, every):
             size = run.config.batch_size
             found.append(curvature(run, train.batches(len(run.data.x), size, generator)[0]))
 
-    run.sphere.register_step_pre_hook(look)
+    run.sphere_sgd.register_step_pre_hook(look)
     log = train_until(run, epochs)
     return np.array(found).T, log["train_loss"][1:].mean()
 

@@ -32,8 +32,9 @@ import draw  # noqa: E402
 import regimes  # noqa: E402
 import train  # noqa: E402
 from lab import bench, runs  # noqa: E402
+from lab.experiment import Experiment, prepare  # noqa: E402
 from lab.machine import keep_memory  # noqa: E402
-from lab.options import Experiment, parse, prepare  # noqa: E402
+from lab.options import parse  # noqa: E402
 from lab.runs import Busy, lock, number  # noqa: E402
 from sphere_step import SphereSGD  # noqa: E402
 
@@ -200,12 +201,12 @@ def make_run(job: Job, out: str) -> train.Run:
     log = Path(out) / "log.csv"
     run = train.Run(experiment, runs.Job(job.value, job.seed, log, job.kind))
     if job.kind == "adamw":
-        params = run.ordinary.param_groups[0]["params"]
-        run.ordinary = torch.optim.AdamW(params, lr=job.value, weight_decay=job.decay)
+        params = run.plain_sgd.param_groups[0]["params"]
+        run.plain_sgd = torch.optim.AdamW(params, lr=job.value, weight_decay=job.decay)
     if job.kind == "adam":
-        run.ordinary = hyperball(run, adam)
+        run.plain_sgd = hyperball(run, adam)
     if job.kind == "muon":
-        run.ordinary = hyperball(run, muon)
+        run.plain_sgd = hyperball(run, muon)
     return run
 
 

@@ -29,8 +29,9 @@ import regimes
 import train
 from lab import kernels, measure, witness
 from lab.data import load
+from lab.experiment import prepare
 from lab.machine import Captured, keep_memory, use
-from lab.options import parse, prepare
+from lab.options import parse
 from lab.runs import Job, number
 from models import MODELS
 from sphere_step import ALONE, INTERPRET, SphereSGD
@@ -214,7 +215,7 @@ def launches():
     run = our_run("--model", "resnet18")
     train.train_step(run, torch.arange(16, device=DEVICE))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run.sphere.step()
+        run.sphere_sgd.step()
         wait()
     return sum("_pass" in event.name for event in profile.events())
 
@@ -309,11 +310,11 @@ def time_iteration(repetitions):
             F.cross_entropy(run.net(x), y).backward()
 
         ways = {"forward and backward": passes, "iteration": partial(train.train_step, run, index)}
-        ways["step of SphereSGD"] = run.sphere.step
+        ways["step of SphereSGD"] = run.sphere_sgd.step
         kept = [train.train_step(run, index) for _ in range(89)]
 
         def statistics(run=run, kept=kept):
-            means = measure.Means(run.sphere)
+            means = measure.Means(run.sphere_sgd)
             for step in kept:
                 means.add(*step)
             return means.row()

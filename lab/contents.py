@@ -12,13 +12,13 @@ from importlib.util import source_from_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/own_data.py
-    lab/measure.py lab/schedules.py lab/own.py lab/invariance.py lab/machine.py""".split()
+SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/own_data.py lab/measure.py
+    lab/schedules.py lab/own.py lab/groups.py lab/invariance.py lab/machine.py""".split()
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
-OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/curvature.py lab/figures.py
-    lab/kernels.py lab/landscape.py lab/loop.py lab/options.py lab/runs.py lab/style.py
-    lab/toy.py lab/witness.py""".split()  # make no numbers
+OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/curvature.py
+    lab/experiment.py lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py
+    lab/options.py lab/runs.py lab/style.py lab/toy.py lab/witness.py""".split()  # make no numbers
 WRITING = os.O_WRONLY | os.O_CREAT
 _recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 

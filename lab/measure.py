@@ -28,10 +28,10 @@ def loss_and_error(logits, y):
 
 class Means:
     """What an epoch's steps were like on average; the host seldom waits for the device. sphere: a
-    SphereSGD; ordinary: what makes the steps, where that only measures."""
+    SphereSGD; plain_sgd: what makes the steps, where that only measures."""
 
-    def __init__(self, sphere, ordinary=None):
-        self.sphere, self.ordinary = sphere, ordinary
+    def __init__(self, sphere, plain_sgd=None):
+        self.sphere, self.plain_sgd = sphere, plain_sgd
         self.kept, self.steps = [], 0
         self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
@@ -48,8 +48,8 @@ class Means:
         self.steps += len(self.kept)
         self.kept = []
         stats, layers = self.sphere.stats(last), self.sphere.layer_stats(last)
-        if self.ordinary:
-            group = self.ordinary.param_groups[0]
+        if self.plain_sgd:
+            group = self.plain_sgd.param_groups[0]
             lr = group["lr"] / (1 - group.get("momentum", 0))
             for found, norm in ((stats, "radius"), (layers, "norm")):
                 found["elr"] = lr / found[norm] ** 2
@@ -185,20 +185,20 @@ def chance(run, seed):
         return loss_and_error(logits_of(net, data.inputs(index), config.dtype), data.y[index])
 
     def move_along(directions):
-        for p, direction in zip(run.on_spheres, directions, strict=True):
+        for p, direction in zip(run.sphere_weights, directions, strict=True):
             p.copy_(direction)
         to_norms_of(run.start, net, run.spheres)
 
     for i in range(POINTS + POINTS // 8):
-        move_along([torch.randn(p.shape, generator=generator) for p in run.on_spheres])
+        move_along([torch.randn(p.shape, generator=generator) for p in run.sphere_weights])
         if i < POINTS:
             values.append(on_batch())
             continue
         net.zero_grad()
         with torch.enable_grad():
             on_batch()[0].backward()
-        gradients = [p.grad for p in run.on_spheres if p.grad is not None and p.grad.any()]
-        if len(gradients) == len(run.on_spheres):
+        gradients = [p.grad for p in run.sphere_weights if p.grad is not None and p.grad.any()]
+        if len(gradients) == len(run.sphere_weights):
             move_along(-gradient for gradient in gradients)
             stepped.append(on_batch())
 

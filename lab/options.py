@@ -2,21 +2,16 @@
 
 import math
 import os
-import shlex
-import sys
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 import regimes
-from lab import own
-from lab.contents import contents, hash_of, seen_from_here
-from lab.data import NAMES, Data, add_label_noise, load
-from lab.machine import choose_threads, cores, find_device
-from lab.runs import number, open_folder
+from lab.contents import hash_of, seen_from_here
+from lab.data import NAMES
+from lab.machine import find_device
+from lab.runs import number
 from lab.schedules import SCHEDULES, grid
 from models import MODELS
 
@@ -60,8 +55,12 @@ class Config:
     elr: list = option(RUNS, None, "runs at these ELRs", nargs="+", type=REAL)
     sweep: list = option(RUNS, None, "log-spaced: LO HI N (1e-4 1 13)", nargs="*", type=REAL)
     angle: list = option(RUNS, None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
-    lr: list = option(RUNS, None, "ordinary training at these rates", nargs="+", type=REAL)
-    loop: list = option(RUNS, None, "one run down an ELR grid and up again", nargs="*", type=REAL)
+    lr: list = option(
+        RUNS, None, "plain SGD in the whole space, at these rates", nargs="+", type=REAL
+    )
+    loop: list = option(
+        RUNS, None, "a run down N ELRs and up: LO HI N (1e-4 1 25)", nargs="*", type=REAL
+    )
     refine: int = option(RUNS, 0, "then bisect both boundaries N times", type=FEW)
     max_epochs: int = option(RUNS, None, "undecided runs go on, up to N epochs", type=WHOLE)
     seed: int = option(RUNS, 0, "of start and order", type=number(int, 0, 2**30))
@@ -119,7 +118,7 @@ class Config:
 
     @property
     def mode(self):
-        """What a run is named by: "elr", "angle", "loop", or "lr", that of ordinary training."""
+        """What a run is named by: "elr", "angle", "loop", or "lr", that of plain SGD."""
         return next((mode for mode in ("angle", "loop", "lr") if getattr(self, mode)), "elr")
 
     @property
@@ -155,9 +154,13 @@ class Config:
             value = self.given.get(one.name)
             if value is None or one.metadata["group"] not in groups or "epochs" in one.name:
                 continue
-            words.append(flag(one))
-            if value is not True:
-                words += map(str, value if isinstance(value, list) else [value])
+            values = value if isinstance(value, list) else [value]
+            if str(value).startswith("-"):  # the name of a file
+                words.append(f"{flag(one)}={value}")
+            elif value is True:
+                words.append(flag(one))
+            else:
+                words += [flag(one), *map(str, values)]
         return words
 
     def folder(self):
@@ -166,31 +169,23 @@ class Config:
             return Path(self.out)
         usual = Config(data=self.data, model=self.model, **{self.mode: getattr(self, self.mode)})
         usual, here = {"epochs": usual.epochs} | usual.identity(), self.identity()
-        model = here.pop("model").replace(".py:", ".")  # mine.mlp
-        data = here.pop("data")
+        data, model = here.pop("data"), here.pop("model")
+        files = f"{data}-{model}"
+        model = model.replace(".py:", ".")  # mine.mlp
         if data.removesuffix(".npz") not in NAMES:
             data = data.removesuffix(".npz")
-        name = f"{data}-{model}"
-        name = name.strip("/").replace("/", ".")
+        name = f"{data}-{model}".strip("/").replace("/", ".")
         if self.mode != "elr":
             name += f"-{self.mode}"
         for option, value in here.items():
             if value != usual[option]:
                 name += f"-{option}" if value is True else f"-{option}={value}"
+        plain = re.fullmatch(r"\w+(\.npz|\.txt)?-\w+(\.py:\w+)?", files)
         whole = name.encode()
-        if len(whole) > 150:  # file systems take 255 bytes
-            name = f"{whole[:120].decode(errors='ignore')}-{hash_of(whole)}"
+        if not plain or len(whole) > 150:  # file systems take 255 bytes; a/b.npz is not a.b.npz
+            name = whole[:120].decode(errors="ignore")
+            name += "-" + hash_of(files.encode(), whole)[:8]
         return Path("logs") / name
-
-
-class Experiment(NamedTuple):
-    """What all runs of a command share. layer_groups: names of the tensors that are scale invariant
-    together, as own.layer_groups finds them; contents: what contents.contents made of the files."""
-
-    config: Config
-    data: Data
-    layer_groups: list[list[str]]
-    contents: dict[str, str]
 
 
 def parser():
@@ -248,60 +243,3 @@ def check(config):
     for name, good, why in rules:
         if name in config.given and not good:
             refuse(name, f"{why}: change that, or leave it out")
-
-
-def prepare(config):
-    """What takes a look at the data, the network and the folder: refuses what cannot be there, and
-    opens the folder."""
-    torch.set_num_threads(1)  # jobs fork from one
-    if config.jobs is None:
-        alone = config.ranks > 1 or config.device != "cpu"
-        config.jobs = 1 if alone else cores()
-    config.jobs = min(config.jobs, len(config.values) * config.seeds)
-    data = read_data(config)
-    with refusing("model"):
-        net, x, layer_groups = own.layer_groups(config, data)
-    choose_threads(config, net, x)
-    made_by = contents(data, own.files_of(config.model))
-    with refusing("out"):
-        given, config.out = config.out, config.folder()
-        told = open_folder(config.out, config.identity(), made_by, given)
-    if told:
-        print(told, file=sys.stderr)  # the ranks of torchrun but the first have no stdout
-    return Experiment(config, data, layer_groups, made_by)
-
-
-def read_data(config):
-    """The data set, with label noise."""
-    with refusing("data"):
-        data = load(config.data, config.modulus, config.device)
-    for note in data.notes:
-        print(note)
-    n, noise = len(data.x), config.label_noise
-    if config.augment and data.x.dim() != 4:
-        refuse("augment", "this is for images: leave it out")
-    if config.batch_size > n:
-        refuse("batch_size", f"{config.batch_size} is more than the {n} training inputs")
-    if noise and not round(noise * n):
-        refuse("label_noise", f"{noise:g} of {n} training inputs is none")
-    if noise:
-        add_label_noise(data, noise)
-    return data
-
-
-def what_next(config, found):
-    """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
-    just above the boundary of convergence, go on well below it. Then the angle, which needs no
-    sweep; these with the step, network and data of this one."""
-    commands, shared = [], config.words(STEP, NETWORK, DATA)
-    more = max(run.verdict.more_epochs or 0 for run in found)
-    if more and config.mode == "elr" and config.constant and not config.average:
-        again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
-        commands.append([*again, "--epochs", str(max(more, 2 * config.epochs))])
-    boundary = regimes.boundaries(found)[0]
-    if boundary.seen:
-        high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"
-        commands.append(["--elr", high, "--then", low, *shared])
-    if config.mode != "angle":
-        commands.append(["--angle", "0.05", *shared])
-    return [shlex.join(["python", sys.argv[0], *command]) for command in commands]

@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def one_thread():
+    """What a test has set is not left to the next: threads that wait take a core."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def begun_as_train_py(monkeypatch):
     """`next:` names the script as it was begun."""
     monkeypatch.setattr(sys, "argv", ["train.py"])

@@ -16,7 +16,8 @@ import torch._dynamo  # late imports take seconds: children have it when they ar
 
 import train
 from lab import figures
-from lab.options import parse, prepare
+from lab.experiment import prepare
+from lab.options import parse
 
 ROOT = Path(__file__).parent.parent
 QUICK = "--width 2 --epochs 2 --batch-size 128 --threads 1"

@@ -118,7 +118,7 @@ def directions_of(run):
             p.grad = torch.randn_like(p)
             copies[name] = torch.nn.Parameter(p.detach().clone())
             copies[name].grad = p.grad.clone()
-    run.ordinary.step()
+    run.plain_sgd.step()
     for name, copy in copies.items():
         for way in ("adam", "muon")[: copy.dim()]:
             if torch.equal(run.net.get_parameter(name).grad, getattr(optimizers, way)(copy, {})):
@@ -129,7 +129,7 @@ def directions_of(run):
 
 def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
     run = optimizers.make_run(Job("tiny, MLP", "muon", 0.1, 0.0, 0), "")
-    on_spheres, _ = run.ordinary.param_groups
+    on_spheres, _ = run.plain_sgd.param_groups
     assert on_spheres["sphere"] == "tensor"
     matrices = {name for name, p in run.net.named_parameters() if p in set(on_spheres["params"])}
     found = directions_of(run)
@@ -140,7 +140,7 @@ def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
 
 def test_weight_decay_reaches_both_optimizers(tiny):
     for kind in ("adamw", "sgd"):
-        (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").ordinary.param_groups
+        (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").plain_sgd.param_groups
         assert group["weight_decay"] == 0.3 and group["lr"] == 0.1
 
 

@@ -45,7 +45,7 @@ from hypothesis import strategies as st
 
 import regimes
 import train
-from lab import figures, machine, measure, runs
+from lab import figures, jobs, machine, measure, runs
 
 ONE_SUM = f"{SUMS} --elr 0.5"
 LONGER = "--data modular --modulus 7 --width 4 --batch-size 8 --threads 1"  # 4 steps an epoch
@@ -181,6 +181,26 @@ def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp
     equal_runs(tmp_path / "whole", parts)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_folder_leaves_nothing_and_says_so(tmp_path, number):
+    def signalled():
+        train.prepare = lambda config: os.kill(os.getpid(), number)
+
+    child = in_child(f"{ONE_SUM}", tmp_path / "out", before=signalled)
+    assert child == (128 + number, "interrupted; nothing was written\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_was_told_to_stop_does_not_wait_until_torch_is_taken_down():
+    def function():
+        try:
+            regimes.finish(lambda: print("told") or 143)
+        finally:
+            print("taken down")
+
+    assert end_of(fork(function)) == (143, "told\n")
+
+
 # ---------------------------------------------------------------------------------- killed
 
 
@@ -238,7 +258,7 @@ def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
 
 # --------------------------------------------------------------------- many runs, one writer
 
-MANY = f"{LONGER} --elr 0.01 0.02 0.04 --epochs 12"
+MANY = f"{LONGER} --elr 0.01 0.02 0.04 --epochs 8"
 
 
 @pytest.fixture(scope="module")
@@ -306,9 +326,9 @@ def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
 
 def test_a_long_run_says_a_line_a_minute(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
     job = runs.Job(0.01, 0, Path(), "elr 1e-02")
-    watch = runs.Watch(SimpleNamespace(rank=0, epochs=9, out=tmp_path), [job], renew=NOTHING)
+    watch = jobs.Watch(SimpleNamespace(rank=0, epochs=9, out=tmp_path), [job], renew=NOTHING)
     for epoch in range(10):
         watch.tell("epoch", "elr 1e-02", epoch, 9, "loss 2, error 0.5, γ 3")
     lines = capsys.readouterr().out.splitlines()
@@ -329,7 +349,7 @@ def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
     status, verdicts = end_of(child)
     shown = shown.decode(errors="replace")
     assert status == 0 and verdicts.count("; test error ") == 3
-    assert "/36 [" in shown and "epoch" in shown  # with the time that is left
+    assert "/24 [" in shown and "epoch" in shown  # with the time that is left
     assert "elr 1e-02: loss " in shown and "γ" in shown
 
 

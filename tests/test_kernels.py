@@ -1,7 +1,8 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter, which is slow; what
 they are compiled to is in test_bench_kernels.py.
 
-`test_the_kernels_pass_in_the_interpreter` runs this file again, TRITON_INTERPRET=1, in a child.
+`test_the_kernels_pass_in_the_interpreter` runs this file again, TRITON_INTERPRET=1, in a child,
+with those tests of the step and of shards that are for the kernels, too.
 """
 
 import math
@@ -32,7 +33,7 @@ HALVES = torch.bfloat16, torch.float16
 THREE = ["_gram_pass", "_rule_pass", "_move_pass"]
 # Of the step in PyTorch, which are for the kernels, too
 SHARED = """a_gradient_that_is_all_but_radial a_factor_that_does_not_fit_float32
-a_backward_pass_through_a_graph an_lr_that_became_nan""".split()
+a_backward_pass_through_a_graph an_lr_that_became_nan something_else_has_moved""".split()
 runs = pytest.mark.skipif(not (GPU or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm device; there is none")
 compiled = pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="not interpreted")
@@ -41,10 +42,10 @@ compiled = pytest.mark.skipif(INTERPRET or sphere_step.triton is None, reason="n
 @pytest.mark.skipif(INTERPRET, reason="this is that run")
 @pytest.mark.skipif(sphere_step.triton is None, reason="Triton is not installed")
 def test_the_kernels_pass_in_the_interpreter():
-    which = " or ".join(["test_kernels", *SHARED])
+    which = " or ".join(["test_kernels", "several_processes_step", *SHARED])
     options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", which]
-    files = [str(HERE), str(HERE.with_name("test_sphere_step.py"))]
-    command = [sys.executable, "-m", "pytest", *options, *files]
+    files = [HERE, HERE.with_name("test_sphere_step.py"), HERE.with_name("test_shards.py")]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
     # Without what measures coverage, which would take twice the time.
     environment = {k: v for k, v in os.environ.items() if k[:3] != "COV" and k != "PYTEST_ADDOPTS"}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

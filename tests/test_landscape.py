@@ -15,9 +15,10 @@ import train
 from lab import landscape, measure, runs
 from lab.curvature import curvature_along_gradient, largest, operators, trace
 from lab.data import load
+from lab.experiment import prepare
 from lab.landscape import Point, barrier, between, distances, evaluate
 from lab.measure import vectors
-from lab.options import parse, prepare
+from lab.options import parse
 from models import fixed_head
 
 QUICK = "--width 1 --batch-size 16 --epochs 1 --jobs 1 --threads 1"

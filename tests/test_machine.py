@@ -19,6 +19,7 @@ import sphere_step
 import train
 from lab import bench, landscape, machine, measure, options, own, runs, witness
 from lab.data import batches, load
+from lab.experiment import prepare
 from lab.invariance import scale_invariant_groups
 from models import MODELS
 from sphere_step import SphereSGD
@@ -274,9 +275,9 @@ def test_cores_are_those_that_one_may_use(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert machine.cores() == 1
-    monkeypatch.setattr("lab.options.cores", lambda: 3)
+    monkeypatch.setattr("lab.experiment.cores", lambda: 3)
     config = options.parse(["--sweep", "--out", str(tmp_path / "out")])
-    assert options.prepare(config).config.jobs == 3
+    assert prepare(config).config.jobs == 3
 
 
 @pytest.mark.skipif(
@@ -285,7 +286,7 @@ def test_cores_are_those_that_one_may_use(tmp_path, monkeypatch):
 def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_path, monkeypatch):
     """On fake tensors, which know their device and have no numbers. The step has a test of its own."""
     more = ["--augment", "--batch-size", "512", "--out", str(tmp_path)]
-    experiment = options.prepare(options.parse(["--elr", "0.01", *more]))
+    experiment = prepare(options.parse(["--elr", "0.01", *more]))
     config, data, _, _ = experiment
     net, gpu, config.device = own.build(config, data), {"device": "cuda:0"}, "cuda:0"
 
@@ -335,7 +336,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         run = train.Run(experiment, runs.Job(0.01, 0, tmp_path, ""))
         run.set_lr()
         for move in (False, True):
-            means = measure.Means(run.sphere)
+            means = measure.Means(run.sphere_sgd)
             for index in batches(len(data.x), 512, run.order, "cuda:0"):
                 means.add(*train.train_step(run, index, move))
             means.row()

@@ -15,6 +15,7 @@ from torch import nn
 import models
 from lab import landscape, own
 from lab.data import load
+from lab.groups import layer_groups
 from lab.invariance import scale_invariant_groups
 
 TOP = """
@@ -72,7 +73,7 @@ def ask(write, data):
         usual = dict(sphere="network", batch_size=16, dtype="fp32", average=None)
         options = SimpleNamespace(model=model, seed=0, device="cpu", **(usual | options))
         try:
-            groups = own.layer_groups(options, load(x if x == "digits" else f"{data}/{x}.npz"))[2]
+            groups = layer_groups(options, load(x if x == "digits" else f"{data}/{x}.npz"))[2]
         except ValueError as error:
             assert "\n" not in str(error)
             return str(error)
@@ -234,8 +235,10 @@ SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8,
         ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01, behind"),
         (SPARSE, "(ValueError: the gradient by 0.weight is sparse: leave sparse=True out)"),
         (NAN, "its gradients are nan or infinite"),
+        (NET + ".double()", "its weights are float64, and inputs float32: take net.float())"),
+        (NET + ".bfloat16()", "its weights are bfloat16, and inputs float32: take net.float())"),
     ],
-    ids=range(10),
+    ids=range(12),
 )  # fmt: skip
 def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
     assert message in ask(code, x="tokens" if code == SPARSE else "numbers")
@@ -317,6 +320,7 @@ CASES = {
     "a bounded activation": ("", "", "h / (h.abs() + 0.05)", NONE),
     "a buffer remembers inputs": ("self.register_buffer('mean', torch.zeros(channels))", "self.mean.lerp_(x.detach().mean(0), 0.1); h = self.first(x - self.mean)", NORM, BASE),
     "all is frozen before": ("self.first.requires_grad_(False)", "", NORM, "behind weights that are trained?"),
+    "made in training alone": ("self.more = nn.LazyLinear(8)", "more = self.more(x) if self.training else 0", f"{NORM} + more", BASE),
     "made in the first pass": ("self.body = None", "self.body = self.body or nn.Linear(6, 8, bias=False); h = self.body(x)", NORM, {"body.weight"}),
 }  # fmt: skip
 

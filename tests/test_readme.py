@@ -45,7 +45,7 @@ def block(section, text=README):
 
 def test_the_commands_name_a_regime_which_the_logs_alone_name_again(shown):
     out = shown("train.py --elr 0.01", "--jobs", "1")
-    assert out.startswith("elr 1e-02: chaotic equilibrium: error ")
+    assert re.search("^elr 1e-02: chaotic equilibrium: error ", out, re.M)
     assert "\nwritten: logs/digits-convnet/regimes.csv, logs/digits-convnet/regimes.png\n" in out
     out = shown("train.py --elr 1e-3 1e-2 1e-1", "--epochs", "1", "--jobs", "1")  # two new ones
     table = shown("regimes.py logs/digits-convnet")

@@ -2,15 +2,13 @@
 collectives counted; states through torch.distributed.checkpoint; ZeRO's partitions."""
 
 import os
-import subprocess
 import sys
 import traceback
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import pytest
-import spheres  # noqa: F401  (mends the interpreter)
+import spheres  # mends the interpreter
 import torch
 import torch.distributed as dist
 
@@ -52,7 +50,7 @@ def against_one_process(shards, wholes, sphere, backend, calls, expected):
     options = dict(lr=1e-3, sphere=sphere, momentum=0.9)
     ours = SphereSGD(shards, backend=backend, **options)
     one = SphereSGD(wholes, backend="torch", **options)
-    for turn in range(2 if backend == "torch" or SLOW else 1):
+    for _ in range(2 if backend == "torch" or SLOW else 1):
         for p, q in zip(shards, wholes, strict=True):
             q.grad, p.grad = torch.randn_like(q), None
             p.grad = q.grad.clone()
@@ -180,14 +178,28 @@ def case_of_refusals(backend, calls):
 CASES = case_of_meshes, case_of_fully_shard, case_of_zero, case_of_refusals
 
 
+@pytest.mark.skipif(
+    sphere_step.triton is not None and not spheres.INTERPRET,
+    reason="test_kernels.py runs it, with Triton's interpreter",
+)
 @pytest.mark.parametrize("world", [2, 4] if SLOW else [4])
-def test_several_processes_step_as_one_does(world, tmp_path):
-    backends = ["torch", "triton"] if sphere_step.triton else ["torch"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, __file__, str(tmp_path / "store"), str(world), *backends]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+def test_several_processes_step_as_one_does(world, tmp_path, capfd):
+    """Forked, so that torch is imported once."""
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            try:
+                rank_of(str(tmp_path / "store"), rank, world)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(1)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(statuses), capfd.readouterr().err[-5000:]
 
 
 def test_a_subclass_that_wraps_other_tensors_is_refused():
@@ -197,7 +209,7 @@ def test_a_subclass_that_wraps_other_tensors_is_refused():
         SphereSGD([p], lr=0.1)
 
 
-def rank_of(path, rank, world, backends):
+def rank_of(path, rank, world):
     """All cases in one of the processes."""
     dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
     calls, plain = [], sphere_step.all_reduce
@@ -207,28 +219,8 @@ def rank_of(path, rank, world, backends):
         plain(x, group=group)
 
     sphere_step.all_reduce = counted
-    for backend in backends:
+    for backend in ["torch", "triton"] if sphere_step.triton else ["torch"]:
         for case in CASES:
             torch.manual_seed(0)
             case(backend, calls)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    path, world, *backends = sys.argv[1:]
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(int(world)):  # forked, so that torch is imported once
-        child = os.fork()
-        if child == 0:
-            try:
-                rank_of(path, rank, int(world), backends)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stderr.flush()
-            os._exit(status)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    sys.exit(any(statuses))

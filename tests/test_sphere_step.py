@@ -38,7 +38,7 @@ def close(a, b, tolerance=1e-6):
 def test_random_sequences_are_those_of_the_reference(draw):
     seed = int(os.environ.get("SEED", random.randrange(2**31) if SLOW else draw))
     sequence = Sequence(seed, "torch", DTYPES, shapes=30 * SHAPES + LARGE)
-    sequence.run(sequence.draw.randint(3, 8))
+    sequence.run(sequence.draw.randint(2, 5))
 
 
 # ----------------------------------------------------------------------------------- numbers
@@ -86,7 +86,7 @@ def test_the_norm_is_the_radius_after_many_float32_steps(sphere, elr):
 
 @pytest.mark.parametrize("share", [1e-6, 1e-8, 0.0])
 @pytest.mark.parametrize("angle", [True] if INTERPRET else [False, True])
-@pytest.mark.parametrize("count", [40, 3000] if INTERPRET else [40, 3000, 300_000])
+@pytest.mark.parametrize("count", [40, 3000] if INTERPRET else [40, 3000, 140_000])
 @pytest.mark.parametrize("dtype", DTYPES[1:2] if INTERPRET else DTYPES)
 def test_a_gradient_that_is_all_but_radial(dtype, count, angle, share):
     """In 16 bits c·θ has a direction, by rounding; where there is none, nothing turns."""
@@ -268,9 +268,11 @@ def test_weights_that_something_else_has_moved_are_told_of_once(sphere, steps):
             optimizer.step()
         params[2].data.mul_(3)  # is on no sphere
         params[1].data.mul_(1.001)  # rounding may do that
-        optimizer.observe()
+        if not INTERPRET:  # at the norms that they have
+            optimizer.observe()
         params[1].data.mul_(3)
-        optimizer.observe()  # at the norms that they have
+        if not INTERPRET:
+            optimizer.observe()
     with pytest.warns(UserWarning, match="weights were changed since the optimizer was made"):
         optimizer.step()
     with warnings.catch_warnings():
@@ -362,7 +364,7 @@ def test_many_groups_take_calls_in_proportion():
             sys.setprofile(None)
         return found[0]
 
-    assert calls(200) < 5 * calls(50)
+    assert calls(80) < 5 * calls(20)
 
 
 def test_a_vocabulary_of_rows_is_told_in_few_words():
