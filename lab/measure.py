@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 
 from lab.data import CHUNK, chunks
 
-POINTS = 512  # at which chance is measured
+POINTS = 512  # for chance
 KEPT = 256  # steps whose statistics are summed at once
 
 

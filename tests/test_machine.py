@@ -88,7 +88,7 @@ def network(channels, classes):
 @pytest.mark.parametrize(
     ("command", "what"),
     [
-        ("--model {}/own.py:network", "3.weight points along the weights"),
+        ("--model {}/a_network.py:network", "3.weight points along the weights"),
         ("--model resnet18 --width 1 --batch-size 256 --sphere row", "rows are not scale"),
     ],
 )
@@ -96,7 +96,7 @@ def test_what_is_not_orthogonal_in_a_network_of_ones_own_or_in_rows_is_a_note(
     tmp_path, capsys, monkeypatch, command, what
 ):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "a_network.py").write_text(OWN)
     experiment(words(f"--elr 0.01 {command.format(tmp_path)}", tmp_path / "out"))
     err = capsys.readouterr().err
     assert err.count("note:") == 1 and what in err
@@ -252,8 +252,8 @@ def tf32():
 
 def test_fp32_stays_float32_whatever_somebodys_file_sets(tmp_path):
     setting = "import torch\ntorch.set_float32_matmul_precision('high')\n"
-    (tmp_path / "own.py").write_text(setting + OWN.replace("WrongConv(", "nn.Conv2d("))
-    made = experiment(words(f"--elr 0.1 --model {tmp_path}/own.py:network", tmp_path / "out"))
+    (tmp_path / "a_network.py").write_text(setting + OWN.replace("WrongConv(", "nn.Conv2d("))
+    made = experiment(words(f"--elr 0.1 --model {tmp_path}/a_network.py:network", tmp_path / "out"))
     train.Run(made, runs.Job(0.1, 0, tmp_path / "log.csv", ""))
     assert not tf32()
 
