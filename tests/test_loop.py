@@ -120,13 +120,13 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
 
 def test_where_one_of_the_seeds_stays_frozen_nothing_is_called_reversible():
     seen = 0
-    for seed in range(30):
+    for seed in range(12):
         melts, chance, _ = made(np.random.default_rng(seed), "hysteretic")
         stays, *_ = made(np.random.default_rng(seed), "no melting")
         found = classify_loop(9 * [melts] + [stays], chance)
         seen += bool(found.melts and found.frozen)
         assert not (found.frozen and found.reversible), (seed, found)
-    assert seen > 10
+    assert seen > 4
 
 
 def test_a_network_that_dies_is_not_told_to_train_longer():
