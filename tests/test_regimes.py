@@ -209,6 +209,8 @@ def test_next_to_nothing_is_convergence_without_a_slope():
     for loss, expected in ((0.9, "convergence"), (1.1, "undecided")):
         log = made(loss=loss * 0.003 * 6.0, angle=STILL)
         assert named(log, ALONE) == expected
+        log["train_loss"][-1] = 0.003 * 6.0 * (3 - 2 * loss)  # the last row alone
+        assert named(log, ALONE) == expected
 
 
 def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
@@ -246,6 +248,7 @@ def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing(kind):
     verdict = classify(log)  # a row before training is one point: no chance
     assert verdict.regime == ("convergence" if kind == "convergence" else "undecided")
     assert verdict.more_epochs is None and "may decide" not in str(verdict)
+    assert not verdict.notes
     for rows, few in ((3, 1), (7, 3), (8, 4)):
         short = classify({name: column[:rows] for name, column in log.items()}, CHANCE)
         said = f"too short: the last half has {few} of at least 4 rows; " in str(short)
