@@ -12,7 +12,10 @@ def text(path, length=16):
     """The characters of a file as tokens, the next one as label: 20,000 windows at random from the
     first nine tenths, 4,000 from the last, the same for every seed. Returns x, y, test_x, test_y as
     tensors, the characters, and notes on what was made of the file."""
-    content = path.read_text(encoding="utf-8-sig")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read as text in UTF-8 ({error})") from None
     cut, generator, parts = len(content) * 9 // 10, torch.Generator().manual_seed(0), []
     known = sorted(set(content[:cut]))
     tokens = {character: token for token, character in enumerate(known)}
@@ -80,7 +83,8 @@ def _read(path):
 
 def inputs(x, notes):
     """Images [N, C, H, W] uint8 or float64, numbers [N, M] float64, tokens [N, T] int64."""
-    if x.ndim not in (2, 3, 4) or x.dtype.kind not in "fiub":
+    flat = x.ndim == 2 and x.dtype in (bool, np.uint8)  # images, more likely than tokens
+    if x.ndim not in (2, 3, 4) or x.dtype.kind not in "fiub" or flat:
         raise ValueError("must be images [N, (C,) H, W], floats [N, M] or tokens int64 [N, T]")
     if not x.size:
         raise ValueError("is empty")
@@ -120,8 +124,10 @@ def _labels(y, n):
     """[n], whole numbers or text."""
     if y.dtype.kind == "S":
         y = np.char.decode(y, "utf-8")
-    if y.dtype.kind == "f" and (y % 1 == 0).all():
-        y = y.astype(np.int64)
+    if y.dtype.kind == "f":
+        y = y.astype(np.float64)
+        if ((abs(y) < 2**53) & (y.round() == y)).all():
+            y = y.astype(np.int64)
     if y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "biuU":
         raise ValueError(f"must be {n} labels, whole numbers or text: y.astype(int), y.argmax(1)")
     return y.ravel()
