@@ -124,6 +124,8 @@ def test_a_level_is_a_regime_only_where_the_run_has_forgotten_its_start(loss, ex
     for unknown in (less(log, "angle"), less(log, "step"), {**log, "angle": np.full(41, nan)}):
         verdict = classify(unknown, CHANCE)
         assert verdict.regime == expected and "no angle or step: a plateau" in verdict.notes[-1]
+    log["angle"][::3] = nan  # not logged in each row
+    assert named(log, CHANCE) == expected and not classify(log, CHANCE).notes
 
 
 SLOPES = """how it falls, its noise, angle: on both sides of each threshold
@@ -287,6 +289,7 @@ def test_a_rate_that_falls_in_the_log_is_not_a_fixed_one(name):
     sparse[[2, 39]] = nan  # not logged in each row
     verdict = classify({**log, name: sparse}, CHANCE)
     assert verdict.moves and str(verdict) == f"{name.upper()} 0.1 to 0.01, not a fixed one"
+    assert classify({**log, name: np.linspace(0.1, 0.099, 41)}, CHANCE).moves
 
 
 def test_an_error_in_percent_not_logged_or_without_chance_is_left_out():

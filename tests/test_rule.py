@@ -1,7 +1,7 @@
 """The rule on logs of an SGD that is not ours: scale-invariant networks on the sphere in plain torch, 176
 runs at once. What a run is, four times its length and another seed say. And the toy, whose regimes
-are known exactly. SLOW=1: all lengths, and three judges from statistics. It keeps the runs (an hour
-or two of one core) in .pytest_cache, until the code that makes them changes: then it takes minutes.
+are known exactly. SLOW=1: 31 shapes, all lengths, and three judges from statistics. It keeps the runs
+(ten minutes of one core) in .pytest_cache until the code that makes them changes.
 
     SLOW=1 python -m pytest -n 0 -s tests/test_rule.py
 """
