@@ -1531,11 +1531,3 @@ class _ByKernels(_Layout):
 
     def last(self):
         return self.parts.clone(), self.rules[: len(self.radii)].clone()
-
-
-# ----------------------------------------------------------------------------------- by the way
-
-
-if __name__ == "__main__":
-    print("SphereSGD: steps on a sphere at a fixed ELR or angle. Copy this one file.")
-    print("Is it right on this machine? python -m lab.bench check")
