@@ -638,8 +638,11 @@ def _sums_by(x, index, n):
 def _rest(gram, beta):
     """‖new m‖² (β = 0: ‖g_t‖²), and the sum of squares of which the projection leaves this."""
     tt, tg, gg, tm, gm, mm = gram
-    rest = gg - tg * tg / tt + 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
-    return rest, gg + beta * beta * mm
+    rest, whole = gg - tg * tg / tt, gg
+    if isinstance(beta, Tensor) or beta:
+        rest = rest + 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
+        whole = gg + beta * beta * mm
+    return rest, whole
 
 
 def _described(gram, rule):
@@ -1531,11 +1534,3 @@ class _ByKernels(_Layout):
 
     def last(self):
         return self.parts.clone(), self.rules[: len(self.radii)].clone()
-
-
-# ----------------------------------------------------------------------------------- by the way
-
-
-if __name__ == "__main__":
-    print("SphereSGD: steps on a sphere at a fixed ELR or angle. Copy this one file.")
-    print("Is it right on this machine? python -m lab.bench check")

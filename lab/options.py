@@ -55,9 +55,7 @@ class Config:
     elr: list = option(RUNS, None, "runs at these ELRs", nargs="+", type=REAL)
     sweep: list = option(RUNS, None, "log-spaced: LO HI N (1e-4 1 13)", nargs="*", type=REAL)
     angle: list = option(RUNS, None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
-    lr: list = option(
-        RUNS, None, "plain SGD in the whole space, at these rates", nargs="+", type=REAL
-    )
+    lr: list = option(RUNS, None, "plain SGD at these rates", nargs="+", type=REAL)
     loop: list = option(
         RUNS, None, "a run down N ELRs and up: LO HI N (1e-4 1 25)", nargs="*", type=REAL
     )
@@ -154,13 +152,12 @@ class Config:
             value = self.given.get(one.name)
             if value is None or one.metadata["group"] not in groups or "epochs" in one.name:
                 continue
-            values = value if isinstance(value, list) else [value]
             if str(value).startswith("-"):  # the name of a file
                 words.append(f"{flag(one)}={value}")
-            elif value is True:
-                words.append(flag(one))
-            else:
-                words += [flag(one), *map(str, values)]
+                continue
+            words.append(flag(one))
+            if value is not True:
+                words += map(str, value if isinstance(value, list) else [value])
         return words
 
     def folder(self):
