@@ -23,10 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.stats import chi2
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -35,8 +33,7 @@ import optimizers  # noqa: E402
 
 import regimes  # noqa: E402
 import train  # noqa: E402
-from lab import landscape, loop, runs  # noqa: E402, F401
-from lab.curvature import gradient as slope_of  # noqa: E402
+from lab import curvature, loop, runs  # noqa: E402
 from lab.experiment import prepare  # noqa: E402
 from lab.options import Config, parse  # noqa: E402
 
@@ -143,7 +140,7 @@ def steps_until_escape(run):
         step = next(steps)
         if step % (n // size) == 0:
             indices = train.batches(n, size, order)
-        found, square, loss = curvature(run, indices[step % (n // size)])
+        found, square, loss = curvature.curvature_along_gradient(run, indices[step % (n // size)])
         rows.append((step, loss, math.sqrt(square), run.value * found))
 
     indices = []
@@ -184,51 +181,30 @@ def full(table, seeds, passes):
 
 
 def down_and_up(run, steps):
-    point = landscape.Point(run.path, run.net, run.data, {}, run.spheres)
     everything = torch.arange(len(run.data.x))
     for place in range(run.epochs):
         run.epoch = place
         run.set_lr()
         for _ in range(steps):
             loss, *_ = train.train_step(run, everything)
-        sharpness = landscape.largest(landscape.operators(point)["hessian"], 1)[0]
+        sharpness = curvature.largest(curvature.operators(run)["hessian"], 1)[0]
         yield run.leg, run.lr, loss.item(), sharpness
 
 
 # ------------------------------------------------------------------------------------ the edge
 
 
-def curvature(run, index):
-    """Of these training inputs' loss along its own gradient, on the unit sphere (where spheres are
-    several, each scaled to radius 1); the square of that gradient; the loss."""
-    weights = [run.net.get_parameter(name) for sphere in run.spheres for name in sphere["names"]]
-    points = train.measure.vectors(run.net, run.spheres)
-    radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in points]
-    radius = torch.cat(radius).to(weights[0])
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        loss = F.cross_entropy(run.net(run.data.inputs(index)), run.data.y[index])
-    gradient = slope_of(loss, weights, again=True)
-    along = radius * gradient.detach()
-    square = along.square().sum()
-    along = radius * along / square.sqrt()
-    found = slope_of(gradient @ along, weights) @ along
-    return found.item(), square.item(), loss.item()
-
-
 def sharpness_on_the_way(run, epochs, every):
     """Train so many epochs; before every so many-th step the curvature of a random batch. Returns
-    [3, measured] as `curvature`, and the mean train loss of the epochs."""
-    generator, found, steps = (
-        torch.Generator().manual_seed(run.identity["seed"]),
-        [],
-        itertools.count(),
-    )
+    [3, measured] as `curvature_along_gradient`, and the mean train loss of the epochs."""
+    generator = torch.Generator().manual_seed(run.identity["seed"])
+    n, size, found, steps = len(run.data.x), run.config.batch_size, [], itertools.count()
 
     @torch.enable_grad()
     def look(*_):
         if next(steps) % every == 0:
-            size = run.config.batch_size
-            found.append(curvature(run, train.batches(len(run.data.x), size, generator)[0]))
+            index = train.batches(n, size, generator)[0]
+            found.append(curvature.curvature_along_gradient(run, index))
 
     run.sphere_sgd.register_step_pre_hook(look)
     log = train_until(run, epochs)
@@ -242,7 +218,7 @@ def cold_end(passes, seed, *options):
         train_until(run, passes * int(GRID[2]))
         indices = train.batches(len(run.data.x), run.config.batch_size, run.order)
         run.net.train()
-        found = np.mean([curvature(run, index)[0] for index in indices])
+        found = np.mean([curvature.curvature_along_gradient(run, index)[0] for index in indices])
         return {"net": run.net.state_dict(), "checksum": ""}, 2 / found
 
 

@@ -68,20 +68,20 @@ def batch_sharpness(point, size, batches=64):
     found = []
     for _ in range(batches):
         index = torch.randperm(len(point.data.x), generator=generator)[:size]
-        found.append(curvature_along_gradient(point, index.to(point.data.x.device)))
+        found.append(curvature_along_gradient(point, index.to(point.data.x.device))[0])
     return np.mean(found), np.std(found, ddof=1) / math.sqrt(batches)
 
 
 def curvature_along_gradient(point, index):
-    """Of the loss of these training inputs."""
+    """Of the loss of these training inputs; with it the square of that gradient, and the loss."""
     weights, radius = weights_of(point)
     radius = radius.to(weights[0])
-    slope = gradient(
-        F.cross_entropy(logits_of(point, index), point.data.y[index]), weights, again=True
-    )
+    loss = F.cross_entropy(logits_of(point, index), point.data.y[index])
+    slope = gradient(loss, weights, again=True)
     step = radius * slope.detach()
     along = radius * step / step.norm()
-    return (gradient(slope @ along, weights) @ along).item()
+    found = gradient(slope @ along, weights) @ along
+    return found.item(), step.square().sum().item(), loss.item()
 
 
 def gradient(of, by, *directions, again=False):
