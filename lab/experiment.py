@@ -1,0 +1,85 @@
+"""What a command line comes to: data, network and folder; and what is best done next."""
+
+import shlex
+import sys
+from typing import NamedTuple
+
+import torch
+
+import regimes
+from lab import groups, own
+from lab.contents import contents
+from lab.data import Data, add_label_noise, load
+from lab.machine import choose_threads, cores
+from lab.options import COURSE, DATA, MACHINE, NETWORK, RUNS, STEP, Config, refuse, refusing
+from lab.runs import add_to_config, open_folder
+
+
+class Experiment(NamedTuple):
+    """What all runs of a command share. layer_groups: names of the tensors that are scale invariant
+    together, from groups.layer_groups; contents: what contents.contents made of the files."""
+
+    config: Config
+    data: Data
+    layer_groups: list[list[str]]
+    contents: dict[str, str]
+
+
+def prepare(config):
+    """What takes a look at the data, the network and the folder: refuses what cannot be there, and
+    opens the folder."""
+    torch.set_num_threads(1)  # jobs fork from one
+    if config.jobs is None:
+        alone = config.ranks > 1 or config.device != "cpu"
+        config.jobs = 1 if alone else cores()
+    config.jobs = min(config.jobs, len(config.values) * config.seeds)
+    data = read_data(config)
+    with refusing("model"):
+        net, x, layer_groups = groups.layer_groups(config, data)
+    choose_threads(config, net, x)
+    made_by = contents(data, own.files_of(config.model))
+    with refusing("out"):
+        given, config.out = config.out, config.folder()
+        told = open_folder(config.out, config.identity(), made_by, given)
+        about = dict(command=config.given, threads=config.threads, labels=data.labels)
+        about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
+        add_to_config(config.out, **about)
+    if told:
+        print(told, file=sys.stderr)  # the ranks of torchrun but the first have no stdout
+    return Experiment(config, data, layer_groups, made_by)
+
+
+def read_data(config):
+    """The data set, with label noise."""
+    with refusing("data"):
+        data = load(config.data, config.modulus, config.device)
+    for note in data.notes:
+        print(note)
+    n, noise = len(data.x), config.label_noise
+    if config.augment and data.x.dim() != 4:
+        refuse("augment", "this is for images: leave it out")
+    if config.batch_size > n:
+        refuse("batch_size", f"{config.batch_size} is more than the {n} training inputs")
+    if noise and not round(noise * n):
+        refuse("label_noise", f"{noise:g} of {n} training inputs is none")
+    if noise:
+        add_label_noise(data, noise)
+    return data
+
+
+def what_next(config, found):
+    """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
+    just above the boundary of convergence, go on well below it. Then the angle, which needs no
+    sweep; these with the step, network and data of this one."""
+    commands, shared = [], config.words(STEP, NETWORK, DATA)
+    more = max(run.verdict.more_epochs or 0 for run in found)
+    if more and config.mode == "elr" and config.constant and not config.average:
+        again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
+        commands.append([*again, "--epochs", str(max(more, 2 * config.epochs))])
+    boundary = regimes.boundaries(found)[0]
+    if boundary.seen:
+        high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"
+        commands.append(["--elr", high, "--then", low, *shared])
+    if config.mode != "angle":
+        commands.append(["--angle", "0.05", *shared])
+    return [shlex.join(["python", sys.argv[0], *command]) for command in commands]
