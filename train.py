@@ -31,7 +31,7 @@ import regimes
 from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.experiment import prepare, what_next
-from lab.jobs import Watch, side_by_side
+from lab.jobs import Watch, heed_stops, side_by_side
 from lab.machine import Captured, keep_memory, use
 from lab.options import parse
 from lab.schedules import value_at
@@ -257,17 +257,9 @@ def measure_chance(experiment, seeds):
     runs.add_to_config(config.out, chance=chances)
 
 
-def stop(number, _):
-    """Ctrl-C or SIGTERM; the next has no effect."""
-    for each in runs.STOPS:
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
-
-
 def main(argv=None):
     config = parse(argv)
-    for each in runs.STOPS:
-        signal.signal(each, stop)
+    heed_stops()
     if config.rank:  # torchrun's first process tells for all
         sys.stdout = open(os.devnull, "w")
     values, new, failed = [], config.values, False

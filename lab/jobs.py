@@ -112,3 +112,24 @@ def _worker(work, experiment, jobs, pipe):
 def _end_with_parent():
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def heed_stops():
+    """Ctrl-C and SIGTERM, the first of them alone, raise KeyboardInterrupt(number). Python drops
+    what is raised in a destructor or a weakref's callback: then it is raised again, 10 ms later."""
+
+    def stop(number, _):
+        for each in runs.STOPS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    def dropped(unraisable):
+        error = unraisable.exc_value
+        if not isinstance(error, KeyboardInterrupt):
+            return sys.__unraisablehook__(unraisable)
+        signal.signal(signal.SIGALRM, lambda *_: stop(*error.args, None))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    for each in runs.STOPS:
+        signal.signal(each, stop)
+    sys.unraisablehook = dropped

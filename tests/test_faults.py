@@ -191,6 +191,21 @@ def test_a_signal_before_there_is_a_folder_leaves_nothing_and_says_so(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_is_not_lost_in_a_destructor(tmp_path):
+    """Python drops what is raised there."""
+
+    class Signalling:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def signalled(config):
+        Signalling()
+        time.sleep(60)
+
+    child = in_child(ONE_SUM, tmp_path / "out", before=lambda: setattr(train, "prepare", signalled))
+    assert child == (143, "interrupted; nothing was written\n")
+
+
 def test_who_was_told_to_stop_does_not_wait_until_torch_is_taken_down():
     def function():
         try:
