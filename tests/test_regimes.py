@@ -371,6 +371,7 @@ def test_damaged_files_are_named_and_the_others_still_reported(sweep, run):
     path.write_text(good[: good.rindex(",")])
     status, out, err = run(sweep, sweep / "nowhere.csv")
     assert status == 2 and len(err) == len(bad) + 1
+    assert not (sweep / "regimes.csv").exists()  # not of one folder
     for name in [*(f"elr={name}.csv" for name in bad), "nowhere.csv"]:
         assert sum(name in line for line in err) == 1
     assert out.count("convergence ") >= 3 and "    1e-02  chaotic equilibrium" in out
@@ -417,6 +418,12 @@ def test_a_boundary_spans_the_elrs_at_which_seeds_disagree(case):
     for boundary, ends in zip(regimes.boundaries(runs), expected[:2], strict=True):
         assert ends == "".join(f"{x:.0f}" for x in np.nan_to_num([boundary.low, boundary.high]))
         assert boundary.seen == ("0" not in ends)
+
+
+def test_half_of_the_seeds_are_no_majority():
+    runs = [regimes.Logged(None, 1, i, {}, regimes.Verdict(LETTERS["cede"[i]])) for i in range(4)]
+    assert regimes.majority(runs) == ("undecided", 2)
+    assert regimes.majority(runs[1:]) == ("equilibrium", 2)
 
 
 def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, run):
@@ -565,6 +572,7 @@ REFUSED = [  # the cure first
     ("My best run\nepoch,loss\n1,2\n", f"name one column epoch, {SAY} epoch=COLUMN: My best run"),
     ('epoch,loss\n1,"1,234"\n', "line 2: could not convert string to float: '1,234'"),
     ("epoch,loss\n1,2\nnan,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
+    ("epoch,loss\n1,2\ninf,3\n", "line 3: one run a file, in order: epoch inf comes after 1"),
     ("epoch,loss\n1,2\n,3\n", "line 3: drop a row, or say --columns epoch=STEPS: epoch 1 again"),
     ("epoch,loss\n-1,2\n0,3\n", "line 2: one run a file, in order: epoch -1 comes after 0"),
     ("epoch,loss\n0,3\n1,2\n0,3\n", "line 4: one run a file, in order: epoch 0 comes after 1"),
