@@ -131,7 +131,7 @@ class Config:
         return list(dict.fromkeys(float(f"{value:.9g}") for value in values))
 
     def identity(self):
-        """What all runs of a folder have in common."""
+        """What the runs of a folder share."""
         found = {"mode": self.mode}
         for one in fields(self):
             if one.metadata["group"] not in (RUNS, MACHINE):
@@ -179,7 +179,7 @@ class Config:
                 name += f"-{option}" if value is True else f"-{option}={value}"
         plain = re.fullmatch(r"\w+(\.npz|\.txt)?-\w+(\.py:\w+)?", files)
         whole = name.encode()
-        if not plain or len(whole) > 150:  # file systems take 255 bytes; a/b.npz is not a.b.npz
+        if not plain or len(whole) > 150:  # of 255; a/b.npz is not a.b.npz
             name = whole[:120].decode(errors="ignore")
             name += "-" + hash_of(files.encode(), whole)[:8]
         return Path("logs") / name
