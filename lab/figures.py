@@ -3,12 +3,10 @@
 python -m lab.figures logs/digits-convnet        a sweep or a loop again, from its CSVs
 """
 
-import glob
 import math
 import re
 import sys
 import time
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 
 import regimes
 from lab import style
-from lab.loop import classify_loop, is_loop, legs
+from lab.loop import classify_loop, is_loop, legs, second_runs
 
 TITLES = {
     "train_loss": "train loss (nats)",
@@ -102,15 +100,6 @@ def by_value(runs):
             kind, value = BEGUN_WITH[named[1]], float(named[2])
         kinds.setdefault(kind, {}).setdefault(value, []).append(run)
     return {kind: dict(sorted(groups.items())) for kind, groups in kinds.items()}
-
-
-def second_runs(run):
-    """The runs that began at the end of this one (--then), by their ELR as text."""
-    found = {}
-    for path in sorted(run.path.parent.glob(f"{glob.escape(run.path.stem)}.then=*.csv")):
-        with suppress(ValueError):  # it has just begun, or has layers
-            found[path.stem.partition(".then=")[2]] = regimes.read_run(path, {})
-    return found
 
 
 def _ends(kind, groups, axes):

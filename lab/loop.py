@@ -6,13 +6,15 @@ it melts where the loss leaves the level that it had when frozen. Where the two 
 does not depend on the past. docs/findings.md has the measurements behind the thresholds.
 """
 
+import glob
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from regimes import FLOORS, NEGLIGIBLE, NUMBER, Z99
+from regimes import FLOORS, NEGLIGIBLE, NUMBER, Z99, read_run
 
 SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
 LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
@@ -201,9 +203,24 @@ def of_mean(logs, chance):
     return found
 
 
+def second_runs(run):
+    """The runs that began at the end of this one (--then), by their ELR as text."""
+    found = {}
+    for path in sorted(run.path.parent.glob(f"{glob.escape(run.path.stem)}.then=*.csv")):
+        with suppress(ValueError):  # it has just begun, or has layers
+            found[path.stem.partition(".then=")[2]] = read_run(path, {})
+    return found
+
+
+def _spread(values):
+    """The standard error of several seeds, in words."""
+    n = len(values)
+    return f" ± {np.std(values) / math.sqrt(n - 1):.4f} ({n} seeds)" if n > 1 else ""
+
+
 def summary(runs):
     """Lines on runs whose ELR moves, by what was set: what a loop shows, or test error, loss and
-    range of the ELR over the seeds; and the best."""
+    range of the ELR over the seeds; that of second runs; and the best."""
     lines, errors, groups = [], {}, {}
     for run in sorted(runs, key=lambda run: [*map(float, re.findall(NUMBER, run.name)), math.inf]):
         groups.setdefault(run.name.split(" seed")[0], []).append(run)
@@ -213,14 +230,19 @@ def summary(runs):
             whose = f"{name}, {seeds}" if len(group) > 1 else name
             lines.append(f"{whose}: {classify_loop(logs, group[0].chance)}")
         elif all({"elr", "test_error"} <= log.keys() for log in logs):
-            found = [run.final("test_error") for run in group]
             loss = np.mean([run.final("train_loss") for run in group])
             elrs = np.concatenate([log["elr"] for log in logs])
-            errors[name], spread = np.mean(found), ""
-            if len(group) > 1:
-                spread = f" ± {np.std(found) / math.sqrt(len(group) - 1):.4f} ({seeds})"
-            line = f"{name}: test error {errors[name]:.4f}{spread}, train loss {loss:.3g}"
-            lines.append(f"{line}, ELR {elrs.min():.3g} to {elrs.max():.3g}")
+            found = {name: [run.final("test_error") for run in group]}
+            for run in group:
+                for elr, second in second_runs(run).items():
+                    of_seeds = found.setdefault(f"{name}, then {elr}", [])
+                    of_seeds.append(second.final("test_error"))
+            for begun, of_seeds in found.items():
+                errors[begun] = np.mean(of_seeds)
+                lines.append(f"{begun}: test error {errors[begun]:.4f}{_spread(of_seeds)}")
+                if begun == name:
+                    elr_range = f"ELR {elrs.min():.3g} to {elrs.max():.3g}"
+                    lines[-1] += f", train loss {loss:.3g}, {elr_range}"
         else:
             lines += map(str, group)
     if len(errors) > 1:

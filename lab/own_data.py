@@ -123,7 +123,10 @@ def _channels_first(x, notes):
 def _labels(y, n):
     """[n], whole numbers or text."""
     if y.dtype.kind == "S":
-        y = np.char.decode(y, "utf-8")
+        try:
+            y = np.char.decode(y, "utf-8")
+        except UnicodeError:
+            raise ValueError("is text that is not UTF-8: save y.astype(str)") from None
     if y.dtype.kind == "f":
         y = y.astype(np.float64)
         if ((abs(y) < 2**53) & (y.round() == y)).all():

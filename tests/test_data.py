@@ -280,7 +280,7 @@ WRONG = [
     (dict(y=np.arange(20) / 2), "the array y of type float64 and shape [20] must be 20 labels, whole numbers or text: y.astype(int)"),
     (dict(y=np.full(20, np.nan)), "must be 20 labels"),
     (dict(y=np.array([1e300, np.inf] * 10)), "must be 20 labels"),
-    (dict(y=np.array([b"\xff"] * 20)), "codec can't decode"),
+    (dict(y=np.array([b"\xff"] * 20)), "of type |S1 and shape [20] is text that is not UTF-8: save y.astype(str)"),
     (dict(y=np.arange(19)), "and shape [19] must be 20 labels"),
     (dict(y=np.eye(20, dtype=int)), "and shape [20, 20] must be 20 labels"),
     (dict(test_y=np.arange(10)), "the label 3 is in test_y, not in y"),
