@@ -5,8 +5,8 @@
     python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
     python regimes.py export.csv --columns epoch=Step    W&B
 
-Convergence: the loss surely falls. Equilibrium: it is level, and the start is forgotten.
-Divergence: so is it, no better than chance (arXiv 2209.03695).
+Convergence: the loss surely falls. Equilibrium: it is level, better than chance, and the start
+is forgotten. Divergence: no better than chance (arXiv 2209.03695).
 """
 
 import argparse
@@ -32,9 +32,9 @@ USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
-KINDS = ("*.csv", "*.jsonl", "trainer_state.json")  # logs in a folder
+KINDS = ("*.csv", "*.jsonl", "trainer_state.json")
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")
-NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"  # in the name of a file
+NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 # docs/guide.md says how each was measured, and what it costs
 MIN_TAIL = 4  # rows of the last half, at least
@@ -120,10 +120,8 @@ def classify(log, chance=None):
         verdict = Verdict("convergence", f"{now}, next to nothing")
     elif gradient[-1] == 0:
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
-        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}"
-        verdict = Verdict(
-            why=f"{why}; lower the learning rate of what is on no sphere", broken=True
-        )
+        why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; lower the learning rate"
+        verdict = Verdict(why=f"{why} of what is on no sphere", broken=True)
     else:
         y = np.log(np.maximum(loss, 1e-38 * loss.max()))  # 0 has no logarithm
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
@@ -339,12 +337,12 @@ def lab_loop():
     try:
         from lab import loop
     except ImportError:
-        loop = None
+        return None
     return loop
 
 
 def gather(paths, columns=None, chance=None):
-    """Runs by ELR and seed, and problems. `chance`: instead of config.json's."""
+    """Runs, sorted, and problems. `chance`: instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
         found = [log for kind in KINDS for log in sorted(path.glob(kind))]
@@ -490,7 +488,7 @@ def finish(main):
     try:
         status = main()
         sys.stdout.flush()
-        if status and status > 128:  # by a signal: torch takes seconds to be taken down
+        if status and status > 128:  # a signal; torch takes seconds to end
             os._exit(status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
