@@ -28,7 +28,7 @@ import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# others' names, the best first; "my-run - train/loss" is "loss"
+# others' names, best first; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
@@ -47,7 +47,7 @@ TURN = 0.7  # radians of a random walk in the last half: with less a run remembe
 RIGHT_ANGLE = 1.5  # radians: a step by more leaves nothing of the weights
 NEGLIGIBLE = 0.003  # of the chance loss
 FLOORS = {"train_error": 0.03, "train_loss": 0.1}  # skill that a random walk may seem to have
-Z99 = 2.576  # of a two-sided 99 % interval
+Z99 = 2.576  # two-sided, 99 %
 
 
 def trend(x, y):
@@ -304,7 +304,7 @@ def read_log(path, columns=None):
 
 
 def read_chance(folder):
-    """Of a folder's config.json, by seed. ValueError: it is damaged."""
+    """Of config.json, by seed. ValueError: it is damaged."""
     path = folder / "config.json"
     if not path.exists():
         return {}
@@ -488,7 +488,7 @@ def finish(main):
     try:
         status = main()
         sys.stdout.flush()
-        if status and status > 128:  # a signal; torch takes seconds to end
+        if status and status > 128:  # torch takes seconds to end
             os._exit(status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
