@@ -31,12 +31,13 @@ USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_
 # others' names, best first; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
-USUAL["lr"] = "learning_rate lr_sgd lr_adam lr_adamw"
+USUAL["lr"] = "learning_rate"
+LR = r"(lr|learning_rate)_(?!.*(momentum|decay))"  # of a group
 KINDS = ("*.csv", "*.jsonl", "trainer_state.json")
 OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
-# docs/guide.md says how each was measured, and what it costs
+# docs/guide.md: how each was measured, and its price
 MIN_TAIL = 4  # rows of the last half, at least
 WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run, where those begin whose slopes count
 BLOCKS = 24  # of rows, whose means are fitted
@@ -74,7 +75,7 @@ class Verdict:
     slope: float = nan  # that decides
     skill: float = nan  # of the error, else of the loss
     notes: tuple = ()
-    more_epochs: int | None = None  # in all, that may decide
+    more_epochs: int | None = None  # that may decide
     moves: bool = False  # its ELR
     broken: bool = False  # by nan, or a gradient of 0
 
@@ -116,7 +117,7 @@ def classify(log, chance=None):
     skills = _skills(log, epoch, last, chance, angle)
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
-    if np.median(loss[last]) < nothing or loss[-1] == 0:
+    if np.median(loss[last]) < nothing or not loss[-2:].any():
         verdict = Verdict("convergence", f"{now}, next to nothing")
     elif gradient[-1] == 0:
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
@@ -131,7 +132,7 @@ def classify(log, chance=None):
     verdict.skill = next(iter(skills.values()), (nan,))[0]
     if skills and "train_error" not in skills and not angle > RIGHT_ANGLE:
         verdict.notes += ("judged by the loss: no train_error in [0, 1], or no chance of it",)
-    if skills and isnan(turn):
+    if skills and isnan(turn) and verdict.regime != "convergence":
         verdict.notes += ("no angle or step: a plateau, floor or slow start looks the same",)
     return verdict
 
@@ -178,7 +179,7 @@ def _skills(log, epoch, last, chance, angle):
         by_chance, top = reference["mean"], inf
         if name == "train_error":
             by_chance, top = min(by_chance, constant.get(name, 1.0)), 1.0
-        if not (by_chance > 0 and 0 <= values.min() and values.max() <= top):  # or in percent
+        if not (by_chance > 0 and 0 <= values.min() and finite(log[name]).max() <= top):  # percent
             continue
         _, _, mean, error = trend(np.log(epoch[last]), values)
         spread = Z99 * reference.get("std", 0.0) / sqrt(chance.get("points", 1))
@@ -263,6 +264,8 @@ def _names(header, columns):
     places |= {name: [name] * header.count(name) for name in header}
     for ours, usual in USUAL.items():
         words = [columns[ours]] if ours in columns else [ours, *usual.split()]
+        if words[0] == "lr":
+            words += filter(re.compile(LR).match, places)
         found = next((places[word] for word in words if word in places), [])
         if len(found) == 1:
             names[ours] = found[0]
@@ -333,7 +336,7 @@ def read_run(path, chance, columns=None):
 
 
 def lab_loop():
-    """For runs whose ELR moves; None: this file is alone."""
+    """None: this file is alone."""
     try:
         from lab import loop
     except ImportError:
@@ -431,7 +434,7 @@ def rows(runs):
 
 
 def table(runs):
-    """Medians over the seeds of each ELR, boundaries, and the other runs."""
+    """Medians by ELR, boundaries, the other runs."""
     lines, loop = [], lab_loop()
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -441,10 +444,9 @@ def table(runs):
     if lines:
         heads = "".join(f"{name.replace('_', ' '):>12}" for name in MEDIANS)
         lines = [f"{'ELR':>10}  {'regime':<20}seeds{heads}", *lines, *map(str, boundaries(runs))]
-    if loop:
-        lines += loop.summary([run for run in runs if run.verdict.moves])
-    others = [run for run in runs if isnan(run.elr) and not (loop and run.verdict.moves)]
-    return "\n".join([*lines, *map(str, others)])
+    others = [run for run in runs if isnan(run.elr)]
+    lines += loop.summary(others) if loop else map(str, others)
+    return "\n".join(lines)
 
 
 def csv_lines(rows):
@@ -463,7 +465,7 @@ def write_csv(path, rows):
 
 
 def write_whole(path, content):
-    """Whole or not at all: beside it, then renamed."""
+    """Whole or not at all."""
     beside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:

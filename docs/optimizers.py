@@ -33,6 +33,7 @@ import regimes  # noqa: E402
 import train  # noqa: E402
 from lab import bench, runs  # noqa: E402
 from lab.experiment import Experiment, prepare  # noqa: E402
+from lab.jobs import heed_stops  # noqa: E402
 from lab.machine import keep_memory  # noqa: E402
 from lab.options import parse  # noqa: E402
 from lab.runs import Busy, lock, number  # noqa: E402
@@ -326,5 +327,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, train.stop)
+    heed_stops()
     regimes.finish(main)

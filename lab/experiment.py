@@ -26,8 +26,7 @@ class Experiment(NamedTuple):
 
 
 def prepare(config):
-    """What takes a look at the data, the network and the folder: refuses what cannot be there, and
-    opens the folder."""
+    """Load the data, try the network, open the folder. Refuses what does not work, in one line."""
     torch.set_num_threads(1)  # jobs fork from one
     if config.jobs is None:
         alone = config.ranks > 1 or config.device != "cpu"

@@ -174,7 +174,7 @@ def of_loop(runs, path):
             look = dict(color=tone, lw=1.8, marker="<>"[i], markevery=(2 * i, 4), ms=6)
             ax.plot(elrs, middle[leg], label=f"ELR goes {leg}{seeds}", clip_on=False, **look)
         style.logarithmic(ax)
-        low, high = found.get("coexistence", (1, 0))
+        low, high = found.get("metastable", (1, 0))
         both = (low <= elrs) & (elrs <= high)
         if both.any():
             look = dict(where=both, color=style.GREY, alpha=0.3, lw=0, label="metastable")

@@ -27,7 +27,7 @@ class Watch:
         self.next_line = time.monotonic() + 60
 
     def left(self):
-        """The jobs that nobody has told the end of."""
+        """The jobs that have not reported their end."""
         return [job for job in self.jobs if job.name not in self.finished]
 
     def tell(self, what, name, *details):

@@ -26,7 +26,7 @@ SAYS = {
     "freezes": "freezes on the way down, at {} to {}",
     "melts": "melts on the way up, at {} to {}",
     "reversible": "reversible from {} to {}: up and down have the same loss",
-    "coexistence": "metastable from {} to {}: frozen on the way up, not on the way down",
+    "metastable": "metastable from {} to {}: frozen on the way up, not on the way down",
 }
 LOWER = "begin at a lower one, --loop LO HI N"
 FROZEN = "frozen on the way up to the end"
@@ -34,16 +34,16 @@ FROZEN = "frozen on the way up to the end"
 
 @dataclass
 class Loop:
-    """Intervals (low, high) of the ELR; None: not seen. coexistence: where the way up is still
+    """Intervals (low, high) of the ELR; None: not seen. metastable: where the way up is still
     frozen, and the way down surely is not. passes: at each ELR."""
 
     divergence: tuple | None = None
     freezes: tuple | None = None
     melts: tuple | None = None
     reversible: tuple | None = None
-    coexistence: tuple | None = None
+    metastable: tuple | None = None
     passes: int = 1
-    frozen: str = ""  # which seeds do not melt
+    unmelted: str = ""  # in words, which seeds do not melt
     problem: str = ""
 
     def __str__(self):
@@ -54,8 +54,8 @@ class Loop:
         no = "no freezing shown: where the loss falls steeply, if at all, the noise is larger"
         if self.freezes:
             slower = f"--epochs {4 * self.passes} goes through it more slowly"
-            no = "" if self.coexistence else f"no metastable state at this speed; {slower}"
-        return "\n    ".join(filter(None, [*lines, self.frozen, self.problem or no]))
+            no = "" if self.metastable else f"no metastable state at this speed; {slower}"
+        return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or no]))
 
 
 def is_loop(log):
@@ -105,21 +105,21 @@ def classify_loop(logs, chance=None):
     found = of_mean(logs, chance)
     if len(logs) > 1 and found.freezes:
         each = [of_mean([log], chance) for log in logs]
-        for name in ("melts", "coexistence"):
+        for name in ("melts", "metastable"):
             ends = [end for loop in each for end in getattr(loop, name) or ()]
             setattr(found, name, (min(ends), max(ends)) if ends else None)
-        if found.coexistence:
-            low, high = found.coexistence
+        if found.metastable:
+            low, high = found.metastable
             elrs = np.unique(logs[0]["elr"])
             low = max(low, elrs[elrs >= middle(found.freezes)][0])
-            found.coexistence = (low, high) if low <= high else None
-        unmelted, found.frozen = sum(bool(loop.frozen) for loop in each), ""
+            found.metastable = (low, high) if low <= high else None
+        unmelted, found.unmelted = sum(bool(loop.unmelted) for loop in each), ""
         if found.reversible:  # where none is frozen any more
             low, high = found.reversible
             low = max([low] + [loop.melts[1] for loop in each if loop.melts])
             found.reversible = (low, high) if low < high and not unmelted else None
         if unmelted:
-            found.frozen = f"no melting in {unmelted} of {len(each)} seeds: {FROZEN}"
+            found.unmelted = f"no melting in {unmelted} of {len(each)} seeds: {FROZEN}"
     return found
 
 
@@ -197,9 +197,9 @@ def of_mean(logs, chance):
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
     both &= (elrs >= middle(found.freezes)) & (elrs <= last)
     if both.any():
-        found.coexistence = elrs[both][0], elrs[both][-1]
+        found.metastable = elrs[both][0], elrs[both][-1]
         if not found.melts:
-            found.frozen = f"no melting: {FROZEN}"
+            found.unmelted = f"no melting: {FROZEN}"
     return found
 
 
@@ -238,8 +238,10 @@ def summary(runs):
                     of_seeds = found.setdefault(f"{name}, then {elr}", [])
                     of_seeds.append(second.final("test_error"))
             for begun, of_seeds in found.items():
-                errors[begun] = np.mean(of_seeds)
-                lines.append(f"{begun}: test error {errors[begun]:.4f}{_spread(of_seeds)}")
+                error = np.mean(of_seeds)
+                if math.isfinite(error):  # else a seed has broken down
+                    errors[begun] = error
+                lines.append(f"{begun}: test error {error:.4f}{_spread(of_seeds)}")
                 if begun == name:
                     elr_range = f"ELR {elrs.min():.3g} to {elrs.max():.3g}"
                     lines[-1] += f", train loss {loss:.3g}, {elr_range}"

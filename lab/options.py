@@ -210,7 +210,7 @@ def parse(argv=None):
 def check(config):
     """Refuse options that do not go together, or not with this machine."""
     if len(WAYS & config.given.keys()) != 1:
-        refuse("elr", "give one of this, --sweep, --angle, --lr, --loop")
+        refuse("elr", "give exactly one of --elr, --sweep, --angle, --lr, --loop")
     for name, fewest in (("sweep", 2), ("loop", 8)):
         grid, numbers = getattr(config, name), range(fewest, 10_001)
         if grid and (len(grid) != 3 or grid[0] >= grid[1] or grid[2] not in numbers):

@@ -88,7 +88,7 @@ def wrong_names(found, kind, truth):
     elif found.divergence and found.divergence[1] < truth["divergence"]:
         wrong.append("divergence")
     if kind in ("never learned", "continuous", "no equilibrium"):
-        if found.coexistence or (kind != "no equilibrium" and (found.freezes or found.melts)):
+        if found.metastable or (kind != "no equilibrium" and (found.freezes or found.melts)):
             wrong.append("freezing")
         if kind == "never learned" and "not learned" not in found.problem:
             wrong.append("learned")
@@ -100,8 +100,8 @@ def wrong_names(found, kind, truth):
     lowest = truth["steep_to"] if gradual else truth["melt"]
     if visible and misses(found.melts, lowest, truth["melt"]):
         wrong.append("melts")
-    if found.coexistence and gradual:
-        wrong.append("coexistence")
+    if found.metastable and gradual:
+        wrong.append("metastable")
     return wrong
 
 
@@ -112,7 +112,7 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
     for seed in range(draws):
         log, chance, truth = made(np.random.default_rng([7, KINDS.index(kind), seed]), kind)
         found = classify_loop([log], chance)
-        seen += bool(found.coexistence)
+        seen += bool(found.metastable)
         assert ("no melting" in str(found)) <= (kind == "no melting")
         assert not wrong_names(found, kind, truth), (seed, found, truth)
     assert (seen > draws / 3) == (kind in ("hysteretic", "noisy", "no melting"))
@@ -124,8 +124,8 @@ def test_where_one_of_the_seeds_stays_frozen_nothing_is_called_reversible():
         melts, chance, _ = made(np.random.default_rng(seed), "hysteretic")
         stays, *_ = made(np.random.default_rng(seed), "no melting")
         found = classify_loop(9 * [melts] + [stays], chance)
-        seen += bool(found.melts and found.frozen)
-        assert not (found.frozen and found.reversible), (seed, found)
+        seen += bool(found.melts and found.unmelted)
+        assert not (found.unmelted and found.reversible), (seed, found)
     assert seen > 4
 
 

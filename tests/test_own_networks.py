@@ -13,7 +13,7 @@ from helpers import experiment, log, refused, run, words
 from torch import nn
 
 import models
-from lab import landscape, own
+from lab import curvature, landscape, own
 from lab.data import load
 from lab.groups import layer_groups
 from lab.invariance import scale_invariant_groups
@@ -623,7 +623,7 @@ def net(c, k):
 """
     assert run(f"--elr 0.001 --epochs 1 {write(code)}", tmp_path / "out") == 0
     point = landscape.read(tmp_path / "out" / "elr=1e-03.pt")
-    hessian, ggn = landscape.operators(point, 64).values()
+    hessian, ggn = curvature.operators(point, 64).values()
     v, w = np.random.default_rng(0).standard_normal((2, hessian.shape[0]))
     for operator in (hessian, ggn):
         size = np.linalg.norm(v) * np.linalg.norm(operator @ w)

@@ -273,10 +273,19 @@ def test_a_dead_network_is_named_and_no_epoch_more_is_asked_for():
     assert "dead: the gradient is 0 since epoch 2, at loss 1.5; lower the" in str(verdict)
     assert verdict.broken and verdict.more_epochs is None
     assert "since epoch 0" in classify({**log, "grad_norm": np.zeros(41)}, CHANCE).why
-    for zeros in (1, 20, 39):  # a loss of 0 is convergence, whatever came before
+    log["train_loss"][-1] = 0  # one batch, perhaps
+    assert named(less(log, "grad_norm"), CHANCE) != "convergence"
+    for zeros in (2, 20, 39):  # a loss of 0 is convergence, whatever came before
         log["train_loss"][-zeros:] = 0
         assert named(log, CHANCE) == "convergence"
         assert named(less(log, "step", "grad_norm")) == "convergence"
+
+
+@pytest.mark.parametrize("name", ["lr/pg0", "lr-AdamW/pg1", "lr_0", "learning_rate_1"])
+def test_the_rate_of_any_param_group_is_looked_at(tmp_path, run, name):
+    epoch = np.arange(1, 41)
+    write(tmp_path / "a.csv", {"epoch": epoch, "loss": 1 + 0.01 * (-1) ** epoch, name: 1 / epoch})
+    assert run(tmp_path / "a.csv", "--chance", "2.3")[1] == "a: LR 1 to 0.025, not a fixed one\n"
 
 
 @pytest.mark.parametrize("name", ["elr", "lr"])

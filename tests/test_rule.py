@@ -206,7 +206,7 @@ CLAIMS = {  # its name; at each length the most of other names; least of its nam
     "falling, loss alone": ("convergence", 0.01, {20: 0.6}),
     "fell, all columns": ("convergence", 0.1, {20: 0.7}),
     "fell, loss alone": ("convergence", 0.06, {20: 0.3}),
-    "equilibrium, all columns": ("equilibrium", 0.002, {20: 0.9}),
+    "equilibrium, all columns": ("equilibrium", 0.005, {20: 0.9}),
     "equilibrium, loss alone": ("equilibrium", 0.002, {20: 0.5, 40: 0.8}),
     "divergence, all columns": ("divergence", 0.002, {20: 0.75}),
     "divergence, loss alone": ("divergence", 0.002, {20: 0.75}),

@@ -211,8 +211,8 @@ def test_of_a_run_whose_elr_moves_one_line_says_what_it_gave(tmp_path, capsys, c
 
 # Command | what its one line says.
 BAD = """
- | argument --elr: give one of this, --sweep, --angle, --lr, --loop
---elr 0.1 --lr 0.1 | --elr: give one of this
+ | argument --elr: give exactly one of --elr, --sweep, --angle, --lr, --loop
+--elr 0.1 --lr 0.1 | --elr: give exactly one of
 --elr 0 | --elr: '0' is not a float32 number above 0
 --elr abc | --elr: 'abc' is not
 --angle 1.6 | --angle: '1.6' is not a float32 number above 0 and below 1.5708
