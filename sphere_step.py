@@ -235,6 +235,10 @@ class SphereSGD(torch.optim.Optimizer):
                     if "radius" in state:
                         length = _rows(group, p)[1]
                         _check_size("the state's radius", _local(state["radius"]), length, p.dtype)
+                if group["sphere"] == "group" and group["params"]:
+                    radii = [self.state[p]["radius"] for p in group["params"]]
+                    if any(not torch.equal(radius, radii[0]) for radius in radii):
+                        raise ValueError("the state has several radii for one sphere")
             self._check()
         except Exception as error:
             self.__dict__ = before  # nothing changed
@@ -283,7 +287,10 @@ class SphereSGD(torch.optim.Optimizer):
             self._checked = options
         if self._layout is None or not self._layout.fits():
             kind, device = self._check()
-            for p in (p for group in self.param_groups for p in group["params"]):
+            params = [p for group in self.param_groups for p in group["params"]]
+            if len(params) < len(self._sizes):
+                raise ValueError("a tensor was taken out of param_groups: make the optimizer anew")
+            for p in params:
                 if p not in self._sizes:
                     what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
                     raise ValueError(f"{what} (a flat partition?): call add_param_group")

@@ -85,7 +85,8 @@ def inputs(x, notes):
     """Images [N, C, H, W] uint8 or float64, numbers [N, M] float64, tokens [N, T] int64."""
     flat = x.ndim == 2 and x.dtype in (bool, np.uint8)  # images, more likely than tokens
     if x.ndim not in (2, 3, 4) or x.dtype.kind not in "fiub" or flat:
-        raise ValueError("must be images [N, (C,) H, W], floats [N, M] or tokens int64 [N, T]")
+        kinds = "images [N, (C,) H, W], floats [N, M] or tokens int64 [N, T]"
+        raise ValueError(f"must be {kinds}: x.reshape(-1, H, W), x.astype(float)")
     if not x.size:
         raise ValueError("is empty")
     if x.ndim == 2 and x.dtype.kind != "f":
@@ -126,11 +127,13 @@ def _labels(y, n):
         try:
             y = np.char.decode(y, "utf-8")
         except UnicodeError:
-            raise ValueError("is text that is not UTF-8: save y.astype(str)") from None
+            raise ValueError('is no UTF-8: save np.char.decode(y, "latin-1")') from None
     if y.dtype.kind == "f":
         y = y.astype(np.float64)
         if ((abs(y) < 2**53) & (y.round() == y)).all():
             y = y.astype(np.int64)
+        else:
+            raise ValueError("has fractions or nan: only classes can be trained, no numbers")
     if y.shape not in ((n,), (n, 1)) or y.dtype.kind not in "biuU":
-        raise ValueError(f"must be {n} labels, whole numbers or text: y.astype(int), y.argmax(1)")
+        raise ValueError(f"must be {n} labels, whole numbers or text, as y.argmax(1)")
     return y.ravel()

@@ -557,6 +557,14 @@ def test_a_malformed_state_is_refused_by_name_and_nothing_changed(where, what, m
     ours.step()
 
 
+def test_a_joint_sphere_has_one_radius():
+    ours = stepped((2, 2), (5, 3))
+    state = deepcopy(ours.state_dict())
+    state["state"][1]["radius"] *= 3
+    with pytest.raises(ValueError, match="several radii for one sphere"):
+        ours.load_state_dict(state)
+
+
 @pytest.mark.parametrize("state, message", STATES)
 def test_a_state_that_does_not_fit_is_refused_and_nothing_changed(state, message):
     ours = stepped((2, 2), (5, 3), sphere="tensor")
@@ -569,6 +577,10 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changed(state, message
 
 def flat_partition(optimizer, p):
     optimizer.param_groups[0]["params"] = [parameter(30)]
+
+
+def taken_out(optimizer, p):
+    optimizer.param_groups[0]["params"].pop()
 
 
 def resized(optimizer, p):
@@ -596,6 +608,7 @@ def other_shape(optimizer, p):
 
 STEPS = {
     r"shape \(30,\) was put into param_groups": flat_partition,  # as DeepSpeed does
+    "a tensor was taken out of param_groups": taken_out,
     "had 30 elements: make the optimizer anew": resized,
     r"momentum_buffer of shape \(6, 5\)": by_hand("data", lambda: torch.randn(3, 10)),
     r"gradient of shape \(6, 5\) for .* of shape \(3, 10\)": other_shape,
