@@ -28,7 +28,7 @@ def loss_and_error(logits, y):
 
 class Means:
     """What an epoch's steps were like on average; the host seldom waits for the device. sphere: a
-    SphereSGD; plain_sgd: what makes the steps, where that only measures."""
+    SphereSGD; plain_sgd: makes the steps, where that only measures."""
 
     def __init__(self, sphere, plain_sgd=None):
         self.sphere, self.plain_sgd = sphere, plain_sgd
@@ -36,7 +36,7 @@ class Means:
         self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
     def add(self, *step):
-        """loss, wrong [batch], and what `sphere.last` was."""
+        """loss, wrong [batch], and `sphere.last`."""
         self.kept.append(step)
         if len(self.kept) == KEPT:
             self._sum_up()

@@ -161,7 +161,7 @@ class Config:
         return words
 
     def folder(self):
-        """Where the logs are: --out, or a name that follows from the options."""
+        """Where the logs are: --out, or a name made of the options."""
         if self.out:
             return Path(self.out)
         usual = Config(data=self.data, model=self.model, **{self.mode: getattr(self, self.mode)})
