@@ -3,6 +3,7 @@ to be copied work alone."""
 
 import ast
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -123,3 +124,13 @@ def test_a_copied_regimes_names_the_regime_of_anybodys_log(tmp_path):
     (tmp_path / "mine.csv").write_text("epoch,train_loss\n" + "\n".join(rows) + "\n")
     out = alone(tmp_path, "regimes.py", "import regimes; regimes.main(['mine.csv'])")
     assert out.startswith("mine: convergence: ")
+
+
+@pytest.mark.parametrize("script", ["optimizers", "loops", "draw"])
+def test_a_script_of_docs_begins(script):
+    def function():
+        sys.argv = [script, "--help"]
+        runpy.run_path(str(ROOT / "docs" / f"{script}.py"), run_name="__main__")
+
+    status, output = end_of(fork(function))
+    assert status == 0 and output.startswith("usage: "), output
