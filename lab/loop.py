@@ -238,10 +238,12 @@ def summary(runs):
                     of_seeds = found.setdefault(f"{name}, then {elr}", [])
                     of_seeds.append(second.final("test_error"))
             for begun, of_seeds in found.items():
-                error = np.mean(of_seeds)
-                if math.isfinite(error):  # else a seed has broken down
-                    errors[begun] = error
-                lines.append(f"{begun}: test error {error:.4f}{_spread(of_seeds)}")
+                broken = np.sum(~np.isfinite(of_seeds))
+                if broken:
+                    lines.append(f"{begun}: {broken} of {len(of_seeds)} broke down: nan")
+                    continue
+                errors[begun] = np.mean(of_seeds)
+                lines.append(f"{begun}: test error {errors[begun]:.4f}{_spread(of_seeds)}")
                 if begun == name:
                     elr_range = f"ELR {elrs.min():.3g} to {elrs.max():.3g}"
                     lines[-1] += f", train loss {loss:.3g}, {elr_range}"

@@ -470,6 +470,15 @@ def test_runs_whose_elr_moves_are_summed_up_by_what_was_set(tmp_path, run):
     assert unknown == "other: LR 1 to 0.2, not a fixed one" and best == "best: angle 1e-01"
     rows = read(tmp_path / "regimes.csv")
     assert [row["regime"] for row in rows] == ["not fixed"] * 4
+    log |= {"elr": np.full(5, nan), "test_error": np.full(5, nan)}
+    write(tmp_path / "angle=2e-01.csv", log)
+    for seed, error in (("", 0.001), (".seed=1", 0.003)):
+        then = {"epoch": epoch, "train_loss": 1 / (1 + epoch), "test_error": np.full(5, error)}
+        write(tmp_path / f"angle=1e-01{seed}.then=1e-02.csv", then)
+    lines = run(tmp_path)[1].splitlines()
+    assert "angle 2e-01: 1 of 1 broke down: nan" in lines
+    assert "angle 1e-01, then 1e-02: test error 0.0020 ± 0.0010 (2 seeds)" in lines
+    assert lines[-1] == "best: angle 1e-01, then 1e-02"
     assert {row["elr_min"] for row in rows} == {"0.001"} and rows[0]["run"] == "angle 1e-01"
 
 
