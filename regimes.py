@@ -336,7 +336,7 @@ def read_run(path, chance, columns=None):
 
 
 def lab_loop():
-    """None: this file is alone."""
+    """lab.loop, or None without lab."""
     try:
         from lab import loop
     except ImportError:
@@ -374,7 +374,7 @@ def by_elr(runs):
 
 
 def majority(runs):
-    """The regime of most runs, or undecided; how many have the most frequent."""
+    """The regime of most runs, or undecided; how many have the commonest."""
     regime, n = Counter(run.verdict.regime for run in runs).most_common(1)[0]
     return regime if 2 * n > len(runs) else "undecided", n
 
