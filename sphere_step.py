@@ -1099,7 +1099,8 @@ def _move_each(rule, theta, g, m=None):
 # finished at once.
 #
 # Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
-# for which many GPUs have next to no units. Contraction would break them: it is off.
+# for which many GPUs have next to no units. Contraction would break them: it is off. Of 16-bit
+# numbers V products are summed in float32 first, unless two of θ, g, m are nearly parallel.
 
 PART, WHOLE, FEW, MANY = range(4)
 LINES = {FEW: 16, MANY: 128}
@@ -1178,13 +1179,33 @@ def _two_sum(a, b):
 
 
 @jit
-def _add_product(total, rest, x, y, EXACT: tl.constexpr):
-    """total + rest + xy. EXACT: so is the product in float32, of 16-bit numbers."""
+def _add_pair(a, da, b, db):
+    a, error = _two_sum(a, b)
+    return a, da + db + error
+
+
+@jit
+def _add_products(total, rest, x, y, careful, EXACT: tl.constexpr):
+    """total + rest + xy, V neighbours of which, those of one thread, are added to one number. Of
+    16-bit numbers, whose products float32 holds, these sums are rounded if not `careful`."""
+    V: tl.constexpr = x.shape[1] // total.shape[1]
     product = x * y
-    total, error = _two_sum(total, product)
-    if not EXACT:
-        error += tl.fma(x, y, -product)
-    return total, rest + error
+    part, error = tl.sum(tl.reshape(product, [x.shape[0], total.shape[1], V]), 2), 0.0 * rest
+    if careful or not EXACT:
+        part, error = _halved(product, tl.fma(x, y, -product))
+        part, error = _halved(part, error)
+        if EXACT:
+            part, error = _halved(part, error)
+    return _add_pair(total, rest, part, error)
+
+
+@jit
+def _halved(x, dx):
+    """Sums of neighbours, as pairs."""
+    twos: tl.constexpr = [x.shape[0], x.shape[1] // 2, 2]
+    a, b = tl.split(tl.reshape(x, twos))
+    da, db = tl.split(tl.reshape(dx, twos))
+    return _add_pair(a, da, b, db)
 
 
 @jit
@@ -1218,11 +1239,12 @@ def _power(address, stop, longest, aligned, DTYPE: tl.constexpr, LANES: tl.const
 @jit
 def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
           LANES: tl.constexpr):  # fmt: skip
-    """The Gram matrices of lines, six vectors [ROWS]; of scaled lines first where float32 cannot
-    hold the squares."""
+    """The Gram matrices of lines, six vectors [ROWS]. A second time, of scaled lines and with care,
+    where float32 cannot hold the squares, or the rule would subtract what is rounded."""
     theta_at, g_at, m_at, stop, stop_m, longest, aligned = where
     EXACT: tl.constexpr = DTYPE != tl.float32
-    zero = tl.zeros([ROWS, LANES], tl.float32)
+    V: tl.constexpr = 4 if DTYPE == tl.float32 else 8
+    zero = tl.zeros([ROWS, LANES // V], tl.float32)
     none = tl.zeros([ROWS], tl.float64)
     tt, tg, gg, tm, gm, mm = none, none, none, none, none, none
     scale_x = tl.full([ROWS, 1], 1.0, tl.float32)
@@ -1235,19 +1257,23 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
             columns = first + tl.arange(0, LANES)[None, :]
             x = scale_x * _load(theta_at, columns, stop, aligned, DTYPE)
             y = scale_y * _load(g_at, columns, stop, aligned, DTYPE)
-            stt, dtt = _add_product(stt, dtt, x, x, EXACT)
-            stg, dtg = _add_product(stg, dtg, x, y, EXACT)
-            sgg, dgg = _add_product(sgg, dgg, y, y, EXACT)
+            stt, dtt = _add_products(stt, dtt, x, x, tries == 2, EXACT)
+            stg, dtg = _add_products(stg, dtg, x, y, tries == 2, EXACT)
+            sgg, dgg = _add_products(sgg, dgg, y, y, tries == 2, EXACT)
             if MOMENTUM:
                 z = scale_z * _load(m_at, columns, stop_m, aligned, DTYPE)
-                stm, dtm = _add_product(stm, dtm, x, z, EXACT)
-                sgm, dgm = _add_product(sgm, dgm, y, z, EXACT)
-                smm, dmm = _add_product(smm, dmm, z, z, EXACT)
+                stm, dtm = _add_products(stm, dtm, x, z, tries == 2, EXACT)
+                sgm, dgm = _add_products(sgm, dgm, y, z, tries == 2, EXACT)
+                smm, dmm = _add_products(smm, dmm, z, z, tries == 2, EXACT)
         tt, tg, gg = _sum_pairs(stt, dtt, stg, dtg, sgg, dgg)
         held = (tt > 1e-20) & (gg > 1e-20) & (tt + gg < 1e30) | (tl.sum(stop, 1) == 0)
+        if EXACT:
+            held &= tg * tg <= 0.99 * tt * gg
         if MOMENTUM:
             tm, gm, mm = _sum_pairs(stm, dtm, sgm, dgm, smm, dmm)
             held &= (mm > 1e-20) & (mm < 1e30) | (tl.sum(stop_m, 1) == 0)
+            if EXACT:
+                held &= (tm * tm <= 0.99 * tt * mm) & ((gm >= 0) | (gm * gm <= 0.99 * gg * mm))
         if (tries == 1) & (tl.min(held.to(tl.int32), 0) == 0):
             scale_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
             scale_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)

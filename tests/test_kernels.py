@@ -73,23 +73,33 @@ def test_random_sequences_are_those_of_the_reference(draw):
 
 @runs
 @pytest.mark.parametrize(
-    ("dtype", "scale"),
-    [(torch.float32, 1.0), (torch.float32, 1e-22), (torch.float32, 1e22), (torch.bfloat16, 1.0)],
+    ("dtype", "scale", "near"),
+    [
+        (torch.float32, 1.0, False),
+        (torch.float32, 1e-22, False),
+        (torch.float32, 1e22, False),
+        (torch.bfloat16, 1.0, False),
+        (torch.bfloat16, 1.0, True),
+    ],
 )
-def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale):
-    """Of tiles of each kind, with gradients whose squares float32 cannot hold, too."""
+def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale, near):
+    """Of tiles of each kind, with gradients whose squares float32 cannot hold, too. Of 16 bits
+    eight products are summed in float32, unless two vectors are nearly parallel."""
     for sphere, shape in ("row", (130, 9)), ("row", (17, 80)), ("group", (1100,)):
         group = {"params": [Parameter(torch.randn(shape).to(DEVICE, dtype))], "sphere": sphere}
         optimizer = SphereSGD([group], lr=0.1, momentum=0.9, backend="triton")
         (p,) = group["params"]
         p.grad, m = (scale * torch.randn(2, *shape)).to(DEVICE, dtype)
+        if near:
+            p.grad = (3 * p + 0.01 * p.grad).detach()
         optimizer.state[p]["momentum_buffer"] = m
         optimizer.observe()
         vectors = [torch.from_numpy(lines_of(group, x)) for x in (p, p.grad, m)]
         pairs = [(x, y) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
         for column, (x, y) in zip(optimizer.grams().cpu().T, pairs, strict=True):
             error = (column - (x * y).sum(1)).abs() / (x.norm(dim=1) * y.norm(dim=1))
-            assert error.max() < 1e-12
+            rounded = dtype != torch.float32 and not near
+            assert error.max() < (7 * 2**-24 if rounded else 1e-12)
 
 
 @runs
