@@ -1108,7 +1108,9 @@ ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from
 MOST = {MANY: 64, FEW: 1024, WHOLE: ALONE}  # elements of a line
 SMALLEST, LARGEST = 4096, 1 << 17  # elements of a tile of one line
 HOW = dict(num_warps=4, enable_fp_fusion=False)
-if torch.version.hip is None:
+if torch.version.hip:
+    HOW["num_warps"] = 2  # of 64 threads
+else:
     HOW["maxnreg"] = 255  # two blocks to a processor; left alone, ptxas spills for a third
 
 

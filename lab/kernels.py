@@ -139,7 +139,7 @@ def variants():
 def count(variant, architecture, threads_of_sm=2048):
     """The `Count` of a variant on 80, 90, … or "gfx942", without a GPU."""
     code, places, registers, lanes = compiled(variant, architecture)
-    threads = variant.options["num_warps"] * lanes
+    threads = variant.options["num_warps"] * 32
     each = variant.elements / threads or 1  # elements of a thread
     graph = flow(code, places)
     loops, names = innermost_loops(graph), [name for _, name, _ in code]
@@ -180,11 +180,14 @@ def compiled(variant, architecture):
     from triton.compiler import ASTSource
 
     cuda = isinstance(architecture, int)
+    options = dict(variant.options)
+    if not cuda:
+        options["num_warps"] //= 2  # of 64 threads, as sphere_step has it there
     target = GPUTarget("cuda" if cuda else "hip", architecture, 32 if cuda else 64)
     pointers = [(i,) for i, kind in enumerate(variant.signature.values()) if kind[0] == "*"]
     aligned = dict.fromkeys(pointers, [["tt.divisibility", 16]])  # as torch allocates them
     source = ASTSource(variant.kernel, variant.signature, variant.constants, aligned)
-    asm = triton.compile(source, target=target, options=variant.options).asm
+    asm = triton.compile(source, target=target, options=options).asm
     if cuda:
         tools = Path(triton.__file__).parent / "backends/nvidia/bin"
         run = partial(subprocess.run, capture_output=True, text=True, check=True)
