@@ -1,4 +1,4 @@
-"""What several test files need: to run train.py, to start it in a child, to read and to make logs."""
+"""What several test files need: train.py here or in a child, logs, a copy of the project."""
 
 import csv
 import importlib
@@ -11,6 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch._dynamo  # late imports take seconds: children have it when they are forked
 
@@ -22,7 +23,6 @@ from lab.options import parse
 ROOT = Path(__file__).parent.parent
 QUICK = "--width 2 --epochs 2 --batch-size 128 --threads 1"
 SUMS = "--data modular --modulus 5 --width 4 --epochs 1 --batch-size 8 --jobs 1 --threads 1"
-TINY = "--width 2 --epochs 1 --batch-size 256 --threads 1 --jobs 1"
 NOTHING = lambda *_, **__: None  # noqa: E731
 
 
@@ -36,21 +36,28 @@ def run(command, out=None):
     return train.main(words(command, out))
 
 
-def experiment(argv):
-    """What train.py makes of a command line before it trains; refused as there."""
-    return prepare(parse(argv))
+def experiment(command, out=None):
+    """What train.py makes of a command before it trains; refused as there."""
+    return prepare(parse(words(command, out)))
 
 
-def refused(capsys, command, out=None):
+def refused(capsys, command, out=None, main=train.main):
     """The one line with which a command is refused, status 2."""
     capsys.readouterr()
-    try:
-        run(command, out)
-    except SystemExit as exit:
-        error = capsys.readouterr().err
-        assert exit.code == 2 and error.count("\n") == 1, error
-        return error
-    raise AssertionError(f"not refused: {command}")
+    with pytest.raises(SystemExit) as exit:
+        main(words(command, out))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+def failed(capsys, command, out=None):
+    """The one line with which a run of train.py fails, status 1."""
+    capsys.readouterr()
+    assert run(command, out) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
 
 
 # ------------------------------------------------------------------------------------- logs
@@ -63,6 +70,14 @@ def read(path):
 
 def log(folder, name="elr=1e-02"):
     return [{k: float(v) for k, v in row.items()} for row in read(folder / f"{name}.csv")]
+
+
+def checkpoint(folder, name="elr=1e-02"):
+    return torch.load(folder / f"{name}.pt", weights_only=True)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def without_seconds(path):
@@ -90,13 +105,11 @@ def equal_runs(a, b, name="elr=1e-02"):
     """But for the seconds: rows, layers, and every tensor of the checkpoint."""
     assert without_seconds(a / f"{name}.csv") == without_seconds(b / f"{name}.csv")
     assert (a / f"{name}.layers.csv").read_bytes() == (b / f"{name}.layers.csv").read_bytes()
-    one, two = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (a, b))
-    for state in (one, two):
-        del state["seconds"]
-    leaves = [torch.utils._pytree.tree_flatten(x) for x in (one, two)]
-    assert leaves[0][1] == leaves[1][1]
-    pairs = zip(leaves[0][0], leaves[1][0], strict=True)
-    assert all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    one, two = (checkpoint(folder, name) | {"seconds": 0} for folder in (a, b))
+    (one, tree), (two, same) = map(torch.utils._pytree.tree_flatten, (one, two))
+    assert tree == same
+    for x, y in zip(one, two, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def equal_sweeps(a, b):

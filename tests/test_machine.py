@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import experiment, refused, words
+from helpers import experiment, refused
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -97,7 +97,7 @@ def test_what_is_not_orthogonal_in_a_network_of_ones_own_or_in_rows_is_a_note(
 ):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     (tmp_path / "a_network.py").write_text(OWN)
-    experiment(words(f"--elr 0.01 {command.format(tmp_path)}", tmp_path / "out"))
+    experiment(f"--elr 0.01 {command.format(tmp_path)}", tmp_path / "out")
     err = capsys.readouterr().err
     assert err.count("note:") == 1 and what in err
 
@@ -253,14 +253,14 @@ def tf32():
 def test_fp32_stays_float32_whatever_somebodys_file_sets(tmp_path):
     setting = "import torch\ntorch.set_float32_matmul_precision('high')\n"
     (tmp_path / "a_network.py").write_text(setting + OWN.replace("WrongConv(", "nn.Conv2d("))
-    made = experiment(words(f"--elr 0.1 --model {tmp_path}/a_network.py:network", tmp_path / "out"))
+    made = experiment(f"--elr 0.1 --model {tmp_path}/a_network.py:network", tmp_path / "out")
     train.Run(made, runs.Job(0.1, 0, tmp_path / "log.csv", ""))
     assert not tf32()
 
 
 def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path, capsys):
     machine.use("cpu", "tf32")
-    experiment(words("--elr 0.1 --width 2", tmp_path))
+    experiment("--elr 0.1 --width 2", tmp_path)
     assert not tf32()
     for dtype in ("tf32", "bf16", "tf32", "fp32"):
         machine.use("cpu", dtype)

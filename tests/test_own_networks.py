@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import experiment, log, refused, run, words
+from helpers import experiment, log, refused, run
 from torch import nn
 
 import models
@@ -170,7 +170,7 @@ def test_a_network_added_by_name_is_called_with_what_it_names_and_measured(
     assert models.build("mlp", numbers, width=5)[0].out_features == 5
     command = f"--elr 1 --model mlp --data {data}/numbers.npz"
     assert "the mlp has no --affine: leave it out\n" in refused(capsys, f"{command} --affine")
-    assert experiment(words(command, tmp_path)).layer_groups == [["0.weight", "0.bias"]]
+    assert experiment(command, tmp_path).layer_groups == [["0.weight", "0.bias"]]
 
 
 # ------------------------------------------------------------------------------- what goes wrong

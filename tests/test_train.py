@@ -19,16 +19,19 @@ from helpers import (
     NOTHING,
     QUICK,
     SUMS,
+    checkpoint,
     converging,
     equal_runs,
+    equal_sweeps,
     experiment,
+    files,
     hovering,
     log,
     make_log,
+    no_leftovers,
     read,
     refused,
     run,
-    without_seconds,
     words,
 )
 from hypothesis import assume, given, settings
@@ -55,7 +58,7 @@ def few_points(monkeypatch):
 # ----------------------------------------------------------------------------- what is written
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
-    seconds distance""".split()
+    seconds distance"""
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +74,11 @@ def plain(tmp_path_factory):
 
 def test_a_run_writes_the_files_of_the_contract(plain):
     rows = log(plain)
-    assert list(rows[0]) == COLUMNS
+    assert list(rows[0]) == COLUMNS.split()
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 11), (2, 22)]
     for row in rows:
-        assert all(map(math.isfinite, row.values()))
+        assert all(map(math.isfinite, row.values())) and row["radial"] < 1e-4
         assert 0 <= row["train_error"] <= 1 and 0 <= row["test_error"] <= 1
-        assert row["radial"] < 1e-4
     layers = read(plain / "elr=1e-02.layers.csv")
     assert [row["layer"] for row in layers] == 3 * [f"conv{i}.weight" for i in (1, 2, 3, 4)]
     for epoch in "012":  # the squares of the norms add up to the sphere's: so do the inverse ELRs
@@ -84,16 +86,14 @@ def test_a_run_writes_the_files_of_the_contract(plain):
         assert sum(1 / elr for elr in elrs) == pytest.approx(1 / 0.01, rel=0.01)
     config = json.loads((plain / "config.json").read_text())
     assert config["command"]["epochs"] == 2 and config["command"]["elr"] == [0.01]
-    assert config["threads"] == 1
-    assert config["options"]["width"] == 2 and "torch" in config["versions"]
+    assert config["options"]["width"] == 2 and config["threads"] == 1
+    assert "torch" in config["versions"]
     assert {"train.py", "sphere_step.py", "models.py", "the data"} <= set(config["contents"])
-    chance = config["chance"]["0"]
-    assert chance["points"] >= 8 and abs(chance["train_error"]["mean"] - 0.9) < 0.05
-    checkpoint = torch.load(plain / "elr=1e-02.pt", weights_only=True)
-    assert checkpoint["epoch"] == 2 and "conv1.weight" in checkpoint["net"]
-    assert checkpoint["contents"] == config["contents"]
+    assert abs(config["chance"]["0"]["train_error"]["mean"] - 0.9) < 0.05
+    state = checkpoint(plain)
+    assert state["epoch"] == 2 and state["contents"] == config["contents"]
     assert len(read(plain / "regimes.csv")) == 1 and (plain / "regimes.png").exists()
-    assert not list(plain.glob("*.tmp")) and not list(plain.glob("*.lock"))
+    no_leftovers(plain)
 
 
 def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsys):
@@ -123,9 +123,7 @@ def test_equal_commands_write_equal_bytes_but_for_the_seconds_and_start_at_one_p
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
         assert run(f"--elr 0.01 0.1 {SUMS}", folder) == 0
-    for path in a.glob("elr=*.csv"):
-        assert without_seconds(path) == without_seconds(b / path.name)
-    assert (a / "regimes.csv").read_bytes() == (b / "regimes.csv").read_bytes()
+    equal_sweeps(a, b)
     assert run(f"--elr 0.01 {SUMS} --seed 1", a) == 0
     names = "elr=1e-02", "elr=1e-01", "elr=1e-02.seed=1"
     first = [log(a, name)[0]["train_loss"] for name in names]
@@ -180,31 +178,22 @@ def test_a_loss_that_is_not_finite_ends_that_run_alone(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        (
-            "--angle 0.1 --epochs 2 --schedule constant --then 0.01",
-            "angle 1e-01: {}; then at 0.01: {}",
-        ),
-        ("--elr 0.1 --schedule linear --epochs 12", "elr 1e-01: {}"),
-        ("--lr 0.1 --epochs 2", "lr 1e-01: {}"),
-    ],
+    "way",
+    ["--angle 0.1 --schedule constant --then 0.01", "--elr 0.1 --schedule linear", "--lr 0.1"],
 )
-def test_of_a_run_whose_elr_moves_one_line_says_what_it_gave(tmp_path, capsys, command, name):
-    """Test error, train loss and range of the ELR; no more of it for a single run."""
-    assert run(f"{SUMS} {command}", tmp_path) == 0
-    paths = [path for path in sorted(tmp_path.glob("*=*.csv")) if "layers" not in path.name]
+def test_of_a_run_whose_elr_moves_one_line_says_what_it_gave(tmp_path, capsys, way):
+    """Test error and train loss of the last tenth, range of the ELR; no more of a single run."""
+    assert run(f"{SUMS} --epochs 20 {way}", tmp_path) == 0
     ends = []
-    for path in paths:
-        rows = read(path)
-        elrs = [float(row["elr"]) for row in rows]
-        last = rows[-max(1, len(rows) // 10) :]
-        error, loss = (np.mean([float(r[x]) for r in last]) for x in ("test_error", "train_loss"))
-        shown = f"test error {error:.3f}, train loss {loss:.3g}"
-        ends.append(f"{shown}, ELR {min(elrs):.3g} to {max(elrs):.3g}")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == name.format(*ends)
-    assert lines[1] == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
+    for path in sorted(tmp_path.glob("*=*[0-9].csv")):
+        rows = log(tmp_path, path.stem)
+        error, loss = (np.mean([r[x] for r in rows[-2:]]) for x in ("test_error", "train_loss"))
+        elrs = [row["elr"] for row in rows]
+        ends.append(f"test error {error:.3f}, train loss {loss:.3g}, ")
+        ends[-1] += f"ELR {min(elrs):.3g} to {max(elrs):.3g}"
+    said, written, *_ = capsys.readouterr().out.splitlines()
+    assert said == f"{way.split()[0][2:]} 1e-01: {'; then at 0.01: '.join(ends)}"
+    assert written == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
 
 
 # ---------------------------------------------------------------------------- what is refused
@@ -276,69 +265,62 @@ def test_an_out_that_cannot_be_written_or_has_other_options_is_one_line(tmp_path
     error = refused(capsys, "--elr 0.1", tmp_path / "file" / "logs")
     assert "argument --out" in error and "cannot be written" in error
     assert (tmp_path / "file").read_text() == "mine"
-    before = {p.name: p.read_bytes() for p in plain.iterdir()}
+    before = files(plain)
     for more, what in (
         ("--elr 0.1 --width 3", "width is 2 there, 3 here"),
         ("--angle 0.1", "mode is 'elr' there, 'angle' here"),
     ):
         error = refused(capsys, f"{QUICK} {more}", plain)
         assert f"holds runs with other options ({what}): choose another --out, or rem" in error
-    assert {p.name: p.read_bytes() for p in plain.iterdir()} == before
+    assert files(plain) == before
 
 
 # -------------------------------------------------------------------------- the default folder
 
 
+FOLDERS = """
+--elr 0.1 | digits-convnet
+--sweep --refine 2 --seeds 3 --schedule constant | digits-convnet
+--elr 0.1 --seed 5 --epochs 7 --jobs 1 --threads 2 | digits-convnet
+--elr 0.1 --schedule linear --epochs 9 | digits-convnet-schedule=linear-epochs=9
+--angle 0.05 --schedule cosine --epochs 20 | digits-convnet-angle
+--angle 0.05 --label-noise 0.5 | digits-convnet-angle-label_noise=0.5
+--lr 0.1 --wd 0.01 | digits-convnet-lr-wd=0.01
+--loop 1e-3 1 9 --epochs 2 --augment | digits-convnet-loop-augment
+--elr 0.1 --data digits.npz | digits.npz-convnet
+--elr 0.1 --data mine.npz --model mine.py:mlp | mine-mine.mlp
+"""
 NETS = "convnet", "a.py:b", "b.py:a", "a/b.py:c", "a.b.py:c", "b-c.py:d", "c.py:d"
+CHANGES = """|--width 4|--momentum 0.9|--epochs 3|--average 2|--augment|--label-noise 0.5
+    |--sphere layer|--model a.py:net|--model b.py:net|--data mine.npz|--data modular""".split("|")
 
 
 def test_the_default_folder_is_named_after_what_differs_from_the_defaults(tmp_path, monkeypatch):
-    """Two commands have one folder where their runs may lie side by side, and only there. To parse
-    reads, writes and makes nothing."""
+    """Two commands share it where their runs may lie side by side, and only there. To parse reads,
+    writes and makes nothing."""
     monkeypatch.chdir(tmp_path)
-    for command, name in (
-        ("--elr 0.1", ""),
-        ("--sweep --refine 2 --seeds 3 --schedule constant", ""),
-        ("--elr 0.1 --seed 5 --epochs 7 --jobs 1 --threads 2", ""),
-        ("--elr 0.1 --schedule linear --epochs 9", "-schedule=linear-epochs=9"),
-        ("--angle 0.05 --schedule cosine --epochs 20", "-angle"),
-        ("--angle 0.05 --label-noise 0.5", "-angle-label_noise=0.5"),
-        ("--lr 0.1 --wd 0.01", "-lr-wd=0.01"),
-        ("--loop 1e-3 1 9 --epochs 2 --augment", "-loop-augment"),
-    ):
-        folder = parse(command.split()).folder()
-        assert folder == Path(f"logs/digits-convnet{name}"), command
-    assert parse("--elr 1 --out mine".split()).folder() == Path("mine")
-    long = [parse(words(f"--elr 1 --data {60 * '機械'}{i}.npz")).folder() for i in range(2)]
+
+    def folder_of(command):
+        return parse(command.split()).folder()
+
+    for line in FOLDERS.strip().splitlines():
+        command, name = line.split(" | ")
+        assert folder_of(command) == Path("logs", name), command
+    assert folder_of("--elr 1 --out mine") == Path("mine")
+    long = [folder_of(f"--elr 1 --data {60 * '機械'}{i}.npz") for i in range(2)]
     assert all(len(folder.name.encode()) < 150 for folder in long) and len(set(long)) == 2
-    assert parse(words("--elr 1 --data digits.npz")).folder() == Path("logs/digits.npz-convnet")
-    mine = parse(words("--elr 1 --data mine.npz --model mine.py:mlp")).folder()
-    assert mine == Path("logs/mine-mine.mlp")
-    files = product(("a/b", "a.b", "a-b", "a", "a/b.npz", "b/a"), (".npz", ".txt"))
-    files = [f"--data {x}{end} --model {net}" for (x, end), net in product(files, NETS)]
-    found = {parse(words(f"--elr 1 {file}")).folder() for file in files}
-    assert len(found) == len(files) and all(len(folder.name) < 60 for folder in found)
-    which = "--elr 0.1", "--angle 0.05", "--lr 0.1", "--elr 0.1 --schedule linear --warmup 2"
-    what = ["", *(f"--{x}" for x in "width 4,momentum 0.9,epochs 3,average 2,augment".split(","))]
-    what += ["--model a.py:net", "--model b.py:net", "--data mine.npz", "--data modular"]
+    names = ("a/b", "a.b", "a-b", "a", "a/b.npz", "b/a")
+    cases = list(product(names, (".npz", ".txt"), NETS))
+    found = {folder_of(f"--elr 1 --data {x}{end} --model {net}") for x, end, net in cases}
+    assert len(found) == len(cases) and all(len(folder.name) < 60 for folder in found)
+    which = "--elr 0.1", "--angle 0.05", "--lr 0.1", "--lr 0.1 --wd 0.01", "--elr 0.1 --warmup 2"
     identities = {}
-    for words_ in product(which, what, ("", "--batch-size 8")):
-        command = " ".join(words_)
-        config = parse(command.split())
+    for parts in product(which, CHANGES, ("", "--batch-size 8")):
+        config = parse(" ".join(parts).split())
         assert len(str(config.folder())) < 120
         known = identities.setdefault(config.folder(), config.identity())
-        assert known == config.identity(), command
+        assert known == config.identity(), parts
     assert not list(tmp_path.iterdir())
-
-
-def test_a_newcomers_next_experiment_is_never_refused_and_moves_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", made)
-    for command in """--elr 0.1|--elr 0.1 --label-noise 0.5|--angle 0.05 --label-noise 0.5
-        |--angle 0.05 --epochs 2|--elr 0.1 --sphere layer|--lr 0.1|--lr 0.1 --wd 0.01
-        |--elr 0.1 --average 1|--elr 0.1""".split("|"):
-        assert run(f"{SUMS} {command}") == 0, command
-    assert not list(tmp_path.glob("*/*/before*"))
 
 
 # -------------------------------------------------------------------------------- what is next
@@ -435,14 +417,6 @@ def test_where_runs_are_undecided_next_is_the_same_command_with_twice_the_epochs
 # -------------------------------------------------- each option changes what it should, only
 
 
-def net_of(folder, name="elr=1e-02"):
-    return torch.load(folder / f"{name}.pt", weights_only=True)["net"]
-
-
-def same_start(a, b, columns=LEARNED):
-    return all(a[0][column] == b[0][column] for column in columns)
-
-
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
 def test_layers_and_rows_keep_their_norms_and_on_the_joint_sphere_layers_move(tmp_path, sphere):
     assert run(f"{SUMS} --elr 1e-3 --epochs 2 --sphere {sphere} --momentum 0.9", tmp_path) == 0
@@ -451,7 +425,7 @@ def test_layers_and_rows_keep_their_norms_and_on_the_joint_sphere_layers_move(tm
         norms.setdefault(row["layer"], []).append(float(row["norm"]))
         if row["epoch"] == "0":
             elrs.append(float(row["elr"]))
-    state = torch.load(tmp_path / "elr=1e-03.pt", weights_only=True)["sphere_sgd"]
+    state = checkpoint(tmp_path, "elr=1e-03")["sphere_sgd"]
     assert state["param_groups"][0]["momentum"] == 0.9 and len(state["state"]) == 9
     moved = [max(values) / min(values) - 1 for values in norms.values()]
     assert len(moved) == 9 and norms.keys() >= {"embedding", "query", "up", "head"}
@@ -467,9 +441,10 @@ def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_
     tmp_path, plain
 ):
     assert run(f"--elr 0.01 {QUICK} --affine --train-head", tmp_path) == 0
-    assert same_start(log(plain), log(tmp_path))
-    assert log(plain)[1]["train_loss"] != log(tmp_path)[1]["train_loss"]
-    fixed, both = net_of(plain), net_of(tmp_path)
+    (start, fixed_head, _), (same, trained, _) = log(plain), log(tmp_path)
+    assert all(start[column] == same[column] for column in LEARNED)
+    assert fixed_head["train_loss"] != trained["train_loss"]
+    fixed, both = checkpoint(plain)["net"], checkpoint(tmp_path)["net"]
     scales = [key for key in both if key not in fixed]
     assert scales and fixed.keys() < both.keys()
     for key in scales:
@@ -486,7 +461,7 @@ def test_affine_and_train_head_train_the_rest_by_plain_sgd_and_leave_the_sphere_
 def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain):
     assert run(f"{QUICK} --lr 0.05 --wd 0.01 --momentum 0.9", tmp_path) == 0
     rows = log(tmp_path, "lr=5e-02")
-    assert same_start(rows, log(plain))
+    assert all(rows[0][column] == log(plain)[0][column] for column in LEARNED)
     torch.manual_seed(0)
     net, digits = MODELS["convnet"](1, 10, 2), load("digits")
     order = torch.Generator().manual_seed(0)
@@ -502,7 +477,7 @@ def test_the_whole_space_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path
             if row["epoch"]:
                 sgd.step()
         assert row["elr"] == pytest.approx(sum(implied) / len(implied), rel=1e-5)
-    ours = net_of(tmp_path, "lr=5e-02")
+    ours = checkpoint(tmp_path, "lr=5e-02")["net"]
     for (name,) in net.layer_groups:
         assert torch.allclose(ours[name], net.get_parameter(name), atol=1e-5)
     # Before training, where the mean over the epoch is of equal values
@@ -571,7 +546,7 @@ def test_threads_and_jobs_are_chosen_by_the_work(tmp_path):
         ("two", "--elr 0.1 0.2", min(2, cores), 1),
         ("own", "--elr 0.1 0.2 --jobs 1 --threads 2", 1, 2),
     ):
-        config = experiment(words(command, tmp_path / name)).config
+        config = experiment(command, tmp_path / name).config
         assert (config.jobs, config.threads) == (jobs, threads), name
     torch.set_num_threads(1)
 
@@ -635,9 +610,9 @@ def test_more_epochs_are_those_of_a_straight_run(tmp_path, command):
 @pytest.mark.parametrize("way", OTHERWISE.split("|"))
 def test_where_a_longer_run_begins_otherwise_more_epochs_are_refused(tmp_path, capsys, way):
     assert run(f"{SUMS} {way} --epochs 2", tmp_path) == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = files(tmp_path)
     assert "(epochs is 2 there, 4 here)" in refused(capsys, f"{SUMS} {way} --epochs 4", tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert files(tmp_path) == before
 
 
 # --------------------------------------------------------------------------------------- fast
@@ -651,31 +626,28 @@ def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_pat
         assert half[0][column] != single[0][column]
         assert half[0][column] == pytest.approx(single[0][column], rel=0.05)
     assert 10 * single[-1]["radial"] < half[-1]["radial"] < 0.01
-    checkpoint = torch.load(tmp_path / "elr=1e-02.pt", weights_only=True)
-    weights = [checkpoint["net"][f"conv{i}.weight"] for i in (1, 2, 3, 4)]
+    state = checkpoint(tmp_path)
+    weights = [state["net"][f"conv{i}.weight"] for i in (1, 2, 3, 4)]
     assert all(w.dtype == torch.float32 and (w.bfloat16() != w).any() for w in weights)
-    start = torch.cat([x.flatten() for x in checkpoint["start"]]).norm().item()
+    start = torch.cat([x.flatten() for x in state["start"]]).norm().item()
     norm = torch.cat([w.flatten() for w in weights]).double().norm().item()
     assert norm == pytest.approx(start, rel=1e-6)  # to float32, not to bfloat16
 
 
 def test_an_elr_in_the_devices_memory_follows_the_schedule_too(tmp_path, monkeypatch):
-    """As a CUDA graph needs it; here, without one. At an ELR far below the boundary, where what
-    float32 rounds off the ELR does not grow along the way."""
+    """As a CUDA graph needs it; here, without one. Far below the boundary, where what float32
+    rounds off the ELR does not grow along the way."""
     monkeypatch.setattr(train, "Captured", lambda step: step)
-    command = f"{QUICK} --elr 1e-06 --schedule cosine --affine"
-    for name in ("number", "tensor"):
-        given_ = experiment(words(command, tmp_path / name))
-        given_.config.graph = name == "tensor"
-        (job,) = runs.jobs_of(given_.config, [1e-6], [0])
-        trained = train.Run(given_, job)
-        train.train(trained, NOTHING)
-        lrs = [group["lr"] for group in trained.sphere_sgd.param_groups]
-        assert len(lrs) == 2
-        assert all(isinstance(lr, torch.Tensor) == (name == "tensor") for lr in lrs)
-    number, tensor = (log(tmp_path / name, "elr=1e-06") for name in ("number", "tensor"))
-    assert [row["elr"] for row in tensor] == [1e-6, 1e-6, 5e-7]
-    for one, other in zip(number, tensor, strict=True):  # apart by the rounding to float32
+    monkeypatch.setattr(options, "check", NOTHING)  # which wants a GPU
+    command, logs = f"{QUICK} --device cpu --elr 1e-06 --schedule cosine --affine", []
+    for more in ("", "--graph"):
+        out = tmp_path / f"out{more}"
+        assert run(f"{command} {more}", out) == 0
+        groups = checkpoint(out, "elr=1e-06")["sphere_sgd"]["param_groups"]
+        assert [torch.is_tensor(group["lr"]) for group in groups] == 2 * [bool(more)]
+        logs.append(log(out, "elr=1e-06"))
+    assert [row["elr"] for row in logs[1]] == [1e-6, 1e-6, 5e-7]
+    for one, other in zip(*logs, strict=True):  # apart by the rounding to float32
         for column in one.keys() - {"seconds", "radial"}:
             assert other[column] == pytest.approx(one[column], rel=2e-3, abs=1e-9)
 
