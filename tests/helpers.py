@@ -28,7 +28,8 @@ NOTHING = lambda *_, **__: None  # noqa: E731
 
 def words(command, out=None):
     """A command line in one string, as a list; `out` may have spaces."""
-    return [*shlex.split(command), *(["--out", str(out)] if out else [])]
+    command = shlex.split(command) if isinstance(command, str) else command
+    return [*command, *(["--out", str(out)] if out else [])]
 
 
 def run(command, out=None):

@@ -1,14 +1,14 @@
-"""The rule on made logs whose regime an expert would not doubt, and the files that are read and written."""
+"""The rule on made logs whose regime an expert would not doubt; what is read and written."""
 
 import json
 import os
-import warnings
+import re
 from math import log as ln
 from math import nan
 
 import numpy as np
 import pytest
-from helpers import read
+from helpers import read, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
@@ -95,8 +95,7 @@ def test_a_made_regime_is_never_called_another_and_units_change_nothing(kind, n,
 
 @pytest.mark.parametrize("n", [8, 9, 10, 11, 12, 13, 16, 20, 40, 80])
 def test_a_fall_without_noise_is_no_level_at_any_length(n):
-    """2·t^−0.45 was an equilibrium with 8 to 12 rows, when every interval was infinite; 80 rows
-    from 0.15 to 0.0013 undecided."""
+    """With few rows every interval is infinite; a fall may also be geometric."""
     for angle in (TURNING, nan):
         assert named(made(0.45, 0.0, n, angle=angle), ALONE) == "convergence"
     log = {"epoch": np.arange(1.0, n + 1), "train_loss": np.geomspace(0.15, 0.0013, n)}
@@ -219,19 +218,15 @@ def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
     """The plateau of a transformer: loss ln 31 where a random point has 4.78, error at chance."""
     chance = {"points": 512, "train_loss": {"mean": 4.78, "std": 0.5}}
     chance["train_error"] = {"mean": 30 / 31, "std": 0.05}
-    verdict = classify(made(loss=ln(31), error=30 / 31), chance)
-    assert verdict.regime == "equilibrium" and "loss 3.44 (chance 4.78), level" in verdict.why
-    still = made(loss=ln(31), error=30 / 31, angle=1e-3)
-    assert named(still, chance) == "undecided"
+    for angle, expected in ((TURNING, "equilibrium"), (1e-3, "undecided")):
+        assert named(made(loss=ln(31), error=30 / 31, angle=angle), chance) == expected
 
 
 def test_guessing_the_most_frequent_class_is_no_skill():
     """A text at steps of 90°: loss 14, worse than chance, error 8 % better than a random point's."""
     log = made(noise=0.1, loss=14, angle=1.571, error=0.83)
-    verdict = classify(log, CHANCE)
-    assert verdict.regime == "divergence" and "better than chance: loss 14" in verdict.why
-    assert not verdict.notes
     # After a step of 90° a point knows one batch: where that is measured, it is the reference.
+    assert named(log, CHANCE) == "divergence"
     for error, expected in ((0.83, "divergence"), (0.95, "equilibrium")):
         stepped = {**CHANCE, "train_error": {"mean": error, "std": 0.05}}
         assert named(log, {**CHANCE, "stepped": stepped}) == expected
@@ -349,16 +344,13 @@ def run(capsys):
     return run
 
 
-@pytest.mark.draws
-def test_a_folder_gives_table_boundaries_rows_and_figure(sweep, run):
+def test_a_folder_gives_table_boundaries_and_rows(sweep, run):
     status, out, err = run(sweep)
     assert status == 0 and not err
     assert "convergence | chaotic equilibrium: 0.002 to 0.005 (×2.5)" in out
     assert "chaotic equilibrium | divergence: 0.01 to 0.1 (×10)" in out
     assert {float(row["elr"]): row["regime"] for row in read(sweep / "regimes.csv")} == SWEEP
     assert run(sweep)[0] == 0  # its own files are no logs
-    assert figures.main([str(sweep)]) == 0
-    assert (sweep / "regimes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_a_folder_on_a_read_only_medium_gets_its_table_and_one_line(sweep, run, monkeypatch):
@@ -372,17 +364,14 @@ def test_a_folder_on_a_read_only_medium_gets_its_table_and_one_line(sweep, run, 
 
 
 def test_damaged_files_are_named_and_the_others_still_reported(sweep, run):
-    path = sweep / "elr=1e-02.csv"
+    path, bad = sweep / "elr=1e-02.csv", [sweep / "elr=3.csv", sweep / "nowhere.csv"]
+    bad[0].write_text("epoch,val_loss\n1,2\n")
     good = path.read_text()
-    bad = {"3": "", "4": "epoch,val_loss\n1,2\n", "8": "epoch,train_loss\n", "9": "\xff\xfe\x00e"}
-    for name, text in bad.items():
-        (sweep / f"elr={name}.csv").write_bytes(text.encode("latin-1"))
     path.write_text(good[: good.rindex(",")])
-    status, out, err = run(sweep, sweep / "nowhere.csv")
-    assert status == 2 and len(err) == len(bad) + 1
-    assert not (sweep / "regimes.csv").exists()  # not of one folder
-    for name in [*(f"elr={name}.csv" for name in bad), "nowhere.csv"]:
-        assert sum(name in line for line in err) == 1
+    status, out, err = run(sweep, bad[1])
+    assert status == 2 and not (sweep / "regimes.csv").exists()  # not of one folder
+    for line, name in zip(err, bad, strict=True):
+        assert str(name) in line
     assert out.count("convergence ") >= 3 and "    1e-02  chaotic equilibrium" in out
     assert regimes.read_log(path)["epoch"][-1] == 59  # a last row that is cut off is left out
 
@@ -393,10 +382,7 @@ def test_an_empty_folder_is_one_line(tmp_path, run, capsys):
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.glob("*.png"))
 
 
-BROKEN = ["nonsense", '{"chance": 3}', '{"chance": {"0": {"points": 0}}}', "[" * 100_000]
-
-
-@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:9])
+@pytest.mark.parametrize("text", ["nonsense", '{"chance": {"0": {"points": 0}}}'])
 def test_a_damaged_config_is_named_and_no_run_classified_by_another_chance(sweep, run, text):
     (sweep / "config.json").write_text(text)
     status, out, (line,) = run(sweep)
@@ -442,27 +428,29 @@ def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, run):
         write(tmp_path / f"{name}.csv", of_kind(kind, 60, i))
     chance = {"chance": {str(seed): CHANCE for seed in range(3)}}
     (tmp_path / "config.json").write_text(json.dumps(chance))
-    status, out, _ = run(tmp_path)
-    assert status == 0 and " 2/3 " in out
-    assert "convergence | chaotic equilibrium: 0.001 to – (not seen)" in out
+    _, out, _ = run(tmp_path)
+    assert "convergence | chaotic equilibrium: 0.001 to – (not seen)" in out and " 2/3 " in out
     rows = [row for row in read(tmp_path / "regimes.csv") if row["elr"] == "0.01"]
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
     assert f" {np.median([float(row['train_loss']) for row in rows]):.4g} " in out
     _, out, _ = run(*sorted(tmp_path.glob("elr*.csv"))[:2])  # files: a line each, with the evidence
     level, other = out.splitlines()
-    assert level.startswith("elr 1e-02: chaotic equilibrium: error 0.") and len(level) <= 100
-    assert "(chance 0.9), level at loss " in level and "(slope " in level
+    assert re.match(r"elr 1e-02: chaotic equilibrium: error 0\.\d+ \(chance 0\.9\), level", level)
     assert other.startswith("elr 1e-02 seed 1: chaotic equilibrium: ")
 
 
 def test_runs_whose_elr_moves_are_summed_up_by_what_was_set(tmp_path, run):
-    errors = {"angle=1e-01": (0.01, 0.02), "angle=5e-02": (0.02, 0.04)}
-    epoch = np.arange(5.0)
-    for name, of_seeds in errors.items():
-        for seed, error in zip(("", ".seed=1"), of_seeds, strict=True):
-            log = {"epoch": epoch, "step": epoch, "elr": [0.1, 0.009, 0.005, 0.002, 0.001]}
-            log |= {"train_loss": [6, 2, 1, 0.5, 0.1], "test_error": np.full(5, error)}
-            write(tmp_path / f"{name}{seed}.csv", log)
+    epoch, nans = np.arange(5.0), np.full(5, nan)
+    log = {"epoch": epoch, "step": epoch, "elr": [0.1, 0.009, 0.005, 0.002, 0.001]}
+    log["train_loss"] = [6, 2, 1, 0.5, 0.1]
+
+    def write_seeds(name, *errors, **columns):
+        for seed, error in zip(("", ".seed=1"), errors, strict=False):
+            path = tmp_path / f"{name.replace('SEED', seed)}.csv"
+            write(path, log | {"test_error": np.full(5, error)} | columns)
+
+    write_seeds("angle=1e-01SEED", 0.01, 0.02)
+    write_seeds("angle=5e-02SEED", 0.02, 0.04)
     write(tmp_path / "other.csv", {"epoch": epoch, "train_loss": epoch, "lr": 1 / (1 + epoch)})
     line, other, unknown, best = run(tmp_path)[1].splitlines()  # by value, not by name
     of_seeds = "test error 0.0300 ± 0.0100 (2 seeds), train loss 0.1, ELR 0.001 to 0.1"
@@ -470,16 +458,13 @@ def test_runs_whose_elr_moves_are_summed_up_by_what_was_set(tmp_path, run):
     assert unknown == "other: LR 1 to 0.2, not a fixed one" and best == "best: angle 1e-01"
     rows = read(tmp_path / "regimes.csv")
     assert [row["regime"] for row in rows] == ["not fixed"] * 4
-    log |= {"elr": np.full(5, nan), "test_error": np.full(5, nan)}
-    write(tmp_path / "angle=2e-01.csv", log)
-    for seed, error in (("", 0.001), (".seed=1", 0.003)):
-        then = {"epoch": epoch, "train_loss": 1 / (1 + epoch), "test_error": np.full(5, error)}
-        write(tmp_path / f"angle=1e-01{seed}.then=1e-02.csv", then)
+    assert {row["elr_min"] for row in rows} == {"0.001"} and rows[0]["run"] == "angle 1e-01"
+    write_seeds("angle=2e-01", nan, elr=nans)
+    write_seeds("angle=1e-01SEED.then=1e-02", 0.001, 0.003, elr=nans)
     lines = run(tmp_path)[1].splitlines()
     assert "angle 2e-01: 1 of 1 broke down: nan" in lines
     assert "angle 1e-01, then 1e-02: test error 0.0020 ± 0.0010 (2 seeds)" in lines
     assert lines[-1] == "best: angle 1e-01, then 1e-02"
-    assert {row["elr_min"] for row in rows} == {"0.001"} and rows[0]["run"] == "angle 1e-01"
 
 
 # ------------------------------------------------------------------------- other people's logs
@@ -530,7 +515,6 @@ def written(name, losses):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_peoples_logs_are_read_and_their_epoch_0_is_no_chance(tmp_path, run, name):
-    """A level loss of 1.5 with chance at 2.3 was "divergence", a run stuck at ln 2 "equilibrium"."""
     path = tmp_path / "log.csv"
     path.write_text(written(name, LOSSES))
     words = ["--columns", "train_loss=Value"] if name == "tensorboard" else []
@@ -587,10 +571,8 @@ REFUSED = [  # the cure first
     ("Step,a - loss,b - loss\n1,2,3\n", f"name one column train_loss, {SAY} train_loss=COLUMN: "),
     ("loss\n1\n", f"name one column epoch, {SAY} epoch=COLUMN: loss"),
     ("0,2.3\n1,2.2\n", f"name one column epoch, {SAY} epoch=COLUMN: 0, 2.3"),
-    ("My best run\nepoch,loss\n1,2\n", f"name one column epoch, {SAY} epoch=COLUMN: My best run"),
     ('epoch,loss\n1,"1,234"\n', "line 2: could not convert string to float: '1,234'"),
     ("epoch,loss\n1,2\nnan,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
-    ("epoch,loss\n1,2\ninf,3\n", "line 3: one run a file, in order: epoch inf comes after 1"),
     ("epoch,loss\n1,2\n,3\n", "line 3: drop a row, or say --columns epoch=STEPS: epoch 1 again"),
     ("epoch,loss\n-1,2\n0,3\n", "line 2: one run a file, in order: epoch -1 comes after 0"),
     ("epoch,loss\n0,3\n1,2\n0,3\n", "line 4: one run a file, in order: epoch 0 comes after 1"),
@@ -632,11 +614,8 @@ BAD += "--chance|x --chance|0 --chance|nan --chance|inf --chance|2.3|90"
 
 @pytest.mark.parametrize("words", BAD.split())
 def test_bad_options_are_one_line(capsys, words):
-    with pytest.raises(SystemExit) as exit:
-        regimes.main(["log.csv", *words.split("|")])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1
-    assert f"argument {words.partition('|')[0]}: " in err
+    error = refused(capsys, ["log.csv", *words.split("|")], main=regimes.main)
+    assert f"argument {words.partition('|')[0]}: " in error
 
 
 def test_the_regimes_are_told_apart_in_grey():
@@ -645,16 +624,3 @@ def test_the_regimes_are_told_apart_in_grey():
         luminance = np.dot(to_rgb(style.COLOURS[name]), (0.299, 0.587, 0.114))
         grey.append(1 - style.SHADES[name] * (1 - luminance))  # over white
     assert (np.diff(grey) < -0.03).all()
-
-
-@pytest.mark.draws
-@pytest.mark.parametrize("share", [1.0, nan])
-def test_a_single_short_run_is_drawn_without_a_warning(tmp_path, share):
-    """Or one that has nothing but nan."""
-    log = {"epoch": [0, 1, 2], "step": [0, 9, 18], "elr": [1e-3] * 3}
-    log |= dict.fromkeys(regimes.ENDS, [0.9 * share, 0.2 * share, 0.1 * share])
-    write(tmp_path / "elr=1e-03.csv", log)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        assert figures.main([str(tmp_path)]) == 0
-    assert (tmp_path / "regimes.png").stat().st_size > 10_000
