@@ -1,21 +1,18 @@
-"""Adam's and Muon's directions on spheres against float64 references written another way, and the
-comparison that uses them: what it runs, writes, goes on from and prints."""
+"""Adam's and Muon's directions on spheres, against float64, and the comparison that uses them."""
 
-import csv
 import importlib.util
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, read, refused
 from spheres import step_of
 
 from lab.data import load
 from sphere_step import SphereSGD
 
-ROOT = Path(__file__).parent.parent
 FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 spec = importlib.util.spec_from_file_location("optimizers", ROOT / "docs" / "optimizers.py")
 optimizers = importlib.util.module_from_spec(spec)
@@ -136,9 +133,6 @@ def test_matrices_are_on_spheres_of_their_own_and_the_rest_moves_by_adam(tiny):
     assert matrices and {name for name in found if found[name] == "muon"} == matrices
     found = directions_of(optimizers.make_run(Job("tiny, transformer", "muon", 0.1, 0.0, 0), ""))
     assert [name for name in found if found[name] == "adam"] == ["embedding", "position", "head"]
-
-
-def test_weight_decay_reaches_both_optimizers(tiny):
     for kind in ("adamw", "sgd"):
         (group,) = optimizers.make_run(Job("tiny", kind, 0.1, 0.3, 0), "").plain_sgd.param_groups
         assert group["weight_decay"] == 0.3 and group["lr"] == 0.1
@@ -154,26 +148,23 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
     out, done = tmp_path / "errors.csv", []
 
     def train_one(job):
-        if len(done) == 30:
-            done.append(None)
-            raise KeyboardInterrupt
         done.append(job)
+        if len(done) == 31:
+            raise KeyboardInterrupt
         return made_up(job)
 
     monkeypatch.setattr(optimizers, "train_one", train_one)
-    command = ["--tasks", "tiny", "--seeds", "6", "--jobs", "1", "--out", str(out)]
     monkeypatch.setattr(optimizers, "FEW_DIGITS", tmp_path / "few.npz")
+    command = f"--tasks tiny --seeds 6 --jobs 1 --out {out}".split()
     assert optimizers.main(command) == 130
     out.write_text(out.read_text()[:-9])  # as if it had been killed while it wrote
     assert optimizers.main(command) == 0
-    jobs = [job for job in done if job]
-    assert len(jobs) == len(set(jobs)) + 1  # the row that was cut
-    rows = list(csv.DictReader(out.read_text().splitlines()))
-    assert len(rows) == len(set(jobs))
-    assert float(rows[0]["test_error"]) == pytest.approx(made_up(jobs[0]), rel=1e-8)
-    before = out.read_bytes()
+    assert len(done) == len(set(done)) + 2  # the one that was interrupted, the row that was cut
+    rows, before = read(out), out.read_bytes()
+    assert len(rows) == len(set(done))
+    assert float(rows[0]["test_error"]) == pytest.approx(made_up(done[0]), rel=1e-8)
     assert optimizers.main(command) == 0 and out.read_bytes() == before
-    assert len(done) == 1 + len(jobs)  # nothing was left to do
+    assert len(done) == len(set(done)) + 2  # nothing was left to do
 
 
 @pytest.mark.parametrize(
@@ -206,33 +197,20 @@ def test_the_table_pairs_by_seed(capsys):
     rng = np.random.default_rng()
     adamw, elr, angle = rng.normal(size=(3, 5)) / 1000 + rng.normal(size=5) / 10
     angle -= 0.02
-    ways = {
-        ("adamw", 0.1, 0.1): [-1.0],
-        ("adamw", 0.01, 0.1): adamw,
-        ("adamw", 0.3, 0.0): adamw + 1,
-    }
-    ways |= {("elr", 0.01, 0.0): elr, ("angle", 0.05, 0.0): angle, ("angle", 0.1, 0.0): angle[:1]}
+    ways = {("adamw", 0.1, 0.1): [-1.0], ("adamw", 0.01, 0.1): adamw, ("adamw", 0.3, 0): adamw + 1}
+    ways |= {("elr", 0.01, 0): elr, ("angle", 0.05, 0): angle, ("angle", 0.1, 0): angle[:1]}
     ways = {way: dict(enumerate(errors)) for way, errors in ways.items()}
     rows = optimizers.draw.print_comparison({"tiny": ways})["tiny"]
-    assert [*rows] == [
-        *(f"angle, one sphere, {x}" for x in (0.05, 0.1)),
-        "cosine ELR, best",
-        "AdamW, best",
-    ]
-    row = rows["angle, one sphere, 0.05"]
-    assert (row["seeds"], rows["AdamW, best"]["value"], rows["AdamW, best"]["weight_decay"]) == (
-        5,
-        0.01,
-        0.1,
-    )
-    for name, x in (("test", angle), ("minus_adamw", angle - adamw), ("minus_elr", angle - elr)):
-        values = list(row.values())[[*row].index(f"{name}_error" if name == "test" else name) :][:2]
-        assert values == pytest.approx([np.mean(x), np.std(x, ddof=1) / 5**0.5])
-    assert row["minus_cosine"] == rows["AdamW, best"]["minus_adamw"] == ""
-    out, x = capsys.readouterr().out, angle - elr
-    said = f"| {np.mean(x):+.4f} ± {np.std(x, ddof=1) / 5**0.5:.4f} * |".replace("-", "−")
-    assert f"| angle, one sphere, 0.05 {said}" in out and "| AdamW, best | 0.01, 0.1 |" in out
-    assert f"| angle, one sphere, 0.1 | {angle[0]:.4f} (1) |".replace("-", "−") in out
+    row, adamw_row = rows["angle, one sphere, 0.05"], rows["AdamW, best"]
+    assert (row["seeds"], adamw_row["value"], adamw_row["weight_decay"]) == (5, 0.01, 0.1)
+    for name, x in (("minus_adamw", angle - adamw), ("minus_elr", angle - elr)):
+        mean, error = np.mean(x), np.std(x, ddof=1) / 5**0.5
+        assert [row[name], row[f"{name}_error"]] == pytest.approx([mean, error])
+    assert row["minus_cosine"] == adamw_row["minus_adamw"] == ""
+    out = capsys.readouterr().out.replace("−", "-")
+    assert f"| angle, one sphere, 0.05 | {mean:+.4f} ± {error:.4f} * |" in out
+    assert f"| angle, one sphere, 0.1 | {angle[0]:.4f} (1) |" in out
+    assert "| AdamW, best | 0.01, 0.1 |" in out
 
 
 def test_the_few_digits_are_the_digits_turned_round(tmp_path, monkeypatch):
@@ -261,15 +239,12 @@ def test_what_is_refused_is_left_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(optimizers, "FEW_DIGITS", tmp_path / "few.npz")
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     with optimizers.lock(tmp_path / "held.lock"):
-        for argv, why in (
-            (["--out", str(tmp_path / "mine.csv")], "has other columns: choose another --out"),
-            (["--out", str(tmp_path / "held.csv")], "is in progress"),
-            (["--out", str(tmp_path / "nowhere" / "x.csv")], "argument --out: "),
-            (["--seeds", "0"], "argument --seeds: '0' is not a whole number from 1"),
+        for command, why in (
+            (f"--out {tmp_path}/mine.csv", "has other columns: choose another --out"),
+            (f"--out {tmp_path}/held.csv", "is in progress"),
+            (f"--out {tmp_path}/nowhere/x.csv", "argument --out: "),
+            ("--seeds 0", "argument --seeds: '0' is not a whole number from 1"),
         ):
-            with pytest.raises(SystemExit) as stopped:
-                optimizers.main(argv)
-            error = capsys.readouterr().err
-            assert stopped.value.code == 2 and why in error and error.count("\n") == 1
+            assert why in refused(capsys, command, main=optimizers.main)
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"
     assert not (tmp_path / "held.csv").exists()

@@ -16,6 +16,8 @@ from helpers import (
     edit,
     end_of,
     equal_runs,
+    failed,
+    files,
     in_copy,
     read,
     refused,
@@ -114,10 +116,6 @@ def change(path, value=2):
 
 def comment(path):
     path.write_text(f'"""A text."""\n{path.read_text()}\n\n# a comment\n')
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def is_moved(text, out, number, what):
@@ -278,20 +276,6 @@ def test_runs_of_version_0_3_are_kept_read_and_trained_anew(tmp_path, capsys):
     assert landscape.main(["summary", str(before), "--samples", "8"]) in (0, None)
     assert "0.5" in capsys.readouterr().out
     path.write_bytes(old[path.name])  # beside new ones
-    assert run(f"{command} --epochs 3", tmp_path) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "elr=5e-01.pt is the checkpoint of another run" in error
+    error = failed(capsys, f"{command} --epochs 3", tmp_path)
+    assert "elr=5e-01.pt is the checkpoint of another run" in error
     assert "(width is 4 there, 8 here)" in refused(capsys, f"{command} --width 8", tmp_path)
-
-
-def test_a_checkpoint_of_other_contents_is_refused_by_name(tmp_path, capsys):
-    command = f"--elr 0.5 {SUMS}"
-    assert run(command, tmp_path) == 0
-    path = tmp_path / "elr=5e-01.pt"
-    state = torch.load(path, weights_only=True)
-    state["contents"]["train.py"] = "another"
-    runs.save_checkpoint(path, state["identity"], state)
-    capsys.readouterr()
-    assert run(f"{command} --epochs 3", tmp_path) == 1
-    what = "is the checkpoint of another run (train.py has changed): remove it"
-    assert what in capsys.readouterr().err
