@@ -61,7 +61,7 @@ def failed(capsys, command, out=None):
     return error
 
 
-# ------------------------------------------------------------------------------------- logs
+# --- logs
 
 
 def read(path):
@@ -121,12 +121,11 @@ def equal_sweeps(a, b):
 
 
 def no_leftovers(folder):
-    """No lock, and no file that was not finished."""
     left = [path.name for end in ("tmp", "lock") for path in folder.glob(f"*.{end}")]
     assert not left, left
 
 
-# --------------------------------------------------------------------------------- children
+# --- children
 
 
 def fork(function):
@@ -185,7 +184,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
-# ---------------------------------------------------------------------------------- a copy
+# --- a copy
 
 
 def copy_of_project(to):

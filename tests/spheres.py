@@ -41,7 +41,7 @@ if INTERPRET:
         InterpretedFunction.__call__ = call
 
 
-# ---------------------------------------------------------------------------------- the reference
+# --- the reference
 
 
 def length(v):
@@ -105,7 +105,7 @@ def step_of(x, g, lr, radius=0.0, angle=False):
     return torch.from_numpy(new).view(x.shape), {name: v.item() for name, v in stats.items()}
 
 
-# ------------------------------------------------------------------------------ random sequences
+# --- random sequences
 
 SPHERES = "group", "tensor", "row", None
 SHAPES = [
@@ -192,7 +192,7 @@ class Sequence:
             self.give_gradients()
             self.step()
 
-    # ------------------------------------------------------------------------------- events
+    # --- events
 
     def add(self, *sphere):
         """One more group; or the optimizer, with its first."""
@@ -335,7 +335,7 @@ class Sequence:
             lr = torch.tensor(group["lr"], dtype=torch.float64)
             own["lr"] = self.draw.choice([group["lr"], lr, lr[None]])
 
-    # ---------------------------------------------------------------------- against the reference
+    # --- against the reference
 
     def step(self, move=True):
         """Steps, or observes, and holds weights, buffers and statistics against the reference."""

@@ -34,7 +34,7 @@ def test_an_epoch_is_a_seeded_permutation_in_whole_batches():
     assert not torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
 
 
-# ---------------------------------------------------------------------------------- torchvision's
+# --- torchvision's
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
@@ -78,7 +78,7 @@ def test_where_a_download_is_impossible_one_line_says_how_to_place_the_files(
     assert f"put {away}" in str(error.value) and f"into {tmp_path}/root by" in str(error.value)
 
 
-# ----------------------------------------------------------------------------- what changes data
+# --- what changes data
 
 
 def test_label_noise_is_random_but_always_the_same():
@@ -118,12 +118,11 @@ def test_modular_is_all_sums_and_the_same_split_each_time(p):
     assert torch.equal(one.inputs(torch.tensor([0])), one.x[:1])  # tokens stay whole numbers
 
 
-# ------------------------------------------------------------------------------- files of arrays
+# --- files of arrays
 
 
 @pytest.fixture
 def read(tmp_path):
-    """Write these arrays to a file and load it."""
 
     def read(found):
         np.savez(tmp_path / "mine.npz", **found)
@@ -204,7 +203,6 @@ LABELS += [np.char.encode(["cat", "Ä"], "utf-8")]
 @pytest.mark.parametrize("known", LABELS)
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
 def test_labels_are_renumbered_in_their_order(read, known, shape):
-    """{17, 900000} made a network of 900,001 outputs, and chance counted classes that are not there."""
     which = np.random.default_rng(0).permutation(np.arange(20) % len(known))
     y = np.array(known)[which].reshape(shape)
     data = read(arrays() | {"y": y, "test_y": y[::-1][:10]})
@@ -311,7 +309,7 @@ def test_what_is_wrong_with_an_array_is_one_line_that_names_it(read, capsys, cha
     assert "mine.npz" in str(error.value) and not capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------- a text
+# --- a text
 
 
 def test_a_text_is_windows_of_characters_and_the_next_one(tmp_path):

@@ -178,7 +178,6 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
     ],
 )
 def test_of_many_values_only_the_best_get_all_seeds(task, kind, seeds, of_round):
-    """The round that is the last says who is best, not what was measured later."""
     errors, rounds = {}, []
     while new := [j for j in optimizers.wanted(errors, task, kind, seeds) if j not in errors]:
         rounds.append(len(new))

@@ -85,7 +85,6 @@ COMMAND = "--model own/mine.py:net --data own/mine.npz --threads 1 --jobs 1 --el
 
 @pytest.fixture
 def theirs(tmp_path, monkeypatch):
-    """The folder in which one is, with somebody's below."""
     folder = tmp_path / "theirs"
     for name, text in {**OWN, **NOT_READ}.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
@@ -127,7 +126,6 @@ def is_moved(text, out, number, what):
 
 
 def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
-    """A file of theirs, all that it has read in whatever way, the data."""
     options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32")
 
     def now():
@@ -185,7 +183,6 @@ def test_a_script_that_is_too_deep_to_be_parsed_counts_as_it_is():
 
 
 def test_after_an_edit_nothing_goes_on_from_old_weights(theirs, tmp_path, capsys):
-    """Neither with the same epochs nor with more, nor beside a run of another ELR."""
     out, command = tmp_path / "out", f"{COMMAND} 0.5 --epochs 1"
     assert run(command, out) == 0
     capsys.readouterr()
@@ -234,7 +231,6 @@ def test_the_ranks_of_torchrun_move_the_old_runs_once(theirs, tmp_path):
 
 
 def test_our_scripts_are_edited_and_the_runs_trained_anew(tmp_path):
-    """The loss, and a default."""
     folder = copy_of_project(tmp_path / "project")
     command = SUMS.replace("--batch-size 8", "--elr 0.1")
     assert in_copy(folder, command)[0] == 0

@@ -57,7 +57,6 @@ CALLS = ("open", "write", "fsync", "replace", "close", "ftruncate")
 
 
 def holders(folder):
-    """The process ids in the locks of a folder."""
     found = []
     for path in folder.glob("*=*.lock"):
         with suppress(FileNotFoundError):  # released in this moment
@@ -95,7 +94,7 @@ def undisturbed(tmp_path_factory):
     measure.POINTS = points
 
 
-# ---------------------------------------------------------------------------- does it stop?
+# --- does it stop?
 
 OWN = """
 import torch
@@ -213,7 +212,7 @@ def test_who_was_told_to_stop_does_not_wait_until_torch_is_taken_down():
     assert end_of(fork(function)) == (143, "told\n")
 
 
-# ---------------------------------------------------------------------------------- killed
+# --- killed
 
 
 class DyingOs:
@@ -268,7 +267,7 @@ def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
         equal_sweeps(whole, folder)
 
 
-# --------------------------------------------------------------------- many runs, one writer
+# --- many runs, one writer
 
 MANY = f"{LONGER} --elr 0.01 0.02 0.04 --epochs 8"
 
@@ -320,7 +319,6 @@ def test_where_jobs_or_their_parent_are_killed_the_sweep_is_finished(tmp_path, o
 def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
     tmp_path, one_by_one, monkeypatch
 ):
-    """With what torchrun says to its processes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     ranks = []
     for rank in ("0", "1"):
@@ -365,11 +363,10 @@ def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
     assert "elr 1e-02: loss " in shown and "γ" in shown
 
 
-# ---------------------------------------------------------------------------------- faults
+# --- faults
 
 
 def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
-    """No file may grow beyond half of a checkpoint."""
     command, out = f"{LONGER} --elr 0.01 --momentum 0.9 --epochs", tmp_path / "out"
     assert in_child(f"{command} 1", out)[0] == 0
     good = (out / "elr=1e-02.pt").read_bytes()
@@ -413,7 +410,6 @@ def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="as on macOS")
 def test_freed_memory_is_kept_for_the_next_step():
     def pages_fetched():
-        """While 15 times 40 MB are used and freed."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(5):
             _ = [torch.ones(10**7) for _ in range(3)]
@@ -460,7 +456,7 @@ def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monke
     assert [row["elr"] for row in read(tmp_path / "regimes.csv")] == ["0.5", "1"]
 
 
-# ----------------------------------------------------------------------------------- trust
+# --- trust
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, capsys, undisturbed):

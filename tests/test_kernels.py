@@ -55,7 +55,7 @@ def test_the_kernels_pass_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-# ----------------------------------------------------------------------------------- numbers
+# --- numbers
 
 
 @runs
@@ -104,7 +104,6 @@ def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale, ne
 
 @runs
 def test_the_rule_of_the_kernels_is_the_rule_in_python():
-    """At the ends of its ranges: rows of any scale, and one joint sphere."""
     for angle, lr in ((True, 1.57), (False, 1e-300), (False, 1e-3), (False, 1e250)):
         scales = 10.0 ** torch.empty(3, 40, 1).uniform_(-12, 12)
         x, g, m = scales * torch.randn(3, 40, 5)
@@ -141,11 +140,10 @@ def test_the_check_of_bench_finds_the_kernels_equal_to_float64():
     assert len(kernels) >= 9 and bench.check(kernels) == 0
 
 
-# ---------------------------------------------------------------------------------- launches
+# --- launches
 
 
 def several(device=DEVICE, plain=False):
-    """Every kind of sphere and of tile, as param groups."""
     shapes = {
         "group": [(40, 30), (9000,) if SLOW else (900,), (7,)],
         "tensor": [(2, 3), (9000,) if SLOW else (1100,)],
@@ -272,7 +270,7 @@ def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch):
         SphereSGD([torch.randn(3)], lr=0.1, backend="triton")
 
 
-# --------------------------------------------------------------------------- without a GPU
+# --- without a GPU
 
 
 @contextmanager
@@ -342,7 +340,7 @@ def test_a_step_mixes_no_devices_and_waits_for_no_number(angle):
     assert set(guarded) == {"cuda"}
 
 
-# ------------------------------------------------------------------------------- on a GPU
+# --- on a GPU
 
 
 @pytest.mark.gpu

@@ -26,7 +26,6 @@ QUICK = "--width 1 --batch-size 16 --epochs 1 --jobs 1 --threads 1"
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Options with a small part of the digits."""
     path = tmp_path_factory.mktemp("few") / "few.npz"
     with np.load(ROOT / "data" / "digits.npz") as a:
         np.savez(path, **{name: a[name][: 20 if "test" in name else 48] for name in a})
@@ -181,7 +180,6 @@ DEAD = {0.02: math.nan, 0.03: 0.0, 0.04: 1e30}  # what the weights are multiplie
 def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
     ends, tmp_path, capsys
 ):
-    """The sharpness is that of `curvature`."""
     some = shutil.ignore_patterns("*1e-02.seed*")
     shutil.copytree(ends / "network", tmp_path, dirs_exist_ok=True, ignore=some)
     for elr, factor in DEAD.items():

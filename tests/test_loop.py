@@ -72,7 +72,6 @@ def made(rng, kind):
 
 
 def wrong_names(found, kind, truth):
-    """What is named that the loop is not."""
     wrong, cell = [], truth["cell"]
     if kind == "no melting" and (found.melts or found.divergence or found.reversible):
         wrong.append("no melting")

@@ -49,7 +49,7 @@ class WrongConv(nn.Conv2d):
         return self._conv_forward(x, Wrong.apply(self.weight), self.bias)
 
 
-# ------------------------------------------------------------------------- the sphere as a witness
+# --- the sphere as a witness
 
 
 @pytest.mark.parametrize("fault", ["gradient", "normalization"])
@@ -164,7 +164,7 @@ def test_a_share_is_that_of_the_gradient_along_the_weights(sphere):
     assert torch.allclose(found, expected, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------ bench.py check
+# --- bench.py check
 
 
 def test_the_check_of_this_machine_says_a_line_per_check_and_passes(capsys):
@@ -224,7 +224,7 @@ def test_the_check_finds_planted_faults(monkeypatch, capsys, where, name, fault,
     assert capsys.readouterr().out.splitlines()[0].endswith("WRONG")
 
 
-# ---------------------------------------------------------------------------- device, precision, cores
+# --- device, precision, cores
 
 
 def test_a_device_that_is_none_is_one_line(tmp_path, capsys):

@@ -50,7 +50,7 @@ def test_scaling_a_layer_of_the_convnet_by_ten_leaves_the_logits():
     assert abs(net.head.weight.norm().item() - 10) < 1e-5 and net.head.bias is not None
 
 
-# ----------------------------------------------------------------- resnet18, written a second time
+# --- resnet18, written a second time
 
 
 def second_resnet18(weights, x):
@@ -81,7 +81,7 @@ def test_resnet18_is_the_papers_network_written_a_second_time():
     assert relative(second_resnet18(weights, x).detach(), logits) < 1e-12
 
 
-# -------------------------------------------------------------------------------- the transformer
+# --- the transformer
 
 
 def second_transformer(w, tokens, heads=4):
@@ -122,7 +122,7 @@ def test_the_transformer_is_its_formula_and_all_its_weights_are_scale_invariant(
         scaled(weights[name], 1 / 10)
 
 
-# ----------------------------------------------------------------- finding the spheres of any network
+# --- finding the spheres of any network
 
 
 def test_resnet18_has_twelve_sets_none_of_whose_parts_is_invariant():
@@ -179,7 +179,7 @@ def test_torchvisions_resnet():
     assert found == expected  # the last stage goes to the head without a normalization
 
 
-# ------------------------------------------------- networks drawn from a grammar, beside the truth
+# --- networks drawn from a grammar, beside the truth
 
 
 class DrawnNorm(nn.Module):
@@ -206,8 +206,6 @@ class DrawnNorm(nn.Module):
 
 
 class DrawnLayer(nn.Module):
-    """Linear, a convolution along the positions, or attention between them; [N, T, width]."""
-
     def __init__(self, kind, width, bias, norm):
         super().__init__()
         self.kind, self.norm = kind, norm

@@ -87,7 +87,7 @@ def ask(write, data):
     return ask
 
 
-# ----------------------------------------------------------------------------------------- output
+# --- output
 
 FORWARD = """
 class net(Base):
@@ -124,7 +124,7 @@ def test_a_tuple_is_trained_averaged_and_looked_at_and_a_script_module_trained(w
     assert run(f"--elr 0.001 --epochs 1 {command}", tmp_path / "script") == 0
 
 
-# ------------------------------------------------------------------------------ how it is called
+# --- how it is called
 
 CALLED = [
     "def net(example, classes, width=64): return {len(example)}, {classes}",
@@ -163,7 +163,7 @@ def test_a_network_added_by_name_is_called_with_what_it_names_and_measured(
     assert experiment(command, tmp_path).layer_groups == [["0.weight", "0.bias"]]
 
 
-# ------------------------------------------------------------------------------- what goes wrong
+# --- what goes wrong
 
 WRONG = [
     ("function", "import sys; sys.exit('no')"),
@@ -272,7 +272,7 @@ def test_a_network_that_fails_on_some_inputs_alone_is_one_line(write, tmp_path, 
     assert not list(tmp_path.glob("out/elr*.pt"))
 
 
-# --------------------------------------------------------------------- what is done beside layers
+# --- what is done beside layers
 
 WITH = """
 class net(Base):
@@ -355,7 +355,6 @@ NORMS = [
 
 
 def test_an_eps_of_any_kind_hides_no_invariance(ask):
-    """Each normalization after a layer of its own, side by side."""
     code = f"""
 class net(nn.Module):
     def __init__(self, channels, classes):
@@ -438,7 +437,6 @@ class net(Base):
 
 
 def test_layers_that_are_left_out_at_random_are_measured_and_trained(write, tmp_path, capsys):
-    """By Python's, NumPy's and torch's random numbers."""
     code = """
 import random
 import numpy as np
@@ -483,11 +481,10 @@ def net(c, k): return nn.Sequential({layers}, nn.ReLU(), nn.Linear(8, k))
     ask(code, expected, sphere="row")
 
 
-# ----------------------------------------------------------------------------- files and imports
+# --- files and imports
 
 
 def test_a_file_imports_its_neighbours_even_those_with_the_names_of_ours(ask, tmp_path):
-    """And has a dataclass whose annotations are strings."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").touch()
     (tmp_path / "models" / "small.py").write_text("width = 8\n")
@@ -532,7 +529,6 @@ def test_a_file_imports_relative_to_its_package(data, tmp_path, depth):
 
 
 def test_a_file_reads_its_own_command_line_and_sets_a_seed_of_its_own(write, data):
-    """The seed of the run gives its weights."""
     code = """
 import argparse
 torch.manual_seed(1337)
@@ -572,7 +568,7 @@ def test_a_network_that_writes_into_its_input_leaves_the_data(data):
     assert torch.equal(numbers.x, before.x) and torch.equal(numbers.test_x, before.test_x)
 
 
-# ------------------------------------------------------------------------------------- curvature
+# --- curvature
 
 
 def test_the_curvature_of_what_is_trained_is_symmetric_and_the_same_each_time(write, tmp_path):
@@ -622,7 +618,7 @@ def test_what_has_no_second_derivative_is_one_line_that_names_it(
     assert re.search(rf"{name} has no (right )?second derivative", error)
 
 
-# --------------------------------------------------------- scale_invariant_groups(net, batch) alone
+# --- scale_invariant_groups(net, batch) alone
 
 
 def small(first=None):
@@ -630,14 +626,12 @@ def small(first=None):
 
 
 def kept():
-    """With a list of activations."""
     net, net.kept = small(), []
     net[0].register_forward_hook(lambda layer, inputs, output: net.kept.append(output))
     return net
 
 
 def closure():
-    """A copy of which computes with its weights."""
     net = small()
     net[1].forward = lambda h, norm=net[1]: nn.functional.layer_norm(h, (8,), norm.weight)
     return net

@@ -25,7 +25,6 @@ SCRIPTS = {"train.py": train.main, "regimes.py": regimes.main}
 
 @pytest.fixture
 def shown(tmp_path, monkeypatch, capsys):
-    """Run a command that the README shows, and return what it prints."""
     monkeypatch.chdir(tmp_path)
 
     def run(command, *more):

@@ -90,12 +90,11 @@ def test_a_made_regime_is_never_called_another_and_units_change_nothing(kind, n,
         np.testing.assert_allclose(*numbers, rtol=1e-6, atol=1e-9)
 
 
-# ------------------------------------------------------------- what a log does not show
+# --- what a log does not show
 
 
 @pytest.mark.parametrize("n", [8, 9, 10, 11, 12, 13, 16, 20, 40, 80])
 def test_a_fall_without_noise_is_no_level_at_any_length(n):
-    """With few rows every interval is infinite; a fall may also be geometric."""
     for angle in (TURNING, nan):
         assert named(made(0.45, 0.0, n, angle=angle), ALONE) == "convergence"
     log = {"epoch": np.arange(1.0, n + 1), "train_loss": np.geomspace(0.15, 0.0013, n)}
@@ -157,7 +156,6 @@ def test_thresholds_of_slopes(case):
 
 
 def test_all_windows_are_looked_at():
-    """What has forgotten converges only if no window says otherwise; what remembers if one says so."""
     early, late = made(noise=1e-3, n=80), made(noise=1e-3, n=80)
     late["train_loss"] *= np.maximum(1, late["epoch"] / 40) ** -0.3
     early["train_loss"][1:] *= np.maximum(1, 40 / late["epoch"][1:]) ** 0.5
@@ -172,7 +170,6 @@ def test_all_windows_are_looked_at():
 
 
 def test_many_rows_are_fitted_in_blocks():
-    """Neighbours go together: row by row, the slope of a random walk would be known."""
     found = []
     for seed in range(40):
         walk = np.random.default_rng(seed).normal(0, 0.02, 801)
@@ -307,7 +304,7 @@ def test_an_error_in_percent_not_logged_or_without_chance_is_left_out():
         assert "judged by the loss: no train_error in [0, 1], or no chance of it" in verdict.notes
 
 
-# ------------------------------------------------------------- folders, tables, command line
+# --- folders, tables, command line
 
 
 def write(path, columns):
@@ -325,7 +322,6 @@ SWEEP = {elr: list(ORDER)[rank] for elr, rank in SWEEP.items()}
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A folder of seven made runs."""
     for seed, (elr, kind) in enumerate(SWEEP.items()):
         write(tmp_path / f"elr={regimes.elr_name(elr)}.csv", of_kind(kind, 60, seed))
     (tmp_path / "config.json").write_text(json.dumps({"chance": {"0": CHANCE}}))
@@ -467,7 +463,7 @@ def test_runs_whose_elr_moves_are_summed_up_by_what_was_set(tmp_path, run):
     assert lines[-1] == "best: angle 1e-01, then 1e-02"
 
 
-# ------------------------------------------------------------------------- other people's logs
+# --- other people's logs
 
 
 LOSSES = np.round(2.0 / np.arange(1, 25) ** 1.2, 6)  # falls

@@ -144,7 +144,6 @@ def train(seed, epochs):
 
 
 def kept(seed, epochs, folder):
-    """The same, read if it has been made by this code."""
     code = inspect.getsource(data) + inspect.getsource(train)
     path = folder / f"{hashlib.sha1(code.encode()).hexdigest()[:9]}-{seed}-{epochs}.pkl"
     if not path.exists():

@@ -184,7 +184,6 @@ CASES = case_of_meshes, case_of_fully_shard, case_of_zero, case_of_refusals
 )
 @pytest.mark.parametrize("world", [2, 4] if SLOW else [4])
 def test_several_processes_step_as_one_does(world, tmp_path, capfd):
-    """Forked, so that torch is imported once."""
     children = []
     for rank in range(world):
         child = os.fork()
@@ -210,7 +209,6 @@ def test_a_subclass_that_wraps_other_tensors_is_refused():
 
 
 def rank_of(path, rank, world):
-    """All cases in one of the processes."""
     dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
     calls, plain = [], sphere_step.all_reduce
 

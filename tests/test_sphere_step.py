@@ -41,7 +41,7 @@ def test_random_sequences_are_those_of_the_reference(draw):
     sequence.run(sequence.draw.randint(2, 5))
 
 
-# ----------------------------------------------------------------------------------- numbers
+# --- numbers
 
 
 def test_the_rule_follows_from_the_gram_matrix_at_the_ends_of_its_ranges():
@@ -167,7 +167,7 @@ def test_statistics_of_several_steps_are_those_of_each():
             assert torch.allclose(value, torch.stack([x[name] for x in of_each]))
 
 
-# ------------------------------------------------------------------------- beside other code
+# --- beside other code
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -325,7 +325,7 @@ def test_a_state_of_torchs_sgd_leaves_the_radii():
     assert torch.allclose(sum(p.detach().norm() ** 2 for p in theta), norm)
 
 
-# ------------------------------------------------------------------------------------- costs
+# --- costs
 
 
 class Sizes(TorchDispatchMode):
@@ -371,7 +371,7 @@ def test_a_vocabulary_of_rows_is_told_in_few_words():
     assert len(repr(SphereSGD([parameter(5000, 2)], lr=0.1, sphere="row"))) < 1000
 
 
-# ---------------------------------------------------------------------------------- refusals
+# --- refusals
 
 
 def views(start):
@@ -475,7 +475,6 @@ def test_a_tensor_of_another_group_is_refused():
 
 
 def everything(optimizer):
-    """A copy of weights, state, options and statistics."""
     groups = [dict(group) for group in optimizer.param_groups]
     weights = [p.detach().clone() for group in groups for p in group.pop("params")]
     state = [dict(state) for state in optimizer.state.values()]
@@ -483,7 +482,6 @@ def everything(optimizer):
 
 
 def stepped(*shapes, apart=False, **options):
-    """An optimizer after a step, a group per tensor or one for all."""
     params = [parameter(*shape) for shape in shapes]
     groups = [{"params": [p]} for p in params] if apart else params
     optimizer = SphereSGD(groups, **{"lr": 0.1, "momentum": 0.9} | options)

@@ -34,7 +34,6 @@ def test_its_step_is_that_of_sphere_sgd():
 
 
 def test_a_little_above_the_threshold_the_means_are_those_of_the_orbit_of_period_two():
-    """F, every F_i and every r_i² to 1e-4, at four ELRs at once."""
     alphas, factors = np.array([1.0, 2.0, 4.0]), np.array([1.05, 1.2, 1.35, 1.5])
     total, elr = alphas.sum(), factors[:, None, None] / alphas.sum()
     theta, losses, squares = np.random.default_rng(1).standard_normal((3, 2)), [], []

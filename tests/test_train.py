@@ -51,11 +51,10 @@ LEARNED = ["train_loss", "train_error", "test_loss", "test_error"]
 
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch):
-    """Of chance; most of these tests ask nothing of it."""
     monkeypatch.setattr(measure, "POINTS", 8)
 
 
-# ----------------------------------------------------------------------------- what is written
+# --- what is written
 
 COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_loss test_error
     seconds distance"""
@@ -63,7 +62,6 @@ COLUMNS = """epoch step elr train_loss train_error grad_norm angle radial test_l
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run, and what it prints."""
     folder, text = tmp_path_factory.mktemp("plain"), io.StringIO()
     with redirect_stdout(text), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py"])
@@ -196,7 +194,7 @@ def test_of_a_run_whose_elr_moves_one_line_says_what_it_gave(tmp_path, capsys, w
     assert written == f"written: {tmp_path / 'regimes.csv'}, {tmp_path / 'regimes.png'}"
 
 
-# ---------------------------------------------------------------------------- what is refused
+# --- what is refused
 
 # Command | what its one line says.
 BAD = """
@@ -275,7 +273,7 @@ def test_an_out_that_cannot_be_written_or_has_other_options_is_one_line(tmp_path
     assert files(plain) == before
 
 
-# -------------------------------------------------------------------------- the default folder
+# --- the default folder
 
 
 FOLDERS = """
@@ -323,7 +321,7 @@ def test_the_default_folder_is_named_after_what_differs_from_the_defaults(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------------------------------- what is next
+# --- what is next
 
 
 def made(run, tell):
@@ -397,7 +395,6 @@ def test_what_is_printed_to_do_next_can_be_done(tmp_path, capsys, monkeypatch, k
 
 @pytest.mark.parametrize("more", ["--jobs 2 --seeds 2 --max-epochs 9", "--sweep --refine 2"])
 def test_where_runs_are_undecided_next_is_the_same_command_with_twice_the_epochs(tmp_path, more):
-    """But for --max-epochs, which might be less."""
     which = "--sweep" if "sweep" in more else "--elr 0.01 1e-05"
     command = f"{which} {more.removeprefix('--sweep')} --momentum 0.5 --affine"
     config = parse(words(f"{command} --epochs 6", tmp_path))
@@ -414,7 +411,7 @@ def test_where_runs_are_undecided_next_is_the_same_command_with_twice_the_epochs
         assert {name: x for name, x in again.given.items() if name != "epochs"} == given
 
 
-# -------------------------------------------------- each option changes what it should, only
+# --- each option changes what it should, only
 
 
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
@@ -503,7 +500,6 @@ def test_a_run_at_an_angle_turns_by_it_and_logs_the_elr_that_follows(tmp_path):
 def test_max_epochs_goes_on_with_an_undecided_run_until_it_is_decided_or_so_long(
     tmp_path, capsys, monkeypatch
 ):
-    """As the run that it would have been; with --graph a step is captured once."""
     captured = []
     monkeypatch.setattr(train, "Captured", lambda step: captured.append(step) or step)
     monkeypatch.setattr(options, "check", NOTHING)  # which wants a GPU
@@ -551,7 +547,7 @@ def test_threads_and_jobs_are_chosen_by_the_work(tmp_path):
     torch.set_num_threads(1)
 
 
-# ---------------------------------------------------------------------------------- schedules
+# --- schedules
 
 # Of 10 epochs, after a warm-up of 3; --cooldown 0.5.
 RISE = [1 / 4, 2 / 4, 3 / 4]
@@ -585,7 +581,7 @@ def test_a_run_is_trained_at_the_elrs_of_its_schedule(tmp_path):
         assert inverse == pytest.approx(1 / elr, rel=1e-2)
 
 
-# ------------------------------------------------------------------------------------- resume
+# --- resume
 
 DIGITS = "--width 1 --batch-size 256 --threads 1"
 RESUMED = [f"{SUMS} --elr 0.1", f"{SUMS} --angle 0.1 --schedule constant"]
@@ -615,7 +611,7 @@ def test_where_a_longer_run_begins_otherwise_more_epochs_are_refused(tmp_path, c
     assert files(tmp_path) == before
 
 
-# --------------------------------------------------------------------------------------- fast
+# --- fast
 
 
 def test_bf16_computes_in_bfloat16_but_keeps_weights_and_step_in_float32(tmp_path, plain):
@@ -697,7 +693,7 @@ def test_with_and_without_the_cuda_graph_training_is_the_same_to_rounding(tmp_pa
             assert other[column] == pytest.approx(one[column], rel=1e-3), column
 
 
-# -------------------------------------------------------------------- extremes of all options
+# --- extremes of all options
 
 WHICH = "--elr --sweep --loop --angle --lr".split()
 OPTIONS = """--wd --refine --max-epochs --seed --seeds --epochs --then --average --momentum --width

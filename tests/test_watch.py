@@ -43,7 +43,6 @@ def flat(tensors):
 
 
 def defined(theta, g, after):
-    """γ, and the angle between before and after."""
     return [(length(theta) * length(tangent(theta, g))).item(), turn(theta, after).item()]
 
 
