@@ -124,15 +124,6 @@ def test_closure_is_called_once_with_gradients_enabled_and_its_loss_returned():
     assert calls == [True] and optimizer.step() is None
 
 
-def test_named_parameters_are_kept_and_saved():
-    net = torch.nn.Linear(5, 10)
-    state = SphereSGD(net.named_parameters(), lr=1e-3).state_dict()
-    unnamed = SphereSGD(net.parameters(), lr=1e-3)
-    unnamed.load_state_dict(state)
-    for groups in (state["param_groups"], unnamed.param_groups):
-        assert groups[0]["param_names"] == ["weight", "bias"]
-
-
 def test_gradients_that_were_made_to_be_differentiated_again():
     params = two_parameters()
     optimizer = made(params, MOMENTUM)
