@@ -221,8 +221,6 @@ def test_many_classes_of_few_inputs_are_classes(read):
 
 
 def test_renumbered_labels_are_told_and_kept(tmp_path, capsys):
-    np.savez(tmp_path / "mine.npz", **arrays(draw("u1", 8, 8)) | {"y": np.arange(20) % 3 + 5})
-    assert "is in test_y" in refused(capsys, f"--elr 1 --data {tmp_path}/mine.npz")
     y = np.arange(20) % 3 + 5
     np.savez(tmp_path / "mine.npz", **arrays(draw("u1", 8, 8)) | {"y": y, "test_y": y[:10]})
     command = f"--elr 1e-3 --epochs 1 --width 2 --jobs 1 --data {tmp_path}/mine.npz"
@@ -269,36 +267,30 @@ class Evil:
 
 
 MANY = arrays(n=1200)
-OBJECTS = (
-    "Object arrays cannot be loaded when allow_pickle=False): np.savez(path, x=x, y=y.astype(str)"
-)
 WRONG = [
     (dict(x=None), "has y, test_x, test_y: it takes x, y, test_x, test_y, each once"),
-    (dict(X_train=np.zeros((20, 5))), "has x, y, test_x, test_y, X_train: it takes x, y, test_x, test_y, each once"),
-    (dict(y=np.arange(20) / 2), "the array y of type float64 and shape [20] has fractions or nan: only classes can be trained"),
-    (dict(y=np.full(20, np.nan)), "has fractions or nan"),
+    (dict(X_train=np.zeros((20, 5))), "has x, y, test_x, test_y, X_train: it takes"),
+    (dict(y=np.arange(20) / 2), "the array y of type float64 and shape [20] has fractions or nan"),
     (dict(y=np.array([1e300, np.inf] * 10)), "has fractions or nan"),
-    (dict(y=np.array([b"\xff"] * 20)), "of type |S1 and shape [20] is no UTF-8: save np.char.decode(y, \"latin-1\")"),
+    (dict(y=np.array([b"\xff"] * 20)), 'is no UTF-8: save np.char.decode(y, "latin-1")'),
     (dict(y=np.arange(19)), "and shape [19] must be 20 labels"),
     (dict(y=np.eye(20, dtype=int)), "and shape [20, 20] must be 20 labels"),
     (dict(test_y=np.arange(10)), "the label 3 is in test_y, not in y"),
-    (dict(test_y=np.array(["a"] * 10)), "the label a is in test_y, not in y"),
     (MANY | dict(y=np.arange(1200) * 7 % 1000), "only classes can be trained"),
     (dict(y=np.zeros(20, int), test_y=np.zeros(10, int)), "has a single class"),
-    (dict(x=np.zeros((20, 5, 2, 3, 3))), "the array x of type float64 and shape [20, 5, 2, 3, 3] must be images"),
+    (dict(x=np.zeros((20, 5, 2, 3, 3))), "and shape [20, 5, 2, 3, 3] must be images"),
     (dict(x=np.float32(3)), "the array x of type float32 and shape [] must be images"),
     (dict(x=np.zeros((20, 5), complex)), "must be images [N, (C,) H, W], floats [N, M] or tokens"),
-    (dict(x=np.zeros((20, 64), np.uint8)), "must be images [N, (C,) H, W], floats [N, M] or tokens"),
+    (dict(x=np.zeros((20, 64), np.uint8)), "must be images [N, (C,) H, W], floats"),
     (dict(x=np.full((20, 5), np.nan)), "the array x of type float64 and shape [20, 5] has nan"),
-    (dict(test_x=np.where(np.eye(10, 5), 1e200, 1.0)), "test_x of type float64 and shape [10, 5] has nan, inf or more than 1e100"),
+    (dict(test_x=np.where(np.eye(10, 5), 1e200, 1.0)), "has nan, inf or more than 1e100"),
     (dict(x=np.full((20, 5), -1)), "tokens below 0 or above a million: numbers are floats"),
     (dict(x=np.full((20, 5), 10**7)), "tokens below 0 or above a million: numbers are floats"),
-    (dict(x=np.zeros((0, 5)), y=np.zeros(0, int)), "the array x of type float64 and shape [0, 5] is empty"),
+    (dict(x=np.zeros((0, 5)), y=np.zeros(0, int)), "and shape [0, 5] is empty"),
     (dict(test_x=np.zeros((10, 6))), "test_x is not of the kind and shape of x"),
     (dict(test_x=np.zeros((10, 5), int)), "test_x is not of the kind and shape of x"),
-    (dict(x=np.array([Evil()] * 20, dtype=object)), OBJECTS),
-    (dict(y=np.array(["a", None] * 10)), OBJECTS),
-]  # fmt: skip
+    (dict(x=np.array([Evil()] * 20, dtype=object)), "Object arrays cannot be loaded when allow_"),
+]
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=range(len(WRONG)))
@@ -313,8 +305,7 @@ def test_what_is_wrong_with_an_array_is_one_line_that_names_it(read, capsys, cha
 
 
 def test_a_text_is_windows_of_characters_and_the_next_one(tmp_path):
-    """In a text that counts, the next character follows from the window. In the last tenth, of
-    which is the test set, it counts down."""
+    """The text counts; in the last tenth, of which is the test set, down."""
     path = tmp_path / "mine.txt"
     path.write_text("0123456789" * 1800 + "9876543210ß" * 182, encoding="utf-8-sig")
     data, again = load(str(path)), load(str(path))

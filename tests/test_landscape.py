@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, log, read, run, words
+from helpers import NOTHING, ROOT, experiment, log, read, refused, run
 from torch import nn
 
 import train
 from lab import landscape, measure, runs
 from lab.curvature import curvature_along_gradient, largest, operators, trace
 from lab.data import load
-from lab.experiment import prepare
 from lab.landscape import Point, barrier, between, distances, evaluate
 from lab.measure import vectors
-from lab.options import parse
 from models import fixed_head
 
 QUICK = "--width 1 --batch-size 16 --epochs 1 --jobs 1 --threads 1"
@@ -38,7 +36,7 @@ def ends(tmp_path_factory, few):
     folder = tmp_path_factory.mktemp("ends")
     with pytest.MonkeyPatch.context() as quick:
         quick.setattr(measure, "POINTS", 2)
-        quick.setattr(landscape.figures, "of_sweep", lambda runs, path, name="": None)
+        quick.setattr(landscape.figures, "of_sweep", NOTHING)
         sweep = f"--elr 0.003 0.01 --seeds 2 --then 1e-3 --average 1 {few}"
         assert run(sweep, folder / "network") == 0
         for sphere in ("layer", "row"):
@@ -135,8 +133,8 @@ def test_distances_are_the_angles(ends):
 
 def test_an_average_lies_on_the_spheres(tmp_path, few, monkeypatch):
     """That of equal weights is those weights."""
-    command = words(f"--elr 0.01 --average 1 --sphere layer {few}", tmp_path)
-    made, seen = train.Run(prepare(parse(command)), runs.Job(0.01, 0, tmp_path, "")), []
+    given = experiment(f"--elr 0.01 --average 1 --sphere layer {few}", tmp_path)
+    made, seen = train.Run(given, runs.Job(0.01, 0, tmp_path, "")), []
     look = lambda net, *_: seen.append(vectors(net, made.spheres))  # noqa: E731
     monkeypatch.setattr(measure, "on_train_set", look)
     start = [x.clone() for x in vectors(made.net, made.spheres)]
@@ -202,15 +200,15 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
         assert (row["sharpness"] == "nan") == (row["edge"] == "nan") == dead
         assert dead or all(float(row[key]) >= 0 for key in row if "sharp" in key or "error" in key)
         assert (row["barrier_to_next"] == "nan") == ((elr, seed) != (0.003, "0"))
-    points = [str(tmp_path / f"elr={elr}.pt") for elr in ("3e-03", "1e-02", "2e-02")]
+    points = [str(tmp_path / f"elr={elr}.pt") for elr in ("3e-03", "1e-02")]
     assert landscape.main(["curvature", points[0], "--k", "2", "--samples", "32"]) == 0
     out = capsys.readouterr().out
     value = float(out.split("largest eigenvalues ")[1].split(",")[0])
     assert value == pytest.approx(float(found[0.003, "0"]["sharpness"]), rel=2e-4) and value > 0
     assert float(out.split("2/λ_max = ")[1].split(":")[0]) == pytest.approx(2 / value, rel=1e-3)
     assert "trained at elr 0.003" in out and "batch sharpness " in out
-    assert landscape.main(["barrier", *points[:2], "--points", "3"]) == 0
-    assert landscape.main(["distance", *points[:2]]) == 0
+    assert landscape.main(["barrier", *points, "--points", "3"]) == 0
+    assert landscape.main(["distance", *points]) == 0
     out = capsys.readouterr().out
     assert "great circle: barrier" in out and "conv4.weight" in out
     assert (tmp_path / "barrier.png").exists()
@@ -242,10 +240,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
         (f"barrier {good} {good} --points 1e9", "argument --points: '1e9' is not a whole number"),
         (f"flatness {good}", "invalid choice"),
     ):
-        with pytest.raises(SystemExit) as exit:
-            landscape.main(command.split())
-        err = capsys.readouterr().err
-        assert exit.value.code == 2 and err.count("\n") == 1 and message in err, err
+        assert message in refused(capsys, command, main=landscape.main)
 
 
 def test_a_reader_that_goes_away_is_no_error_of_ours(monkeypatch):
@@ -260,10 +255,9 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(monkeypatch):
 
 
 def test_it_says_once_what_has_changed_since_the_runs(ends, capsys, monkeypatch):
-    paths = [str(ends / "network" / f"elr={elr}.pt") for elr in ("3e-03", "1e-02")]
-    landscape.main(["distance", *paths])
+    command = ["distance", *(f"{ends}/network/elr={elr}.pt" for elr in ("3e-03", "1e-02"))]
+    landscape.main(command)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(landscape, "contents", lambda data, files: {"mine.py": "another"})
-    landscape.main(["distance", *paths])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "note: mine.py has changed since the run"
+    landscape.main(command)
+    assert capsys.readouterr().err == "note: mine.py has changed since the run\n"
