@@ -135,8 +135,9 @@ def test_the_elr_of_a_run_that_blew_up_widens_no_axis(tmp_path, drawn):
 
 
 def test_where_seeds_disagree_the_band_is_undecided():
-    ax, regimes_of = style.subplots([["a"]], 3)[1]["a"], ["convergence", "equilibrium"]
-    style.bands([ax], {0.1: [{"regime": x} for x in regimes_of], 0.2: [{"regime": "convergence"}]})
+    ax = style.subplots([["a"]], 3)[1]["a"]
+    converging, level = {"regime": "convergence"}, {"regime": "equilibrium"}
+    style.bands([ax], {0.1: [converging, level], 0.2: [converging]})
     assert [patch.get_label() for patch in ax.patches] == ["undecided", "convergence"]
 
 

@@ -216,19 +216,21 @@ SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8,
     [
         ("def net(:", "mine.py:net cannot be loaded (SyntaxError: "),
         ("def net(c, k): return net(c, k)", "RecursionError"),
-        ("def net(c, k): raise ImportError('\\n\\nit takes\\na package')", "ImportError: it takes;"),
-        ("def net(channels, classes, width): pass", "missing 1 required positional argument: 'width'"),
+        (
+            "def net(c, k): raise ImportError('\\n\\nit takes\\na package')",
+            "ImportError: it takes;",
+        ),
+        ("def net(channels, classes, width): pass", "required positional argument: 'width'"),
         ("def net(channels, classes): pass", "(TypeError: net returns a NoneType, no nn.Module"),
         ("net = 3", "net cannot be loaded (TypeError: 3 is not a callable object"),
         (NET + ".requires_grad_(False)", "nothing is trained: requires_grad is False everywhere"),
-        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01, behind"),
-        (SPARSE, "(ValueError: the gradient by 0.weight is sparse: leave sparse=True out)"),
+        ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01"),
+        (SPARSE, "the gradient by 0.weight is sparse: leave sparse=True out"),
         (NAN, "its gradients are nan or infinite"),
         (NET + ".double()", "its weights are float64, and inputs float32: take net.float())"),
-        (NET + ".bfloat16()", "its weights are bfloat16, and inputs float32: take net.float())"),
     ],
-    ids=range(12),
-)  # fmt: skip
+    ids=range(11),
+)
 def test_a_network_that_cannot_be_trained_is_one_line(ask, code, message):
     ask(code, message, x="tokens" if code == SPARSE else "numbers")
 

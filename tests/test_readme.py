@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 import regimes
@@ -17,7 +18,6 @@ from lab import options
 from lab.data import batches, load
 from models import convnet
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train.main, "regimes.py": regimes.main}
@@ -28,9 +28,8 @@ def shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(command, *more):
-        assert re.search(rf"(^    |&& )python {re.escape(command)}( {{2,}}|$)", README, re.M), (
-            command
-        )
+        shown = rf"(^    |&& )python {re.escape(command)}( {{2,}}|$)"
+        assert re.search(shown, README, re.M), command
         script, *argv = shlex.split(command)
         assert not SCRIPTS[script]([*argv, *more])
         return capsys.readouterr().out
@@ -49,11 +48,9 @@ def test_the_commands_name_a_regime_which_the_logs_alone_name_again(shown):
     out = shown("train.py --elr 1e-3 1e-2 1e-1", "--epochs", "1", "--jobs", "1")  # two new ones
     table = shown("regimes.py logs/digits-convnet")
     assert table in out
-    assert re.findall(r"^ +(\S+)  (undecided|chaotic equilibrium) +1/1 ", table, re.M) == [
-        ("1e-03", "undecided"),
-        ("1e-02", "chaotic equilibrium"),
-        ("1e-01", "undecided"),
-    ]
+    found = re.findall(r"^ +(\S+)  (undecided|chaotic equilibrium) +1/1 ", table, re.M)
+    names = "undecided", "chaotic equilibrium", "undecided"
+    assert found == list(zip(("1e-03", "1e-02", "1e-01"), names, strict=True))
 
 
 def test_a_network_and_data_of_ones_own_are_trained_to_named_regimes(shown):

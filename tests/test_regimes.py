@@ -560,35 +560,35 @@ def test_a_csv_file_may_be_written_in_many_ways(tmp_path, variant):
     assert np.array_equal(log["epoch"], np.arange(24.0))
 
 
-SAY = "or say --columns"
-REFUSED = [  # the cure first
-    ("epoch,loss,loss\n1,2,3\n", f"name one column train_loss, {SAY} train_loss=COLUMN: epoch, "),
-    ("epoch,loss,lr,lr\n1,2,0,1\n", f"name one column lr, {SAY} lr=COLUMN: epoch, loss, lr, lr"),
-    ("Step,a - loss,b - loss\n1,2,3\n", f"name one column train_loss, {SAY} train_loss=COLUMN: "),
-    ("loss\n1\n", f"name one column epoch, {SAY} epoch=COLUMN: loss"),
-    ("0,2.3\n1,2.2\n", f"name one column epoch, {SAY} epoch=COLUMN: 0, 2.3"),
-    ('epoch,loss\n1,"1,234"\n', "line 2: could not convert string to float: '1,234'"),
-    ("epoch,loss\n1,2\nnan,3\n", "line 3: one run a file, in order: epoch nan comes after 1"),
-    ("epoch,loss\n1,2\n,3\n", "line 3: drop a row, or say --columns epoch=STEPS: epoch 1 again"),
-    ("epoch,loss\n-1,2\n0,3\n", "line 2: one run a file, in order: epoch -1 comes after 0"),
-    ("epoch,loss\n0,3\n1,2\n0,3\n", "line 4: one run a file, in order: epoch 0 comes after 1"),
-    ("epoch,loss\n0,3\n1,2\n1,2.1\n2,1\n", "line 4: drop a row, or say --columns epoch=STEPS: epo"),
-    ("epoch,loss\n0,3\nepoch,loss\n0,3\n", "line 3: one run a file: the names of the columns co"),
-    ("\x1f\x8b\x08", "unpack it, or save it as UTF-8"),
-    ("", f"name one column epoch, {SAY} epoch=COLUMN: there is nothing"),
-    ("epoch,loss\n0,\n1,\n", "line 3: no row with a loss"),
-    ("epoch,loss\n0,1,2\n1,2\n", "line 2: more cells than the 2 of the first line"),
-    ('{"epoch": 1, "loss": 2}\n{"epoch"', "Expecting ':' delimiter"),
-    ('{"loss": [3, 2, 1]}', f"name one column epoch, {SAY} epoch=COLUMN: loss"),
-]
+REFUSED = r"""the file | what the line says: the cure first
+epoch,loss,loss\n1,2,3 | name one column train_loss, or say --columns train_loss=COLUMN: epoch, loss
+epoch,loss,lr,lr\n1,2,0,1 | --columns lr=COLUMN: epoch, loss, lr, lr
+Step,a - loss,b - loss\n1,2,3 | --columns train_loss=COLUMN: Step, a - loss, b - loss
+loss\n1 | --columns epoch=COLUMN: loss
+0,2.3\n1,2.2 | --columns epoch=COLUMN: 0, 2.3
+epoch,loss\n1,"1,234" | line 2: could not convert string to float: '1,234'
+epoch,loss\n1,2\nnan,3 | line 3: one run a file, in order: epoch nan comes after 1
+epoch,loss\n1,2\n,3 | line 3: drop a row, or say --columns epoch=STEPS: epoch 1 again
+epoch,loss\n-1,2\n0,3 | line 2: one run a file, in order: epoch -1 comes after 0
+epoch,loss\n0,3\n1,2\n0,3 | line 4: one run a file, in order: epoch 0 comes after 1
+epoch,loss\n0,3\n1,2\n1,2.1\n2,1 | line 4: drop a row
+epoch,loss\n0,3\nepoch,loss\n0,3 | line 3: one run a file: the names of the columns
+\x1f\x8b\x08 | unpack it, or save it as UTF-8
+ | --columns epoch=COLUMN: there is nothing
+epoch,loss\n0,\n1, | line 3: no row with a loss
+epoch,loss\n0,1,2\n1,2 | line 2: more cells than the 2 of the first line
+{"epoch": 1, "loss": 2}\n{"epoch" | Expecting ':' delimiter
+{"loss": [3, 2, 1]} | --columns epoch=COLUMN: loss"""
 
 
-@pytest.mark.parametrize(("text", "message"), REFUSED, ids=lambda x: x[:30])
-def test_what_cannot_be_read_is_refused_in_one_line_with_the_cure(tmp_path, run, text, message):
+@pytest.mark.parametrize("case", REFUSED.splitlines()[1:])
+def test_what_cannot_be_read_is_refused_in_one_line_with_the_cure(tmp_path, run, case):
+    text, message = case.split(" | ")
+    text = text.encode().decode("unicode_escape")
     (tmp_path / "log.csv").write_bytes(text.encode("latin-1"))
     status, out, (line,) = run(tmp_path / "log.csv")
     assert status == 2 and not out.strip()
-    assert f"log.csv: {message}" in line or f"log.csv: line 1: {message}" in line
+    assert "log.csv: " in line and message in line
 
 
 def test_columns_are_named_on_the_command_line(tmp_path, run):
@@ -601,7 +601,7 @@ def test_columns_are_named_on_the_command_line(tmp_path, run):
     log = regimes.read_log(path, columns)
     assert np.array_equal(log["step"], log["epoch"]) and log["grad_norm"][3] == 2 * LOSSES[3]
     status, _, (line,) = run(path, "--columns", "train_loss=c")
-    assert status == 2 and f"name one column c, {SAY} train_loss=COLUMN: Epoch, it, " in line
+    assert status == 2 and "--columns train_loss=COLUMN: Epoch, it, " in line
 
 
 BAD = "--columns|loss=train_loss --columns|log.csv --columns|train_loss --columns|train_loss= "

@@ -362,10 +362,6 @@ def test_many_groups_take_calls_in_proportion():
     assert calls(80) < 5 * calls(20)
 
 
-def test_a_vocabulary_of_rows_is_told_in_few_words():
-    assert len(repr(SphereSGD([parameter(5000, 2)], lr=0.1, sphere="row"))) < 1000
-
-
 # --- refusals
 
 

@@ -4,10 +4,9 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,11 +129,10 @@ def test_equal_commands_write_equal_bytes_but_for_the_seconds_and_start_at_one_p
 
 def test_rows_are_on_disk_as_soon_as_they_are_added_and_a_tensor_is_a_number(tmp_path):
     path = tmp_path / "log.csv"
-    log = runs.Log(path)
-    assert not path.exists()
-    log.add({"epoch": 1, "x": torch.tensor(0.1, dtype=torch.float64)}, {"epoch": 2, "x": 1 / 3})
-    assert path.read_text() == "epoch,x\n1,0.1\n2,0.333333333\n"
-    log.close()
+    with closing(runs.Log(path)) as log:
+        assert not path.exists()
+        log.add({"epoch": 1, "x": torch.tensor(0.1).double()}, {"epoch": 2, "x": 1 / 3})
+        assert path.read_text() == "epoch,x\n1,0.100000001\n2,0.333333333\n"
 
 
 def test_the_figure_is_there_from_the_first_run_on_and_takes_at_most_a_twentieth_of_the_time(
@@ -339,17 +337,23 @@ def made(run, tell):
     return True
 
 
-KINDS = """|--out|--schedule cosine --out|--schedule wsd --cooldown 0.5 --out|--warmup 1 --out
-    |--schedule linear --epochs 3|--average 1 --out|--momentum 0.9 --out|--label-noise 0.5
-    |--augment --affine --train-head|--sphere row --out|--sphere layer --max-epochs 40
-    |--dtype bf16 --seed 3|--seeds 2 --out|--refine 1 --out|--then 0.001 --out|--jobs 2 --out
-    |--model mine.py:mlp --data mine.npz --out""".split("|")
-KINDS = [f"--elr 1e-3 1e-1 {kind}" for kind in KINDS] + [
-    "--elr 1e-3 1e-1 --data modular --modulus 5 --width 4 --batch-size 8 --out",
-    "--lr 1e-3 1e-1 --wd 0.01 --momentum 0.9 --out",
-    "--angle 0.1 --schedule constant --then 0.01 --out",
-    "--elr 1e-3 1e-1 --model=-mine.py:mlp --data=-mine.npz --out=-first",
-]
+KINDS = """
+--elr 1e-3 1e-1 |
+--elr 1e-3 1e-1 --schedule wsd --cooldown 0.5 | --out first
+--elr 1e-3 1e-1 --warmup 1 --average 1 | --out first
+--elr 1e-3 1e-1 --schedule linear --epochs 3 |
+--elr 1e-3 1e-1 --momentum 0.9 --label-noise 0.5 |
+--elr 1e-3 1e-1 --augment --affine --train-head |
+--elr 1e-3 1e-1 --sphere row --jobs 2 --seeds 2 | --out first
+--elr 1e-3 1e-1 --sphere layer --max-epochs 40 |
+--elr 1e-3 1e-1 --dtype bf16 --seed 3 |
+--elr 1e-3 1e-1 --refine 1 | --out first
+--elr 1e-3 1e-1 --then 0.001 | --out first
+--elr 1e-3 1e-1 --model mine.py:mlp --data mine.npz | --out first
+--elr 1e-3 1e-1 --model=-mine.py:mlp --data=-mine.npz | --out=-first
+--elr 1e-3 1e-1 --data modular --modulus 5 --width 4 --batch-size 8 | --out first
+--lr 1e-3 1e-1 --wd 0.01 --momentum 0.9 | --out first
+--angle 0.1 --schedule constant --then 0.01 | --out first"""
 
 
 MLP = """
@@ -361,7 +365,7 @@ def mlp(example, classes):
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS.strip().splitlines())
 def test_what_is_printed_to_do_next_can_be_done(tmp_path, capsys, monkeypatch, kind):
     """It is parsed and prepared, which looks at network, data and folder; one also runs."""
     monkeypatch.chdir(tmp_path)
@@ -375,8 +379,7 @@ def test_what_is_printed_to_do_next_can_be_done(tmp_path, capsys, monkeypatch, k
     size = "" if "batch" in kind else "--batch-size 50"
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", made)
-        kind = re.sub("--out( |$)", "--out first", kind.strip())
-        command = f"--threads 1 {width} {size} {kind}"
+        command = f"--threads 1 {width} {size} {kind.replace('|', '')}"
         assert train.main(command.split()) == 0
     out = capsys.readouterr().out
     commands = [line.removeprefix("next: ") for line in out.splitlines() if "next: " in line]

@@ -1,6 +1,5 @@
 """`watch`: γ and the angle of any optimizer's steps, against their definition in float64."""
 
-import csv
 from types import SimpleNamespace
 
 import pytest
@@ -121,9 +120,8 @@ def test_what_has_no_gradient_is_frozen_or_zero_and_steps_that_a_scaler_skips():
         g = flat(p.grad / scaler.get_scale() for p in net[:2].parameters())
         scaler.step(optimizer), scaler.update(), optimizer.zero_grad()
         if seed != 1:
-            assert meter.last[:, 0].tolist() == pytest.approx(
-                defined(flat(before), g, flat(net[:2].parameters()))
-            )
+            expected = defined(flat(before), g, flat(net[:2].parameters()))
+            assert meter.last[:, 0].tolist() == pytest.approx(expected)
     assert meter.row()["step"] == 2
     assert [x["layer"] for x in meter.layers] == [name for name, _ in net.named_parameters()]
     assert meter.layers[-1] == {"layer": "3.weight"}
@@ -161,10 +159,7 @@ def test_its_rows_are_a_log_that_regimes_reads(tmp_path, capsys):
         for seed in range(2):
             one_step(net, optimizer, seed, "plain")
         rows.append({"epoch": epoch, "train_loss": 3 / (1 + epoch) ** 1.5} | meter.row())
-    with open(tmp_path / "my.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    regimes.write_csv(tmp_path / "my.csv", rows)
     regimes.main([str(tmp_path / "my.csv")])
     out = capsys.readouterr().out
     assert out.startswith("my: convergence: ") and "no angle" not in out
