@@ -197,7 +197,7 @@ def copy_of_project(to):
     return to
 
 
-def start_copy(folder, command, **environment):
+def in_copy(folder, command):
     """train.py of a copy, its scripts imported anew in a child, where torch is there already."""
 
     def function():
@@ -207,16 +207,11 @@ def start_copy(folder, command, **environment):
                 del sys.modules[name]
         sys.path.insert(0, str(folder))
         os.chdir(folder)
-        os.environ.update(environment)
         importlib.import_module("lab.figures").of_sweep = NOTHING
         importlib.import_module("lab.measure").POINTS = 4
         return importlib.import_module("train").main(words(command))
 
-    return fork(function)
-
-
-def in_copy(folder, command):
-    return end_of(start_copy(folder, command))
+    return end_of(fork(function))
 
 
 def edit(path, old, new):

@@ -1,6 +1,5 @@
-"""What the tests of sphere_step.py share: the step written a second time, in numpy and float64, and
-random sequences of what one does to an optimizer, held against it. Mends Triton's interpreter, too.
-"""
+"""The step written a second time, in numpy and float64, and random sequences of what one does to an
+optimizer, held against it. Mends Triton's interpreter, too."""
 
 import io
 import math
@@ -99,7 +98,7 @@ def reference_step(x, g, m, radius, lr, beta=0.0, angle=False):
 
 
 def step_of(x, g, lr, radius=0.0, angle=False):
-    """Of one sphere without momentum, tensors of any shape: new θ in float64, and its statistics."""
+    """Of one sphere without momentum, of any shape: new θ in float64, and its statistics."""
     vectors = [t.detach().double().cpu().numpy().reshape(1, -1) for t in (x, g)]
     new, _, stats = reference_step(*vectors, 0 * vectors[0], radius, lr, 0.0, angle)
     return torch.from_numpy(new).view(x.shape), {name: v.item() for name, v in stats.items()}
@@ -199,11 +198,8 @@ class Sequence:
         (sphere,) = sphere or [self.draw.choice(SPHERES)]
         params = []
         for _ in range(self.draw.randint(0 if self.groups else 1, 4)):
-            x = (
-                self.scale
-                * 10 ** self.draw.uniform(-1, 1)
-                * torch.randn(self.draw.choice(self.shapes))
-            )
+            scale = self.scale * 10 ** self.draw.uniform(-1, 1)
+            x = scale * torch.randn(self.draw.choice(self.shapes))
             x = laid_out(x.to(self.device, self.dtype), self.draw_layout(sphere))
             params.append(Parameter(x))
         group = dict(params=params, sphere=sphere, radius=None, lr=1.0)
@@ -265,13 +261,11 @@ class Sequence:
 
     def normalize(self):
         self.rescale()
-        before = [
-            ([lines_of(group, p) for p in group["params"]], norms_of(group))
-            for group in self.groups
-        ]
+        lines = [[lines_of(group, p) for p in group["params"]] for group in self.groups]
+        norms = [norms_of(group) for group in self.groups]
         self.optimizer.normalize()
-        for group, (lines, norms) in zip(self.groups, before, strict=True):
-            self.check_scaling(group, lines, norms)
+        for before in zip(self.groups, lines, norms, strict=True):
+            self.check_scaling(*before)
 
     def rescale(self):
         for p in self.params():
@@ -352,9 +346,8 @@ class Sequence:
         self.spheres, self.tensors = [], []
         before.sort(key=lambda pair: pair[0]["sphere"] is None)  # they need the statistics
         for group, vectors in before:
-            expected = (self.stepped if group["sphere"] else self.stepped_by_sgd)(
-                group, vectors, move
-            )
+            stepped = self.stepped if group["sphere"] else self.stepped_by_sgd
+            expected = stepped(group, vectors, move)
             for p, old, new in zip(group["params"], vectors, expected, strict=True):
                 self.check_move(group, p, old, *new, move)
                 if group["sphere"]:
@@ -375,9 +368,8 @@ class Sequence:
             return []
         here = [i for i, p in enumerate(group["params"]) if p.grad is not None]
         whole = move and len(here) == len(vectors)
-        joint = [
-            np.concatenate(own, 1) for own in zip(*(vectors[i] for i in here or [0]), strict=True)
-        ]
+        chosen = zip(*(vectors[i] for i in here or [0]), strict=True)
+        joint = [np.concatenate(own, 1) for own in chosen]
         new, m, stats = reference_step(*joint, group["radii"][0] * whole, *how)
         self.spheres.append((length(joint[0]), stats))
         without = {name: value * math.nan for name, value in stats.items()}
@@ -401,13 +393,8 @@ class Sequence:
             new = beta * m + g + decay * x
             reach = lr * whole / np.maximum(length(x), 1e-300)
             there = ~np.isnan(g)
-            found.append(
-                (
-                    np.where(there, x - lr * new, x),
-                    np.where(there, new, m),
-                    dict(whole=whole, reach=reach, doubt=0.0),
-                )
-            )
+            moved, kept = np.where(there, x - lr * new, x), np.where(there, new, m)
+            found.append((moved, kept, dict(whole=whole, reach=reach, doubt=0.0)))
         return found
 
     def check_scaling(self, group, before, norms):
@@ -456,9 +443,7 @@ class Sequence:
         for name, found in self.optimizer.stats().items():
             self.check(name, found[:, None], stats[name], sizes.get(name, 0.0), norms != 0)
 
-        grams, gram_sizes = [], []
-        layers = dict(norm=[], elr=[], grad_norm=[], angle=[])
-        whole, reach, there = [], [], []
+        grams, gram_sizes, layers, there = [], [], [], []
         for group, p, (x, g, m), new, _, stats in self.tensors:
             vectors = x, g, m * (group["momentum"] > 0)
             pairs = [(a, b) for i, a in enumerate(vectors) for b in vectors[: i + 1]]
@@ -468,18 +453,19 @@ class Sequence:
             n = max(len(x), 1)
             norm = length(x) if p.grad is not None else length(x) * math.nan
             gamma, angle = norm * length(tangent(x, g)), turn(x, new) + 0 * stats["elr"]
-            layers["norm"].append(np.sqrt((norm**2).sum()))
-            layers["elr"].append((stats["elr"] * stats["radius"] ** 2 / norm**2).sum() / n)
-            layers["grad_norm"].append(np.sqrt((gamma**2).sum()))
-            layers["angle"].append(angle.sum() / n)
-            whole.append(np.sqrt(((norm * length(g)) ** 2).sum()))
-            reach.append((stats["reach"] * stats["radius"] / norm).sum() / n + 1e-8)
+            reach = (stats["reach"] * stats["radius"] / norm).sum() / n + 1e-8
+            layer = dict(norm=(length(norm.T).item(), 0.0))  # and its size
+            layer["elr"] = (stats["elr"] * stats["radius"] ** 2 / norm**2).sum() / n, 0.0
+            layer["grad_norm"] = length(gamma.T).item(), length((norm * length(g)).T).item()
+            layer["angle"] = angle.sum() / n, reach
+            layers.append(layer)
             there.append(x.size > 0 and (norm != 0).all())
-        grams, sizes = np.concatenate(grams), dict(grad_norm=whole, angle=reach)
+        grams = np.concatenate(grams)
         finite = np.isfinite(grams).all(1, keepdims=True)
         self.check("grams", self.optimizer.grams(), grams, np.concatenate(gram_sizes), finite)
         for name, found in self.optimizer.layer_stats().items():
-            self.check(name, found, np.array(layers[name]), np.array(sizes.get(name, 0.0)), there)
+            expected, size = np.array([layer[name] for layer in layers]).T
+            self.check(name, found, expected, size, there)
 
     def check(self, name, found, expected, size, there):
         """Equal but for rounding, also of what cancels."""

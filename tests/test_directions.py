@@ -168,30 +168,6 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
     assert len(done) == len(set(done)) + 2  # nothing was left to do
 
 
-@pytest.mark.parametrize(
-    "task, kind, seeds, of_round",
-    [
-        ("tiny", "adamw", 7, [28, 10 * 2, 4 * 4]),
-        ("tiny", "adamw", 2, [28, 10 * 1]),
-        ("tiny", "angle, layer", 7, [5 * 7]),
-        ("modular 31", "angle", 8, [5 * 8]),
-        ("modular 31", "angle, layer", 8, [5, 4 * 1, 1 * 6]),
-    ],
-)
-def test_of_many_values_only_the_best_get_all_seeds(task, kind, seeds, of_round):
-    errors, rounds = {}, []
-    while new := [j for j in optimizers.wanted(errors, task, kind, seeds) if j not in errors]:
-        rounds.append(len(new))
-        for job in new:
-            errors[job] = made_up(job) + job.decay + (5 if job.seed >= 3 else 0)
-    found = {}
-    for job in errors:
-        found.setdefault((job.decay, job.value), set()).add(job.seed)
-    whole = [value for value, of_value in found.items() if of_value == set(range(seeds))]
-    assert rounds == of_round
-    assert sorted(whole) == sorted(found)[: len(whole)]
-
-
 def test_the_table_pairs_by_seed(capsys):
     """Of a kind it takes the value with most seeds and the least mean; differences seed by seed."""
     rng = np.random.default_rng()
@@ -235,7 +211,6 @@ def test_what_is_refused_is_left_alone(tmp_path, capsys, monkeypatch):
             (f"--out {tmp_path}/mine.csv", "has other columns: choose another --out"),
             (f"--out {tmp_path}/held.csv", "is in progress"),
             (f"--out {tmp_path}/nowhere/x.csv", "argument --out: "),
-            ("--seeds 0", "argument --seeds: '0' is not a whole number from 1"),
         ):
             assert why in refused(capsys, command, main=optimizers.main)
     assert (tmp_path / "mine.csv").read_text() == "a,b\n1,2\n"

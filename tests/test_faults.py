@@ -384,16 +384,19 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
     equal_runs(tmp_path / "whole", out)
 
 
-def test_rows_that_cannot_be_written_whole_are_not_written(tmp_path, monkeypatch):
+def test_rows_are_on_disk_at_once_or_where_they_cannot_be_written_whole_not(tmp_path, monkeypatch):
     path, write = tmp_path / "log.csv", os.write
     log = runs.Log(path)
-    log.add({"epoch": 0, "loss": 0.5})
+    assert not path.exists()
+    log.add({"epoch": 1, "x": torch.tensor(0.1).double()}, {"epoch": 2, "x": 1 / 3})
+    rows = "epoch,x\n1,0.100000001\n2,0.333333333\n"
+    assert path.read_text() == rows
     monkeypatch.setattr(runs.os, "write", lambda file, content: write(file, content[:3]))
     with pytest.raises(OSError, match="No space left on device"):
-        log.add({"epoch": 1, "loss": 0.25})
+        log.add({"epoch": 3, "x": 0.25})
     monkeypatch.undo()
     log.close()
-    assert path.read_text() == "epoch,loss\n0,0.5\n"
+    assert path.read_text() == rows
 
 
 def test_a_reader_that_goes_away_ends_the_program_silently(tmp_path):

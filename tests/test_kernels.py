@@ -1,8 +1,5 @@
-"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter, which is slow; what
-they are compiled to is in test_bench_kernels.py.
-
-`test_the_kernels_pass_in_the_interpreter` runs this file again, TRITON_INTERPRET=1, in a child,
-with those tests of the step and of shards that are for the kernels, too.
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter, for which a test
+runs this file again in a child, with those of the step and of shards that are for the kernels, too.
 """
 
 import math
@@ -31,7 +28,6 @@ DEVICE = "cuda" if GPU else "cpu"
 SLOW = GPU or "SLOW" in os.environ
 HALVES = torch.bfloat16, torch.float16
 THREE = ["_gram_pass", "_rule_pass", "_move_pass"]
-# Of the step in PyTorch, which are for the kernels, too
 SHARED = """a_gradient_that_is_all_but_radial a_factor_that_does_not_fit_float32
 a_backward_pass_through_a_graph an_lr_that_became_nan something_else_has_moved""".split()
 runs = pytest.mark.skipif(not (GPU or INTERPRET), reason="needs a GPU, or TRITON_INTERPRET=1")
@@ -217,16 +213,16 @@ def test_a_step_is_at_most_three_launches_and_nothing_else():
 def test_launches_are_at_most_three_per_type_of_weights():
     params = [Parameter(torch.randn(5000).to(DEVICE, x)) for x in (torch.float32, *HALVES)]
     give_gradients([{"params": params}])
-    joint = [torch.cat([x.detach().double().cpu() for x in xs]) for xs in
-             (params, [p.grad for p in params])]  # fmt: skip
+
+    def joint(tensors):
+        return torch.cat([x.detach().double().cpu() for x in tensors])
+
+    expected, _ = step_of(joint(params), joint(p.grad for p in params), 1e-5)
     with launches() as found:
         SphereSGD(params, lr=1e-5, backend="triton").step()
-    assert names(found) == [
-        name for name, n in zip(THREE, (3, 1, 3), strict=True) for _ in range(n)
-    ]
-    expected, _ = step_of(*joint, 1e-5)
-    new = torch.cat([p.detach().double().cpu() for p in params])
-    assert (new - expected).norm() < 3e-3 * new.norm()  # a third of it is rounded to bfloat16
+    assert names(found) == 3 * THREE[:1] + THREE[1:2] + 3 * THREE[2:]
+    # A third of it is rounded to bfloat16
+    assert (joint(params) - expected).norm() < 3e-3 * expected.norm()
 
 
 @runs
@@ -255,19 +251,17 @@ def test_what_is_done_after_a_capture_does_not_reach_the_replays():
     assert kept and all(map(torch.equal, params, once))
 
 
-def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch):
+@pytest.mark.parametrize("why", ["float64", "no Triton", *([] if INTERPRET else ["no GPU"])])
+def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch, why):
+    dtype, device = (torch.float64, DEVICE) if why == "float64" else (torch.float32, "cpu")
+    if why == "no Triton":
+        monkeypatch.setattr(sphere_step, "triton", None)
+    p = Parameter(torch.randn(3, dtype=dtype, device=device))
     where = "'triton': it must be 'auto', 'torch' or, on a GPU, not in float64, 'triton'"
-    if not INTERPRET:
-        with pytest.raises(ValueError, match=where):
-            SphereSGD([torch.randn(3)], lr=0.1, backend="triton")
-    p = Parameter(torch.randn(3, dtype=torch.float64, device=DEVICE))
     with pytest.raises(ValueError, match=where):
         SphereSGD([p], lr=0.1, backend="triton")
     p.grad = torch.randn_like(p)
     SphereSGD([p], lr=0.1).step()
-    monkeypatch.setattr(sphere_step, "triton", None)  # as where it is not installed
-    with pytest.raises(ValueError, match=where):
-        SphereSGD([torch.randn(3)], lr=0.1, backend="triton")
 
 
 # --- without a GPU

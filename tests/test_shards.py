@@ -86,10 +86,9 @@ def case_of_meshes(backend, calls):
             shards = []
             for whole, place in zip(wholes, places[dimensions], strict=True):
                 x = whole.detach().clone()
-                if place:  # torch 2.7 leaves holes in some
-                    x = distribute_tensor(x, mesh, place).clone(
-                        memory_format=torch.contiguous_format
-                    )
+                if place:
+                    x = distribute_tensor(x, mesh, place)
+                    x = x.clone(memory_format=torch.contiguous_format)  # torch 2.7 leaves holes
                 shards.append(torch.nn.Parameter(x))
             lines = {"group": 4, "tensor": 2, "row": 5}[sphere]
             expected = [((lines, 6), world)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from spheres import INTERPRET, LARGE, SHAPES, Sequence, step_of
 from torch.nn import Parameter
+from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sphere_step
@@ -244,10 +245,36 @@ def test_a_wrapper_that_takes_its_class_reads_its_attributes():
         assert outer.stats() == inner.stats() and torch.equal(outer.grams(), inner.grams())
 
 
+SCHEDULERS = {
+    "StepLR": dict(step_size=2),
+    "CosineAnnealingLR": dict(T_max=9),
+    "LambdaLR": dict(lr_lambda=lambda epoch: 0.9**epoch),
+    "OneCycleLR": dict(max_lr=0.01, total_steps=9),
+    "CyclicLR": dict(base_lr=0.001, max_lr=0.01, step_size_up=2),
+    "ReduceLROnPlateau": dict(patience=0, threshold=10.0),
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_sets_the_elr_as_it_sets_the_lr_of_sgd(name, tensor):
+    optimizer = SphereSGD([parameter(4, 3)], torch.tensor(0.01) if tensor else 0.01, momentum=0.9)
+    sgd, kind = torch.optim.SGD([parameter(3)], 0.01, 0.9), getattr(lr_scheduler, name)
+    schedulers = [kind(x, **SCHEDULERS[name]) for x in (optimizer, sgd)]
+    for _ in range(5):
+        optimizer.step()
+        sgd.step()
+        expected = sgd.param_groups[0]["lr"]
+        assert optimizer.stats()["elr"].item() == pytest.approx(expected)
+        for scheduler in schedulers:
+            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+    assert expected != 0.01
+
+
 def test_schedules_leave_their_options_and_every_group_has_a_weight_decay():
     for name, how in dict(OneCycleLR=dict(total_steps=9), CyclicLR=dict(base_lr=0.01)).items():
         optimizer = SphereSGD([{"params": [parameter(4, 3)], "name": "a"}], lr=0.1, momentum=0.9)
-        getattr(torch.optim.lr_scheduler, name)(optimizer, max_lr=0.1, **how)
+        getattr(lr_scheduler, name)(optimizer, max_lr=0.1, **how)
         extra = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         optimizer.add_param_group({"params": [parameter(2)], **extra})
         optimizer.step()
@@ -307,6 +334,33 @@ def test_without_a_sphere_or_a_step_there_are_no_statistics():
             with pytest.raises(RuntimeError, match="no statistics before the first step"):
                 statistics()
     SphereSGD([{"params": []}], lr=0.1).step()
+
+
+def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned():
+    optimizer, calls = SphereSGD([parameter(3)], lr=0.1), []
+    with torch.no_grad():
+        assert optimizer.step(lambda: calls.append(torch.is_grad_enabled()) or 7) == 7
+    assert calls == [True] and optimizer.step() is None
+
+
+def test_gradients_that_were_made_to_be_differentiated_again():
+    p = parameter(4, 3)
+    optimizer = SphereSGD([p], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        (p.grad,) = torch.autograd.grad(p.sin().sum(), p, create_graph=True)
+        optimizer.step()
+    assert p.is_leaf and p.requires_grad
+
+
+def test_a_state_of_another_type_takes_the_type_of_the_weights_but_for_the_radius():
+    wide, narrow = parameter(4, 3, dtype=torch.float64), parameter(4, 3, dtype=torch.bfloat16)
+    narrow.data.copy_(wide)
+    one, other = (SphereSGD([p], lr=0.1, sphere="row", momentum=0.9) for p in (wide, narrow))
+    one.step()
+    other.load_state_dict(one.state_dict())
+    other.step()
+    assert other.state[narrow]["momentum_buffer"].dtype == torch.bfloat16
+    assert other.state[narrow]["radius"].dtype == torch.float64
 
 
 def test_a_state_of_torchs_sgd_leaves_the_radii():

@@ -9,7 +9,6 @@ from spheres import length, tangent, turn
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import regimes
 from sphere_step import SphereSGD, watch
 
 OPTIMIZERS = {
@@ -149,17 +148,3 @@ def test_a_step_waits_for_nothing_and_hooks_go_away():
 def test_no_tensors_are_refused():
     with pytest.raises(ValueError, match="params: watch takes at least one tensor, and no shards"):
         watch(torch.optim.SGD([torch.ones(3)], 0.1))
-
-
-def test_its_rows_are_a_log_that_regimes_reads(tmp_path, capsys):
-    net = network()
-    optimizer = OPTIMIZERS["SGD"](net.parameters())
-    meter, rows = watch(optimizer), []
-    for epoch in range(20):
-        for seed in range(2):
-            one_step(net, optimizer, seed, "plain")
-        rows.append({"epoch": epoch, "train_loss": 3 / (1 + epoch) ** 1.5} | meter.row())
-    regimes.write_csv(tmp_path / "my.csv", rows)
-    regimes.main([str(tmp_path / "my.csv")])
-    out = capsys.readouterr().out
-    assert out.startswith("my: convergence: ") and "no angle" not in out
