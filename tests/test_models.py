@@ -29,9 +29,15 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def scaled(weight, factor):
-    with torch.no_grad():
-        weight.mul_(factor)
+@torch.no_grad()
+def change_by_scaling(net, x, before, weights, factor=10.0):
+    """Of the output, relative to what it was before."""
+    for p in weights:
+        p.mul_(factor)
+    after = net(x)
+    for p in weights:
+        p.div_(factor)
+    return relative(after, before)
 
 
 def test_scaling_a_layer_of_the_convnet_by_ten_leaves_the_logits():
@@ -44,9 +50,7 @@ def test_scaling_a_layer_of_the_convnet_by_ten_leaves_the_logits():
     for i, name in enumerate(trained):
         weight = net.get_parameter(name)
         assert weight.shape[:2] == (4 * 2**i, 2 * 2**i)
-        scaled(weight, 10)
-        assert relative(net(x), logits) < EPS_BREAKS
-        scaled(weight, 1 / 10)
+        assert change_by_scaling(net, x, logits, [weight]) < EPS_BREAKS
     assert abs(net.head.weight.norm().item() - 10) < 1e-5 and net.head.bias is not None
 
 
@@ -117,9 +121,7 @@ def test_the_transformer_is_its_formula_and_all_its_weights_are_scale_invariant(
     assert relative(second_transformer(weights, tokens).detach(), logits) < 1e-10
     assert net.layer_groups == [[name] for name in weights]
     for name in weights:
-        scaled(weights[name], 10)
-        assert relative(net(tokens).detach(), logits) < 1e-8, name
-        scaled(weights[name], 1 / 10)
+        assert change_by_scaling(net, tokens, logits, [weights[name]]) < 1e-8, name
 
 
 # --- finding the spheres of any network
@@ -137,11 +139,7 @@ def test_resnet18_has_twelve_sets_none_of_whose_parts_is_invariant():
         params = [net.get_parameter(name) for name in group]
         parts = [part for n in range(1, len(params) + 1) for part in combinations(params, n)]
         for part in parts:
-            for p in part:
-                scaled(p, 10)
-            error = relative(net(x), logits)
-            for p in part:
-                scaled(p, 1 / 10)
+            error = change_by_scaling(net, x, logits, part)
             assert error < EPS_BREAKS if len(part) == len(params) else error > 1e-3
 
 
@@ -280,11 +278,8 @@ def minimal_sets(net, x):
             for names in combinations(params, size):
                 if any(part <= set(names) for part in found):
                     continue
-                for name in names:
-                    params[name].mul_(1.7)
-                error = relative(net(x.double()), before)
-                for name in names:
-                    params[name].div_(1.7)
+                weights = [params[name] for name in names]
+                error = change_by_scaling(net, x.double(), before, weights, 1.7)
                 if error < 1e-9:
                     found.append(frozenset(names))
                 elif error < 3e-6:

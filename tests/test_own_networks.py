@@ -216,16 +216,13 @@ SPARSE = "def net(tokens, classes): return nn.Sequential(nn.Embedding(tokens, 8,
     [
         ("def net(:", "mine.py:net cannot be loaded (SyntaxError: "),
         ("def net(c, k): return net(c, k)", "RecursionError"),
-        (
-            "def net(c, k): raise ImportError('\\n\\nit takes\\na package')",
-            "ImportError: it takes;",
-        ),
+        ("def net(c, k): raise ImportError('\\n\\nit takes\\na package')", "Error: it takes;"),
         ("def net(channels, classes, width): pass", "required positional argument: 'width'"),
         ("def net(channels, classes): pass", "(TypeError: net returns a NoneType, no nn.Module"),
         ("net = 3", "net cannot be loaded (TypeError: 3 is not a callable object"),
         (NET + ".requires_grad_(False)", "nothing is trained: requires_grad is False everywhere"),
         ("def net(c, k): return nn.Linear(c, k)", "is there a normalization layer, of eps ≤ 0.01"),
-        (SPARSE, "the gradient by 0.weight is sparse: leave sparse=True out"),
+        (SPARSE, "sparse: leave sparse=True out"),
         (NAN, "its gradients are nan or infinite"),
         (NET + ".double()", "its weights are float64, and inputs float32: take net.float())"),
     ],
@@ -240,12 +237,10 @@ def test_a_model_that_is_not_there_is_one_line_that_says_how_it_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def net(c, k):\n    raise KeyError(3)\n")
-    here, no_attribute = tmp_path.resolve(), "module '_mine' has no attribute 'no'"
-    whys = dict.fromkeys(
-        [":f", "none.py:f", ".:f", "mine:net"], "is no FILE.py:FUNCTION that is there"
-    )
-    whys["mine.py:no"] = f"cannot be loaded (AttributeError: {no_attribute})"
-    whys["mine.py:net"] = f"cannot be loaded (KeyError: 3; {here}/mine.py, line 2)"
+    no_file, no_net = "is no FILE.py:FUNCTION that is there", "cannot be loaded (KeyError: 3; "
+    whys = dict.fromkeys((":f", "none.py:f", ".:f", "mine:net"), no_file)
+    whys["mine.py:no"] = "cannot be loaded (AttributeError: module '_mine' has no attribute 'no')"
+    whys["mine.py:net"] = f"{no_net}{tmp_path.resolve()}/mine.py, line 2)"
     for model, why in whys.items():
         error = refused(capsys, f"--elr 1 --model {model}")
         assert error == f"train.py: error: argument --model: {model} {why}\n"
@@ -321,9 +316,7 @@ def test_what_a_network_does_beside_its_layers_hides_no_set_and_makes_none(ask, 
 
 
 def test_a_copy_that_computes_with_the_originals_weights_is_refused_for_the_average(ask):
-    said = ask(WITH.format(*CASES["a closure of the start"][:3]), average=1)
-    assert "cannot be measured on a copy, as --average takes" in said
-    assert "a copy computes with the weights of the original" in said
+    ask(WITH.format(*CASES["a closure of the start"][:3]), "a copy, as --average takes", average=1)
 
 
 @pytest.mark.parametrize(
