@@ -98,14 +98,12 @@ def test_augmentation_is_a_crop_of_the_padded_image_and_half_the_time_flipped():
     padded = np.pad(x.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
     seen = set()
     for image, big in zip(out.numpy(), padded, strict=True):
-        for dy, dx, flip in product(range(5), range(5), (0, 1)):
-            crop = big[:, dy : dy + 16, dx : dx + 12][:, :, :: 1 - 2 * flip]
-            if np.array_equal(crop, image):
-                break
-        else:
-            raise AssertionError("no crop")
-        seen.add((dy, dx, flip))
-    assert len(seen) > 45 and len({flip for *_, flip in seen}) == 2
+        crops = {}
+        for dy, dx, flip in product(range(5), range(5), (1, -1)):
+            crop = big[:, dy : dy + 16, dx : dx + 12][:, :, ::flip]
+            crops[crop.tobytes()] = dy, dx, flip
+        seen.add(crops[image.tobytes()])
+    assert len(seen) > 45
 
 
 @pytest.mark.parametrize("p", [2, 31])
@@ -123,7 +121,6 @@ def test_modular_is_all_sums_and_the_same_split_each_time(p):
 
 @pytest.fixture
 def read(tmp_path):
-
     def read(found):
         np.savez(tmp_path / "mine.npz", **found)
         return load(str(tmp_path / "mine.npz"))

@@ -60,9 +60,8 @@ def test_the_panels_follow_from_the_runs(tmp_path, drawn, kind, values):
     assert figures.main([str(tmp_path)]) == 0
     (fig,) = drawn
     last = "effective gradient norm γ" if kind == "elr" else "ELR"
-    epochs = ["train loss (nats)", "test error", last]
+    assert titles(fig)[-3:] == ["train loss (nats)", "test error", last]
     loss = fig.axes[3 if values == 3 else 0]
-    assert titles(fig)[-3:] == epochs
     assert max(line.get_xdata()[-1] for line in loss.lines) == 24  # the second runs lie behind
     assert "--then" in loss.get_xlabel()
     if values == 3:
@@ -167,12 +166,13 @@ def loop(melts):
     return log | {"train_loss": loss, "train_error": error, "test_error": error}
 
 
+def logged(path, log, chance):
+    return regimes.Logged(path, math.nan, 0, log, regimes.Verdict(), chance)
+
+
 def test_a_loop_has_two_legs_and_bands(tmp_path, drawn):
     chance = {"train_loss": {"mean": 2.5}, "train_error": {"mean": 0.9}}
-    runs = [
-        regimes.Logged(tmp_path, math.nan, 0, loop(x), regimes.Verdict(), chance)
-        for x in (0.02, 0.04)
-    ]
+    runs = [logged(tmp_path, loop(melts), chance) for melts in (0.02, 0.04)]
     figures.of_loop(runs, tmp_path / "a.png")
     (fig,) = drawn
     ax = fig.axes[0]
@@ -193,8 +193,7 @@ def test_where_one_way_diverges_and_the_other_does_not_a_loop_is_undecided(
 ):
     found = Loop(divergence=(0.4, 0.7), reversible=(1e-5, 0.4))
     monkeypatch.setattr(figures, "classify_loop", lambda *_: found)
-    logged = regimes.Logged(tmp_path, math.nan, 0, loop(0.02), regimes.Verdict(), {})
-    figures.of_loop([logged], tmp_path / "a.png")
+    figures.of_loop([logged(tmp_path, loop(0.02), {})], tmp_path / "a.png")
     ax, spans = drawn[0].axes[0], {}
     for patch in ax.patches:
         ends = ax.transData.inverted().transform(patch.get_window_extent())[:, 0]
