@@ -107,7 +107,8 @@ def variants():
 
         options = dict(lr=1e-3, sphere=sphere, momentum=beta, backend="triton")
         here = patch.object(sphere_step, "INTERPRET", True)  # on the CPU
-        with here, patch.object(JITFunction, "run", take_down):
+        long = patch.object(sphere_step, "SMALLEST", sphere_step.LARGEST)  # tiles, as of many bytes
+        with here, long, patch.object(JITFunction, "run", take_down):
             sphere_step.SphereSGD(params, **options).step()
         moved = 2 if beta else 1  # θ, m
         for i, (kernel, programs, values) in enumerate(launched):

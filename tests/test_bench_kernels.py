@@ -38,10 +38,7 @@ def count(variant, architecture):
 
 @cache
 def counted(name, architecture):
-    """Of a joint sphere, with tiles as long as where there are many bytes to move."""
     variant = variants()[name]
-    if name.startswith("joint") and variant.elements:
-        variant = variant._replace(elements=sphere_step.LARGEST)
     return variant, count(variant, architecture)
 
 
