@@ -39,7 +39,7 @@ from lab.options import Config, parse  # noqa: E402
 
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
 HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
-LONGEST = 100  # epochs
+LONGEST = 200  # epochs
 SHAPES = np.geomspace(0.2, 3, 41)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
