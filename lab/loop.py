@@ -48,9 +48,9 @@ class Loop:
 
     def __str__(self):
         lines = []
-        for name, what in SAYS.items():
+        for name, sentence in SAYS.items():
             if getattr(self, name):
-                lines.append(what.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
+                lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
         no = "no freezing shown: where the loss falls steeply, if at all, the noise is larger"
         if self.freezes:
             slower = f"--epochs {4 * self.passes} goes through it more slowly"
@@ -153,17 +153,17 @@ def of_mean(logs, chance):
             of_column = 1 - legs(logs, name)[1] / mean
             better |= of_column > floor
             skill = of_column if name == "train_error" else skill
-    told = len(elrs) - 1
+    top_better = len(elrs) - 1
     if better.any(1).all() and not better[:, -1].any():
         ends = [np.flatnonzero(way)[-1] for way in better]
-        told = min(ends)
-        found.divergence = elrs[told], elrs[max(ends) + 1]
+        top_better = min(ends)
+        found.divergence = elrs[top_better], elrs[max(ends) + 1]
 
     # Down to which ELR the ways agree
     apart = np.abs(y[1] - y[0]) > SAME + Z99 * np.hypot(*error)
-    lowest = np.flatnonzero(np.append(True, apart[: told + 1]))[-1]
-    if lowest < told:
-        found.reversible = elrs[lowest], elrs[told]
+    lowest = np.flatnonzero(np.append(True, apart[: top_better + 1]))[-1]
+    if lowest < top_better:
+        found.reversible = elrs[lowest], elrs[top_better]
 
     if skill.max() < LEARNED:
         found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
