@@ -26,24 +26,16 @@ def layer_groups(config, data):
     say; what is found in others, and printed. For sphere "row" only tensors whose rows are scale
     invariant. Raises ValueError where there are none, or the network cannot be trained."""
     set_device(config.device, config.dtype)
-
-    def make():
-        torch.manual_seed(config.seed)
-        return own.build(config, data).to(data.x.device)
-
-    net = make()
+    torch.manual_seed(config.seed)
+    net = own.build(config, data).to(data.x.device)
     own.rehearse(net, data, config)
     x = data.inputs(torch.arange(min(32, len(data.x)), device=data.x.device))
     ours = ":" not in config.model and hasattr(net, "layer_groups")
     if ours:
         groups = net.layer_groups
     else:
-        failure = f"{config.model} cannot be measured"
-        if config.average:
-            make = None
-            failure += " on a copy, as --average takes"
-        with own.explained(failure):
-            found = scale_invariant_groups(net, x, make, config.sphere == "row")
+        with own.explained(f"{config.model} cannot be measured"):
+            found = scale_invariant_groups(net, x, rows=config.sphere == "row")
         groups = _usable(net, found, config.sphere)
     with own.running(config.model):
         check_gradient(net, groups, data, config, ours)

@@ -301,7 +301,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         (torch.Tensor, "backward", backward),
         (torch.random, "fork_rng", lambda devices: nullcontext()),
         (measure, "POINTS", 2),
-        (train, "use", NOTHING),
+        (train, "set_device", NOTHING),
         (own, "build", lambda options, data: net),
         (net, "to", lambda device: net),
     ):
