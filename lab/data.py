@@ -75,13 +75,18 @@ def normalize(data):
     """Mean 0 and deviation 1 over the training set, by column or channel; 0 where it is constant.
     Images uint8 stay so, and are normalized batch by batch."""
     over = [0, 2, 3][: data.x.dim() - 1]
-    std, mean = torch.std_mean(data.x.double(), over, keepdim=True)
-    std[std <= 1e-15 * mean.abs()] = torch.inf  # constant but for rounding
+    x, test_x = data.x.double(), data.test_x.double()
+    low = x.amin(over, keepdim=True)
+    size = x.amax(over, keepdim=True) - low
+    size[size == 0] = torch.inf
     if data.x.dtype == torch.uint8:
-        data.mean, data.std = mean[0].float(), std[0].float()
-    else:
-        data.x = ((data.x - mean) / std).float()
-        data.test_x = ((data.test_x - mean) / std).float()
+        std, mean = torch.std_mean(x, over, keepdim=True)
+        data.mean, data.std = mean[0].float(), (std + 0 * size)[0].float()
+        return
+    x, test_x = (x - low) / size, (test_x - low) / size  # so squares neither vanish nor overflow
+    std, mean = torch.std_mean(x, over, keepdim=True)
+    std[std == 0] = 1
+    data.x, data.test_x = ((x - mean) / std).float(), ((test_x - mean) / std).float()
 
 
 def modular(p):

@@ -43,7 +43,7 @@ class Report:
         runs = regimes.read_folder(out)
         if self.config.rank or not runs:
             return runs
-        regimes.write_csv(out / "regimes.csv", regimes.rows(runs))
+        regimes.write_csv(out / "regimes.csv", regimes.rows_of(runs))
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):
             self.pictures = draw(runs, out)
@@ -85,7 +85,11 @@ def of_sweep(runs, path):
             panels.append((draw_panels, kind, groups, columns))
     fig, axes = style.subplots(layout, 0.6 + 2.5 * len(panels))
     for i, (draw_panels, kind, groups, columns) in enumerate(panels):
-        draw_panels(kind, groups, {column: axes[f"{i} {column}"] for column in columns})
+        of_columns = {column: axes[f"{i} {column}"] for column in columns}
+        first, *others = of_columns.values()
+        for ax in others:  # of a dead run one may have less to show
+            ax.sharex(first)
+        draw_panels(kind, groups, of_columns)
     style.save(fig, path)
 
 
@@ -272,10 +276,7 @@ def main(argv=None):
     runs, problems = regimes.gather([path])
     for problem in problems:
         print(f"lab.figures: error: {problem}", file=sys.stderr)
-    try:
-        pictures = draw(runs, folder)
-    except OSError as error:
-        parser.error(f"{folder} cannot be written: {error.strerror}")
+    pictures = draw(runs, folder)
     if pictures:
         print(f"written: {', '.join(map(str, pictures))}")
     return 2 if problems else 0

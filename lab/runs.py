@@ -25,6 +25,7 @@ import torch
 
 import regimes
 from lab.contents import ROOT, changed
+from lab.loop import classify_loop, is_loop
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
@@ -84,8 +85,8 @@ def result(path):
     """What a run gave, in a line: its regime; where its ELR moves, how it ended."""
     run = read_run(path)
     error = f"test error {run.final('test_error'):.3f}"
-    if path.name.startswith("loop="):
-        return str(run.verdict)
+    if is_loop(run.log):
+        return str(classify_loop([run.log], run.chance))
     if run.verdict.moves:
         loss, elr = run.final("train_loss"), run.log["elr"]
         return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}"

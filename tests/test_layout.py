@@ -34,7 +34,7 @@ IMPORTS = {
     "measure": {"data", "sphere_step"},
     "contents": set(),
     "schedules": set(),
-    "runs": {"regimes", "contents"},
+    "runs": {"regimes", "contents", "loop"},
     "figures": {"regimes", "loop", "style"},
     "style": {"regimes"},
     "machine": set(),
