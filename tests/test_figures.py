@@ -200,3 +200,17 @@ def test_where_one_way_diverges_and_the_other_does_not_a_loop_is_undecided(
     assert min(spans["undecided"]) > 0.4 and 0.7 < min(spans["divergence"])
     panel, box = ax.get_window_extent(), ax.texts[0].get_window_extent()
     assert panel.x0 < box.x0 and box.x1 < panel.x1 and panel.y0 < box.y0  # "diverges"
+
+
+def test_panels_of_a_row_show_the_same_range_where_a_run_has_died(tmp_path, drawn):
+    """Of which one knows the ELR alone."""
+    for lr in (0.01, 0.1, 1.0):
+        write(tmp_path / f"lr={lr:.0e}.csv", lr, moves=True)
+    path = tmp_path / "lr=1e+00.csv"
+    head, *rows = path.read_text().splitlines()
+    rows = [",".join([*row.split(",")[:3], "nan", "nan", "nan", "0", "0"]) for row in rows]
+    path.write_text("\n".join([head, *rows]) + "\n")
+    assert figures.main([str(tmp_path)]) == 0
+    for row in (drawn[0].axes[:3], drawn[0].axes[3:6]):
+        assert len({ax.get_xlim() for ax in row}) == 1
+    assert drawn[0].axes[0].get_xlim()[1] > 1
