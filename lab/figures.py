@@ -98,7 +98,7 @@ def by_value(runs):
     their names → runs."""
     kinds = {}
     for run in runs:
-        named = re.match(r"(elr|angle|lr)=(\d+(\.\d+)?(e[+-]?\d+)?)", run.path.name)
+        named = re.match(rf"(elr|angle|lr)=({regimes.NUMBER})", run.path.name)
         kind, value = "", style.readable(run.name).lstrip("_")[-30:]
         if run.elr > 0:
             kind, value = "ELR", run.elr

@@ -27,8 +27,8 @@ def loss_and_error(logits, y):
 
 
 class Means:
-    """What an epoch's steps were like on average; the host seldom waits for the device.
-    sphere_sgd: a SphereSGD; plain_sgd makes the steps, where that only measures."""
+    """What an epoch's steps were like on average; the host seldom waits for the device. plain_sgd
+    makes the steps, where sphere_sgd only measures."""
 
     def __init__(self, sphere_sgd, plain_sgd=None):
         self.sphere_sgd, self.plain_sgd = sphere_sgd, plain_sgd
@@ -75,7 +75,7 @@ class Means:
         return {name: (x / self.steps).item() for name, x in self.sums.items()}
 
     def layers(self, spheres, epoch):
-        """A row for each tensor on these spheres: epoch, its name, means."""
+        """A row per tensor on these spheres: epoch, name, means."""
         self._sum_up()
         columns = {name: (x / self.steps).tolist() for name, x in self.layer_sums.items()}
         names, rows = [name for sphere in spheres for name in sphere["names"]], []
