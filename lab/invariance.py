@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MAX_EPS = 0.01  # a larger constant in a normalization is a part of the function
+MAX_EPS = 0.01  # a larger one in a normalization is a part of the function
 
 
 @torch.inference_mode(False)
@@ -80,7 +80,7 @@ def logits(net, inputs, out):
 
 
 class _Trial:
-    """A network that is run again and again with other weights."""
+    """A network that is run with other weights."""
 
     def __init__(self, net, batch, rows, dtype):
         self.net, self.batch, self.rows, self.dtype = net, batch, rows, dtype
@@ -100,43 +100,51 @@ class _Trial:
         _, singular, right = torch.linalg.svd(matrix)
         null = right[singular < self.tolerance / 10 * len(matrix) ** 0.5].numpy()
         found = _smallest(null, np.array([p.numel() for p in self.params]), self.unchanged)
-        # What has a wrong gradient is not in the null space, but a set: a later check can tell
+        # A wrong gradient is not in the null space: here it is, for a later check
         for i, p in enumerate(self.params):
             if p.dim() > 1 and all(i not in chosen for chosen in found) and self.unchanged([i]):
                 found.append([i])
         used = {i for i, p in enumerate(self.params) if p.grad is not None}
-        found = [chosen for chosen in sorted(found, key=min) if used.issuperset(chosen)]
+        found = filter(used.issuperset, sorted(found, key=min))
         return [[self.names[i] for i in chosen] for chosen in found]
 
     def radial(self, seed):
-        """⟨∂f/∂p, p⟩ of each tensor p, at random weights, for a random direction of the logits."""
-        self.net.zero_grad(set_to_none=False)  # once there, a gradient is not None
+        """⟨∂f/∂p, p⟩ of each tensor p, for random weights and direction of the logits."""
+        self.net.zero_grad(set_to_none=False)  # once there it is not None
+        torch.manual_seed(seed)
+        for x, start in self.start:
+            if x.requires_grad:  # a bias of 0 has symmetries
+                noise = (0.1 * start.square().mean().sqrt() + 0.01) * torch.randn_like(start)
+                x.data = start.to(self.dtype) + noise
         self.outputs(seed, backward=True)
         found, size = torch.zeros(len(self.params), dtype=torch.float64), 1e-300
         for i, p in enumerate(self.params):
             if p.grad is not None:
-                found[i] = (p.detach().double() * p.grad).sum()
-                size += (p.detach().norm() * p.grad.norm()).item()
+                found[i] = (p.data.double() * p.grad).sum()
+                size += (p.data.norm() * p.grad.norm()).item()
         return found / size
 
     def unchanged(self, chosen):
         """Whether the logits stay when these tensors, or their rows, are multiplied."""
-        before = self.outputs(0)
-        changes = [self.outputs(0, chosen, factor) - before for factor in (0.5, 3.0)]
-        return all(change.norm() <= self.tolerance * before.norm() for change in changes)
+        before, change = self.outputs(0), 0.0
+        olds = [(self.params[i], self.params[i].data) for i in chosen]
+        for factor in (0.5, 3.0):
+            for p, old in olds:
+                power = torch.arange(len(p)).cos().to(old) if self.rows else 1
+                p.data = (old.transpose(0, -1) * factor**power).transpose(0, -1)
+            change += (self.outputs(0) - before).norm()
+        for p, old in olds:
+            p.data = old
+        return bool(change <= self.tolerance * before.norm())
 
-    def outputs(self, seed, chosen=(), factor=1.0, backward=False):
-        """The logits at random weights near the start, as a bias of 0 has symmetries that training
-        breaks. chosen: tensors that are multiplied, row by row by powers of the factor."""
+    def outputs(self, seed, backward=False):
+        """The logits; a seed gives the same dropout."""
         for begin in (random.seed, np.random.seed, torch.manual_seed):
             begin(seed)
         for x, start in self.start:
-            x.data = start.to(self.dtype if start.is_floating_point() else start.dtype, copy=True)
-            if x.requires_grad:
-                x.data += 0.1 * torch.randn_like(x) * (x.data.square().mean().sqrt() + 0.1)
-        for i in chosen:
-            p = self.params[i].data.transpose(0, -1)
-            p *= factor ** torch.arange(p.shape[-1]).cos().to(p) if self.rows else factor
+            if not x.requires_grad:
+                dtype = self.dtype if start.is_floating_point() else start.dtype
+                x.data = start.to(dtype, copy=True)
         with _WithoutEps(self.dtype):
             out = logits(self.net, (), self.net(self.batch.clone()))
             if backward and out.requires_grad:
@@ -175,7 +183,7 @@ class _WithoutEps(TorchDispatchMode):
 
     def without_eps(self, x, other):
         """x, or 1e-18 if it is an eps: a small constant, added to what is nowhere negative."""
-        constant = isinstance(x, float)  # of tensors, in a backward pass gradients are constant
+        constant = isinstance(x, float)  # of tensors gradients can be
         if isinstance(x, Tensor) and torch.is_grad_enabled() and not x.requires_grad:
             constant = len(x.unique()) == 1
         small = constant and 0 < torch.as_tensor(x).abs().max() <= MAX_EPS
@@ -187,16 +195,16 @@ class _WithoutEps(TorchDispatchMode):
 def _smallest(null, numel, holds):
     """The disjoint sets that hold of those whose vectors of zeros and ones lie in the space of
     `null`, orthonormal [dimension, n]: the smallest first, then that of more numbers."""
-    from scipy.optimize import Bounds, LinearConstraint, milp  # takes a moment
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
     found, n, one = [], len(numel), np.eye(len(numel))
     rules = [LinearConstraint(one - null.T @ null, -1e-3, 1e-3)]  # x lies in the space
     rules.append(LinearConstraint(one.sum(0), 1))  # not the empty set
-    cost = 1 - numel / (2 * numel.sum()) + 0.01 * np.arange(n) / n**2  # of equals the first
+    cost = 1 - numel / (2 * numel.sum()) + 0.01 * np.arange(n) / n**2
     options = dict(c=cost, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
     while (x := milp(constraints=rules, **options).x) is not None:
         chosen = np.flatnonzero(x > 0.5)
-        most = len(chosen) - 1  # of its tensors, in another set
+        most = len(chosen) - 1  # of these in another set
         if holds(chosen):
             found.append(chosen)
             most = 0
