@@ -1,13 +1,15 @@
 """Name the training regime of each run from its log.
 
-    python regimes.py logs/digits-convnet                a folder: table, boundaries
-    python regimes.py log.csv --chance 2.303             Keras, ten classes
-    python regimes.py metrics.csv trainer_state.json     Lightning; Hugging Face
-    python regimes.py export.csv --columns epoch=Step    W&B
+    python regimes.py logs/digits-convnet         a folder: table, boundaries
+    python regimes.py log.csv --chance 2.303      anybody's log, of ten classes
 
-Convergence: the loss surely falls. Equilibrium: it is level, better than chance, and the start
-is forgotten. Divergence: no better than chance (arXiv 2209.03695).
+The regimes are those of arXiv 2209.03695.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C in an import: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import csv
@@ -15,26 +17,23 @@ import io
 import json
 import os
 import re
-import signal
 import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
-from math import ceil, expm1, hypot, inf, isnan, nan, sqrt
+from itertools import pairwise, zip_longest
+from math import ceil, expm1, hypot, inf, isnan, nan, pi, sqrt
 from pathlib import Path
 
 import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# others' names, best first; "my-run - train/loss" is "loss"
+# others' names and patterns; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
-USUAL["lr"] = "learning_rate"
-LR = r"(lr|learning_rate)_(?!.*(momentum|decay))"  # of a group
-KINDS = ("*.csv", "*.jsonl", "trainer_state.json")
-OURS = ("*.layers.csv", "*.then=*", "regimes.csv", "landscape.csv", "toy.csv")
+USUAL["lr"] = r"learning_rate (lr|learning_rate)_(?!.*(momentum|decay)).*"  # of a group
+LOG = r"(?!(regimes|landscape|toy|.*\.layers)\.csv|.*\.then=).*(\.csv|\.jsonl|trainer_state\.json)"
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 # docs/guide.md: how each was measured, and its price
@@ -53,7 +52,7 @@ Z99 = 2.576  # two-sided, 99 %
 
 def trend(x, y):
     """Slope, half of its 99 % interval, mean, half of its, of the line through the means of blocks,
-    or 3 rows and more. What is left beside it, curvature too, is noise."""
+    or 3 rows and more. What is left beside it is noise."""
     blocks = min(BLOCKS, len(x))
     starts = np.arange(blocks) * len(x) // blocks
     x, y = (np.add.reduceat(z, starts) / np.diff(starts, append=len(z)) for z in (x, y))
@@ -80,8 +79,7 @@ class Verdict:
     broken: bool = False  # by nan, or a gradient of 0
 
     def __str__(self):
-        more = "; twice the length may decide" if self.more_epochs else ""
-        return self.why if self.moves else f"{title(self.regime)}: {self.why}{more}"
+        return self.why if self.moves else f"{title(self.regime)}: {self.why}"
 
 
 def classify(log, chance=None):
@@ -106,10 +104,10 @@ def classify(log, chance=None):
     epoch = finished(log)
     windows = [epoch > epoch[-1] * begin for begin in WINDOWS]
     last = windows[0]
-    n, more = last.sum(), 2 * max(ceil(epoch[-1]), MIN_TAIL)
+    n, longer = last.sum(), 2 * max(ceil(epoch[-1]), MIN_TAIL)
     if n < MIN_TAIL:
         why = f"too short: the last half has {n} of at least {MIN_TAIL} rows"
-        return Verdict(why=why, more_epochs=more)
+        return Verdict(why=why, more_epochs=longer)
 
     angles = finite(log["angle"][last])
     angle = angles.mean() if len(angles) else nan
@@ -119,7 +117,7 @@ def classify(log, chance=None):
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
     if np.median(loss[last]) < nothing or not loss[-2:].any():
         verdict = Verdict("convergence", f"{now}, next to nothing")
-    elif gradient[-1] == 0:
+    elif not gradient[-MIN_TAIL:].any():
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
         why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; lower the learning rate"
         verdict = Verdict(why=f"{why} of what is on no sphere", broken=True)
@@ -128,7 +126,8 @@ def classify(log, chance=None):
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
         verdict = Verdict(*_decide(slopes, turn, skills, now, loss[last].mean()))
         if verdict.regime == "undecided" and skills:
-            verdict.more_epochs = more
+            verdict.more_epochs = longer
+            verdict.why += "; twice the length may decide"
     verdict.skill = next(iter(skills.values()), (nan,))[0]
     if skills and "train_error" not in skills and not angle > RIGHT_ANGLE:
         verdict.notes += ("judged by the loss: no train_error in [0, 1], or no chance of it",)
@@ -148,7 +147,7 @@ def _decide(slopes, turn, skills, now, mean):
         level = []
     decides, margin = min(level or falling or slopes, key=lambda fit: fit[1])
     slope = f"(slope {decides:+.2f} ± {margin:.2f})"
-    told = {told: text for _, told, text in reversed(skills.values())}
+    said = {better: text for _, better, text in reversed(skills.values())}
     regime = "undecided"
     if falls:
         turned = f", turning by {turn:.2g} rad" if known else ""
@@ -159,10 +158,10 @@ def _decide(slopes, turn, skills, now, mean):
         why = f"{now}, but has turned by only {turn:.2g} rad"
     elif not level:
         why = f"{now}, not shown to be level {slope}"
-    elif True in told:
-        regime, why = "equilibrium", f"{told[True]}, level at loss {mean:.3g} {slope}"
-    elif None in told:
-        why = f"too noisy: {told[None]}"
+    elif True in said:
+        regime, why = "equilibrium", f"{said[True]}, level at loss {mean:.3g} {slope}"
+    elif None in said:
+        why = f"too noisy: {said[None]}"
     else:
         texts = ", ".join(text for *_, text in skills.values())
         regime, why = "divergence", f"no better than chance: {texts}"
@@ -184,10 +183,10 @@ def _skills(log, epoch, last, chance, angle):
         _, _, mean, error = trend(np.log(epoch[last]), values)
         spread = Z99 * reference.get("std", 0.0) / sqrt(chance.get("points", 1))
         skill, margin = 1 - mean / by_chance, hypot(error, spread) / by_chance
-        told, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
-        if not told and (skill >= floor or (margin > floor and skill + margin > floor)):
-            told, text = None, f"{text} ± {margin * by_chance:.2g}"
-        skills[name] = skill, told, text
+        better, text = skill - margin >= floor, f"{name[6:]} {mean:.3g} (chance {by_chance:.3g})"
+        if not better and (skill >= floor or (margin > floor and skill + margin > floor)):
+            better, text = None, f"{text} ± {margin * by_chance:.2g}"
+        skills[name] = skill, better, text
     return skills
 
 
@@ -235,15 +234,20 @@ def elr_name(elr):
     return np.format_float_scientific(elr, trim="-", exp_digits=2)
 
 
-def _rows(path):
+def _parsed(path):
     """Names of columns; (line, row), of CSV or JSON."""
     text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
     if text.startswith(("{", "[")):
         try:
             found = json.loads(text)
-            found = found if isinstance(found, list) else found["log_history"]
-        except (ValueError, KeyError):
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError:  # an object a line, the last cut off
+            text = text[: text.rfind("}") + 1].replace("\n{", ",\n{")
+            found = json.loads(f"[{text}]")
+        if isinstance(found, dict):
+            found = found.get("log_history", found)
+        if isinstance(found, dict):  # Keras' history.history, a list of each; or a single row
+            rows = zip_longest(*map(np.atleast_1d, found.values()))
+            found = [dict(zip(["", *found], [i, *row], strict=True)) for i, row in enumerate(rows)]
         return [*dict.fromkeys(name for row in found for name in row)], enumerate(found, 1)
     lines = text.split("\n")
     delimiter = max(",;\t", key=lines[0].count)
@@ -263,35 +267,40 @@ def _names(header, columns):
         places.setdefault(word or "index", []).append(name)  # pandas does not name it
     places |= {name: [name] * header.count(name) for name in header}
     for ours, usual in USUAL.items():
-        words = [columns[ours]] if ours in columns else [ours, *usual.split()]
-        if words[0] == "lr":
-            words += filter(re.compile(LR).match, places)
-        found = next((places[word] for word in words if word in places), [])
+        words = [re.escape(columns[ours])] if ours in columns else [ours, *usual.split()]
+        fits = (place for word in words for place in places if re.fullmatch(word, place))
+        found = places.get(next(fits, None), [])
         if len(found) == 1:
             names[ours] = found[0]
         elif found or ours in columns or ours in ("epoch", "train_loss"):
-            line = ", ".join(header) or "there is nothing"
-            raise ValueError(f"name one column {words[0]}, or say --columns {ours}=COLUMN: {line}")
+            line = f"{ours}=COLUMN: {', '.join(header) or 'there is nothing'}"
+            raise ValueError(f"name one column {columns.get(ours, ours)}, or say --columns {line}")
     return names
 
 
 def read_log(path, columns=None):
     """The columns that we know, rows of an epoch joined. ValueError: it is no log."""
-    at, last, joined = 1, 0.0, {}
+    at, last, joined = 1, {"epoch": 0.0, "step": 0.0}, {}
     try:
-        header, rows = _rows(path)
+        header, rows = _parsed(path)
         names = _names(header, columns or {})
         for at, row in rows:  # noqa: B007
             if row.get(names["epoch"]) == names["epoch"]:
-                raise ValueError("one run a file: the names of the columns come again")
+                raise ValueError("one run a file: the header comes again")
             if None in row:
-                raise ValueError(f"more cells than the {len(header)} of the first line")
+                raise ValueError("more cells than columns")
             cells = {ours: row.get(theirs) for ours, theirs in names.items()}
             numbers = {ours: float(cell) for ours, cell in cells.items() if cell not in (None, "")}
-            epoch = numbers.setdefault("epoch", last)  # Lightning's learning rates have none
-            if not last <= epoch < inf:
-                raise ValueError(f"one run a file, in order: epoch {epoch:g} comes after {last:g}")
-            before, last = joined.setdefault(epoch, {}), epoch
+            if "epoch" not in numbers:  # Lightning's rates, MMEngine's tests
+                numbers |= last
+            for name, before in last.items():
+                now = last[name] = numbers.get(name, before)
+                if not before <= now < inf:
+                    raise ValueError(f"one run a file: {name} {now:g} comes after {before:g}")
+            if numbers.get("angle", 0) > pi:
+                raise ValueError(f"angle {numbers['angle']:g} is above π radians")
+            epoch = numbers["epoch"]
+            before = joined.setdefault(epoch, {})
             if "train_loss" in before and "train_loss" in numbers:
                 raise ValueError(f"drop a row, or say --columns epoch=STEPS: epoch {epoch:g} again")
             before.update(numbers)
@@ -299,9 +308,7 @@ def read_log(path, columns=None):
         if not whole:
             raise ValueError("no row with a loss")
     except Exception as error:  # damaged files can fail anywhere
-        why = str(getattr(error, "strerror", error))[:200]
-        if isinstance(error, UnicodeDecodeError):
-            why = "unpack it, or save it as UTF-8"
+        why, at = str(getattr(error, "strerror", error))[:200], getattr(error, "lineno", at)
         raise ValueError(f"{path}: line {at}: {why}") from None
     return {ours: np.array([row.get(ours, nan) for row in whole]) for ours in names}
 
@@ -309,12 +316,12 @@ def read_log(path, columns=None):
 def read_chance(folder):
     """Of config.json, by seed. ValueError: it is damaged."""
     path = folder / "config.json"
-    if not path.exists():
-        return {}
     try:
         chance = json.loads(path.read_bytes()).get("chance", {})
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
+    except FileNotFoundError:
+        return {}
     except Exception:
         raise ValueError(f"{path} is damaged") from None
     return chance
@@ -327,29 +334,26 @@ def read_run(path, chance, columns=None):
     elr = log["elr"][-1] if "elr" in log else float(named.get("elr", nan))
     seed = int(float(named.get("seed", 0)))
     reference = chance.get(str(seed), chance.get(""))
-    verdict, loop = classify(log, reference), lab_loop()
+    verdict = classify(log, reference)
     if verdict.moves or not 0 < elr < inf:
         elr = nan
-    if verdict.moves and loop and loop.is_loop(log):
-        verdict.why = str(loop.classify_loop([log], reference))
     return Logged(path, float(elr), seed, log, verdict, reference)
 
 
-def lab_loop():
-    """lab.loop, or None without lab."""
+def in_words(runs):
+    """Lines; of moving ELRs by lab.loop, if it is there."""
     try:
-        from lab import loop
+        from lab.loop import summary
     except ImportError:
-        return None
-    return loop
+        return map(str, runs)
+    return summary(runs)
 
 
 def gather(paths, columns=None, chance=None):
     """Runs, sorted, and problems. `chance`: instead of config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
-        found = [log for kind in KINDS for log in sorted(path.glob(kind))]
-        found = [log for log in found if not any(map(log.match, OURS))]
+        found = sorted(log for log in path.glob("*") if re.fullmatch(LOG, log.name))
         logs += found if path.is_dir() else [path]
     if not logs:
         problems.append(f"{paths[0]}: no logs here")
@@ -418,8 +422,8 @@ ENDS = "train_loss train_error test_error grad_norm angle".split()
 MEDIANS = ["skill", "slope", *ENDS]
 
 
-def rows(runs):
-    """A row per run that has an ELR; of ENDS means over the last tenth."""
+def rows_of(runs):
+    """A row per run with an ELR; ENDS are means over the last tenth."""
     found = []
     for run in runs:
         verdict, elrs = run.verdict, run.log.get("elr", [run.elr])
@@ -435,18 +439,16 @@ def rows(runs):
 
 def table(runs):
     """Medians by ELR, boundaries, the other runs."""
-    lines, loop = [], lab_loop()
+    lines = []
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
-        medians = [np.median([row[name] for row in rows(group)]) for name in MEDIANS]
+        medians = [np.median([row[name] for row in rows_of(group)]) for name in MEDIANS]
         cells = "".join(f"{median:12.4g}" for median in medians).replace("nan", "  –")
         lines.append(f"{elr_name(elr):>10}  {title(regime):<20}{n:>3}/{len(group)}{cells}")
     if lines:
         heads = "".join(f"{name.replace('_', ' '):>12}" for name in MEDIANS)
         lines = [f"{'ELR':>10}  {'regime':<20}seeds{heads}", *lines, *map(str, boundaries(runs))]
-    others = [run for run in runs if isnan(run.elr)]
-    lines += loop.summary(others) if loop else map(str, others)
-    return "\n".join(lines)
+    return "\n".join([*lines, *in_words(run for run in runs if isnan(run.elr))])
 
 
 def csv_lines(rows):
@@ -485,7 +487,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def finish(main):
-    """Exit as `main` says, silently at Ctrl-C or if the reader is gone (| head)."""
+    """Exit as `main` says; Ctrl-C, | head and a full disk are no tracebacks."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
@@ -495,6 +497,8 @@ def finish(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as error:
+        status = f"error: {error.filename}: {error.strerror}"
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
@@ -516,19 +520,15 @@ def main(argv=None):
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
     chance = {name: {"mean": x} for name, x in zip(reversed(FLOORS), args.chance, strict=False)}
     runs, problems = gather(args.paths, columns, chance)
-    text, folder, found = "\n".join(map(str, runs)), args.paths[0], rows(runs)
+    text, folder, found = "\n".join(in_words(runs)), args.paths[0], rows_of(runs)
     if any(path.is_dir() for path in args.paths):
         text = table(runs)
-        text += "\nno regimes.csv: no run here has an ELR" if runs and not found else ""
-    if found and folder.is_dir() and len(args.paths) == 1:
-        try:
-            write_csv(folder / "regimes.csv", found)
-        except OSError as error:
-            problems.append(f"{folder / 'regimes.csv'} not written: {error.strerror}")
     if text:
         print(text)
     for problem in problems:
         print(f"regimes.py: error: {problem}", file=sys.stderr)
+    if found and folder.is_dir() and len(args.paths) == 1:
+        write_csv(folder / "regimes.csv", found)
     return 2 if problems else 0
 
 

@@ -32,7 +32,7 @@ from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.experiment import prepare, what_next
 from lab.jobs import Watch, heed_stops, side_by_side
-from lab.machine import Captured, keep_memory, use
+from lab.machine import Captured, keep_memory, set_device
 from lab.options import parse
 from lab.schedules import value_at
 from sphere_step import SphereSGD
@@ -135,7 +135,7 @@ class Run:
         self.identity = config.identity() | dict(value=job.value, seed=job.seed, name=job.name)
         torch.manual_seed(job.seed)
         self.net = own.build(config, self.data).to(config.device)
-        use(config.device, config.dtype)  # over what that has set
+        set_device(config.device, config.dtype)  # over what that has set
         if job.init:
             self.net.load_state_dict(job.init["net"])
         self.began_from = job.init and job.init["checksum"]  # the end of another run

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 import models
 import regimes
 import train
-from lab import kernels, measure, witness
+from lab import groups, kernels, measure
 from lab.data import load
 from lab.experiment import prepare
-from lab.machine import Captured, keep_memory, use
+from lab.machine import Captured, keep_memory, set_device
 from lab.options import parse
 from lab.runs import Job, number
 from models import MODELS
@@ -98,7 +98,7 @@ def checks():
         found[name] = partial(convolution_error, threads), 1e-5
     for model, dtype in product(MODELS, ("fp32", "bf16")):
         name = f"gradients along the weights, {model}, {dtype}"
-        found[name] = partial(largest_share, model, dtype), witness.ROUNDING[dtype]
+        found[name] = partial(largest_share, model, dtype), groups.ROUNDING[dtype]
     if DEVICE == "cuda":
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
@@ -110,7 +110,7 @@ def checks():
 
 def check(found):
     """Is this machine right? A line per check with its error. Returns 1 if one is wrong."""
-    use(DEVICE)
+    set_device(DEVICE)
     wrong = 0
     for name, (error_of, most) in found.items():
         print(f"{name:60}", end="", flush=True)  # should it crash, one sees where
@@ -201,11 +201,11 @@ def convolution_error(threads):
 def largest_share(model, dtype):
     """The largest share of a gradient along the weights, over widths."""
     worst, data = 0.0, load("modular" if model == "transformer" else "digits", device=DEVICE)
-    options = Namespace(batch_size=16, dtype=dtype)
+    config = Namespace(batch_size=16, dtype=dtype)
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
         net = models.build(model, data, width=width).to(DEVICE)
         spheres = measure.spheres_of(net.layer_groups, "layer")
-        shares = witness.radial_shares(net, spheres, data, options)
+        shares = groups.radial_shares(net, spheres, data, config)
         worst = max(worst, shares.max().item())
     return worst
 

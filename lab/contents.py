@@ -12,13 +12,14 @@ from importlib.util import source_from_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = """train.py sphere_step.py models.py lab/data.py lab/own_data.py lab/measure.py
-    lab/schedules.py lab/own.py lab/groups.py lab/invariance.py lab/machine.py""".split()
+# Ours that make no numbers; all others of lab do.
+NO_NUMBERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/curvature.py
+    lab/experiment.py lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py
+    lab/options.py lab/runs.py lab/style.py lab/toy.py""".split()
+SCRIPTS = {"train.py", "sphere_step.py", "models.py"}
+SCRIPTS |= {f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")} - {*NO_NUMBERS}
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
-OTHERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/curvature.py
-    lab/experiment.py lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py
-    lab/options.py lab/runs.py lab/style.py lab/toy.py lab/witness.py""".split()  # make no numbers
 WRITING = os.O_WRONLY | os.O_CREAT
 _recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 
@@ -26,7 +27,7 @@ _recordings = []  # of `recorded`, the innermost last: (file, whether it is writ
 def contents(data, files=()):
     """Name → hash: of our scripts and what they import beside them, of somebody's files, of the
     arrays of the data. Of a script its syntax tree counts, not comments, docstrings and layout."""
-    paths = {name: ROOT / name for name in SCRIPTS}
+    paths = {name: ROOT / name for name in sorted(SCRIPTS)}
     for path in sorted({*files, *imported_beside_ours()} - set(paths.values())):
         name = seen_from_here(path)
         if name in paths:  # theirs is called like one of ours
@@ -91,7 +92,7 @@ def is_library(file):
     """Whether it is of a library or ours, is no file, as "<string>", or torch.compile's."""
     path = Path(file)
     places = {path, *path.parents}
-    ours = {ROOT / name for name in SCRIPTS + OTHERS}
+    ours = {ROOT / name for name in SCRIPTS.union(NO_NUMBERS)}
     installed = {"site-packages", "dist-packages"} & set(path.parts)
     generated = str(file).startswith("<") or "/torchinductor_" in str(file)
     return bool(installed or generated or places & {*ours, STANDARD_LIBRARY, Path("/proc")})

@@ -74,14 +74,17 @@ def load(name: str, modulus: int = 31, device: str = "cpu", root: str = "data") 
 def normalize(data):
     """Mean 0 and deviation 1 over the training set, by column or channel; 0 where it is constant.
     Images uint8 stay so, and are normalized batch by batch."""
-    over = [0, 2, 3][: data.x.dim() - 1]
-    std, mean = torch.std_mean(data.x.double(), over, keepdim=True)
-    std[std <= 1e-15 * mean.abs()] = torch.inf  # constant but for rounding
+    over, parts = [0, 2, 3][: data.x.dim() - 1], (data.x.double(), data.test_x.double())
+    low, high = (end(parts[0], over, keepdim=True) for end in (torch.amin, torch.amax))
+    size = high - low  # the unit, so that squares neither vanish nor overflow
+    constant = size <= torch.finfo(torch.float64).eps * low.abs()  # but for rounding
+    size[constant] = 1
+    std, mean = torch.std_mean((parts[0] - low) / size, over, keepdim=True)
+    std[constant] = torch.inf
     if data.x.dtype == torch.uint8:
-        data.mean, data.std = mean[0].float(), std[0].float()
+        data.mean, data.std = (low + size * mean)[0].float(), (size * std)[0].float()
     else:
-        data.x = ((data.x - mean) / std).float()
-        data.test_x = ((data.test_x - mean) / std).float()
+        data.x, data.test_x = ((((x - low) / size - mean) / std).float() for x in parts)
 
 
 def modular(p):

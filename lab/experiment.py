@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 
 import regimes
-from lab import groups, own
+from lab import own
 from lab.contents import contents
 from lab.data import Data, add_label_noise, load
+from lab.groups import layer_groups
 from lab.machine import choose_threads, cores
 from lab.options import COURSE, DATA, MACHINE, NETWORK, RUNS, STEP, Config, refuse, refusing
 from lab.runs import add_to_config, open_folder
@@ -34,18 +35,18 @@ def prepare(config):
     config.jobs = min(config.jobs, len(config.values) * config.seeds)
     data = read_data(config)
     with refusing("model"):
-        net, x, layer_groups = groups.layer_groups(config, data)
+        net, x, groups = layer_groups(config, data)
     choose_threads(config, net, x)
     made_by = contents(data, own.files_of(config.model))
     with refusing("out"):
         given, config.out = config.out, config.folder()
-        told = open_folder(config.out, config.identity(), made_by, given)
+        note = open_folder(config.out, config.identity(), made_by, given)
         about = dict(command=config.given, threads=config.threads, labels=data.labels)
         about["versions"] = {"python": sys.version.split()[0], "torch": torch.__version__}
         add_to_config(config.out, **about)
-    if told:
-        print(told, file=sys.stderr)  # the ranks of torchrun but the first have no stdout
-    return Experiment(config, data, layer_groups, made_by)
+    if note:
+        print(note, file=sys.stderr)  # the ranks of torchrun but the first have no stdout
+    return Experiment(config, data, groups, made_by)
 
 
 def read_data(config):
@@ -71,10 +72,10 @@ def what_next(config, found):
     just above the boundary of convergence, go on well below it. Then the angle, which needs no
     sweep; these with the step, network and data of this one."""
     commands, shared = [], config.words(STEP, NETWORK, DATA)
-    more = max(run.verdict.more_epochs or 0 for run in found)
-    if more and config.mode == "elr" and config.constant and not config.average:
+    longer = max(run.verdict.more_epochs or 0 for run in found)
+    if longer and config.mode == "elr" and config.constant and not config.average:
         again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
-        commands.append([*again, "--epochs", str(max(more, 2 * config.epochs))])
+        commands.append([*again, "--epochs", str(max(longer, 2 * config.epochs))])
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
         high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"

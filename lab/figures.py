@@ -1,6 +1,8 @@
-"""The pictures: of sweeps, loops, the toy, the landscape.
+"""The pictures.
 
-python -m lab.figures logs/digits-convnet        a sweep or a loop again, from its CSVs
+    python -m lab.figures logs/digits-convnet        a sweep or a loop again, from its CSVs
+
+Those of the toy and of the landscape are drawn by their own commands.
 """
 
 import math
@@ -32,16 +34,16 @@ class Report:
     """regimes.csv and the pictures of a folder, renewed after each run; the pictures as long as
     drawing takes less than a twentieth of the time, which it takes from the runs."""
 
-    def __init__(self, options):
-        self.options, self.stale, self.next_drawing = options, True, 0.0
+    def __init__(self, config):
+        self.config, self.stale, self.next_drawing = config, True, 0.0
         self.pictures = []
 
     def renew(self, last=False):
-        out, began = self.options.out, time.monotonic()
+        out, began = self.config.out, time.monotonic()
         runs = regimes.read_folder(out)
-        if self.options.rank or not runs:
+        if self.config.rank or not runs:
             return runs
-        regimes.write_csv(out / "regimes.csv", regimes.rows(runs))
+        regimes.write_csv(out / "regimes.csv", regimes.rows_of(runs))
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):
             self.pictures = draw(runs, out)
@@ -69,21 +71,25 @@ def draw(runs, out):
 
 def of_sweep(runs, path):
     """Of each kind of run all epochs; above, of several values, the ends against them."""
-    rows, layout = [], []
+    panels, layout = [], []
     for kind, groups in by_value(runs).items():
         there = {column for group in groups.values() for run in group for column in run.log}
         error = "test_error" if "test_error" in there else "train_error"
         wanted = [(_epochs, "grad_norm" if kind == "ELR" else "elr")]
         if len(groups) > 1 and kind:
             wanted.insert(0, (_ends, "angle" if kind == "ELR" else "elr"))
-        for draw_row, third in wanted:
+        for draw_panels, third in wanted:
             columns = [column for column in ("train_loss", error, third) if column in there]
             width = 6 // len(columns)
-            layout.append([f"{len(rows)} {column}" for column in columns for _ in range(width)])
-            rows.append((draw_row, kind, groups, columns))
-    fig, axes = style.subplots(layout, 0.6 + 2.5 * len(rows))
-    for i, (draw_row, kind, groups, columns) in enumerate(rows):
-        draw_row(kind, groups, {column: axes[f"{i} {column}"] for column in columns})
+            layout.append([f"{len(panels)} {column}" for column in columns for _ in range(width)])
+            panels.append((draw_panels, kind, groups, columns))
+    fig, axes = style.subplots(layout, 0.6 + 2.5 * len(panels))
+    for i, (draw_panels, kind, groups, columns) in enumerate(panels):
+        of_columns = {column: axes[f"{i} {column}"] for column in columns}
+        first, *others = of_columns.values()
+        for ax in others:  # of a dead run one may have less to show
+            ax.sharex(first)
+        draw_panels(kind, groups, of_columns)
     style.save(fig, path)
 
 
@@ -92,7 +98,7 @@ def by_value(runs):
     their names → runs."""
     kinds = {}
     for run in runs:
-        named = re.match(r"(elr|angle|lr)=(\d+(\.\d+)?(e[+-]?\d+)?)", run.path.name)
+        named = re.match(rf"(elr|angle|lr)=({regimes.NUMBER})", run.path.name)
         kind, value = "", style.readable(run.name).lstrip("_")[-30:]
         if run.elr > 0:
             kind, value = "ELR", run.elr
@@ -146,9 +152,9 @@ def _epochs(kind, groups, axes):
             for second in second_runs(run).values():
                 lines.append((second.log, end, dict(ls=":")))
                 xlabel = "epoch (dotted: second runs, --then)"
-            for (log, start, more), (column, ax) in product(lines, axes.items()):
+            for (log, start, own_look), (column, ax) in product(lines, axes.items()):
                 if column in log:
-                    ax.plot(start + log["epoch"], log[column], **look, **more)
+                    ax.plot(start + log["epoch"], log[column], **look, **own_look)
     for column, ax in axes.items():
         style.logarithmic(ax, OUTSIDE.get(column, math.inf))
         ax.set(xlabel=xlabel, title=TITLES[column])
@@ -270,10 +276,7 @@ def main(argv=None):
     runs, problems = regimes.gather([path])
     for problem in problems:
         print(f"lab.figures: error: {problem}", file=sys.stderr)
-    try:
-        pictures = draw(runs, folder)
-    except OSError as error:
-        parser.error(f"{folder} cannot be written: {error.strerror}")
+    pictures = draw(runs, folder)
     if pictures:
         print(f"written: {', '.join(map(str, pictures))}")
     return 2 if problems else 0

@@ -30,10 +30,10 @@ class Watch:
         """The jobs that have not reported their end."""
         return [job for job in self.jobs if job.name not in self.finished]
 
-    def tell(self, what, name, *details):
+    def tell(self, event, name, *details):
         """A run's message: "epoch" (epoch, epochs, text), "finished" (verdict, whether there was
         nothing to do), "busy" (text), "failed" (text)."""
-        if what == "epoch":
+        if event == "epoch":
             epoch, epochs, shown = details
             self.epochs[name] = epoch, epochs
             done, total = map(sum, zip(*self.epochs.values(), strict=True))
@@ -43,14 +43,14 @@ class Watch:
             if time.monotonic() > self.next_line and self.bar.disable:
                 print(f"epoch {done} of {total}; {name}: {shown}", flush=True)
                 self.next_line += 60
-        elif what == "finished":
+        elif event == "finished":
             self.finished.add(name)
-            text, nothing_to_do = details
+            verdict, nothing_to_do = details
             done = " (already done)" if nothing_to_do else ""
-            tqdm.write(f"{name}{done}: {text}", file=sys.stdout)
+            tqdm.write(f"{name}{done}: {verdict}", file=sys.stdout)
             sys.stdout.flush()
             self.renew()
-        elif what == "failed":
+        elif event == "failed":
             self.failed = True
             self.finished.add(name)
             tqdm.write(f"train.py: error: {name}: {details[0]}", file=sys.stderr)
@@ -101,9 +101,9 @@ def _worker(work, experiment, jobs, pipe):
     torch.set_num_threads(experiment.config.threads)
 
     def tell(*message):
-        what, *_, last = message
-        done_before = what == "finished" and last
-        if what != "busy" and not done_before:  # the parent tells these itself
+        event, *_, last = message
+        done_before = event == "finished" and last
+        if event != "busy" and not done_before:  # the parent tells these itself
             pipe.send(message)
 
     work(experiment, jobs, tell)

@@ -30,7 +30,7 @@ from lab import figures, measure, own
 from lab.contents import changed, contents
 from lab.curvature import SAMPLES, batch_sharpness, largest, operators, trace
 from lab.data import Data, add_label_noise, load
-from lab.machine import cores, find_device, use
+from lab.machine import cores, find_device, set_device
 from lab.runs import load_checkpoint, number
 
 
@@ -41,7 +41,7 @@ class Point:
     path: Path
     net: nn.Module
     data: Data
-    options: dict
+    config: Namespace
     spheres: list[dict]
 
     def vectors(self):
@@ -49,7 +49,7 @@ class Point:
 
     def network(self):
         """Another one of its kind. Not every network can be copied."""
-        return own.build(Namespace(**self.options), self.data).to(self.data.x.device)
+        return own.build(self.config, self.data).to(self.data.x.device)
 
 
 def read(path, device="cpu"):
@@ -57,17 +57,17 @@ def read(path, device="cpu"):
     state = load_checkpoint(path, device)
     if state is None:
         raise ValueError(f"{path}: there is no such file")
-    options = state["identity"]
-    data = _data(options["data"], options["modulus"], options["label_noise"], device)
-    point = Point(path, None, data, options, state["spheres"])
+    config = Namespace(**state["identity"])
+    data = _data(config.data, config.modulus, config.label_noise, device)
+    point = Point(path, None, data, config, state["spheres"])
     point.net = point.network()
     try:
         point.net.load_state_dict(state["net"])
     except RuntimeError:
-        model = options["model"]
-        raise ValueError(f"{path}: {model} has changed since: its weights do not fit") from None
+        cause = f"{config.model} has changed since: its weights do not fit"
+        raise ValueError(f"{path}: {cause}") from None
     if "contents" in state:  # else it is of version 0.3
-        here = contents(data, own.files_of(options["model"]))
+        here = contents(data, own.files_of(config.model))
         _note(changed({name: x for name, x in state["contents"].items() if name in here}, here))
     return point
 
@@ -144,8 +144,8 @@ def distances(points):
         parts |= {name: [{"names": [name], "rows": False}] for name in sphere["names"]}
     for name, spheres in parts.items():
         places = [measure.vectors(point.net, spheres) for point in points]
-        rows = [[measure.angles(x, y).mean().item() for y in places] for x in places]
-        parts[name] = np.array(rows)
+        angles = [[measure.angles(x, y).mean().item() for y in places] for x in places]
+        parts[name] = np.array(angles)
     return parts
 
 
@@ -234,7 +234,7 @@ def main(argv=None):
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
     try:
         args.device = find_device(args.device)
-        use(args.device)
+        set_device(args.device)
         args.show(args)
     except BrokenPipeError:
         raise
@@ -283,9 +283,9 @@ def show_curvature(args):
             shown = ", ".join(f"{value:.5g}" for value in values)
             print(f"  {name}: largest eigenvalues {shown}; trace {trace(operator):.5g}")
             if name == "hessian":
-                trained = "trained at {mode} {value:g}".format_map(point.options)
+                trained = f"trained at {point.config.mode} {point.config.value:g}"
                 print(f"  2/λ_max = {2 / values[0]:.4g}: descent above is unstable; {trained}")
-        size = point.options["batch_size"]
+        size = point.config.batch_size
         mean, error = batch_sharpness(point, size)
         print(
             f"  batch sharpness {mean:.4g} ± {error:.2g}, batches of {size}; 2/it = {2 / mean:.4g}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regimes import FLOORS, NEGLIGIBLE, NUMBER, Z99, read_run
+from regimes import FLOORS, MIN_TAIL, NEGLIGIBLE, NUMBER, Z99, read_run
 
 SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
 LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
@@ -48,9 +48,9 @@ class Loop:
 
     def __str__(self):
         lines = []
-        for name, what in SAYS.items():
+        for name, sentence in SAYS.items():
             if getattr(self, name):
-                lines.append(what.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
+                lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
         no = "no freezing shown: where the loss falls steeply, if at all, the noise is larger"
         if self.freezes:
             slower = f"--epochs {4 * self.passes} goes through it more slowly"
@@ -132,7 +132,7 @@ def of_mean(logs, chance):
             return Loop(problem=f"{where}: {LOWER}")
         gradient = log.get("grad_norm", np.ones(1))
         alive = len(np.trim_zeros(gradient, "b"))
-        if alive < len(gradient) and log["train_loss"][-1] > 0:
+        if alive <= len(gradient) - MIN_TAIL and log["train_loss"][-1] > 0:
             where = f"dead: the gradient is 0 from ELR {log['elr'][alive]:.3g} on, for good"
             return Loop(problem=f"{where}: {LOWER}")
     elrs, loss = legs(logs, "train_loss")
@@ -153,17 +153,17 @@ def of_mean(logs, chance):
             of_column = 1 - legs(logs, name)[1] / mean
             better |= of_column > floor
             skill = of_column if name == "train_error" else skill
-    told = len(elrs) - 1
+    top_better = len(elrs) - 1
     if better.any(1).all() and not better[:, -1].any():
         ends = [np.flatnonzero(way)[-1] for way in better]
-        told = min(ends)
-        found.divergence = elrs[told], elrs[max(ends) + 1]
+        top_better = min(ends)
+        found.divergence = elrs[top_better], elrs[max(ends) + 1]
 
     # Down to which ELR the ways agree
     apart = np.abs(y[1] - y[0]) > SAME + Z99 * np.hypot(*error)
-    lowest = np.flatnonzero(np.append(True, apart[: told + 1]))[-1]
-    if lowest < told:
-        found.reversible = elrs[lowest], elrs[told]
+    lowest = np.flatnonzero(np.append(True, apart[: top_better + 1]))[-1]
+    if lowest < top_better:
+        found.reversible = elrs[lowest], elrs[top_better]
 
     if skill.max() < LEARNED:
         found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
@@ -219,14 +219,18 @@ def _spread(values):
 
 
 def summary(runs):
-    """Lines on runs whose ELR moves, by what was set: what a loop shows, or test error, loss and
-    range of the ELR over the seeds; that of second runs; and the best."""
+    """Lines on runs. Of those whose ELR moves, by what was set: what a loop shows, or test error,
+    loss and range of the ELR over the seeds; that of second runs; and the best."""
     lines, errors, groups = [], {}, {}
-    for run in sorted(runs, key=lambda run: [*map(float, re.findall(NUMBER, run.name)), math.inf]):
+    for run in sorted(
+        runs, key=lambda run: [*map(float, re.findall(NUMBER, run.name))] or [math.inf]
+    ):
         groups.setdefault(run.name.split(" seed")[0], []).append(run)
     for name, group in groups.items():
         logs, seeds = [run.log for run in group], f"{len(group)} seeds"
-        if all(map(is_loop, logs)):
+        if group[0].elr > 0:
+            lines += map(str, group)
+        elif all(map(is_loop, logs)):
             whose = f"{name}, {seeds}" if len(group) > 1 else name
             lines.append(f"{whose}: {classify_loop(logs, group[0].chance)}")
         elif all({"elr", "test_error"} <= log.keys() for log in logs):

@@ -24,7 +24,7 @@ def find_device(name):
     return device
 
 
-def use(device, dtype="fp32"):
+def set_device(device, dtype="fp32"):
     """Make it the current device, where float32 is float32: convolutions are TF32 by default.
 
     The setters are those of before torch 2.9: after fp32_precision others can no longer be read."""
@@ -62,19 +62,19 @@ class Captured:
         return tuple(x.clone() for x in self.out)
 
 
-def choose_threads(options, net, x):
+def choose_threads(config, net, x):
     """CPU threads of a run: one; if it is the only one, one per 200 MFLOP of a step. With less to
     do, a second thread costs more than it gives."""
-    if options.threads is None:
-        options.threads = 1
-        most = 6e-6 * options.batch_size * x[0].numel() * sum(p.numel() for p in net.parameters())
-        if options.jobs == 1 and options.device == "cpu" and most > 300:  # to count takes a second
+    if config.threads is None:
+        config.threads = 1
+        most = 6e-6 * config.batch_size * x[0].numel() * sum(p.numel() for p in net.parameters())
+        if config.jobs == 1 and config.device == "cpu" and most > 300:  # to count takes a second
             with FlopCounterMode(display=False) as counter:
                 net.train()(x).sum().backward()
-            mflop = counter.get_total_flops() / 1e6 / len(x) * options.batch_size
-            options.threads = max(1, min(cores(), round(mflop / 200)))
-    if options.jobs == 1:
-        torch.set_num_threads(options.threads)
+            mflop = counter.get_total_flops() / 1e6 / len(x) * config.batch_size
+            config.threads = max(1, min(cores(), round(mflop / 200)))
+    if config.jobs == 1:
+        torch.set_num_threads(config.threads)
 
 
 def keep_memory():

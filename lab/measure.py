@@ -27,16 +27,16 @@ def loss_and_error(logits, y):
 
 
 class Means:
-    """What an epoch's steps were like on average; the host seldom waits for the device. sphere: a
-    SphereSGD; plain_sgd: makes the steps, where that only measures."""
+    """What an epoch's steps were like on average; the host seldom waits for the device. plain_sgd
+    makes the steps, where sphere_sgd only measures."""
 
-    def __init__(self, sphere, plain_sgd=None):
-        self.sphere, self.plain_sgd = sphere, plain_sgd
+    def __init__(self, sphere_sgd, plain_sgd=None):
+        self.sphere_sgd, self.plain_sgd = sphere_sgd, plain_sgd
         self.kept, self.steps = [], 0
         self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
     def add(self, *step):
-        """loss, wrong [batch], and `sphere.last`."""
+        """loss, wrong [batch], and `sphere_sgd.last`."""
         self.kept.append(step)
         if len(self.kept) == KEPT:
             self._sum_up()
@@ -47,14 +47,14 @@ class Means:
         losses, wrong, *last = (torch.stack(x) for x in zip(*self.kept, strict=True))
         self.steps += len(self.kept)
         self.kept = []
-        stats, layers = self.sphere.stats(last), self.sphere.layer_stats(last)
+        stats, layers = self.sphere_sgd.stats(last), self.sphere_sgd.layer_stats(last)
         if self.plain_sgd:
             group = self.plain_sgd.param_groups[0]
             lr = group["lr"] / (1 - group.get("momentum", 0))
             for found, norm in ((stats, "radius"), (layers, "norm")):
                 found["elr"] = lr / found[norm] ** 2
                 found["angle"] = (found["elr"] * found["grad_norm"]).atan()
-        if self.sphere.defaults["angle"]:  # of the means: in some steps γ is next to 0
+        if self.sphere_sgd.defaults["angle"]:  # of the means: in some steps γ is next to 0
             elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
             stats["elr"] = elr.expand_as(stats["elr"])
         columns = {
@@ -75,7 +75,7 @@ class Means:
         return {name: (x / self.steps).item() for name, x in self.sums.items()}
 
     def layers(self, spheres, epoch):
-        """A row for each tensor on these spheres: epoch, its name, means."""
+        """A row per tensor on these spheres: epoch, name, means."""
         self._sum_up()
         columns = {name: (x / self.steps).tolist() for name, x in self.layer_sums.items()}
         names, rows = [name for sphere in spheres for name in sphere["names"]], []

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
@@ -21,13 +22,13 @@ OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
 LOADED = {}  # somebody's file → it, and all files that were read for it
 
 
-def build(options, data):
-    """The network that `options` name for these data, by model, width, affine and train_head.
+def build(config, data):
+    """The network that `config` names for these data, by model, width, affine and train_head.
     Raises ValueError where that cannot be."""
-    if ":" in options.model:
-        return load(options.model, data)
-    ours = dict(width=options.width, affine=options.affine, train_head=options.train_head)
-    return models.build(options.model, data, **ours)
+    if ":" in config.model:
+        return load(config.model, data)
+    ours = dict(width=config.width, affine=config.affine, train_head=config.train_head)
+    return models.build(config.model, data, **ours)
 
 
 def load(model, data):
@@ -158,16 +159,22 @@ def running(model):
         yield
 
 
-def rehearse(net, data, options):
+def rehearse(net, data, config):
     """Raises ValueError where the network cannot be run on a batch as it will be."""
-    size = options.batch_size
+    size = config.batch_size
     x = data.inputs(torch.arange(size, device=data.x.device))
-    bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=options.dtype == "bf16")
+    bf16 = torch.autocast(x.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
     read = nullcontext()
-    if ":" in options.model:  # it may import something in training alone
-        read = recorded(files_of(options.model))
-    with explained(f"{options.model} cannot be trained on a batch of {size}"), bf16, read:
+    if ":" in config.model:  # it may import something in training alone
+        read = recorded(files_of(config.model))
+    with explained(f"{config.model} cannot be trained on a batch of {size}"), bf16, read:
         out = net(x)
         if out.shape != (size, data.classes):
             wanted = f"[{size}, {data.classes} classes]"
             raise ValueError(f"the network's output is {list(out.shape)}, not {wanted}")
+        if any(getattr(layer, "sparse", False) for layer in net.modules()):
+            raise ValueError("its gradients are sparse: leave sparse=True out")
+        if config.average:
+            deepcopy(net)(x).sum().backward()
+            if any(p.grad is not None for p in net.parameters()):
+                raise ValueError("a copy, as --average takes, computes with the original's weights")

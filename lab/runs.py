@@ -25,6 +25,7 @@ import torch
 
 import regimes
 from lab.contents import ROOT, changed
+from lab.loop import classify_loop, is_loop
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
@@ -84,8 +85,8 @@ def result(path):
     """What a run gave, in a line: its regime; where its ELR moves, how it ended."""
     run = read_run(path)
     error = f"test error {run.final('test_error'):.3f}"
-    if path.name.startswith("loop="):
-        return str(run.verdict)
+    if is_loop(run.log):
+        return str(classify_loop([run.log], run.chance))
     if run.verdict.moves:
         loss, elr = run.final("train_loss"), run.log["elr"]
         return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}"
@@ -104,9 +105,9 @@ def is_expected(error):
     return isinstance(error, ValueError) and ours
 
 
-def open_folder(out, options, contents, given):
+def open_folder(out, identity, contents, given):
     """Make the folder, or find that its runs have these options and were made by these contents.
-    Where not, the old runs move into out/before-1, or -2, …: returns what is to be told of it.
+    Where not, the old runs move into out/before-1, or -2, …: returns a note on it.
 
     Raises ValueError, having changed nothing, where the folder cannot be written, where its runs
     are in progress, or have other options although this folder was `given`."""
@@ -114,22 +115,22 @@ def open_folder(out, options, contents, given):
         out.mkdir(parents=True, exist_ok=True)
         with lock(out / "folder.lock", patient=True):
             remove_leftovers(out)
-            config, told = read_config(out), ""
+            about, note = read_config(out), ""
             if not [old for pattern in LOGS for old in out.glob(pattern)]:
-                config = {}
-            elif "contents" not in config:
-                told = "Version 0.4 has changed things"
+                about = {}
+            elif "contents" not in about:
+                note = "Version 0.4 has changed things"
             else:
-                told = difference(config["options"], options)
-                if told and given:
-                    what = f"{out} holds runs with other options ({told})"
-                    raise ValueError(f"{what}: choose another --out, or remove it")
-                told = told or changed(config["contents"], contents)
-            if told:
-                told += f": trained anew; the old runs are in {move_aside(out)}"
-            if told or not config:
-                write_config(out, {"options": options, "contents": contents})
-            return told
+                note = difference(about["options"], identity)
+                if note and given:
+                    others = f"{out} holds runs with other options ({note})"
+                    raise ValueError(f"{others}: choose another --out, or remove it")
+                note = note or changed(about["contents"], contents)
+            if note:
+                note += f": trained anew; the old runs are in {move_aside(out)}"
+            if note or not about:
+                write_config(out, {"options": identity, "contents": contents})
+            return note
     except Busy as busy:
         raise ValueError(f"{busy}: wait for it, or choose another --out") from None
     except OSError as error:
@@ -142,16 +143,16 @@ def read_config(out):
     if not path.exists():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for part in (config["options"], config.get("contents", {})):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        for part in (about["options"], about.get("contents", {})):
             part.keys()
-        return config
+        return about
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: choose another --out, or remove it") from None
 
 
-def write_config(out, config):
-    text = json.dumps(config, indent=2, default=str) + "\n"
+def write_config(out, about):
+    text = json.dumps(about, indent=2, default=str) + "\n"
     regimes.write_whole(out / "config.json", text.encode())
 
 
@@ -208,11 +209,11 @@ def load_checkpoint(path, device, identity=None, contents=None):
         there = dict(state["identity"])
     except Exception:  # what is no checkpoint can fail anywhere
         raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {AGAIN}") from None
-    what = difference(there, identity) if identity else ""
-    if contents and not what:
-        what = changed(state.get("contents", {}), contents)
-    if what:
-        raise ValueError(f"{path} is the checkpoint of another run ({what}): {AGAIN}")
+    other = difference(there, identity) if identity else ""
+    if contents and not other:
+        other = changed(state.get("contents", {}), contents)
+    if other:
+        raise ValueError(f"{path} is the checkpoint of another run ({other}): {AGAIN}")
     return state | {"checksum": checksum.hex()}
 
 
@@ -308,8 +309,8 @@ def _rows_up_to(path, last_epoch):
                 epochs.add(epoch)
     if epochs != set(range(last_epoch + 1)):
         checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
-        what = f"remove {checkpoint}, and this run starts again"
-        raise ValueError(f"{path} lacks rows or is damaged: {what}")
+        cure = f"remove {checkpoint}, and this run starts again"
+        raise ValueError(f"{path} lacks rows or is damaged: {cure}")
     return "".join(kept).encode()
 
 

@@ -98,10 +98,7 @@ def main(argv=None):
         parser.error("argument --alphas, --elr, --sweep: they take numbers from 1e-38 to 1e38")
     if min(args.seeds, args.refine + 1, args.steps - 9) < 1:
         parser.error("argument --seeds, --refine, --steps: they are at least 1, 0, 10")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {args.out} cannot be written: {error.strerror}")
+    args.out.mkdir(parents=True, exist_ok=True)
     grid = [float(f"{elr:.4g}") for elr in np.geomspace(low, high, int(n))]
     elrs = sorted(set(args.elr or grid))
     runs, total = [], sum(args.alphas)

@@ -233,6 +233,7 @@ def test_a_column_of_time_stamps_keeps_its_digits(read):
     rng = np.random.default_rng(0)
     columns = [1.7e9 + rng.permutation(400), 1e12 + rng.permutation(400)]
     columns += [1e-30 * rng.normal(5, 1, 400), 1e90 * rng.normal(0, 1, 400)]
+    columns += [1e15 + rng.integers(2, size=400), 1e-200 * rng.normal(5, 1, 400)]
     x, y = np.stack(columns, 1), np.arange(400) % 2
     data = read(dict(x=x[:300], y=y[:300], test_x=x[300:], test_y=y[300:]))
     found = torch.cat([data.inputs(torch.arange(300)), data.normalized(data.test_x)])

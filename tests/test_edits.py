@@ -126,7 +126,7 @@ def is_moved(text, out, number, what):
 
 
 def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
-    options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32")
+    options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32", average=None)
 
     def now():
         data = load("own/mine.npz")

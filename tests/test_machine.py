@@ -16,8 +16,9 @@ from torch._subclasses import FakeTensorMode
 import models
 import sphere_step
 import train
-from lab import bench, landscape, machine, measure, own, runs, witness
+from lab import bench, landscape, machine, measure, own, runs
 from lab.data import batches, load
+from lab.groups import EPS_SHARE, ROUNDING, radial_shares
 from lab.invariance import scale_invariant_groups
 from models import MODELS
 
@@ -102,7 +103,7 @@ def test_what_is_not_orthogonal_in_a_network_of_ones_own_or_in_rows_is_a_note(
 def shares(net, groups, sphere="layer", dtype="fp32", data=None):
     data = data or load("digits")
     options = SimpleNamespace(batch_size=16, dtype=dtype)
-    return witness.radial_shares(net, measure.spheres_of(groups, sphere), data, options)
+    return radial_shares(net, measure.spheres_of(groups, sphere), data, options)
 
 
 def healthy(rng):
@@ -130,9 +131,9 @@ def test_no_healthy_network_raises_an_alarm(dtype):
         torch.manual_seed(rng.randrange(2**31))
         net, groups = healthy(rng)
         found = shares(net, groups, dtype=dtype)
-        bound = witness.ROUNDING[dtype]
+        bound = ROUNDING[dtype]
         if not hasattr(net, "layer_groups"):
-            bound += witness.EPS_SHARE
+            bound += EPS_SHARE
         assert found.max() <= bound, (seed, net, found)
 
 
@@ -256,11 +257,11 @@ def test_fp32_stays_float32_whatever_somebodys_file_sets(tmp_path):
 
 
 def test_fp32_is_float32_in_convolutions_too_and_tf32_a_choice(tmp_path):
-    machine.use("cpu", "tf32")
+    machine.set_device("cpu", "tf32")
     experiment("--elr 0.1 --width 2", tmp_path)
     assert not tf32()
     for dtype in ("tf32", "bf16", "tf32", "fp32"):
-        machine.use("cpu", dtype)
+        machine.set_device("cpu", dtype)
         assert tf32() == (dtype == "tf32")
 
 
@@ -300,7 +301,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         (torch.Tensor, "backward", backward),
         (torch.random, "fork_rng", lambda devices: nullcontext()),
         (measure, "POINTS", 2),
-        (train, "use", NOTHING),
+        (train, "set_device", NOTHING),
         (own, "build", lambda options, data: net),
         (net, "to", lambda device: net),
     ):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from math import log as ln
 from math import nan
 
@@ -245,7 +247,7 @@ def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing(kind):
     assert not verdict.notes
     for rows, few in ((3, 1), (7, 3), (8, 4)):
         short = classify({name: column[:rows] for name, column in log.items()}, CHANCE)
-        said = f"too short: the last half has {few} of at least 4 rows; " in str(short)
+        said = f"too short: the last half has {few} of at least 4 rows" in str(short)
         assert said == (few < 4) and (few == 4 or short.more_epochs == max(2 * (rows - 1), 8))
 
 
@@ -349,14 +351,15 @@ def test_a_folder_gives_table_boundaries_and_rows(sweep, run):
     assert run(sweep)[0] == 0  # its own files are no logs
 
 
-def test_a_folder_on_a_read_only_medium_gets_its_table_and_one_line(sweep, run, monkeypatch):
+def test_a_folder_on_a_read_only_medium_gets_its_table_and_one_line(sweep, capsys, monkeypatch):
     def refuse(path, content):
-        raise OSError(30, "Read-only file system")
+        raise OSError(30, "Read-only file system", path)
 
     monkeypatch.setattr(regimes, "write_whole", refuse)
-    status, out, (line,) = run(sweep)
-    assert status == 2 and "0.002 to 0.005" in out
-    assert "regimes.csv not written: Read-only file system" in line
+    with pytest.raises(SystemExit) as exit:
+        regimes.finish(lambda: regimes.main([str(sweep)]))
+    assert exit.value.code == f"error: {sweep}/regimes.csv: Read-only file system"
+    assert "0.002 to 0.005" in capsys.readouterr().out
 
 
 def test_damaged_files_are_named_and_the_others_still_reported(sweep, run):
@@ -567,18 +570,19 @@ Step,a - loss,b - loss\n1,2,3 | --columns train_loss=COLUMN: Step, a - loss, b -
 loss\n1 | --columns epoch=COLUMN: loss
 0,2.3\n1,2.2 | --columns epoch=COLUMN: 0, 2.3
 epoch,loss\n1,"1,234" | line 2: could not convert string to float: '1,234'
-epoch,loss\n1,2\nnan,3 | line 3: one run a file, in order: epoch nan comes after 1
+epoch,loss\n1,2\nnan,3 | line 3: one run a file: epoch nan comes after 1
 epoch,loss\n1,2\n,3 | line 3: drop a row, or say --columns epoch=STEPS: epoch 1 again
-epoch,loss\n-1,2\n0,3 | line 2: one run a file, in order: epoch -1 comes after 0
-epoch,loss\n0,3\n1,2\n0,3 | line 4: one run a file, in order: epoch 0 comes after 1
+epoch,loss\n-1,2\n0,3 | line 2: one run a file: epoch -1 comes after 0
+epoch,loss\n0,3\n1,2\n0,3 | line 4: one run a file: epoch 0 comes after 1
 epoch,loss\n0,3\n1,2\n1,2.1\n2,1 | line 4: drop a row
-epoch,loss\n0,3\nepoch,loss\n0,3 | line 3: one run a file: the names of the columns
-\x1f\x8b\x08 | unpack it, or save it as UTF-8
+epoch,loss\n0,3\nepoch,loss\n0,3 | line 3: one run a file: the header comes again
+\x1f\x8b\x08 | 'utf-8' codec can't decode byte 0x8b
  | --columns epoch=COLUMN: there is nothing
 epoch,loss\n0,\n1, | line 3: no row with a loss
-epoch,loss\n0,1,2\n1,2 | line 2: more cells than the 2 of the first line
-{"epoch": 1, "loss": 2}\n{"epoch" | Expecting ':' delimiter
-{"loss": [3, 2, 1]} | --columns epoch=COLUMN: loss"""
+epoch,loss\n0,1,2\n1,2 | line 2: more cells than columns
+{"epoch": 1, "loss": 2}\n\n{"epoch"}\n{"epoch": 2} | line 3: Expecting ':' delimiter
+epoch,loss,angle\n0,3,0.1\n1,2,3.15 | line 3: angle 3.15 is above π radians
+epoch,loss,step\n0,3,9\n1,2,8 | line 3: one run a file: step 8 comes after 9"""
 
 
 @pytest.mark.parametrize("case", REFUSED.splitlines()[1:])
@@ -620,3 +624,50 @@ def test_the_regimes_are_told_apart_in_grey():
         luminance = np.dot(to_rgb(style.COLOURS[name]), (0.299, 0.587, 0.114))
         grey.append(1 - style.SHADES[name] * (1 - luminance))  # over white
     assert (np.diff(grey) < -0.03).all()
+
+
+# ------------------------------------------------------------- small faults
+
+
+def test_json_lines_of_a_run_that_still_writes_are_read_without_the_last(tmp_path):
+    (tmp_path / "log.jsonl").write_text(written("detectron", LOSSES) + '{"iteration": 24.5, "tot')
+    assert np.array_equal(regimes.read_log(tmp_path / "log.jsonl")["train_loss"], LOSSES)
+
+
+def test_keras_history_as_one_object_is_read(tmp_path):
+    history = {"loss": LOSSES.tolist(), "val_loss": [1.0], "lr": [0.1] * len(LOSSES)}
+    (tmp_path / "log.json").write_text(json.dumps(history))
+    log = regimes.read_log(tmp_path / "log.json")
+    assert np.array_equal(log["train_loss"], LOSSES) and log["lr"][-1] == 0.1
+    assert np.array_equal(log["epoch"], np.arange(24.0))
+    (tmp_path / "log.json").write_text('{"epoch": 1, "loss": 2}')
+    assert regimes.read_log(tmp_path / "log.json")["train_loss"] == [2]
+
+
+def test_a_step_that_falls_where_there_is_no_epoch_is_that_of_a_test(tmp_path):
+    """As MMEngine's."""
+    log = '{"epoch": 1, "loss": 1, "step": 9}\n{"step": 1}\n{"epoch": 2, "loss": 1, "step": 18}\n'
+    (tmp_path / "log.jsonl").write_text(log)
+    assert regimes.read_log(tmp_path / "log.jsonl")["step"].tolist() == [9, 18]
+
+
+def test_a_single_gradient_of_0_is_no_death():
+    log = made()
+    for zeros, dead in ((1, False), (3, False), (4, True)):
+        log["grad_norm"] = np.where(log["epoch"] > 40 - zeros, 0.0, 1.0)
+        verdict = classify(log, CHANCE)
+        assert ("dead" in verdict.why) == verdict.broken == dead
+
+
+def test_twice_the_length_is_no_promise_where_it_is_not_enough():
+    short = classify({name: column[:2] for name, column in made().items()}, CHANCE)
+    assert str(short) == "undecided: too short: the last half has 1 of at least 4 rows"
+    assert "twice the length may decide" in str(classify(made(angle=STILL), CHANCE))
+
+
+def test_ctrl_c_while_numpy_is_imported_is_no_traceback(tmp_path):
+    """It kills the process as long as no handler is there."""
+    (tmp_path / "numpy.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    command = [sys.executable, regimes.__file__, "x"]
+    found = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert found.returncode == -2 and not found.stderr
