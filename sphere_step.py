@@ -67,7 +67,7 @@ def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
     good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
     zero = (tt == 0) & (gg > 0) & (radius > 0)
     good = good & ((tt > 0) | zero)
-    tt = where(tt > 0, tt, where(zero, radius * radius, 1.0))
+    measured, tt = tt, where(tt > 0, tt, where(zero, radius * radius, 1.0))
 
     # r = ⟨θ,g⟩/‖θ‖², q = ⟨θ,m⟩/‖θ‖²: the new m is βm + g + uθ, across θ
     norm = root(tt)
@@ -94,7 +94,11 @@ def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
     k, b = where(stays, 1.0, along * per_norm), where(stays, 0.0, -along * tan * per_s)
     good = good & (k * k + b * b + u * u < 1e77)  # they fit float32
     bad = where(good, 0.0, float("nan"))
-    return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad
+
+    # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
+    off = (measured > 0) & (abs(measured - radius * radius) > 0.02 * radius * radius)
+    moved = where(good & off & (b != 0), 1.0, 0.0)
+    return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
@@ -105,7 +109,7 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)
+    return _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)[:6]
 
 
 def _pick(condition, a, b):
@@ -915,8 +919,8 @@ class _InPyTorch(_Layout):
             lr, beta, tan, at_radius, _, _ = np.array(options)[self.group_numbers[: len(sums)]].T
             with np.errstate(all="ignore"):  # in numpy, which takes a tenth of the time
                 sums, radii = sums.T.cpu().numpy(), at_radius * self.radius_array
-                rules = _formula(*sums, radii, lr, beta, tan, np.where, np.sqrt)
-                self.moved_before = move and _off(sums[0], rules).any()
+                *rules, moved = _formula(*sums, radii, lr, beta, tan, np.where, np.sqrt)
+            self.moved_before = move and moved.any()
             self.rules = torch.from_numpy(np.stack(rules, 1)).to(self.device)
         else:  # few, and quicker as numbers
             sums = {}
@@ -930,8 +934,9 @@ class _InPyTorch(_Layout):
                 number = self.group_of_sphere[sphere]
                 lr, beta, tan, at_radius, _, _ = options[number]
                 radius = at_radius * self.radius_list[sphere]
-                self.rules[sphere] = rule = sphere_rule(gram, radius, lr, beta, tan >= 0)
-                self.moved_before |= move and _off(gram[0], rule)
+                *rule, moved = _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)
+                self.rules[sphere] = rule
+                self.moved_before |= move and moved > 0
 
         # The moves, from the last on, which the cache still has
         rules = self.rules
@@ -1030,12 +1035,6 @@ def _products(vectors):
     return torch.stack(gram + [0 * gram[0]] * (6 - len(gram)))
 
 
-def _off(tt, rule):
-    """Whether the norm of what moves is off its radius by more than a step leaves in 16 bits."""
-    _, b, _, _, radius, _ = rule
-    return (b != 0) & (tt > 0) & (abs(tt - radius * radius) > 0.02 * radius * radius)
-
-
 def _move(rule, matrices):
     """m ← βm + g + uθ, θ ← kθ + bm, in place, for θ, g and perhaps m, [lines, length] each. rule:
     its six numbers, or those of each line, a tensor [lines, 6]. Nothing moves where k is nan."""
@@ -1092,7 +1091,7 @@ def _move_each(rule, theta, g, m=None):
 #     radii      [spheres] float64: ρ
 #     groups     [groups, 6] float64: η̃ or η, β, tan φ or -1, 1 if at ρ, 1 if on no sphere, λ
 #     parts      [parts, 6] float64, written: Gram matrices of the lines of tiles
-#     rules      [spheres, 6] float64, written: k, b, u, η̃, ρ, β
+#     rules      [spheres, 7] float64, written: k, b, u, η̃, ρ, β, 1 if it was off its radius
 #
 # The kind of a tile is how many lines × elements its 128 threads take at a time, V to an access of
 # 128 bits: PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. All but PART are whole spheres, and
@@ -1128,8 +1127,8 @@ _kernel_formula = jit(_formula)
 
 
 @jit
-def _store_six(ptr, values, mask):
-    for i in tl.static_range(6):
+def _store_all(ptr, values, N: tl.constexpr, mask):
+    for i in tl.static_range(N):
         tl.store(ptr + i, values[i], mask=mask)
 
 
@@ -1144,7 +1143,7 @@ def _rule(gram, sphere, here, tables):
     radius *= tl.load(group + 3, mask=here, other=0.0)
     tt, tg, gg, tm, gm, mm = gram
     rule = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, _where, _root)
-    _store_six(rules + 6 * sphere, rule, here)
+    _store_all(rules + 7 * sphere, rule, 7, here)
     return rule
 
 
@@ -1346,15 +1345,15 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
     # The Gram matrices, and the rule; the move
     if GRAM:
         gram = _gram(where, MOMENTUM, DTYPE, ROWS, LANES)
-        _store_six(parts + 6 * (tl.load(tile + 5) + row), gram, here)
+        _store_all(parts + 6 * (tl.load(tile + 5) + row), gram, 6, here)
         if tl.load(tile) != 0:
             rule = _rule(gram, sphere, here, tables)
             if MOVE:
                 k, b, u, beta = rule[0], rule[1], rule[2], rule[5]
                 _move_lines(where, k, b, u, beta, MOMENTUM, DTYPE, LANES)
     else:
-        k, b = tl.load(rules + 6 * sphere), tl.load(rules + 6 * sphere + 1)
-        u, beta = tl.load(rules + 6 * sphere + 2), tl.load(rules + 6 * sphere + 5)
+        k, b = tl.load(rules + 7 * sphere), tl.load(rules + 7 * sphere + 1)
+        u, beta = tl.load(rules + 7 * sphere + 2), tl.load(rules + 7 * sphere + 5)
         _move_lines(where, k, b, u, beta, MOMENTUM, DTYPE, LANES)
 
 
@@ -1399,8 +1398,8 @@ def _rule_pass(many, lines, addresses, spheres, radii, groups, parts, rules,
         zero, lr = gram[0] * 0.0, tl.load(group)
         decay = tl.load(group + 5)
         k = zero + 1.0 + 0.0 * (lr + decay)  # nan: it stays
-        rule = (k, -lr, decay, lr, zero, tl.load(group + 1))
-        _store_six(rules + 6 * sphere, rule, sphere >= 0)
+        rule = (k, -lr, decay, lr, zero, tl.load(group + 1), zero)
+        _store_all(rules + 7 * sphere, rule, 7, sphere >= 0)
 
 
 @jit
@@ -1464,7 +1463,7 @@ class _ByKernels(_Layout):
         self.many, self.line_of_part = self.upload(sorted(many)), self.upload(parts)
         self.part_lines = self.line_of_part
         self.parts = self.sums = self.radii.new_zeros(len(parts), 6)
-        self.rules = self.radii.new_zeros(len(spheres), 6)
+        self.rules = self.radii.new_zeros(len(spheres), 7)
         self.settings = self.radii.new_zeros(len(self.groups), 6)
 
     def kind(self, place):
@@ -1553,7 +1552,7 @@ class _ByKernels(_Layout):
             for dtype, tiles in self.move_tiles if move else ():
                 how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _move_pass[(len(tiles),)](tiles, *tables, **how)
-        self.moved_before = self.first and move and self.look_at_radii()
+        self.moved_before = self.first and move and bool(self.rules[:, 6].any())  # waits
         self.first = False
         if move:  # else a backward pass through an old graph would not notice
             torch.autograd.graph.increment_version(self.moved)
@@ -1561,11 +1560,5 @@ class _ByKernels(_Layout):
             read = self.gram_tiles, self.many, self.move_tiles, self.copies
             self.captured.append((tables, read))
 
-    def look_at_radii(self):
-        """Whether a sphere was off its radius: waits for the device."""
-        lines = _sums_by(self.parts, self.line_of_part, len(self.owners))
-        sums = _sums_by(lines, self.sphere_of_line, len(self.radii))
-        return bool(_off(sums[:, 0], self.rules[: len(self.radii)].T).any())
-
     def last(self):
-        return self.parts.clone(), self.rules[: len(self.radii)].clone()
+        return self.parts.clone(), self.rules[: len(self.radii), :6].clone()
