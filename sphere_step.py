@@ -157,13 +157,13 @@ class SphereSGD(torch.optim.Optimizer):
         self._sizes = {}  # elements of each tensor when it was given
         self._checked = None  # the options of the groups that were found sound
         self._warned = False  # of weights that something else has moved
-        self._to_scale = []  # until all groups are found sound: groups, their norms and radii
+        self._made = False  # until all groups are found sound, nothing is scaled
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
         self._check()
-        for group in self._to_scale:
-            _put_on_spheres(*group)
-        self._to_scale = None
+        self._made = True
+        for group in self.param_groups:
+            self._scale(group)
 
     # torch wraps this and the next ones for torch.compile, which takes a second to import
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
@@ -173,38 +173,34 @@ class SphereSGD(torch.optim.Optimizer):
         unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
-            _lr(group, nan=False)
-            for name in group.keys() - {*OPTIONS, *OTHER_KEYS}:
-                if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
-                    raise ValueError(f"{name}={group[name]!r}: there is no such option")
+            _check_options(group, new=True)
+            for name in group.keys() - {*OPTIONS, *OTHER_KEYS}:  # those of schedulers: initial_lr
+                other = not name.endswith(("_lr", "_momentum"))
+                _refuse(other, f"{name}={group[name]!r}: there is no such option")
             for number, p in enumerate(group["params"], len(self._sizes)):
                 _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
             _check_overlaps(group["params"])  # with other groups: when it is made, or steps
-            radii = norms = _norms(group, zeros=group["radius"] is not None)
-            if group["radius"]:
-                radii = [torch.full_like(norm, group["radius"]) for norm in norms]
+            norms = _norms(group, zeros=group["radius"] is not None)
         except Exception:
             self.param_groups.pop()
             raise
-        if group["radius"] and self._to_scale is None:
-            _put_on_spheres(group, norms, radii)
-        elif group["radius"]:
-            self._to_scale.append((group, norms, radii))
         for i, p in enumerate(group["params"]):
             self._sizes[p] = p.numel()
             if group["sphere"]:
-                self.state[p]["radius"] = _like_rows(group, p, radii[i])
+                radii = torch.full_like(norms[i], group["radius"]) if group["radius"] else norms[i]
+                self.state[p]["radius"] = _like_rows(group, p, radii)
             if group["momentum"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if self._made:
+            self._scale(group)
 
     def __getstate__(self):
         return super().__getstate__() | {"backend": self.backend}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._layout, self._captured, self._checked, self._to_scale = None, [], None, None
-        self._warned = False
+        self._layout, self._captured, self._checked = None, [], None
+        self._made, self._warned = True, False
         self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict):
@@ -213,36 +209,22 @@ class SphereSGD(torch.optim.Optimizer):
         try:
             unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
             self._captured, self._sizes = before["_captured"], before["_sizes"]
-            saved = state_dict["state"]
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
-                _check_options(group)
-                _lr(group, nan=False)
+                _check_options(group, new=True)
                 for p, key in zip(group["params"], given["params"], strict=True):
-                    state = self.state[p]
+                    state, saved = self.state[p], state_dict["state"].get(key, {})
                     if state.get("momentum_buffer", p) is None:  # as torch's SGD leaves it
                         del state["momentum_buffer"]
-                    if not isinstance(state.get("momentum_buffer", p), Tensor):
-                        raise ValueError("the state has a momentum_buffer that is no tensor")
                     if group["sphere"]:  # torch has made it of the parameter's type
-                        radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
-                        if not isinstance(radius, Tensor) or radius.dim() != 1:
-                            raise ValueError("the state has a radius that is no vector")
+                        radius = saved.get("radius", before["state"][p].get("radius"))
+                        vector = isinstance(radius, Tensor) and radius.dim() == 1
+                        _refuse(not vector, "the state has a radius that is no vector")
                         state["radius"] = radius.to(p.device, torch.float64)
-                    for x in state.values():
-                        if isinstance(x, Tensor) and not _local(x).isfinite().all():
-                            raise ValueError(
-                                "the state has a radius or momentum that is not finite"
-                            )
-                    bad = "radius" in state and (_local(state["radius"]) <= 0).any()
-                    if bad and p.numel():  # the sphere of an empty tensor is a point
-                        raise ValueError("the state has a radius that is not positive")
-                    if "radius" in state:
-                        length = _rows(group, p)[1]
-                        _check_size("the state's radius", _local(state["radius"]), length, p.dtype)
+                    _check_state(group, p, state)
                 if group["sphere"] == "group" and group["params"]:
                     radii = [self.state[p]["radius"] for p in group["params"]]
-                    if any(not torch.equal(radius, radii[0]) for radius in radii):
-                        raise ValueError("the state has several radii for one sphere")
+                    several = any(not torch.equal(radius, radii[0]) for radius in radii)
+                    _refuse(several, "the state has several radii for one sphere")
             self._check()
         except Exception as error:
             self.__dict__ = before  # nothing changed
@@ -256,9 +238,18 @@ class SphereSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def normalize(self):
         """Put the weights back on their spheres, from which something else moved them."""
-        for group in self._on_spheres():
-            radii = [_local(self.state[p]["radius"]) for p in group["params"]]
-            _put_on_spheres(group, _norms(group, zeros=True), radii)
+        for group in self.param_groups:
+            self._scale(group, always=True)
+
+    def _scale(self, group, always=False):
+        """To its radius, if one is given, or always; zeros stay."""
+        norms = _norms(group, zeros=True) if always or group["radius"] else []
+        for p, norm in zip(group["params"], norms, strict=False):
+            x, radius = _local(p.detach()), _local(self.state[p]["radius"])
+            scale = torch.where(norm > 0, radius / norm, 1.0)
+            if x.element_size() >= 4:  # without a copy in float64
+                scale = scale.to(x.dtype)
+            x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -284,20 +275,18 @@ class SphereSGD(torch.optim.Optimizer):
         if options != self._checked:
             for group, before in zip(self.param_groups, self._checked or [], strict=False):
                 radius = group.get("radius")
-                if radius != before[1]:
-                    raise ValueError(f"radius={radius!r}: it cannot change between steps")
+                _refuse(radius != before[1], f"radius={radius!r}: it cannot change between steps")
             for group in self.param_groups:
                 _check_options(group)
             self._checked = options
         if self._layout is None or not self._layout.fits():
             kind, device = self._check()
             params = [p for group in self.param_groups for p in group["params"]]
-            if len(params) < len(self._sizes):
-                raise ValueError("a tensor was taken out of param_groups: make the optimizer anew")
+            fewer = len(params) < len(self._sizes)
+            _refuse(fewer, "a tensor was taken out of param_groups: make the optimizer anew")
             for p in params:
-                if p not in self._sizes:
-                    what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
-                    raise ValueError(f"{what} (a flat partition?): call add_param_group")
+                what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
+                _refuse(p not in self._sizes, f"{what} (a flat partition?): call add_param_group")
             self._layout = kind(self, device)
         layout = self._layout
         lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
@@ -367,28 +356,25 @@ class SphereSGD(torch.optim.Optimizer):
         device = params[0].device if params else torch.device("cpu")
         possible = triton is not None and device.type == ("cpu" if INTERPRET else "cuda")
         possible = possible and all(p.dtype in DTYPES for p in params)
-        if self.backend not in ("auto", "torch", "triton" if possible else "auto"):
-            what = "'auto', 'torch' or, on a GPU, not in float64, 'triton'"
-            raise ValueError(f"backend={self.backend!r}: it must be {what}")
-        if any(group["angle"] for group in groups) and not any(x["sphere"] for x in groups):
-            raise ValueError("angle=True: there is no sphere that could turn by it")
+        right = "auto", "torch", "triton" if possible else "auto"
+        cure = "it must be 'auto', 'torch' or, on a GPU, not in float64, 'triton'"
+        _refuse(self.backend not in right, f"backend={self.backend!r}: {cure}")
+        turns, spheres = [[group[x] for group in groups] for x in ("angle", "sphere")]
+        nothing = any(turns) and not any(spheres)
+        _refuse(nothing, "angle=True: there is no sphere that could turn by it")
         for number, (group, p) in enumerate(zip(groups, params, strict=True)):
             what, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
             _check_tensor(group, p, what)
-            if p.device != device:
-                raise ValueError(f"{what} is on {p.device}, not on {device}")
-            m = state.get("momentum_buffer")
-            if m is not None and m.shape != p.shape:
-                raise ValueError(f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
-            if self._sizes.get(p, p.numel()) != p.numel():
-                raise ValueError(f"{what} had {self._sizes[p]} elements: make the optimizer anew")
+            _refuse(p.device != device, f"{what} is on {p.device}, not on {device}")
+            shape, size = state.get("momentum_buffer", p).shape, self._sizes.get(p, p.numel())
+            _refuse(shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(shape)}")
+            _refuse(size != p.numel(), f"{what} had {size} elements: make the optimizer anew")
             if "radius" in state and group["sphere"]:
-                radius, rows = _local(state["radius"]), _rows(group, _local(p))[0]
-                if radius.numel() != rows:
-                    raise ValueError(f"{what} has {rows} spheres, but {radius.numel()} radii")
+                radii, rows = _local(state["radius"]).numel(), _rows(group, _local(p))[0]
+                _refuse(radii != rows, f"{what} has {rows} spheres, but {radii} radii")
         _check_overlaps(params)
-        if len({p.device_mesh for p in params if _is_dtensor(p)}) > 1:
-            raise ValueError("the DTensors are on several device meshes: an optimizer for each")
+        meshes = {p.device_mesh for p in params if _is_dtensor(p)}
+        _refuse(len(meshes) > 1, "the DTensors are on several device meshes: an optimizer for each")
         return _ByKernels if possible and self.backend != "torch" else _InPyTorch, device
 
 
@@ -412,8 +398,8 @@ class watch:
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
         pairs = [x if isinstance(x, tuple) else (str(i), x) for i, x in enumerate(params)]
-        if not pairs or any(hasattr(p, "__tensor_flatten__") for _, p in pairs):
-            raise ValueError("params: watch takes at least one tensor, and no shards")
+        bad = not pairs or any(hasattr(p, "__tensor_flatten__") for _, p in pairs)
+        _refuse(bad, "params: watch takes at least one tensor, and no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
         device = pairs[0][1].device
@@ -478,8 +464,13 @@ class watch:
 # -------------------------------------------------------- options, tensors, norms, and their shards
 
 
-def _check_options(group):
-    """ValueError for an option of a param group that it cannot have."""
+def _refuse(bad, what):
+    if bad:
+        raise ValueError(what)
+
+
+def _check_options(group, new=False):
+    """ValueError for an option of a param group that it cannot have; its lr if it is new."""
     group.setdefault("weight_decay", 0.0)
     sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in OPTIONS)
     at_radius = _is_number(radius) and sphere is not None and 0 < radius < math.inf
@@ -491,8 +482,9 @@ def _check_options(group):
         ("weight_decay", _is_number(decay) and 0 <= decay < math.inf, "finite, ≥ 0"),
     ]
     for name, good, wanted in rules:
-        if not good:
-            raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
+        _refuse(not good, f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
+    if new:
+        _lr(group, nan=False)
 
 
 def _is_number(x):
@@ -507,29 +499,39 @@ def _lr(group, wait=True, nan=True):
     number = _is_number(lr) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
     most = math.pi / 2 if group.get("angle") else math.inf
-    if value < 0 or value >= most or (math.isnan(value) and not nan):
-        raise ValueError(f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
+    bad = value < 0 or value >= most or (math.isnan(value) and not nan)
+    _refuse(bad, f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
     return value
 
 
 def _check_tensor(group, p, what):
     """ValueError where a tensor cannot be stepped."""
-    problem, x = None, _local(p)
+    x = _local(p)
     order = sorted(range(x.dim()), key=x.stride, reverse=True)  # as they lie in memory
     if group["sphere"] == "row":
         order.sort(key=bool)  # row after row
-    if hasattr(p, "__tensor_flatten__") and not _is_dtensor(p):
-        problem = f"is a {type(p).__name__}: it must be a plain tensor or a DTensor"
-    elif _is_dtensor(p) and any(x.is_partial() for x in p.placements):
-        problem = "is a DTensor of partial sums"
-    elif p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta":
-        problem = f"is {p.dtype} on {p.device}: it must be of 16, 32 or 64 bits, with numbers"
-    elif getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
-        problem = "is in FSDP1's flat parameter, cut anywhere: take fully_shard"
-    elif not x.permute(order).is_contiguous():
-        problem = "has holes in memory, or scattered rows: clone it"
-    if problem:
-        raise ValueError(f"{what} {problem}")
+    other = hasattr(p, "__tensor_flatten__") and not _is_dtensor(p)
+    _refuse(other, f"{what} is a {type(p).__name__}: it must be a plain tensor or a DTensor")
+    partial = _is_dtensor(p) and any(x.is_partial() for x in p.placements)
+    _refuse(partial, f"{what} is a DTensor of partial sums")
+    odd = p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta"
+    kinds = "it must be of 16, 32 or 64 bits, with numbers"
+    _refuse(odd, f"{what} is {p.dtype} on {p.device}: {kinds}")
+    flat = getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False)
+    _refuse(flat, f"{what} is in FSDP1's flat parameter, cut anywhere: take fully_shard")
+    holes = not x.permute(order).is_contiguous()
+    _refuse(holes, f"{what} has holes in memory, or scattered rows: clone it")
+
+
+def _check_state(group, p, state):
+    """ValueError for a state that was loaded and cannot be that of the tensor."""
+    m, radius = state.get("momentum_buffer", p), _local(state.get("radius", torch.ones(1)))
+    _refuse(not isinstance(m, Tensor), "the state has a momentum_buffer that is no tensor")
+    finite = _local(m).isfinite().all() and radius.isfinite().all()
+    _refuse(not finite, "the state has a radius or momentum that is not finite")
+    if p.numel() and "radius" in state:  # the sphere of an empty tensor is a point
+        _refuse((radius <= 0).any(), "the state has a radius that is not positive")
+        _check_size("the state's radius", radius, _rows(group, p)[1], p.dtype)
 
 
 def _check_overlaps(params):
@@ -537,18 +539,11 @@ def _check_overlaps(params):
     places = [(x.data_ptr(), i, x.numel() * x.element_size()) for i, x in enumerate(local)]
     end, last = 0, 0
     for start, i, size in sorted(place for place in places if place[2]):
-        if start < end:
-            first, again = sorted((last, i))
-            what = f"parameter {again} of shape {tuple(params[again].shape)}"
-            raise ValueError(f"{what} is parameter {first} again, or a part of it: give it once")
+        first, again = sorted((last, i))
+        what = f"parameter {again} of shape {tuple(params[again].shape)} is parameter {first} again"
+        _refuse(start < end, f"{what}, or a part of it: give it once")
         if start + size > end:
             end, last = start + size, i
-
-
-def _same_shape(x, p, what):
-    if x.shape != p.shape:
-        shapes = f"shape {tuple(x.shape)} for a parameter of shape {tuple(p.shape)}"
-        raise ValueError(f"{what} of {shapes}")
 
 
 def _in_memory(x):
@@ -579,8 +574,8 @@ def _norms(group, zeros=False):
         squares, elements = [sum(squares)] * len(squares), [sum(elements)] * len(squares)
     norms = [square.sqrt() for square in squares]
     for i, (p, norm, n) in enumerate(zip(group["params"], norms, elements, strict=False)):
-        if n and (not norm.isfinite().all() or not zeros and not (norm > 0).all()):
-            raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
+        good = n == 0 or norm.isfinite().all() and (zeros or (norm > 0).all())
+        _refuse(not good, f"the sphere of tensor {i} has norm zero, or is not finite")
         _check_size(f"the weights of tensor {i}", norm, n, p.dtype)
         if group["radius"]:
             _check_size(f"radius={group['radius']!r}", norm.new_tensor(group["radius"]), n, p.dtype)
@@ -591,18 +586,8 @@ def _check_size(what, norm, n, dtype):
     """ValueError for norms with which n elements are too small or too large for their type."""
     info, root = torch.finfo(dtype), n**0.5
     least, most = max(1e-15, info.tiny * info.eps) * root, min(1e15 * root, info.max)
-    if n and ((norm <= least) & (norm > 0) | (norm >= most)).any():
-        raise ValueError(f"{what}: too small or too large for {n} numbers of {dtype}: scale them")
-
-
-def _put_on_spheres(group, norms, radii):
-    """Scale tensors from spheres of these norms to these radii; zeros stay."""
-    for p, norm, radius in zip(group["params"], norms, radii, strict=True):
-        x = _local(p.detach())
-        scale = torch.where(norm > 0, radius / norm, 1.0)
-        if x.element_size() >= 4:  # without a copy in float64
-            scale = scale.to(x.dtype)
-        x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
+    bad = n and ((norm <= least) & (norm > 0) | (norm >= most)).any()
+    _refuse(bad, f"{what}: too small or too large for {n} numbers of {dtype}: scale them")
 
 
 def _is_dtensor(x):
@@ -761,14 +746,16 @@ class _Layout:
                 moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
                 g = _gradient(p)
                 if moved or _in_memory(g) != layout:
-                    _same_shape(g, x, "a gradient")
+                    shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
+                    _refuse(g.shape != x.shape, f"a gradient of {shapes}")
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
                 if group["momentum"]:
                     m = state.get("momentum_buffer")
                     if m is None or _in_memory(_local(m)) != layout:
                         new = state["momentum_buffer"] = torch.zeros_like(p)
                         if m is not None:
-                            _same_shape(m, p, "a momentum_buffer")
+                            shape = tuple(m.shape)
+                            _refuse(m.shape != p.shape, f"a momentum_buffer of shape {shape}")
                             new.copy_(m)
                     m = _local(state["momentum_buffer"])
                 found.append((x, g, m))
