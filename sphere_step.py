@@ -96,7 +96,8 @@ def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
     bad = where(good, 0.0, float("nan"))
 
     # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
-    off = (measured > 0) & (abs(measured - radius * radius) > 0.02 * radius * radius)
+    share = measured / (radius * radius)
+    off = (measured > 0) & ((share < 0.98) | (share > 1.02))
     moved = where(good & off & (b != 0), 1.0, 0.0)
     return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved
 
@@ -1081,14 +1082,14 @@ def _move_each(rule, theta, g, m=None):
 #     rules      [spheres, 7] float64, written: k, b, u, η̃, ρ, β, 1 if it was off its radius
 #
 # The kind of a tile is how many lines × elements its 128 threads take at a time, V to an access of
-# 128 bits: PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. All but PART are whole spheres, and
-# finished at once.
+# 128 bits: PLAIN (on no sphere), PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. From WHOLE on
+# they are whole spheres, and finished at once.
 #
 # Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
 # for which many GPUs have next to no units. Contraction would break them: it is off. Of 16-bit
 # numbers V products are summed in float32 first, unless two of θ, g, m are nearly parallel.
 
-PART, WHOLE, FEW, MANY = range(4)
+PLAIN, PART, WHOLE, FEW, MANY = range(5)
 LINES = {FEW: 16, MANY: 128}
 ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from the cache
 MOST = {MANY: 64, FEW: 1024, WHOLE: ALONE}  # elements of a line
@@ -1333,7 +1334,7 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
     if GRAM:
         gram = _gram(where, MOMENTUM, DTYPE, ROWS, LANES)
         _store_all(parts + 6 * (tl.load(tile + 5) + row), gram, 6, here)
-        if tl.load(tile) != 0:
+        if tl.load(tile) > 1:
             rule = _rule(gram, sphere, here, tables)
             if MOVE:
                 k, b, u, beta = rule[0], rule[1], rule[2], rule[5]
@@ -1352,9 +1353,9 @@ def _gram_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
     tables = (lines, addresses, spheres, radii, groups, parts, rules)
     tile = tiles + 6 * tl.program_id(0).to(tl.int64)
     kind = tl.load(tile)
-    if kind < 2:
+    if kind < 3:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 1, 128 * V)
-    elif kind == 2:
+    elif kind == 3:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 16, 8 * V)
     else:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 128, V)
@@ -1414,38 +1415,33 @@ class _ByKernels(_Layout):
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             while size < LARGEST and sum(p.numel() for p in self.params) > 16 * processors * size:
                 size *= 2
-        lines, parts, many, grams, moves = [], [], set(), {}, {}  # tiles by dtype
+        lines, parts, many, tiles = [], [], set(), {}  # tiles by dtype
         for place in sorted(self.places, key=self.order):
             kind, dtype = self.kind(place), str(self.params[place.tensor].dtype)[6:]
+            own, step = tiles.setdefault(dtype, []), ALONE if kind > PART else size
             for row in range(place.rows):
-                line, start = len(lines), row * place.length
-                lines.append((place.tensor, start, place.length, place.sphere + row))
-                tiles = grams.setdefault(dtype, [])
-                if kind in LINES:
-                    if not tiles or tiles[-1][0] != kind or tiles[-1][2] == LINES[kind]:
-                        tiles.append([kind, line, 0, 0, 0, len(parts)])
-                    tiles[-1][2] += 1
-                    tiles[-1][4] = max(tiles[-1][4], place.length)
-                    parts.append(place.line + row)
-                    continue
-                step = size if kind == PART else ALONE
                 for start in range(0, max(place.length, 1), step):
-                    stop = min(start + step, place.length)
-                    tile = kind, line, 1, start, stop, len(parts)
-                    if kind == PART:
-                        many.add(place.sphere + row)
-                        moves.setdefault(dtype, []).append(tile)
-                    if self.groups[place.group]["sphere"]:
-                        tiles.append(tile)
+                    if not own or own[-1][0] != kind or own[-1][2] == LINES.get(kind, 1):
+                        own.append([kind, len(lines), 0, start, start, len(parts)])
+                    own[-1][2] += 1
+                    own[-1][4] = max(own[-1][4], min(start + step, place.length))
+                    if kind > PLAIN:
                         parts.append(place.line + row)
+                if kind <= PART:
+                    many.add(place.sphere + row)
+                lines.append((place.tensor, row * place.length, place.length, place.sphere + row))
         spheres = [[0, 0, number] for number in self.group_of_sphere]
         for i, line in enumerate(range(len(self.owners)) if self.reductions else parts):
             sphere = spheres[self.owners[line]]
             if not sphere[1]:
                 sphere[0] = i
             sphere[1] += 1
-        self.gram_tiles = [(dtype, self.upload(x, (-1, 6))) for dtype, x in grams.items() if x]
-        self.move_tiles = [(dtype, self.upload(x, (-1, 6))) for dtype, x in moves.items()]
+        self.gram_tiles, self.move_tiles = [], []
+        for dtype, own in tiles.items():
+            for found, kinds in (self.gram_tiles, (PART, MANY)), (self.move_tiles, (PLAIN, PART)):
+                some = [tile for tile in own if kinds[0] <= tile[0] <= kinds[1]]
+                if some:
+                    found.append((dtype, self.upload(some, (-1, 6))))
         self.lines, self.spheres = self.upload(lines, (-1, 4)), self.upload(spheres, (-1, 3))
         self.many, self.line_of_part = self.upload(sorted(many)), self.upload(parts)
         self.part_lines = self.line_of_part
@@ -1456,11 +1452,12 @@ class _ByKernels(_Layout):
     def kind(self, place):
         """That of the tiles of a tensor."""
         group = self.groups[place.group]
-        alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
-        split = _split_over(group, self.params[place.tensor])
-        if group["sphere"] and alone and not split:
-            return next((kind for kind, most in MOST.items() if place.length <= most), PART)
-        return PART
+        if not group["sphere"]:
+            return PLAIN
+        alone = group["sphere"] != "group" or len(group["params"]) == 1
+        if not alone or _split_over(group, self.params[place.tensor]):
+            return PART
+        return next((kind for kind, most in MOST.items() if place.length <= most), PART)
 
     def order(self, place):
         """Long lines as they come, so that the parts of a sphere are together; then short ones."""
