@@ -500,8 +500,8 @@ def _lr(group, wait=True, nan=True):
     number = _is_number(lr) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
     most = math.pi / 2 if group.get("angle") else math.inf
-    bad = value < 0 or value >= most or (math.isnan(value) and not nan)
-    _refuse(bad, f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
+    if value < 0 or value >= most or (math.isnan(value) and not nan):  # at each step
+        raise ValueError(f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
     return value
 
 
