@@ -23,6 +23,7 @@ import os
 import sys
 import warnings
 from inspect import unwrap
+from itertools import product
 from numbers import Real
 from typing import NamedTuple
 
@@ -50,8 +51,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 NEARLY_RADIAL = 100  # |bu|/k above which g + uθ cancels: in float64
-FLOAT64_SUMS = 1024  # a tensor of so few elements is summed in float64
-FEW_LINES = 16384  # the same of lines side by side
+FEW_ROWS = 32  # of a table: quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -60,7 +60,7 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 # -------------------------------------------------------------------------------------- the rule
 
 
-def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
+def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, root):
     """`sphere_rule` for Python, numpy and Triton, which bring `where` and a square root. tan is
     tan φ, or -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
@@ -99,7 +99,11 @@ def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
     share = measured / (radius * radius)
     off = (measured > 0) & ((share < 0.98) | (share > 1.02))
     moved = where(good & off & (b != 0), 1.0, 0.0)
-    return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved
+    wide = where((b * u > NEARLY_RADIAL * k) | (-b * u > NEARLY_RADIAL * k), 1.0, 0.0)
+    stays = where(good, 0.0, 1.0)
+    alone = k + b * u + bad
+    return (k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved, wide, stays,
+            alone)  # fmt: skip
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
@@ -110,7 +114,7 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)[:6]
+    return _formula(*gram, lr, beta, tan, radius, _pick, math.sqrt)[:6]
 
 
 def _pick(condition, a, b):
@@ -563,10 +567,13 @@ def _norms(group, zeros=False):
     not finite, or zero where none may be."""
     squares, elements = [], []
     for p in group["params"] if group["sphere"] else ():
-        rows, length = _rows(group, _local(p))
-        matrix = _as_matrix(_local(p.detach()), rows, length)
-        parts = [piece.double().square().sum(1) for (piece,) in _pieces([matrix])]
-        square = sum(parts) if rows == 1 else torch.cat(parts)
+        x = _local(p.detach())
+        rows, length = _rows(group, x)
+        square = torch.zeros(rows, dtype=torch.float64, device=x.device)
+        for row, column, *size in _cut(rows, length):
+            start = x.storage_offset() + row * length + column
+            matrix = x.as_strided(size, (length, 1), start).double()
+            square[row : row + size[0]] += matrix.square().sum(1)
         for process_group in _split_over(group, p):
             all_reduce(square, group=process_group)
         squares.append(square)
@@ -635,11 +642,8 @@ def _sums_by(x, index, n):
 def _rest(gram, beta):
     """‖new m‖² (β = 0: ‖g_t‖²), and the sum of squares of which the projection leaves this."""
     tt, tg, gg, tm, gm, mm = gram
-    rest, whole = gg - tg * tg / tt, gg
-    if isinstance(beta, Tensor) or beta:
-        rest = rest + 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
-        whole = gg + beta * beta * mm
-    return rest, whole
+    rest = 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
+    return gg - tg * tg / tt + rest, gg + beta * beta * mm
 
 
 def _described(gram, rule):
@@ -694,7 +698,7 @@ class _Layout:
         order = sorted(range(len(numbers)), key=lambda i: self.groups[numbers[i]]["sphere"] is None)
         self.places, self.group_of_sphere = [], []
         self.owners = []  # the sphere of each line
-        radii, tensor_of_line, line = [], [], 0
+        radii, tensor_of_line = [], []
         for i in order:
             number, p = numbers[i], self.params[i]
             group = self.groups[number]
@@ -705,15 +709,14 @@ class _Layout:
                 if group["sphere"]:
                     radii += _local(optimizer.state[p]["radius"]).tolist()
             sphere = len(self.group_of_sphere) - rows
-            self.places.append(_Place(i, number, rows, length, line, sphere))
-            line += rows
+            self.places.append(_Place(i, number, rows, length, len(self.owners), sphere))
+            self.owners += range(sphere, sphere + rows)
             if group["sphere"]:
-                self.owners += range(sphere, sphere + rows)
                 tensor_of_line += [len(self.places) - 1] * rows
         self.radii = self.upload(radii, dtype=torch.float64)
-        self.sphere_of_line = self.upload(self.owners)
+        self.sphere_of_line = self.upload(self.owners[: len(tensor_of_line)])
         self.tensor_of_line = self.upload(tensor_of_line)
-        self.line_of_part = torch.arange(len(self.owners), device=device)
+        self.line_of_part = torch.arange(len(tensor_of_line), device=device)
         self.reductions = self.find_shards()  # of the lines that are split over ranks
 
     def fits(self):
@@ -730,14 +733,14 @@ class _Layout:
         return [*map(_local, self.params)] if self.sharded else self.params
 
     def gather(self):
-        """(θ, g, m) of each tensor, on this rank, in the layout of θ; m is None without momentum,
-        and all of it without a gradient."""
+        """(θ, g) or (θ, g, m) of each tensor, on this rank, in the layout of θ; None without a
+        gradient."""
         self.copies, self.whole, found = {}, [], []
         local = iter(self.local_params())
         for group, states in zip(self.groups, self.states, strict=True):
             absent = 0
             for p, state in zip(group["params"], states, strict=True):
-                x, g, m, layout = next(local), p.grad, None, self.layouts[len(found)]
+                x, g, layout = next(local), p.grad, self.layouts[len(found)]
                 if g is None:
                     absent += 1
                     found.append(None)
@@ -758,8 +761,9 @@ class _Layout:
                             shape = tuple(m.shape)
                             _refuse(m.shape != p.shape, f"a momentum_buffer of shape {shape}")
                             new.copy_(m)
-                    m = _local(state["momentum_buffer"])
-                found.append((x, g, m))
+                    found.append((x, g, _local(state["momentum_buffer"])))
+                else:
+                    found.append((x, g))
             self.whole.append(not absent or group["sphere"] != "group")
         return found
 
@@ -813,14 +817,15 @@ def _gradient(p):
 
 
 class _Unit(NamedTuple):
-    """What PyTorch takes at once: a tensor, or the small ones of a group that have one shape."""
+    """What PyTorch takes at once: the small tensors of a group that have one shape, or a piece of
+    a tensor."""
 
-    group: int
     tensors: list[int]
-    rows: int  # of each tensor
-    length: int
-    lines: object  # which they are: a slice or a tensor
-    sphere: int | None  # if all lines are on one
+    on_sphere: bool
+    start: int  # of the piece in the tensor
+    size: tuple[int, ...]  # of the piece: lines and their length, or of one line the length
+    strides: tuple[int, ...]
+    parts: slice  # which its lines are among those of all units
 
 
 class _InPyTorch(_Layout):
@@ -830,241 +835,166 @@ class _InPyTorch(_Layout):
         super().__init__(optimizer, device)
         self.vectors = []  # θ, g, m of each tensor at this step
         self.present = None  # which tensors had a gradient when the units were made
-        self.units = []
-        # Of the last step: [lines, 6], [spheres, 6] float64, or still those of units, by sphere
-        self.grams, self.rules = [], {}
-        self.radius_list = radii = self.radii.tolist()
-        self.radius_array, self.group_numbers = np.array(radii), np.array(self.group_of_sphere)
-        self.lines_are_spheres = self.owners == [*range(len(radii))]
+        self.units = []  # first what is on spheres
+        self.part_spheres, self.part_lines = None, None  # of each part; its line if on a sphere
+        self.options, self.numbers = None, None  # of groups, and of spheres
+        self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
+        self.dtype = torch.float32
+        for p in self.params:
+            self.dtype = torch.promote_types(self.dtype, p.dtype)
 
     def refresh(self):
         self.vectors = self.gather()
         present = [vectors is not None for vectors in self.vectors]
         if present != self.present:
-            self.units, self.present = self.make_units(present), present
+            self.make_units(present)
+            self.present = present
 
     def make_units(self, present):
         together = {}
         for place in self.places:
-            size, p = place.rows * place.length, _local(self.params[place.tensor])
-            if size and present[place.tensor] and self.groups[place.group]["sphere"]:
+            size, p = place.rows * place.length, self.params[place.tensor]
+            if present[place.tensor]:
                 key = (place.group, p.dtype, p.shape) if size <= STACKED else place.tensor
                 together.setdefault(key, []).append(place)
-        units = []
+        self.units, lines = [], []
         for places in together.values():
-            first = places[0]
-            several = (range(place.line, place.line + place.rows) for place in places)
-            numbers = [line for own in several for line in own]
-            lines = slice(numbers[0], numbers[-1] + 1)
-            if numbers != [*range(numbers[0], numbers[-1] + 1)]:
-                lines = self.upload(numbers)
-            one = self.groups[first.group]["sphere"] == "group" or len(places) * first.rows == 1
-            sphere = first.sphere if one else None
-            tensors = [place.tensor for place in places]
-            units.append(_Unit(first.group, tensors, first.rows, first.length, lines, sphere))
-        return units
+            tensors, length = [place.tensor for place in places], places[0].length
+            on_sphere = self.groups[places[0].group]["sphere"] is not None
+            for row, column, *size in _cut(places[0].rows, length):
+                first, start = len(lines), row * length + column
+                for place in places:
+                    lines += range(place.line + row, place.line + row + size[0])
+                parts, strides = slice(first, len(lines)), (length, 1)
+                if len(lines) == first + 1:
+                    size, strides = size[1:], (1,)
+                self.units.append(_Unit(tensors, on_sphere, start, size, strides, parts))
+        self.part_spheres = np.array([self.owners[line] for line in lines], int)
+        self.part_lines = self.upload([x for x in lines if x < len(self.sphere_of_line)])
+        self.options = None
 
     def last(self):
-        if not isinstance(self.rules, Tensor):
-            rules = self.radii.new_full((len(self.radii), 6), math.nan)
-            if self.rules:
-                rules[list(self.rules)] = rules.new_tensor([*self.rules.values()])
-            self.grams, self.rules = self.table_of(self.grams), rules
         return self.grams, self.rules
 
-    def table_of(self, grams):
-        """[lines, 6] of the Gram matrices of units: six numbers, or a tensor [6, lines]."""
-        table, singles = self.radii.new_zeros(len(self.owners), 6), {}
-        for unit, gram in zip(self.units, grams, strict=True):
-            if isinstance(gram, Tensor):
-                table[unit.lines] = gram.T
-            else:
-                singles[unit.lines.start] = gram
-        if singles:
-            table[list(singles)] = table.new_tensor([*singles.values()])
-        return table
-
+    @np.errstate(all="ignore")
     def step(self, options, move):
-        self.moved_before = False
+        n, summed = len(self.radii), len(self.part_lines)
+        if options != self.options:
+            numbers = np.array(options)[np.array(self.group_of_sphere, int)]
+            numbers[:n, 3] *= self.radii.tolist()
+            self.options, self.numbers = options, numbers
 
-        # The Gram matrices
-        grams, work = [], []
+        # The Gram matrices of parts; in float64 where float32 is not enough
+        work, parts = [], np.zeros((summed, 7))
+        parts[:, 6] = self.numbers[self.part_spheres[:summed], 1]  # β
         for unit in self.units:
-            lists = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
-            if lists[2][0] is None:
-                lists.pop()
-            matrices = [_side_by_side(tensors, unit.rows, unit.length) for tensors in lists]
-            grams.append(_gram_of_lines(matrices, options[unit.group][1]))
-            work.append((unit, lists, matrices))
+            tensors = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
+            matrices = _matrices(unit, tensors)
+            work.append((unit, tensors, matrices))
+            if unit.on_sphere:
+                _add_products(matrices, self.dtype, parts[unit.parts])
+        (enough,) = _of_rows(_enough, parts)
+        for unit, _, matrices in work if not enough.all() else ():
+            if not enough[unit.parts].all():
+                _add_products(matrices, torch.float64, parts[unit.parts])
 
-        # The rules
-        if self.reductions or any(unit.sphere is None for unit in self.units):
-            self.grams = self.table_of(grams)
-            self.add_up(self.grams)
-            sums = self.grams
-            if not self.lines_are_spheres:
-                sums = _sums_by(sums, self.sphere_of_line, len(self.radii))
-            lr, beta, tan, at_radius, _, _ = np.array(options)[self.group_numbers[: len(sums)]].T
-            with np.errstate(all="ignore"):  # in numpy, which takes a tenth of the time
-                sums, radii = sums.T.cpu().numpy(), at_radius * self.radius_array
-                *rules, moved = _formula(*sums, radii, lr, beta, tan, np.where, np.sqrt)
-            self.moved_before = move and moved.any()
-            self.rules = torch.from_numpy(np.stack(rules, 1)).to(self.device)
-        else:  # few, and quicker as numbers
-            sums = {}
-            for unit, gram in zip(self.units, grams, strict=True):
-                if isinstance(gram, Tensor):
-                    gram = gram.sum(1).tolist()
-                before = sums.get(unit.sphere, 6 * [0.0])
-                sums[unit.sphere] = [a + b for a, b in zip(before, gram, strict=True)]
-            self.grams, self.rules = grams, {}
-            for sphere, gram in sums.items():
-                number = self.group_of_sphere[sphere]
-                lr, beta, tan, at_radius, _, _ = options[number]
-                radius = at_radius * self.radius_list[sphere]
-                *rule, moved = _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)
-                self.rules[sphere] = rule
-                self.moved_before |= move and moved > 0
+        # Those of lines and of spheres, and the rules
+        parts = torch.from_numpy(parts[:, :6]).to(self.device)
+        self.grams = _sums_by(parts, self.part_lines, len(self.sphere_of_line))
+        self.add_up(self.grams)
+        sums = _sums_by(self.grams, self.sphere_of_line, n).cpu().numpy()
+        rules = _of_rows(_formula, np.concatenate((sums, self.numbers[:n, :4]), 1))
+        self.rules = torch.from_numpy(rules[:6].T).to(self.device)
+        self.moved_before, wide, some_stay = rules[6:9].any(1)
+        if not move:
+            return
+        if n < len(self.numbers):  # what is on no sphere
+            lr, beta, tan, _, _, decay = self.numbers[n:].T
+            if (tan >= 0).any():
+                lr = np.where(tan >= 0, _pace(self.rules).item(), lr)
+            k = 1.0 + 0.0 * (lr + decay)
+            stay, zero = np.isnan(k), 0 * lr
+            plain = k, -lr, decay, lr, zero, beta, zero, zero, stay, k - lr * decay
+            rules, some_stay = np.concatenate((rules, plain), 1), some_stay or stay.any()
 
         # The moves, from the last on, which the cache still has
-        rules = self.rules
-        if not self.lines_are_spheres and isinstance(rules, Tensor):
-            rules = rules[self.sphere_of_line]
-        for unit, lists, matrices in reversed(work) if move else ():
-            if unit.sphere is None:
-                rule = rules[unit.lines]
+        rules = rules[[9, 0, 1, 2, 5]][:, self.part_spheres]
+        dtype = torch.float64 if wide else self.dtype
+        for unit, tensors, matrices in reversed(work):
+            if len(unit.size) == 2:
+                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
             else:
-                rule = self.rules[unit.sphere]
-                rule = rule.tolist() if isinstance(rule, Tensor) else rule
-            _move(rule, matrices)
+                rule = rules[:, unit.parts.start].tolist()
+            before = [x.clone() for x in matrices[::2]] if some_stay else []
+            _move(rule, dtype, *matrices)
+            for x, old in zip(matrices[::2], before, strict=False):
+                stays = torch.as_tensor(rule[0], device=x.device).isnan()
+                x.copy_(torch.where(stays, old, x))
             if len(unit.tensors) > 1:  # they were laid side by side
-                for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
-                    parts = matrix.view(len(tensors), *tensors[0].shape).unbind()
-                    torch._foreach_copy_(tensors, parts)
-        for place in self.places if move else ():
-            vectors, group = self.vectors[place.tensor], self.groups[place.group]
-            if vectors and not group["sphere"]:
-                lr, beta, _, _, _, decay = options[place.group]
-                if group["angle"]:
-                    lr = _pace(self.last()[1]).item()
-                flat = [_as_matrix(x, 1, place.length) for x in vectors if x is not None]
-                k = 1.0 + 0.0 * (lr + decay)  # nan: it stays
-                _move((k, -lr, decay, lr, 0.0, beta), flat)
+                for own, matrix in zip(tensors[::2], matrices[::2], strict=True):
+                    torch._foreach_copy_(own, matrix.view(len(own), *own[0].shape).unbind())
 
 
-def _as_matrix(x, rows, length):
-    """As it lies in memory, [rows, length]."""
-    return x.as_strided((rows, length), (length, 1))
+def _cut(rows, length):
+    """Pieces of a matrix, of about PIECE elements: first row and column, rows and columns."""
+    most = max(1, PIECE // max(1, length))
+    corners = product(range(0, rows, most), range(0, length, PIECE))
+    return [(i, j, min(most, rows - i), min(PIECE, length - j)) for i, j in corners]
 
 
-def _side_by_side(tensors, rows, length):
-    """Their lines, [lines, length]."""
-    if len(tensors) == 1:
-        return _as_matrix(tensors[0], rows, length)
-    return torch.stack(tensors).reshape(len(tensors) * rows, length)
+def _matrices(unit, tensors):
+    """Of each of θ, g, m the lines, as they lie in memory; of several tensors a copy."""
+    if len(unit.tensors) > 1:
+        return [torch.stack(x).reshape(-1, unit.size[1]) for x in tensors]
+    start, size, strides = unit.start, unit.size, unit.strides
+    return [x.as_strided(size, strides, x.storage_offset() + start) for (x,) in tensors]
 
 
-def _pieces(matrices):
-    """Matrices of as many rows, in parts of about PIECE elements: of columns, or of whole rows."""
-    rows, length = matrices[-1].shape
-    if rows * length <= PIECE:
-        return [matrices]
-    if rows == 1:
-        return [*zip(*(x.split(PIECE, 1) for x in matrices), strict=True)]
-    return [*zip(*(x.split(max(1, PIECE // length)) for x in matrices), strict=True)]
+def _of_rows(function, table):
+    """What `function` makes of each row, as columns: of few in Python, quicker than in numpy."""
+    if 0 < len(table) <= FEW_ROWS:
+        return np.array([function(*row, _pick, math.sqrt) for row in table.tolist()]).T
+    return np.stack(function(*table.T, np.where, np.sqrt))
 
 
-def _gram_of_lines(matrices, beta):
-    """The Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: of one line six
-    numbers, of several a tensor [6, lines] float64."""
-    if matrices[0].shape[0] > 1:
-        grams = [_gram_of_rows(piece, beta) for piece in _pieces(matrices)]
-        return grams[0] if len(grams) == 1 else torch.cat(grams, 1)
-    grams = [_gram_of_line([x[0] for x in piece], beta) for piece in _pieces(matrices)]
-    return [sum(entry) for entry in zip(*grams, strict=True)]
+def _add_products(matrices, dtype, grams):
+    """Writes the Gram matrices [lines, 6] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
+    summed in `dtype`."""
+    if matrices[0].dtype != dtype:
+        matrices = [x.to(dtype) for x in matrices]
+    if dtype == torch.float64:  # sums by pairs, unlike those of vectors
+        matrices = [x.view(len(grams), -1) for x in matrices]
+    found = [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
+    for i, x in enumerate(found):
+        grams[:, i] = x.cpu().numpy() if x.dim() else x.item()
 
 
-def _gram_of_rows(matrices, beta):
-    """Of lines side by side; float32 sums, where they are neither too small nor mostly cancel."""
-    if matrices[0].dtype == torch.float64 or matrices[0].numel() <= FEW_LINES:
-        return _wide_gram(matrices)
-    gram = _products([x.float() for x in matrices]).double()
-    held = torch.minimum(gram[0], gram[2]) > 1e-25
-    for way in {0.0, beta}:
+def _enough(tt, tg, gg, tm, gm, mm, beta, where, root):
+    """Whether float32 holds the squares, and what projections leave of them is no rounding."""
+    enough = (tt > 1e-25) & (gg > 1e-25)
+    gram = where(enough, tt, 1.0), tg, gg, tm, gm, mm
+    for way in (0.0, beta):
         rest, whole = _rest(gram, way)
-        held &= rest > 1e-2 * whole
-    if not held.all():
-        gram[:, ~held] = _wide_gram([x[~held] for x in matrices])
-    return gram
+        enough = enough & (rest > 1e-2 * whole)
+    return (enough,)
 
 
-def _gram_of_line(vectors, beta):
-    """Of vectors [length], as of rows; in numbers, which are quicker."""
-    small = vectors[0].numel() <= FLOAT64_SUMS
-    if small or vectors[0].element_size() < 4:
-        vectors = [x.double() if small else x.float() for x in vectors]
-    gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
-    gram += [0.0] * (6 - len(gram))
-    if not small:
-        ways = [_rest(gram, 0), _rest(gram, beta)] if min(gram[0], gram[2]) > 1e-25 else [(0, 0)]
-        if not all(rest > 1e-2 * whole for rest, whole in ways):
-            return _wide_gram(vectors).tolist()
-    return gram
-
-
-def _wide_gram(vectors):
-    """In float64, [6, …]."""
-    return _products([x.double() for x in vectors])
-
-
-def _products(vectors):
-    """Scalar products along the last dimension, [6, …]; summed by pairs, unlike torch.dot."""
-    gram = [(x * y).sum(-1) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
-    return torch.stack(gram + [0 * gram[0]] * (6 - len(gram)))
-
-
-def _move(rule, matrices):
-    """m ← βm + g + uθ, θ ← kθ + bm, in place, for θ, g and perhaps m, [lines, length] each. rule:
-    its six numbers, or those of each line, a tensor [lines, 6]. Nothing moves where k is nan."""
-    if isinstance(rule, Tensor):
-        for own, *vectors in _pieces([rule, *matrices]):
-            _move_each(own.T[:, :, None], *vectors)
-    elif not math.isnan(rule[0]):
-        k, b, u, _, _, beta = rule
-        for theta, g, *m in reversed(_pieces(matrices)):
-            if theta.element_size() < 4 or abs(b * u) > NEARLY_RADIAL * k:
-                wide = torch.tensor(rule, dtype=torch.float64, device=theta.device)
-                _move_each(wide, theta, g, *m)
-            elif m:
-                m[0].mul_(beta).add_(g).add_(theta, alpha=u)
-                theta.mul_(k).add_(m[0], alpha=b)
-            else:
-                theta.mul_(k + b * u).add_(g, alpha=b)
-
-
-def _move_each(rule, theta, g, m=None):
-    """The same with a rule [6, lines, 1]: in float32, rounded once; in float64 where g + uθ cancels
-    to next to nothing."""
-    k, b, u, _, _, beta = rule
-    if k.isnan().any():  # these lines stay
-        moving = ~k.isnan().flatten()
-        old = [x for x in (theta, m) if x is not None]
-        new = [x[moving] for x in old]
-        _move_each(rule[:, moving], new[0], g[moving], *new[1:])
-        for x, y in zip(old, new, strict=True):
-            x[moving] = y
-        return
-    wide = torch.promote_types(theta.dtype, torch.float32)
-    if ((b * u).abs() > NEARLY_RADIAL * k).any():
-        wide = torch.float64
-    x, g = theta.to(wide), g.to(wide)
+def _move(rule, dtype, theta, g, m=None):
+    """m ← βm + g + uθ, θ ← kθ + bm, in place, of matrices or vectors, in `dtype`, rounded once.
+    rule: k + bu, k, b, u, β, numbers, or those of each line."""
+    alone, k, b, u, beta = rule
+    x, g = theta.to(dtype), g.to(dtype)
     if m is None:
-        x.mul_((k + b * u).to(wide)).addcmul_(g, b.to(wide))
+        _add(x.mul_(alone), g, b)
     else:
-        new = m.to(wide).mul_(beta.to(wide)).add_(g).addcmul_(x, u.to(wide))
-        x.mul_(k.to(wide)).addcmul_(new, b.to(wide))
+        new = _add(m.to(dtype).mul_(beta).add_(g), x, u)
+        _add(x.mul_(k), new, b)
         m.copy_(new)
     theta.copy_(x)
+
+
+def _add(x, y, factor):
+    return x.addcmul_(y, factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
 
 
 # ----------------------------------------------------------------------------------- the kernels
@@ -1130,7 +1060,7 @@ def _rule(gram, sphere, here, tables):
     radius = tl.load(radii + sphere, mask=here, other=0.0)
     radius *= tl.load(group + 3, mask=here, other=0.0)
     tt, tg, gg, tm, gm, mm = gram
-    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, _where, _root)
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _where, _root)
     _store_all(rules + 7 * sphere, rule, 7, here)
     return rule
 
@@ -1431,7 +1361,7 @@ class _ByKernels(_Layout):
                     many.add(place.sphere + row)
                 lines.append((place.tensor, row * place.length, place.length, place.sphere + row))
         spheres = [[0, 0, number] for number in self.group_of_sphere]
-        for i, line in enumerate(range(len(self.owners)) if self.reductions else parts):
+        for i, line in enumerate(range(len(self.sphere_of_line)) if self.reductions else parts):
             sphere = spheres[self.owners[line]]
             if not sphere[1]:
                 sphere[0] = i
@@ -1498,8 +1428,9 @@ class _ByKernels(_Layout):
         addresses = []
         self.moved = []
         for own in vectors:
-            addresses.append([x.data_ptr() if x is not None else 0 for x in own or 3 * [None]])
-            self.moved += [x for x in (own or ())[::2] if x is not None]  # θ, m
+            own = own or ()
+            addresses.append([*[x.data_ptr() for x in own], 0, 0, 0][:3])
+            self.moved += own[::2]  # θ, m
         self.addresses = self.upload(addresses, (-1, 3))
         self.seen = self.look()
 
@@ -1523,7 +1454,7 @@ class _ByKernels(_Layout):
                 how = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _gram_pass[(len(tiles),)](tiles, *tables, **how)
             if self.reductions:
-                grams = _sums_by(self.sums, self.part_lines, len(self.owners))
+                grams = _sums_by(self.sums, self.part_lines, len(self.sphere_of_line))
                 self.add_up(grams)
                 self.parts = tables[5] = grams
                 self.line_of_part = torch.arange(len(grams), device=self.device)

@@ -186,14 +186,14 @@ def rms_norm_without_the_gradient_of_its_scale(x):
 
 
 def a_step_that_forgets_the_renormalization(rule, *vectors):
-    sphere_step.RIGHT((1.0, *rule[1:]), *vectors)
+    alone, k, *rest = rule
+    sphere_step.RIGHT((alone - k + 1.0, 1.0, *rest), *vectors)
 
 
-def a_half_precision_step_that_truncates(rule, *vectors):
-    sphere_step.RIGHT(rule, *vectors)
-    for theta in vectors[0][0]:
-        if theta.element_size() < 4:
-            theta.view(torch.int16).bitwise_and_(-4)
+def a_half_precision_step_that_truncates(rule, dtype, theta, *vectors):
+    sphere_step.RIGHT(rule, dtype, theta, *vectors)
+    if theta.element_size() < 4:
+        theta.view(torch.int16).bitwise_and_(-4)
 
 
 def a_convolution_with_a_wrong_gradient(conv, x):
