@@ -430,24 +430,21 @@ class watch:
     @torch.no_grad()
     def _observe(self, optimizer):
         """⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩ and 1 of each tensor; 0 without a gradient."""
-        self._gram = self._sums.new_zeros(4, len(self.params))
+        self._gram = self._sums.new_zeros(len(self.params), 4)
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, where the step unscales
-        for i, p in enumerate(self.params):
+        for gram, p in zip(self._gram, self.params, strict=True):
             if p.grad is not None:
-                x, g = p.double().reshape(-1), p.grad.to_dense().double().reshape(-1)
-                g = g if scale is None else g / scale
-                gram = torch.dot(x, x), torch.dot(x, g), torch.dot(g, g), g.new_ones(())
-                self._gram[:, i] = torch.stack(gram)
+                g = p.grad.to_dense().double()
+                gram[:3] = _gram_of_two(p, g if scale is None else g / scale)
+                gram[3] = 1
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs):
-        moves = torch.zeros_like(self._gram[:2])
+        moves = torch.zeros_like(self._gram[:, :2])
         for i, (p, old) in enumerate(zip(self.params, self._old, strict=True)):
-            old = old.double().reshape(-1)
-            d = p.double().reshape(-1) - old
-            moves[:, i] = torch.stack([torch.dot(old, d), torch.dot(d, d)])
-        gram = torch.cat([self._gram, moves * self._gram[3]])
-        tt, tg, gg, n, td, dd = torch.cat([gram.sum(1, keepdim=True), gram], dim=1)
+            moves[i] = _gram_of_two(old, p.double() - old.double())[1:]
+        gram = torch.cat([self._gram, moves * self._gram[:, 3:]], 1)
+        tt, tg, gg, n, td, dd = torch.cat([gram.sum(0, keepdim=True), gram]).T
         gamma = (tt * gg - tg * tg).clamp(min=0).sqrt()
         angle = torch.atan2((tt * dd - td * td).clamp(min=0).sqrt(), tt + td)
         self.last = torch.stack([gamma, angle])
@@ -464,6 +461,11 @@ class watch:
             rows.append(dict(grad_norm=gamma / n, angle=angle / n) if n else {})
         self.layers = [dict(layer=x) | row for x, row in zip(self.names, rows[1:], strict=True)]
         return dict(step=self._steps) | rows[0]
+
+
+def _gram_of_two(x, y):
+    """⟨x,x⟩, ⟨x,y⟩, ⟨y,y⟩ in float64."""
+    return torch.stack(_products([x.double().reshape(-1), y.double().reshape(-1)]))
 
 
 # -------------------------------------------------------- options, tensors, norms, and their shards
@@ -687,9 +689,8 @@ class _Layout:
         self.captured = optimizer._captured
         self.params = [p for group in self.groups for p in group["params"]]
         self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
-        self.ids = self.identify()
         self.sharded = any(map(_is_dtensor, self.params))
-        self.layouts = [_in_memory(x) for x in self.local_params()]
+        self.ids, self.layouts = self.identify()
         self.copies = {}  # number of a tensor → its gradient, which lies otherwise than its θ
         self.whole = []  # of each group: no tensor of a joint sphere is without a gradient
         self.moved_before = False  # whether weights had left their spheres before the last step
@@ -721,13 +722,12 @@ class _Layout:
 
     def fits(self):
         """Whether the tensors are still those, and lie as they did."""
-        if self.identify() != self.ids:
-            return False
-        return [_in_memory(x) for x in self.local_params()] == self.layouts
+        return self.identify() == (self.ids, self.layouts)
 
     def identify(self):
-        """Which tensors there are, and what shares a norm."""
-        return [(group["sphere"], *map(id, group["params"])) for group in self.groups]
+        """Which tensors there are, and what shares a norm; how each lies in memory."""
+        ids = [(group["sphere"], *map(id, group["params"])) for group in self.groups]
+        return ids, [_in_memory(x) for x in self.local_params()]
 
     def local_params(self):
         return [*map(_local, self.params)] if self.sharded else self.params
@@ -964,9 +964,13 @@ def _add_products(matrices, dtype, grams):
         matrices = [x.to(dtype) for x in matrices]
     if dtype == torch.float64:  # sums by pairs, unlike those of vectors
         matrices = [x.view(len(grams), -1) for x in matrices]
-    found = [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
-    for i, x in enumerate(found):
+    for i, x in enumerate(_products(matrices)):
         grams[:, i] = x.cpu().numpy() if x.dim() else x.item()
+
+
+def _products(matrices):
+    """The scalar products of each with those before it and itself, line by line."""
+    return [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
 
 
 def _enough(tt, tg, gg, tm, gm, mm, beta, where, root):
@@ -1373,8 +1377,9 @@ class _ByKernels(_Layout):
                 if some:
                     found.append((dtype, self.upload(some, (-1, 6))))
         self.lines, self.spheres = self.upload(lines, (-1, 4)), self.upload(spheres, (-1, 3))
-        self.many, self.line_of_part = self.upload(sorted(many)), self.upload(parts)
-        self.part_lines = self.line_of_part
+        self.many, self.part_lines = self.upload(sorted(many)), self.upload(parts)
+        if not self.reductions:
+            self.line_of_part = self.part_lines
         self.parts = self.sums = self.radii.new_zeros(len(parts), 6)
         self.rules = self.radii.new_zeros(len(spheres), 7)
         self.settings = self.radii.new_zeros(len(self.groups), 6)
@@ -1457,7 +1462,6 @@ class _ByKernels(_Layout):
                 grams = _sums_by(self.sums, self.part_lines, len(self.sphere_of_line))
                 self.add_up(grams)
                 self.parts = tables[5] = grams
-                self.line_of_part = torch.arange(len(grams), device=self.device)
             if len(self.many):
                 _rule_pass[(len(self.many),)](self.many, *tables, BLOCK=512, **HOW)
             for sphere, number in enumerate(self.group_of_sphere):
