@@ -50,7 +50,6 @@ except ImportError:  # as on macOS
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
-NEARLY_RADIAL = 100  # |bu|/k above which g + uθ cancels: in float64
 FEW_ROWS = 32  # of a table: quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
@@ -99,7 +98,7 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, root):
     share = measured / (radius * radius)
     off = (measured > 0) & ((share < 0.98) | (share > 1.02))
     moved = where(good & off & (b != 0), 1.0, 0.0)
-    wide = where((b * u > NEARLY_RADIAL * k) | (-b * u > NEARLY_RADIAL * k), 1.0, 0.0)
+    wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
     stays = where(good, 0.0, 1.0)
     alone = k + b * u + bad
     return (k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved, wide, stays,
@@ -853,9 +852,10 @@ class _InPyTorch(_Layout):
     def make_units(self, present):
         together = {}
         for place in self.places:
-            size, p = place.rows * place.length, self.params[place.tensor]
+            key = place.tensor
+            if place.rows * place.length <= STACKED:
+                key = place.group, self.layouts[key]
             if present[place.tensor]:
-                key = (place.group, p.dtype, p.shape) if size <= STACKED else place.tensor
                 together.setdefault(key, []).append(place)
         self.units, lines = [], []
         for places in together.values():
