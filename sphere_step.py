@@ -892,11 +892,11 @@ class _InPyTorch(_Layout):
             matrices = _matrices(unit, tensors)
             work.append((unit, tensors, matrices))
             if unit.on_sphere:
-                _add_products(matrices, self.dtype, parts[unit.parts])
+                _sum_products(matrices, self.dtype, parts[unit.parts])
         (enough,) = _of_rows(_enough, parts)
         for unit, _, matrices in work if not enough.all() else ():
             if not enough[unit.parts].all():
-                _add_products(matrices, torch.float64, parts[unit.parts])
+                _sum_products(matrices, torch.float64, parts[unit.parts])
 
         # Those of lines and of spheres, and the rules
         parts = torch.from_numpy(parts[:, :6]).to(self.device)
@@ -957,7 +957,7 @@ def _of_rows(function, table):
     return np.stack(function(*table.T, np.where, np.sqrt))
 
 
-def _add_products(matrices, dtype, grams):
+def _sum_products(matrices, dtype, grams):
     """Writes the Gram matrices [lines, 6] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
     summed in `dtype`."""
     if matrices[0].dtype != dtype:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -297,6 +298,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         (torch.Tensor, "pin_memory", lambda x: x),
         (torch.Tensor, "item", lambda x: 1.0),  # the waits of an evaluation
         (torch.Tensor, "tolist", lambda x: [1.0] * len(x)),
+        (torch.Tensor, "numpy", lambda x: np.ones(x.shape)),
         (torch.Tensor, "backward", backward),
         (torch.random, "fork_rng", lambda devices: nullcontext()),
         (measure, "POINTS", 2),
