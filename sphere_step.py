@@ -363,14 +363,14 @@ class SphereSGD(torch.optim.Optimizer):
         right = "auto", "torch", "triton" if possible else "auto"
         cure = "it must be 'auto', 'torch' or, on a GPU, not in float64, 'triton'"
         _refuse(self.backend not in right, f"backend={self.backend!r}: {cure}")
-        turns, spheres = [[group[x] for group in groups] for x in ("angle", "sphere")]
-        nothing = any(turns) and not any(spheres)
-        _refuse(nothing, "angle=True: there is no sphere that could turn by it")
+        turns, spheres = any(x["angle"] for x in groups), any(x["sphere"] for x in groups)
+        _refuse(turns and not spheres, "angle=True: there is no sphere that could turn by it")
         for number, (group, p) in enumerate(zip(groups, params, strict=True)):
             what, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
             _check_tensor(group, p, what)
             _refuse(p.device != device, f"{what} is on {p.device}, not on {device}")
-            shape, size = state.get("momentum_buffer", p).shape, self._sizes.get(p, p.numel())
+            m, size = state.get("momentum_buffer"), self._sizes.get(p, p.numel())
+            shape = p.shape if m is None else m.shape
             _refuse(shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(shape)}")
             _refuse(size != p.numel(), f"{what} had {size} elements: make the optimizer anew")
             if "radius" in state and group["sphere"]:
