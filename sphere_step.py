@@ -836,6 +836,7 @@ class _InPyTorch(_Layout):
         self.present = None  # which tensors had a gradient when the units were made
         self.units = []  # first what is on spheres
         self.part_spheres, self.part_lines = None, None  # of each part; its line if on a sphere
+        self.summed, self.parts_are_lines = 0, False  # how many are on spheres
         self.options, self.numbers = None, None  # of groups, and of spheres
         self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
         self.dtype = torch.float32
@@ -870,7 +871,9 @@ class _InPyTorch(_Layout):
                     size, strides = size[1:], (1,)
                 self.units.append(_Unit(tensors, on_sphere, start, size, strides, parts))
         self.part_spheres = np.array([self.owners[line] for line in lines], int)
-        self.part_lines = self.upload([x for x in lines if x < len(self.sphere_of_line)])
+        part_lines = [x for x in lines if x < len(self.sphere_of_line)]
+        self.part_lines, self.summed = self.upload(part_lines), len(part_lines)
+        self.parts_are_lines = part_lines == [*range(len(self.sphere_of_line))]
         self.options = None
 
     def last(self):
@@ -878,7 +881,7 @@ class _InPyTorch(_Layout):
 
     @np.errstate(all="ignore")
     def step(self, options, move):
-        n, summed = len(self.radii), len(self.part_lines)
+        n, summed = len(self.radii), self.summed
         if options != self.options:
             numbers = np.array(options)[np.array(self.group_of_sphere, int)]
             numbers[:n, 3] *= self.radii.tolist()
@@ -899,8 +902,9 @@ class _InPyTorch(_Layout):
                 _sum_products(matrices, torch.float64, parts[unit.parts])
 
         # Those of lines and of spheres, and the rules
-        parts = torch.from_numpy(parts[:, :6]).to(self.device)
-        self.grams = _sums_by(parts, self.part_lines, len(self.sphere_of_line))
+        self.grams = torch.from_numpy(parts[:, :6]).to(self.device)
+        if not self.parts_are_lines:
+            self.grams = _sums_by(self.grams, self.part_lines, len(self.sphere_of_line))
         self.add_up(self.grams)
         sums = _sums_by(self.grams, self.sphere_of_line, n).cpu().numpy()
         rules = _of_rows(_formula, np.concatenate((sums, self.numbers[:n, :4]), 1))
