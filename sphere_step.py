@@ -23,6 +23,7 @@ import os
 import sys
 import warnings
 from inspect import unwrap
+from itertools import product
 from numbers import Real
 from typing import NamedTuple
 
@@ -49,9 +50,7 @@ except ImportError:  # as on macOS
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
-NEARLY_RADIAL = 100  # |bu|/k above which g + uθ cancels: in float64
-FLOAT64_SUMS = 1024  # a tensor of so few elements is summed in float64
-FEW_LINES = 16384  # the same of lines side by side
+FEW_ROWS = 32  # of a table: quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -60,14 +59,14 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 # -------------------------------------------------------------------------------------- the rule
 
 
-def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
+def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, root):
     """`sphere_rule` for Python, numpy and Triton, which bring `where` and a square root. tan is
     tan φ, or -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
     good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
     zero = (tt == 0) & (gg > 0) & (radius > 0)
     good = good & ((tt > 0) | zero)
-    tt = where(tt > 0, tt, where(zero, radius * radius, 1.0))
+    measured, tt = tt, where(tt > 0, tt, where(zero, radius * radius, 1.0))
 
     # r = ⟨θ,g⟩/‖θ‖², q = ⟨θ,m⟩/‖θ‖²: the new m is βm + g + uθ, across θ
     norm = root(tt)
@@ -94,7 +93,16 @@ def _formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, where, root):
     k, b = where(stays, 1.0, along * per_norm), where(stays, 0.0, -along * tan * per_s)
     good = good & (k * k + b * b + u * u < 1e77)  # they fit float32
     bad = where(good, 0.0, float("nan"))
-    return k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad
+
+    # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
+    share = measured / (radius * radius)
+    off = (measured > 0) & ((share < 0.98) | (share > 1.02))
+    moved = where(good & off & (b != 0), 1.0, 0.0)
+    wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
+    stays = where(good, 0.0, 1.0)
+    alone = k + b * u + bad
+    return (k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved, wide, stays,
+            alone)  # fmt: skip
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
@@ -105,7 +113,7 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, radius, lr, beta, tan, _pick, math.sqrt)
+    return _formula(*gram, lr, beta, tan, radius, _pick, math.sqrt)[:6]
 
 
 def _pick(condition, a, b):
@@ -153,13 +161,13 @@ class SphereSGD(torch.optim.Optimizer):
         self._sizes = {}  # elements of each tensor when it was given
         self._checked = None  # the options of the groups that were found sound
         self._warned = False  # of weights that something else has moved
-        self._to_scale = []  # until all groups are found sound: groups, their norms and radii
+        self._made = False  # until all groups are found sound, nothing is scaled
         defaults = dict(lr=lr, sphere=sphere, radius=radius, momentum=momentum, angle=angle)
         super().__init__(params, defaults | dict(weight_decay=weight_decay))
         self._check()
-        for group in self._to_scale:
-            _put_on_spheres(*group)
-        self._to_scale = None
+        self._made = True
+        for group in self.param_groups:
+            self._scale(group)
 
     # torch wraps this and the next ones for torch.compile, which takes a second to import
     state_dict = unwrap(torch.optim.Optimizer.state_dict)
@@ -169,38 +177,34 @@ class SphereSGD(torch.optim.Optimizer):
         unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
-            _lr(group, nan=False)
-            for name in group.keys() - {*OPTIONS, *OTHER_KEYS}:
-                if not name.endswith(("_lr", "_momentum")):  # of schedulers: initial_lr
-                    raise ValueError(f"{name}={group[name]!r}: there is no such option")
+            _check_options(group, new=True)
+            for name in group.keys() - {*OPTIONS, *OTHER_KEYS}:  # those of schedulers: initial_lr
+                other = not name.endswith(("_lr", "_momentum"))
+                _refuse(other, f"{name}={group[name]!r}: there is no such option")
             for number, p in enumerate(group["params"], len(self._sizes)):
                 _check_tensor(group, p, f"parameter {number} of shape {tuple(p.shape)}")
             _check_overlaps(group["params"])  # with other groups: when it is made, or steps
-            radii = norms = _norms(group, zeros=group["radius"] is not None)
-            if group["radius"]:
-                radii = [torch.full_like(norm, group["radius"]) for norm in norms]
+            norms = _norms(group, zeros=group["radius"] is not None)
         except Exception:
             self.param_groups.pop()
             raise
-        if group["radius"] and self._to_scale is None:
-            _put_on_spheres(group, norms, radii)
-        elif group["radius"]:
-            self._to_scale.append((group, norms, radii))
         for i, p in enumerate(group["params"]):
             self._sizes[p] = p.numel()
             if group["sphere"]:
-                self.state[p]["radius"] = _like_rows(group, p, radii[i])
+                radii = torch.full_like(norms[i], group["radius"]) if group["radius"] else norms[i]
+                self.state[p]["radius"] = _like_rows(group, p, radii)
             if group["momentum"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if self._made:
+            self._scale(group)
 
     def __getstate__(self):
         return super().__getstate__() | {"backend": self.backend}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._layout, self._captured, self._checked, self._to_scale = None, [], None, None
-        self._warned = False
+        self._layout, self._captured, self._checked = None, [], None
+        self._made, self._warned = True, False
         self._sizes = {p: p.numel() for group in self.param_groups for p in group["params"]}
 
     def load_state_dict(self, state_dict):
@@ -209,36 +213,22 @@ class SphereSGD(torch.optim.Optimizer):
         try:
             unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
             self._captured, self._sizes = before["_captured"], before["_sizes"]
-            saved = state_dict["state"]
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
-                _check_options(group)
-                _lr(group, nan=False)
+                _check_options(group, new=True)
                 for p, key in zip(group["params"], given["params"], strict=True):
-                    state = self.state[p]
+                    state, saved = self.state[p], state_dict["state"].get(key, {})
                     if state.get("momentum_buffer", p) is None:  # as torch's SGD leaves it
                         del state["momentum_buffer"]
-                    if not isinstance(state.get("momentum_buffer", p), Tensor):
-                        raise ValueError("the state has a momentum_buffer that is no tensor")
                     if group["sphere"]:  # torch has made it of the parameter's type
-                        radius = saved.get(key, {}).get("radius", before["state"][p].get("radius"))
-                        if not isinstance(radius, Tensor) or radius.dim() != 1:
-                            raise ValueError("the state has a radius that is no vector")
+                        radius = saved.get("radius", before["state"][p].get("radius"))
+                        vector = isinstance(radius, Tensor) and radius.dim() == 1
+                        _refuse(not vector, "the state has a radius that is no vector")
                         state["radius"] = radius.to(p.device, torch.float64)
-                    for x in state.values():
-                        if isinstance(x, Tensor) and not _local(x).isfinite().all():
-                            raise ValueError(
-                                "the state has a radius or momentum that is not finite"
-                            )
-                    bad = "radius" in state and (_local(state["radius"]) <= 0).any()
-                    if bad and p.numel():  # the sphere of an empty tensor is a point
-                        raise ValueError("the state has a radius that is not positive")
-                    if "radius" in state:
-                        length = _rows(group, p)[1]
-                        _check_size("the state's radius", _local(state["radius"]), length, p.dtype)
+                    _check_state(group, p, state)
                 if group["sphere"] == "group" and group["params"]:
                     radii = [self.state[p]["radius"] for p in group["params"]]
-                    if any(not torch.equal(radius, radii[0]) for radius in radii):
-                        raise ValueError("the state has several radii for one sphere")
+                    several = any(not torch.equal(radius, radii[0]) for radius in radii)
+                    _refuse(several, "the state has several radii for one sphere")
             self._check()
         except Exception as error:
             self.__dict__ = before  # nothing changed
@@ -252,9 +242,18 @@ class SphereSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def normalize(self):
         """Put the weights back on their spheres, from which something else moved them."""
-        for group in self._on_spheres():
-            radii = [_local(self.state[p]["radius"]) for p in group["params"]]
-            _put_on_spheres(group, _norms(group, zeros=True), radii)
+        for group in self.param_groups:
+            self._scale(group, always=True)
+
+    def _scale(self, group, always=False):
+        """To its radius, if one is given, or always; zeros stay."""
+        norms = _norms(group, zeros=True) if always or group["radius"] else []
+        for p, norm in zip(group["params"], norms, strict=False):
+            x, radius = _local(p.detach()), _local(self.state[p]["radius"])
+            scale = torch.where(norm > 0, radius / norm, 1.0)
+            if x.element_size() >= 4:  # without a copy in float64
+                scale = scale.to(x.dtype)
+            x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -280,20 +279,18 @@ class SphereSGD(torch.optim.Optimizer):
         if options != self._checked:
             for group, before in zip(self.param_groups, self._checked or [], strict=False):
                 radius = group.get("radius")
-                if radius != before[1]:
-                    raise ValueError(f"radius={radius!r}: it cannot change between steps")
+                _refuse(radius != before[1], f"radius={radius!r}: it cannot change between steps")
             for group in self.param_groups:
                 _check_options(group)
             self._checked = options
         if self._layout is None or not self._layout.fits():
             kind, device = self._check()
             params = [p for group in self.param_groups for p in group["params"]]
-            if len(params) < len(self._sizes):
-                raise ValueError("a tensor was taken out of param_groups: make the optimizer anew")
+            fewer = len(params) < len(self._sizes)
+            _refuse(fewer, "a tensor was taken out of param_groups: make the optimizer anew")
             for p in params:
-                if p not in self._sizes:
-                    what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
-                    raise ValueError(f"{what} (a flat partition?): call add_param_group")
+                what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
+                _refuse(p not in self._sizes, f"{what} (a flat partition?): call add_param_group")
             self._layout = kind(self, device)
         layout = self._layout
         lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
@@ -363,28 +360,25 @@ class SphereSGD(torch.optim.Optimizer):
         device = params[0].device if params else torch.device("cpu")
         possible = triton is not None and device.type == ("cpu" if INTERPRET else "cuda")
         possible = possible and all(p.dtype in DTYPES for p in params)
-        if self.backend not in ("auto", "torch", "triton" if possible else "auto"):
-            what = "'auto', 'torch' or, on a GPU, not in float64, 'triton'"
-            raise ValueError(f"backend={self.backend!r}: it must be {what}")
-        if any(group["angle"] for group in groups) and not any(x["sphere"] for x in groups):
-            raise ValueError("angle=True: there is no sphere that could turn by it")
+        right = "auto", "torch", "triton" if possible else "auto"
+        cure = "it must be 'auto', 'torch' or, on a GPU, not in float64, 'triton'"
+        _refuse(self.backend not in right, f"backend={self.backend!r}: {cure}")
+        turns, spheres = any(x["angle"] for x in groups), any(x["sphere"] for x in groups)
+        _refuse(turns and not spheres, "angle=True: there is no sphere that could turn by it")
         for number, (group, p) in enumerate(zip(groups, params, strict=True)):
             what, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
             _check_tensor(group, p, what)
-            if p.device != device:
-                raise ValueError(f"{what} is on {p.device}, not on {device}")
-            m = state.get("momentum_buffer")
-            if m is not None and m.shape != p.shape:
-                raise ValueError(f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
-            if self._sizes.get(p, p.numel()) != p.numel():
-                raise ValueError(f"{what} had {self._sizes[p]} elements: make the optimizer anew")
+            _refuse(p.device != device, f"{what} is on {p.device}, not on {device}")
+            m, size = state.get("momentum_buffer"), self._sizes.get(p, p.numel())
+            shape = p.shape if m is None else m.shape
+            _refuse(shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(shape)}")
+            _refuse(size != p.numel(), f"{what} had {size} elements: make the optimizer anew")
             if "radius" in state and group["sphere"]:
-                radius, rows = _local(state["radius"]), _rows(group, _local(p))[0]
-                if radius.numel() != rows:
-                    raise ValueError(f"{what} has {rows} spheres, but {radius.numel()} radii")
+                radii, rows = _local(state["radius"]).numel(), _rows(group, _local(p))[0]
+                _refuse(radii != rows, f"{what} has {rows} spheres, but {radii} radii")
         _check_overlaps(params)
-        if len({p.device_mesh for p in params if _is_dtensor(p)}) > 1:
-            raise ValueError("the DTensors are on several device meshes: an optimizer for each")
+        meshes = {p.device_mesh for p in params if _is_dtensor(p)}
+        _refuse(len(meshes) > 1, "the DTensors are on several device meshes: an optimizer for each")
         return _ByKernels if possible and self.backend != "torch" else _InPyTorch, device
 
 
@@ -408,8 +402,8 @@ class watch:
         if params is None:
             params = [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
         pairs = [x if isinstance(x, tuple) else (str(i), x) for i, x in enumerate(params)]
-        if not pairs or any(hasattr(p, "__tensor_flatten__") for _, p in pairs):
-            raise ValueError("params: watch takes at least one tensor, and no shards")
+        bad = not pairs or any(hasattr(p, "__tensor_flatten__") for _, p in pairs)
+        _refuse(bad, "params: watch takes at least one tensor, and no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
         device = pairs[0][1].device
@@ -435,24 +429,21 @@ class watch:
     @torch.no_grad()
     def _observe(self, optimizer):
         """⟨θ,θ⟩, ⟨θ,g⟩, ⟨g,g⟩ and 1 of each tensor; 0 without a gradient."""
-        self._gram = self._sums.new_zeros(4, len(self.params))
+        self._gram = self._sums.new_zeros(len(self.params), 4)
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler's, where the step unscales
-        for i, p in enumerate(self.params):
+        for gram, p in zip(self._gram, self.params, strict=True):
             if p.grad is not None:
-                x, g = p.double().reshape(-1), p.grad.to_dense().double().reshape(-1)
-                g = g if scale is None else g / scale
-                gram = torch.dot(x, x), torch.dot(x, g), torch.dot(g, g), g.new_ones(())
-                self._gram[:, i] = torch.stack(gram)
+                g = p.grad.to_dense().double()
+                gram[:3] = _gram_of_two(p, g if scale is None else g / scale)
+                gram[3] = 1
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs):
-        moves = torch.zeros_like(self._gram[:2])
+        moves = torch.zeros_like(self._gram[:, :2])
         for i, (p, old) in enumerate(zip(self.params, self._old, strict=True)):
-            old = old.double().reshape(-1)
-            d = p.double().reshape(-1) - old
-            moves[:, i] = torch.stack([torch.dot(old, d), torch.dot(d, d)])
-        gram = torch.cat([self._gram, moves * self._gram[3]])
-        tt, tg, gg, n, td, dd = torch.cat([gram.sum(1, keepdim=True), gram], dim=1)
+            moves[i] = _gram_of_two(old, p.double() - old.double())[1:]
+        gram = torch.cat([self._gram, moves * self._gram[:, 3:]], 1)
+        tt, tg, gg, n, td, dd = torch.cat([gram.sum(0, keepdim=True), gram]).T
         gamma = (tt * gg - tg * tg).clamp(min=0).sqrt()
         angle = torch.atan2((tt * dd - td * td).clamp(min=0).sqrt(), tt + td)
         self.last = torch.stack([gamma, angle])
@@ -471,11 +462,21 @@ class watch:
         return dict(step=self._steps) | rows[0]
 
 
+def _gram_of_two(x, y):
+    """⟨x,x⟩, ⟨x,y⟩, ⟨y,y⟩ in float64."""
+    return torch.stack(_products([x.double().reshape(-1), y.double().reshape(-1)]))
+
+
 # -------------------------------------------------------- options, tensors, norms, and their shards
 
 
-def _check_options(group):
-    """ValueError for an option of a param group that it cannot have."""
+def _refuse(bad, what):
+    if bad:
+        raise ValueError(what)
+
+
+def _check_options(group, new=False):
+    """ValueError for an option of a param group that it cannot have; its lr if it is new."""
     group.setdefault("weight_decay", 0.0)
     sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in OPTIONS)
     at_radius = _is_number(radius) and sphere is not None and 0 < radius < math.inf
@@ -487,8 +488,9 @@ def _check_options(group):
         ("weight_decay", _is_number(decay) and 0 <= decay < math.inf, "finite, ≥ 0"),
     ]
     for name, good, wanted in rules:
-        if not good:
-            raise ValueError(f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
+        _refuse(not good, f"{name}={group.get(name, 'missing')!r}: it must be {wanted}")
+    if new:
+        _lr(group, nan=False)
 
 
 def _is_number(x):
@@ -503,29 +505,39 @@ def _lr(group, wait=True, nan=True):
     number = _is_number(lr) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
     most = math.pi / 2 if group.get("angle") else math.inf
-    if value < 0 or value >= most or (math.isnan(value) and not nan):
+    if value < 0 or value >= most or (math.isnan(value) and not nan):  # at each step
         raise ValueError(f"lr={lr!r}: it must be finite, ≥ 0 (an angle below π/2)")
     return value
 
 
 def _check_tensor(group, p, what):
     """ValueError where a tensor cannot be stepped."""
-    problem, x = None, _local(p)
+    x = _local(p)
     order = sorted(range(x.dim()), key=x.stride, reverse=True)  # as they lie in memory
     if group["sphere"] == "row":
         order.sort(key=bool)  # row after row
-    if hasattr(p, "__tensor_flatten__") and not _is_dtensor(p):
-        problem = f"is a {type(p).__name__}: it must be a plain tensor or a DTensor"
-    elif _is_dtensor(p) and any(x.is_partial() for x in p.placements):
-        problem = "is a DTensor of partial sums"
-    elif p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta":
-        problem = f"is {p.dtype} on {p.device}: it must be of 16, 32 or 64 bits, with numbers"
-    elif getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):
-        problem = "is in FSDP1's flat parameter, cut anywhere: take fully_shard"
-    elif not x.permute(order).is_contiguous():
-        problem = "has holes in memory, or scattered rows: clone it"
-    if problem:
-        raise ValueError(f"{what} {problem}")
+    other = hasattr(p, "__tensor_flatten__") and not _is_dtensor(p)
+    _refuse(other, f"{what} is a {type(p).__name__}: it must be a plain tensor or a DTensor")
+    partial = _is_dtensor(p) and any(x.is_partial() for x in p.placements)
+    _refuse(partial, f"{what} is a DTensor of partial sums")
+    odd = p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta"
+    kinds = "it must be of 16, 32 or 64 bits, with numbers"
+    _refuse(odd, f"{what} is {p.dtype} on {p.device}: {kinds}")
+    flat = getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False)
+    _refuse(flat, f"{what} is in FSDP1's flat parameter, cut anywhere: take fully_shard")
+    holes = not x.permute(order).is_contiguous()
+    _refuse(holes, f"{what} has holes in memory, or scattered rows: clone it")
+
+
+def _check_state(group, p, state):
+    """ValueError for a state that was loaded and cannot be that of the tensor."""
+    m, radius = state.get("momentum_buffer", p), _local(state.get("radius", torch.ones(1)))
+    _refuse(not isinstance(m, Tensor), "the state has a momentum_buffer that is no tensor")
+    finite = _local(m).isfinite().all() and radius.isfinite().all()
+    _refuse(not finite, "the state has a radius or momentum that is not finite")
+    if p.numel() and "radius" in state:  # the sphere of an empty tensor is a point
+        _refuse((radius <= 0).any(), "the state has a radius that is not positive")
+        _check_size("the state's radius", radius, _rows(group, p)[1], p.dtype)
 
 
 def _check_overlaps(params):
@@ -533,18 +545,11 @@ def _check_overlaps(params):
     places = [(x.data_ptr(), i, x.numel() * x.element_size()) for i, x in enumerate(local)]
     end, last = 0, 0
     for start, i, size in sorted(place for place in places if place[2]):
-        if start < end:
-            first, again = sorted((last, i))
-            what = f"parameter {again} of shape {tuple(params[again].shape)}"
-            raise ValueError(f"{what} is parameter {first} again, or a part of it: give it once")
+        first, again = sorted((last, i))
+        what = f"parameter {again} of shape {tuple(params[again].shape)} is parameter {first} again"
+        _refuse(start < end, f"{what}, or a part of it: give it once")
         if start + size > end:
             end, last = start + size, i
-
-
-def _same_shape(x, p, what):
-    if x.shape != p.shape:
-        shapes = f"shape {tuple(x.shape)} for a parameter of shape {tuple(p.shape)}"
-        raise ValueError(f"{what} of {shapes}")
 
 
 def _in_memory(x):
@@ -563,10 +568,13 @@ def _norms(group, zeros=False):
     not finite, or zero where none may be."""
     squares, elements = [], []
     for p in group["params"] if group["sphere"] else ():
-        rows, length = _rows(group, _local(p))
-        matrix = _as_matrix(_local(p.detach()), rows, length)
-        parts = [piece.double().square().sum(1) for (piece,) in _pieces([matrix])]
-        square = sum(parts) if rows == 1 else torch.cat(parts)
+        x = _local(p.detach())
+        rows, length = _rows(group, x)
+        square = torch.zeros(rows, dtype=torch.float64, device=x.device)
+        for row, column, *size in _cut(rows, length):
+            start = x.storage_offset() + row * length + column
+            matrix = x.as_strided(size, (length, 1), start).double()
+            square[row : row + size[0]] += matrix.square().sum(1)
         for process_group in _split_over(group, p):
             all_reduce(square, group=process_group)
         squares.append(square)
@@ -575,8 +583,8 @@ def _norms(group, zeros=False):
         squares, elements = [sum(squares)] * len(squares), [sum(elements)] * len(squares)
     norms = [square.sqrt() for square in squares]
     for i, (p, norm, n) in enumerate(zip(group["params"], norms, elements, strict=False)):
-        if n and (not norm.isfinite().all() or not zeros and not (norm > 0).all()):
-            raise ValueError(f"the sphere of tensor {i} has norm zero, or is not finite")
+        good = n == 0 or norm.isfinite().all() and (zeros or (norm > 0).all())
+        _refuse(not good, f"the sphere of tensor {i} has norm zero, or is not finite")
         _check_size(f"the weights of tensor {i}", norm, n, p.dtype)
         if group["radius"]:
             _check_size(f"radius={group['radius']!r}", norm.new_tensor(group["radius"]), n, p.dtype)
@@ -587,18 +595,8 @@ def _check_size(what, norm, n, dtype):
     """ValueError for norms with which n elements are too small or too large for their type."""
     info, root = torch.finfo(dtype), n**0.5
     least, most = max(1e-15, info.tiny * info.eps) * root, min(1e15 * root, info.max)
-    if n and ((norm <= least) & (norm > 0) | (norm >= most)).any():
-        raise ValueError(f"{what}: too small or too large for {n} numbers of {dtype}: scale them")
-
-
-def _put_on_spheres(group, norms, radii):
-    """Scale tensors from spheres of these norms to these radii; zeros stay."""
-    for p, norm, radius in zip(group["params"], norms, radii, strict=True):
-        x = _local(p.detach())
-        scale = torch.where(norm > 0, radius / norm, 1.0)
-        if x.element_size() >= 4:  # without a copy in float64
-            scale = scale.to(x.dtype)
-        x.mul_(scale.view([-1, *[1] * x.dim()][: x.dim()]))
+    bad = n and ((norm <= least) & (norm > 0) | (norm >= most)).any()
+    _refuse(bad, f"{what}: too small or too large for {n} numbers of {dtype}: scale them")
 
 
 def _is_dtensor(x):
@@ -645,11 +643,8 @@ def _sums_by(x, index, n):
 def _rest(gram, beta):
     """‖new m‖² (β = 0: ‖g_t‖²), and the sum of squares of which the projection leaves this."""
     tt, tg, gg, tm, gm, mm = gram
-    rest, whole = gg - tg * tg / tt, gg
-    if isinstance(beta, Tensor) or beta:
-        rest = rest + 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
-        whole = gg + beta * beta * mm
-    return rest, whole
+    rest = 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
+    return gg - tg * tg / tt + rest, gg + beta * beta * mm
 
 
 def _described(gram, rule):
@@ -693,9 +688,8 @@ class _Layout:
         self.captured = optimizer._captured
         self.params = [p for group in self.groups for p in group["params"]]
         self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
-        self.ids = self.identify()
         self.sharded = any(map(_is_dtensor, self.params))
-        self.layouts = [_in_memory(x) for x in self.local_params()]
+        self.ids, self.layouts = self.identify()
         self.copies = {}  # number of a tensor → its gradient, which lies otherwise than its θ
         self.whole = []  # of each group: no tensor of a joint sphere is without a gradient
         self.moved_before = False  # whether weights had left their spheres before the last step
@@ -704,7 +698,7 @@ class _Layout:
         order = sorted(range(len(numbers)), key=lambda i: self.groups[numbers[i]]["sphere"] is None)
         self.places, self.group_of_sphere = [], []
         self.owners = []  # the sphere of each line
-        radii, tensor_of_line, line = [], [], 0
+        radii, tensor_of_line = [], []
         for i in order:
             number, p = numbers[i], self.params[i]
             group = self.groups[number]
@@ -715,39 +709,37 @@ class _Layout:
                 if group["sphere"]:
                     radii += _local(optimizer.state[p]["radius"]).tolist()
             sphere = len(self.group_of_sphere) - rows
-            self.places.append(_Place(i, number, rows, length, line, sphere))
-            line += rows
+            self.places.append(_Place(i, number, rows, length, len(self.owners), sphere))
+            self.owners += range(sphere, sphere + rows)
             if group["sphere"]:
-                self.owners += range(sphere, sphere + rows)
                 tensor_of_line += [len(self.places) - 1] * rows
         self.radii = self.upload(radii, dtype=torch.float64)
-        self.sphere_of_line = self.upload(self.owners)
+        self.sphere_of_line = self.upload(self.owners[: len(tensor_of_line)])
         self.tensor_of_line = self.upload(tensor_of_line)
-        self.line_of_part = torch.arange(len(self.owners), device=device)
+        self.line_of_part = torch.arange(len(tensor_of_line), device=device)
         self.reductions = self.find_shards()  # of the lines that are split over ranks
 
     def fits(self):
         """Whether the tensors are still those, and lie as they did."""
-        if self.identify() != self.ids:
-            return False
-        return [_in_memory(x) for x in self.local_params()] == self.layouts
+        return self.identify() == (self.ids, self.layouts)
 
     def identify(self):
-        """Which tensors there are, and what shares a norm."""
-        return [(group["sphere"], *map(id, group["params"])) for group in self.groups]
+        """Which tensors there are, and what shares a norm; how each lies in memory."""
+        ids = [(group["sphere"], *map(id, group["params"])) for group in self.groups]
+        return ids, [_in_memory(x) for x in self.local_params()]
 
     def local_params(self):
         return [*map(_local, self.params)] if self.sharded else self.params
 
     def gather(self):
-        """(θ, g, m) of each tensor, on this rank, in the layout of θ; m is None without momentum,
-        and all of it without a gradient."""
+        """(θ, g) or (θ, g, m) of each tensor, on this rank, in the layout of θ; None without a
+        gradient."""
         self.copies, self.whole, found = {}, [], []
         local = iter(self.local_params())
         for group, states in zip(self.groups, self.states, strict=True):
             absent = 0
             for p, state in zip(group["params"], states, strict=True):
-                x, g, m, layout = next(local), p.grad, None, self.layouts[len(found)]
+                x, g, layout = next(local), p.grad, self.layouts[len(found)]
                 if g is None:
                     absent += 1
                     found.append(None)
@@ -757,17 +749,20 @@ class _Layout:
                 moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
                 g = _gradient(p)
                 if moved or _in_memory(g) != layout:
-                    _same_shape(g, x, "a gradient")
+                    shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
+                    _refuse(g.shape != x.shape, f"a gradient of {shapes}")
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
                 if group["momentum"]:
                     m = state.get("momentum_buffer")
                     if m is None or _in_memory(_local(m)) != layout:
                         new = state["momentum_buffer"] = torch.zeros_like(p)
                         if m is not None:
-                            _same_shape(m, p, "a momentum_buffer")
+                            shape = tuple(m.shape)
+                            _refuse(m.shape != p.shape, f"a momentum_buffer of shape {shape}")
                             new.copy_(m)
-                    m = _local(state["momentum_buffer"])
-                found.append((x, g, m))
+                    found.append((x, g, _local(state["momentum_buffer"])))
+                else:
+                    found.append((x, g))
             self.whole.append(not absent or group["sphere"] != "group")
         return found
 
@@ -821,14 +816,15 @@ def _gradient(p):
 
 
 class _Unit(NamedTuple):
-    """What PyTorch takes at once: a tensor, or the small ones of a group that have one shape."""
+    """What PyTorch takes at once: the small tensors of a group that have one shape, or a piece of
+    a tensor."""
 
-    group: int
     tensors: list[int]
-    rows: int  # of each tensor
-    length: int
-    lines: object  # which they are: a slice or a tensor
-    sphere: int | None  # if all lines are on one
+    on_sphere: bool
+    start: int  # of the piece in the tensor
+    size: tuple[int, ...]  # of the piece: lines and their length, or of one line the length
+    strides: tuple[int, ...]
+    parts: slice  # which its lines are among those of all units
 
 
 class _InPyTorch(_Layout):
@@ -838,246 +834,175 @@ class _InPyTorch(_Layout):
         super().__init__(optimizer, device)
         self.vectors = []  # θ, g, m of each tensor at this step
         self.present = None  # which tensors had a gradient when the units were made
-        self.units = []
-        # Of the last step: [lines, 6], [spheres, 6] float64, or still those of units, by sphere
-        self.grams, self.rules = [], {}
-        self.radius_list = radii = self.radii.tolist()
-        self.radius_array, self.group_numbers = np.array(radii), np.array(self.group_of_sphere)
-        self.lines_are_spheres = self.owners == [*range(len(radii))]
+        self.units = []  # first what is on spheres
+        self.part_spheres, self.part_lines = None, None  # of each part; its line if on a sphere
+        self.summed, self.parts_are_lines = 0, False  # how many are on spheres
+        self.options, self.numbers = None, None  # of groups, and of spheres
+        self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
+        self.dtype = torch.float32
+        for p in self.params:
+            self.dtype = torch.promote_types(self.dtype, p.dtype)
 
     def refresh(self):
         self.vectors = self.gather()
         present = [vectors is not None for vectors in self.vectors]
         if present != self.present:
-            self.units, self.present = self.make_units(present), present
+            self.make_units(present)
+            self.present = present
 
     def make_units(self, present):
         together = {}
         for place in self.places:
-            size, p = place.rows * place.length, _local(self.params[place.tensor])
-            if size and present[place.tensor] and self.groups[place.group]["sphere"]:
-                key = (place.group, p.dtype, p.shape) if size <= STACKED else place.tensor
+            key = place.tensor
+            if place.rows * place.length <= STACKED:
+                key = place.group, self.layouts[key]
+            if present[place.tensor]:
                 together.setdefault(key, []).append(place)
-        units = []
+        self.units, lines = [], []
         for places in together.values():
-            first = places[0]
-            several = (range(place.line, place.line + place.rows) for place in places)
-            numbers = [line for own in several for line in own]
-            lines = slice(numbers[0], numbers[-1] + 1)
-            if numbers != [*range(numbers[0], numbers[-1] + 1)]:
-                lines = self.upload(numbers)
-            one = self.groups[first.group]["sphere"] == "group" or len(places) * first.rows == 1
-            sphere = first.sphere if one else None
-            tensors = [place.tensor for place in places]
-            units.append(_Unit(first.group, tensors, first.rows, first.length, lines, sphere))
-        return units
+            tensors, length = [place.tensor for place in places], places[0].length
+            on_sphere = self.groups[places[0].group]["sphere"] is not None
+            for row, column, *size in _cut(places[0].rows, length):
+                first, start = len(lines), row * length + column
+                for place in places:
+                    lines += range(place.line + row, place.line + row + size[0])
+                parts, strides = slice(first, len(lines)), (length, 1)
+                if len(lines) == first + 1:
+                    size, strides = size[1:], (1,)
+                self.units.append(_Unit(tensors, on_sphere, start, size, strides, parts))
+        self.part_spheres = np.array([self.owners[line] for line in lines], int)
+        part_lines = [x for x in lines if x < len(self.sphere_of_line)]
+        self.part_lines, self.summed = self.upload(part_lines), len(part_lines)
+        self.parts_are_lines = part_lines == [*range(len(self.sphere_of_line))]
+        self.options = None
 
     def last(self):
-        if not isinstance(self.rules, Tensor):
-            rules = self.radii.new_full((len(self.radii), 6), math.nan)
-            if self.rules:
-                rules[list(self.rules)] = rules.new_tensor([*self.rules.values()])
-            self.grams, self.rules = self.table_of(self.grams), rules
         return self.grams, self.rules
 
-    def table_of(self, grams):
-        """[lines, 6] of the Gram matrices of units: six numbers, or a tensor [6, lines]."""
-        table, singles = self.radii.new_zeros(len(self.owners), 6), {}
-        for unit, gram in zip(self.units, grams, strict=True):
-            if isinstance(gram, Tensor):
-                table[unit.lines] = gram.T
-            else:
-                singles[unit.lines.start] = gram
-        if singles:
-            table[list(singles)] = table.new_tensor([*singles.values()])
-        return table
-
+    @np.errstate(all="ignore")
     def step(self, options, move):
-        self.moved_before = False
+        n, summed = len(self.radii), self.summed
+        if options != self.options:
+            numbers = np.array(options)[np.array(self.group_of_sphere, int)]
+            numbers[:n, 3] *= self.radii.tolist()
+            self.options, self.numbers = options, numbers
 
-        # The Gram matrices
-        grams, work = [], []
+        # The Gram matrices of parts; in float64 where float32 is not enough
+        work, parts = [], np.zeros((summed, 7))
+        parts[:, 6] = self.numbers[self.part_spheres[:summed], 1]  # β
         for unit in self.units:
-            lists = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
-            if lists[2][0] is None:
-                lists.pop()
-            matrices = [_side_by_side(tensors, unit.rows, unit.length) for tensors in lists]
-            grams.append(_gram_of_lines(matrices, options[unit.group][1]))
-            work.append((unit, lists, matrices))
+            tensors = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
+            matrices = _matrices(unit, tensors)
+            work.append((unit, tensors, matrices))
+            if unit.on_sphere:
+                _sum_products(matrices, self.dtype, parts[unit.parts])
+        (enough,) = _of_rows(_enough, parts)
+        for unit, _, matrices in work if not enough.all() else ():
+            if not enough[unit.parts].all():
+                _sum_products(matrices, torch.float64, parts[unit.parts])
 
-        # The rules
-        if self.reductions or any(unit.sphere is None for unit in self.units):
-            self.grams = self.table_of(grams)
-            self.add_up(self.grams)
-            sums = self.grams
-            if not self.lines_are_spheres:
-                sums = _sums_by(sums, self.sphere_of_line, len(self.radii))
-            lr, beta, tan, at_radius, _, _ = np.array(options)[self.group_numbers[: len(sums)]].T
-            with np.errstate(all="ignore"):  # in numpy, which takes a tenth of the time
-                sums, radii = sums.T.cpu().numpy(), at_radius * self.radius_array
-                rules = _formula(*sums, radii, lr, beta, tan, np.where, np.sqrt)
-                self.moved_before = move and _off(sums[0], rules).any()
-            self.rules = torch.from_numpy(np.stack(rules, 1)).to(self.device)
-        else:  # few, and quicker as numbers
-            sums = {}
-            for unit, gram in zip(self.units, grams, strict=True):
-                if isinstance(gram, Tensor):
-                    gram = gram.sum(1).tolist()
-                before = sums.get(unit.sphere, 6 * [0.0])
-                sums[unit.sphere] = [a + b for a, b in zip(before, gram, strict=True)]
-            self.grams, self.rules = grams, {}
-            for sphere, gram in sums.items():
-                number = self.group_of_sphere[sphere]
-                lr, beta, tan, at_radius, _, _ = options[number]
-                radius = at_radius * self.radius_list[sphere]
-                self.rules[sphere] = rule = sphere_rule(gram, radius, lr, beta, tan >= 0)
-                self.moved_before |= move and _off(gram[0], rule)
+        # Those of lines and of spheres, and the rules
+        self.grams = torch.from_numpy(parts[:, :6]).to(self.device)
+        if not self.parts_are_lines:
+            self.grams = _sums_by(self.grams, self.part_lines, len(self.sphere_of_line))
+        self.add_up(self.grams)
+        sums = _sums_by(self.grams, self.sphere_of_line, n).cpu().numpy()
+        rules = _of_rows(_formula, np.concatenate((sums, self.numbers[:n, :4]), 1))
+        self.rules = torch.from_numpy(rules[:6].T).to(self.device)
+        self.moved_before, wide, some_stay = rules[6:9].any(1)
+        if not move:
+            return
+        if n < len(self.numbers):  # what is on no sphere
+            lr, beta, tan, _, _, decay = self.numbers[n:].T
+            if (tan >= 0).any():
+                lr = np.where(tan >= 0, _pace(self.rules).item(), lr)
+            k = 1.0 + 0.0 * (lr + decay)
+            stay, zero = np.isnan(k), 0 * lr
+            plain = k, -lr, decay, lr, zero, beta, zero, zero, stay, k - lr * decay
+            rules, some_stay = np.concatenate((rules, plain), 1), some_stay or stay.any()
 
         # The moves, from the last on, which the cache still has
-        rules = self.rules
-        if not self.lines_are_spheres and isinstance(rules, Tensor):
-            rules = rules[self.sphere_of_line]
-        for unit, lists, matrices in reversed(work) if move else ():
-            if unit.sphere is None:
-                rule = rules[unit.lines]
+        rules = rules[[9, 0, 1, 2, 5]][:, self.part_spheres]
+        dtype = torch.float64 if wide else self.dtype
+        for unit, tensors, matrices in reversed(work):
+            if len(unit.size) == 2:
+                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
             else:
-                rule = self.rules[unit.sphere]
-                rule = rule.tolist() if isinstance(rule, Tensor) else rule
-            _move(rule, matrices)
+                rule = rules[:, unit.parts.start].tolist()
+            before = [x.clone() for x in matrices[::2]] if some_stay else []
+            _move(rule, dtype, *matrices)
+            for x, old in zip(matrices[::2], before, strict=False):
+                stays = torch.as_tensor(rule[0], device=x.device).isnan()
+                x.copy_(torch.where(stays, old, x))
             if len(unit.tensors) > 1:  # they were laid side by side
-                for tensors, matrix in zip(lists[::2], matrices[::2], strict=True):
-                    parts = matrix.view(len(tensors), *tensors[0].shape).unbind()
-                    torch._foreach_copy_(tensors, parts)
-        for place in self.places if move else ():
-            vectors, group = self.vectors[place.tensor], self.groups[place.group]
-            if vectors and not group["sphere"]:
-                lr, beta, _, _, _, decay = options[place.group]
-                if group["angle"]:
-                    lr = _pace(self.last()[1]).item()
-                flat = [_as_matrix(x, 1, place.length) for x in vectors if x is not None]
-                k = 1.0 + 0.0 * (lr + decay)  # nan: it stays
-                _move((k, -lr, decay, lr, 0.0, beta), flat)
+                for own, matrix in zip(tensors[::2], matrices[::2], strict=True):
+                    torch._foreach_copy_(own, matrix.view(len(own), *own[0].shape).unbind())
 
 
-def _as_matrix(x, rows, length):
-    """As it lies in memory, [rows, length]."""
-    return x.as_strided((rows, length), (length, 1))
+def _cut(rows, length):
+    """Pieces of a matrix, of about PIECE elements: first row and column, rows and columns."""
+    most = max(1, PIECE // max(1, length))
+    corners = product(range(0, rows, most), range(0, length, PIECE))
+    return [(i, j, min(most, rows - i), min(PIECE, length - j)) for i, j in corners]
 
 
-def _side_by_side(tensors, rows, length):
-    """Their lines, [lines, length]."""
-    if len(tensors) == 1:
-        return _as_matrix(tensors[0], rows, length)
-    return torch.stack(tensors).reshape(len(tensors) * rows, length)
+def _matrices(unit, tensors):
+    """Of each of θ, g, m the lines, as they lie in memory; of several tensors a copy."""
+    if len(unit.tensors) > 1:
+        return [torch.stack(x).reshape(-1, unit.size[1]) for x in tensors]
+    start, size, strides = unit.start, unit.size, unit.strides
+    return [x.as_strided(size, strides, x.storage_offset() + start) for (x,) in tensors]
 
 
-def _pieces(matrices):
-    """Matrices of as many rows, in parts of about PIECE elements: of columns, or of whole rows."""
-    rows, length = matrices[-1].shape
-    if rows * length <= PIECE:
-        return [matrices]
-    if rows == 1:
-        return [*zip(*(x.split(PIECE, 1) for x in matrices), strict=True)]
-    return [*zip(*(x.split(max(1, PIECE // length)) for x in matrices), strict=True)]
+def _of_rows(function, table):
+    """What `function` makes of each row, as columns: of few in Python, quicker than in numpy."""
+    if 0 < len(table) <= FEW_ROWS:
+        return np.array([function(*row, _pick, math.sqrt) for row in table.tolist()]).T
+    return np.stack(function(*table.T, np.where, np.sqrt))
 
 
-def _gram_of_lines(matrices, beta):
-    """The Gram matrices of (θ, g, m), [lines, length] each, as in `sphere_rule`: of one line six
-    numbers, of several a tensor [6, lines] float64."""
-    if matrices[0].shape[0] > 1:
-        grams = [_gram_of_rows(piece, beta) for piece in _pieces(matrices)]
-        return grams[0] if len(grams) == 1 else torch.cat(grams, 1)
-    grams = [_gram_of_line([x[0] for x in piece], beta) for piece in _pieces(matrices)]
-    return [sum(entry) for entry in zip(*grams, strict=True)]
+def _sum_products(matrices, dtype, grams):
+    """Writes the Gram matrices [lines, 6] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
+    summed in `dtype`."""
+    if matrices[0].dtype != dtype:
+        matrices = [x.to(dtype) for x in matrices]
+    if dtype == torch.float64:  # sums by pairs, unlike those of vectors
+        matrices = [x.view(len(grams), -1) for x in matrices]
+    for i, x in enumerate(_products(matrices)):
+        grams[:, i] = x.cpu().numpy() if x.dim() else x.item()
 
 
-def _gram_of_rows(matrices, beta):
-    """Of lines side by side; float32 sums, where they are neither too small nor mostly cancel."""
-    if matrices[0].dtype == torch.float64 or matrices[0].numel() <= FEW_LINES:
-        return _wide_gram(matrices)
-    gram = _products([x.float() for x in matrices]).double()
-    held = torch.minimum(gram[0], gram[2]) > 1e-25
-    for way in {0.0, beta}:
+def _products(matrices):
+    """The scalar products of each with those before it and itself, line by line."""
+    return [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
+
+
+def _enough(tt, tg, gg, tm, gm, mm, beta, where, root):
+    """Whether float32 holds the squares, and what projections leave of them is no rounding."""
+    enough = (tt > 1e-25) & (gg > 1e-25)
+    gram = where(enough, tt, 1.0), tg, gg, tm, gm, mm
+    for way in (0.0, beta):
         rest, whole = _rest(gram, way)
-        held &= rest > 1e-2 * whole
-    if not held.all():
-        gram[:, ~held] = _wide_gram([x[~held] for x in matrices])
-    return gram
+        enough = enough & (rest > 1e-2 * whole)
+    return (enough,)
 
 
-def _gram_of_line(vectors, beta):
-    """Of vectors [length], as of rows; in numbers, which are quicker."""
-    small = vectors[0].numel() <= FLOAT64_SUMS
-    if small or vectors[0].element_size() < 4:
-        vectors = [x.double() if small else x.float() for x in vectors]
-    gram = [torch.dot(x, y).item() for i, x in enumerate(vectors) for y in vectors[: i + 1]]
-    gram += [0.0] * (6 - len(gram))
-    if not small:
-        ways = [_rest(gram, 0), _rest(gram, beta)] if min(gram[0], gram[2]) > 1e-25 else [(0, 0)]
-        if not all(rest > 1e-2 * whole for rest, whole in ways):
-            return _wide_gram(vectors).tolist()
-    return gram
-
-
-def _wide_gram(vectors):
-    """In float64, [6, …]."""
-    return _products([x.double() for x in vectors])
-
-
-def _products(vectors):
-    """Scalar products along the last dimension, [6, …]; summed by pairs, unlike torch.dot."""
-    gram = [(x * y).sum(-1) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
-    return torch.stack(gram + [0 * gram[0]] * (6 - len(gram)))
-
-
-def _off(tt, rule):
-    """Whether the norm of what moves is off its radius by more than a step leaves in 16 bits."""
-    _, b, _, _, radius, _ = rule
-    return (b != 0) & (tt > 0) & (abs(tt - radius * radius) > 0.02 * radius * radius)
-
-
-def _move(rule, matrices):
-    """m ← βm + g + uθ, θ ← kθ + bm, in place, for θ, g and perhaps m, [lines, length] each. rule:
-    its six numbers, or those of each line, a tensor [lines, 6]. Nothing moves where k is nan."""
-    if isinstance(rule, Tensor):
-        for own, *vectors in _pieces([rule, *matrices]):
-            _move_each(own.T[:, :, None], *vectors)
-    elif not math.isnan(rule[0]):
-        k, b, u, _, _, beta = rule
-        for theta, g, *m in reversed(_pieces(matrices)):
-            if theta.element_size() < 4 or abs(b * u) > NEARLY_RADIAL * k:
-                wide = torch.tensor(rule, dtype=torch.float64, device=theta.device)
-                _move_each(wide, theta, g, *m)
-            elif m:
-                m[0].mul_(beta).add_(g).add_(theta, alpha=u)
-                theta.mul_(k).add_(m[0], alpha=b)
-            else:
-                theta.mul_(k + b * u).add_(g, alpha=b)
-
-
-def _move_each(rule, theta, g, m=None):
-    """The same with a rule [6, lines, 1]: in float32, rounded once; in float64 where g + uθ cancels
-    to next to nothing."""
-    k, b, u, _, _, beta = rule
-    if k.isnan().any():  # these lines stay
-        moving = ~k.isnan().flatten()
-        old = [x for x in (theta, m) if x is not None]
-        new = [x[moving] for x in old]
-        _move_each(rule[:, moving], new[0], g[moving], *new[1:])
-        for x, y in zip(old, new, strict=True):
-            x[moving] = y
-        return
-    wide = torch.promote_types(theta.dtype, torch.float32)
-    if ((b * u).abs() > NEARLY_RADIAL * k).any():
-        wide = torch.float64
-    x, g = theta.to(wide), g.to(wide)
+def _move(rule, dtype, theta, g, m=None):
+    """m ← βm + g + uθ, θ ← kθ + bm, in place, of matrices or vectors, in `dtype`, rounded once.
+    rule: k + bu, k, b, u, β, numbers, or those of each line."""
+    alone, k, b, u, beta = rule
+    x, g = theta.to(dtype), g.to(dtype)
     if m is None:
-        x.mul_((k + b * u).to(wide)).addcmul_(g, b.to(wide))
+        _add(x.mul_(alone), g, b)
     else:
-        new = m.to(wide).mul_(beta.to(wide)).add_(g).addcmul_(x, u.to(wide))
-        x.mul_(k.to(wide)).addcmul_(new, b.to(wide))
+        new = _add(m.to(dtype).mul_(beta).add_(g), x, u)
+        _add(x.mul_(k), new, b)
         m.copy_(new)
     theta.copy_(x)
+
+
+def _add(x, y, factor):
+    return x.addcmul_(y, factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
 
 
 # ----------------------------------------------------------------------------------- the kernels
@@ -1092,17 +1017,17 @@ def _move_each(rule, theta, g, m=None):
 #     radii      [spheres] float64: ρ
 #     groups     [groups, 6] float64: η̃ or η, β, tan φ or -1, 1 if at ρ, 1 if on no sphere, λ
 #     parts      [parts, 6] float64, written: Gram matrices of the lines of tiles
-#     rules      [spheres, 6] float64, written: k, b, u, η̃, ρ, β
+#     rules      [spheres, 7] float64, written: k, b, u, η̃, ρ, β, 1 if it was off its radius
 #
 # The kind of a tile is how many lines × elements its 128 threads take at a time, V to an access of
-# 128 bits: PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. All but PART are whole spheres, and
-# finished at once.
+# 128 bits: PLAIN (on no sphere), PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. From WHOLE on
+# they are whole spheres, and finished at once.
 #
 # Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
 # for which many GPUs have next to no units. Contraction would break them: it is off. Of 16-bit
 # numbers V products are summed in float32 first, unless two of θ, g, m are nearly parallel.
 
-PART, WHOLE, FEW, MANY = range(4)
+PLAIN, PART, WHOLE, FEW, MANY = range(5)
 LINES = {FEW: 16, MANY: 128}
 ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from the cache
 MOST = {MANY: 64, FEW: 1024, WHOLE: ALONE}  # elements of a line
@@ -1128,8 +1053,8 @@ _kernel_formula = jit(_formula)
 
 
 @jit
-def _store_six(ptr, values, mask):
-    for i in tl.static_range(6):
+def _store_all(ptr, values, N: tl.constexpr, mask):
+    for i in tl.static_range(N):
         tl.store(ptr + i, values[i], mask=mask)
 
 
@@ -1143,8 +1068,8 @@ def _rule(gram, sphere, here, tables):
     radius = tl.load(radii + sphere, mask=here, other=0.0)
     radius *= tl.load(group + 3, mask=here, other=0.0)
     tt, tg, gg, tm, gm, mm = gram
-    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, radius, lr, beta, tan, _where, _root)
-    _store_six(rules + 6 * sphere, rule, here)
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _where, _root)
+    _store_all(rules + 7 * sphere, rule, 7, here)
     return rule
 
 
@@ -1346,15 +1271,15 @@ def _tile(tile, tables, GRAM: tl.constexpr, MOVE: tl.constexpr, MOMENTUM: tl.con
     # The Gram matrices, and the rule; the move
     if GRAM:
         gram = _gram(where, MOMENTUM, DTYPE, ROWS, LANES)
-        _store_six(parts + 6 * (tl.load(tile + 5) + row), gram, here)
-        if tl.load(tile) != 0:
+        _store_all(parts + 6 * (tl.load(tile + 5) + row), gram, 6, here)
+        if tl.load(tile) > 1:
             rule = _rule(gram, sphere, here, tables)
             if MOVE:
                 k, b, u, beta = rule[0], rule[1], rule[2], rule[5]
                 _move_lines(where, k, b, u, beta, MOMENTUM, DTYPE, LANES)
     else:
-        k, b = tl.load(rules + 6 * sphere), tl.load(rules + 6 * sphere + 1)
-        u, beta = tl.load(rules + 6 * sphere + 2), tl.load(rules + 6 * sphere + 5)
+        k, b = tl.load(rules + 7 * sphere), tl.load(rules + 7 * sphere + 1)
+        u, beta = tl.load(rules + 7 * sphere + 2), tl.load(rules + 7 * sphere + 5)
         _move_lines(where, k, b, u, beta, MOMENTUM, DTYPE, LANES)
 
 
@@ -1366,9 +1291,9 @@ def _gram_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
     tables = (lines, addresses, spheres, radii, groups, parts, rules)
     tile = tiles + 6 * tl.program_id(0).to(tl.int64)
     kind = tl.load(tile)
-    if kind < 2:
+    if kind < 3:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 1, 128 * V)
-    elif kind == 2:
+    elif kind == 3:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 16, 8 * V)
     else:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 128, V)
@@ -1399,8 +1324,8 @@ def _rule_pass(many, lines, addresses, spheres, radii, groups, parts, rules,
         zero, lr = gram[0] * 0.0, tl.load(group)
         decay = tl.load(group + 5)
         k = zero + 1.0 + 0.0 * (lr + decay)  # nan: it stays
-        rule = (k, -lr, decay, lr, zero, tl.load(group + 1))
-        _store_six(rules + 6 * sphere, rule, sphere >= 0)
+        rule = (k, -lr, decay, lr, zero, tl.load(group + 1), zero)
+        _store_all(rules + 7 * sphere, rule, 7, sphere >= 0)
 
 
 @jit
@@ -1428,53 +1353,50 @@ class _ByKernels(_Layout):
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             while size < LARGEST and sum(p.numel() for p in self.params) > 16 * processors * size:
                 size *= 2
-        lines, parts, many, grams, moves = [], [], set(), {}, {}  # tiles by dtype
+        lines, parts, many, tiles = [], [], set(), {}  # tiles by dtype
         for place in sorted(self.places, key=self.order):
             kind, dtype = self.kind(place), str(self.params[place.tensor].dtype)[6:]
+            own, step = tiles.setdefault(dtype, []), ALONE if kind > PART else size
             for row in range(place.rows):
-                line, start = len(lines), row * place.length
-                lines.append((place.tensor, start, place.length, place.sphere + row))
-                tiles = grams.setdefault(dtype, [])
-                if kind in LINES:
-                    if not tiles or tiles[-1][0] != kind or tiles[-1][2] == LINES[kind]:
-                        tiles.append([kind, line, 0, 0, 0, len(parts)])
-                    tiles[-1][2] += 1
-                    tiles[-1][4] = max(tiles[-1][4], place.length)
-                    parts.append(place.line + row)
-                    continue
-                step = size if kind == PART else ALONE
                 for start in range(0, max(place.length, 1), step):
-                    stop = min(start + step, place.length)
-                    tile = kind, line, 1, start, stop, len(parts)
-                    if kind == PART:
-                        many.add(place.sphere + row)
-                        moves.setdefault(dtype, []).append(tile)
-                    if self.groups[place.group]["sphere"]:
-                        tiles.append(tile)
+                    if not own or own[-1][0] != kind or own[-1][2] == LINES.get(kind, 1):
+                        own.append([kind, len(lines), 0, start, start, len(parts)])
+                    own[-1][2] += 1
+                    own[-1][4] = max(own[-1][4], min(start + step, place.length))
+                    if kind > PLAIN:
                         parts.append(place.line + row)
+                if kind <= PART:
+                    many.add(place.sphere + row)
+                lines.append((place.tensor, row * place.length, place.length, place.sphere + row))
         spheres = [[0, 0, number] for number in self.group_of_sphere]
-        for i, line in enumerate(range(len(self.owners)) if self.reductions else parts):
+        for i, line in enumerate(range(len(self.sphere_of_line)) if self.reductions else parts):
             sphere = spheres[self.owners[line]]
             if not sphere[1]:
                 sphere[0] = i
             sphere[1] += 1
-        self.gram_tiles = [(dtype, self.upload(x, (-1, 6))) for dtype, x in grams.items() if x]
-        self.move_tiles = [(dtype, self.upload(x, (-1, 6))) for dtype, x in moves.items()]
+        self.gram_tiles, self.move_tiles = [], []
+        for dtype, own in tiles.items():
+            for found, kinds in (self.gram_tiles, (PART, MANY)), (self.move_tiles, (PLAIN, PART)):
+                some = [tile for tile in own if kinds[0] <= tile[0] <= kinds[1]]
+                if some:
+                    found.append((dtype, self.upload(some, (-1, 6))))
         self.lines, self.spheres = self.upload(lines, (-1, 4)), self.upload(spheres, (-1, 3))
-        self.many, self.line_of_part = self.upload(sorted(many)), self.upload(parts)
-        self.part_lines = self.line_of_part
+        self.many, self.part_lines = self.upload(sorted(many)), self.upload(parts)
+        if not self.reductions:
+            self.line_of_part = self.part_lines
         self.parts = self.sums = self.radii.new_zeros(len(parts), 6)
-        self.rules = self.radii.new_zeros(len(spheres), 6)
+        self.rules = self.radii.new_zeros(len(spheres), 7)
         self.settings = self.radii.new_zeros(len(self.groups), 6)
 
     def kind(self, place):
         """That of the tiles of a tensor."""
         group = self.groups[place.group]
-        alone = group["sphere"] in ("tensor", "row") or len(group["params"]) == 1
-        split = _split_over(group, self.params[place.tensor])
-        if group["sphere"] and alone and not split:
-            return next((kind for kind, most in MOST.items() if place.length <= most), PART)
-        return PART
+        if not group["sphere"]:
+            return PLAIN
+        alone = group["sphere"] != "group" or len(group["params"]) == 1
+        if not alone or _split_over(group, self.params[place.tensor]):
+            return PART
+        return next((kind for kind, most in MOST.items() if place.length <= most), PART)
 
     def order(self, place):
         """Long lines as they come, so that the parts of a sphere are together; then short ones."""
@@ -1515,8 +1437,9 @@ class _ByKernels(_Layout):
         addresses = []
         self.moved = []
         for own in vectors:
-            addresses.append([x.data_ptr() if x is not None else 0 for x in own or 3 * [None]])
-            self.moved += [x for x in (own or ())[::2] if x is not None]  # θ, m
+            own = own or ()
+            addresses.append([*[x.data_ptr() for x in own], 0, 0, 0][:3])
+            self.moved += own[::2]  # θ, m
         self.addresses = self.upload(addresses, (-1, 3))
         self.seen = self.look()
 
@@ -1540,10 +1463,9 @@ class _ByKernels(_Layout):
                 how = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _gram_pass[(len(tiles),)](tiles, *tables, **how)
             if self.reductions:
-                grams = _sums_by(self.sums, self.part_lines, len(self.owners))
+                grams = _sums_by(self.sums, self.part_lines, len(self.sphere_of_line))
                 self.add_up(grams)
                 self.parts = tables[5] = grams
-                self.line_of_part = torch.arange(len(grams), device=self.device)
             if len(self.many):
                 _rule_pass[(len(self.many),)](self.many, *tables, BLOCK=512, **HOW)
             for sphere, number in enumerate(self.group_of_sphere):
@@ -1553,7 +1475,7 @@ class _ByKernels(_Layout):
             for dtype, tiles in self.move_tiles if move else ():
                 how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _move_pass[(len(tiles),)](tiles, *tables, **how)
-        self.moved_before = self.first and move and self.look_at_radii()
+        self.moved_before = self.first and move and bool(self.rules[:, 6].any())  # waits
         self.first = False
         if move:  # else a backward pass through an old graph would not notice
             torch.autograd.graph.increment_version(self.moved)
@@ -1561,11 +1483,5 @@ class _ByKernels(_Layout):
             read = self.gram_tiles, self.many, self.move_tiles, self.copies
             self.captured.append((tables, read))
 
-    def look_at_radii(self):
-        """Whether a sphere was off its radius: waits for the device."""
-        lines = _sums_by(self.parts, self.line_of_part, len(self.owners))
-        sums = _sums_by(lines, self.sphere_of_line, len(self.radii))
-        return bool(_off(sums[:, 0], self.rules[: len(self.radii)].T).any())
-
     def last(self):
-        return self.parts.clone(), self.rules[: len(self.radii)].clone()
+        return self.parts.clone(), self.rules[: len(self.radii), :6].clone()

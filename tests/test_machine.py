@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,14 +188,14 @@ def rms_norm_without_the_gradient_of_its_scale(x):
 
 
 def a_step_that_forgets_the_renormalization(rule, *vectors):
-    sphere_step.RIGHT((1.0, *rule[1:]), *vectors)
+    alone, k, *rest = rule
+    sphere_step.RIGHT((alone - k + 1.0, 1.0, *rest), *vectors)
 
 
-def a_half_precision_step_that_truncates(rule, *vectors):
-    sphere_step.RIGHT(rule, *vectors)
-    for theta in vectors[0][0]:
-        if theta.element_size() < 4:
-            theta.view(torch.int16).bitwise_and_(-4)
+def a_half_precision_step_that_truncates(rule, dtype, theta, *vectors):
+    sphere_step.RIGHT(rule, dtype, theta, *vectors)
+    if theta.element_size() < 4:
+        theta.view(torch.int16).bitwise_and_(-4)
 
 
 def a_convolution_with_a_wrong_gradient(conv, x):
@@ -298,6 +299,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         (torch.Tensor, "pin_memory", lambda x: x),
         (torch.Tensor, "item", lambda x: 1.0),  # the waits of an evaluation
         (torch.Tensor, "tolist", lambda x: [1.0] * len(x)),
+        (torch.Tensor, "numpy", lambda x: np.ones(x.shape)),
         (torch.Tensor, "backward", backward),
         (torch.random, "fork_rng", lambda devices: nullcontext()),
         (measure, "POINTS", 2),
