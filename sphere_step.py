@@ -50,6 +50,7 @@ except ImportError:  # as on macOS
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
+FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
 FEW_ROWS = 32  # of a table: quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
@@ -895,7 +896,9 @@ class _InPyTorch(_Layout):
             matrices = _matrices(unit, tensors)
             work.append((unit, tensors, matrices))
             if unit.on_sphere:
-                _sum_products(matrices, self.dtype, parts[unit.parts])
+                short = len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS
+                dtype = torch.float64 if short else self.dtype
+                _sum_products(matrices, dtype, parts[unit.parts])
         (enough,) = _of_rows(_enough, parts)
         for unit, _, matrices in work if not enough.all() else ():
             if not enough[unit.parts].all():

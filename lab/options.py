@@ -26,13 +26,13 @@ WHOLE, FEW = number(int), number(int, 1, 1024)
 
 
 def refuse(name, why):
-    """End with one line about this option, status 2."""
+    """End with one line about an option, status 2."""
     parser().error(f"argument --{name.replace('_', '-')}: {why}")
 
 
 @contextmanager
 def refusing(name):
-    """What goes wrong inside is a reason to refuse this option."""
+    """What goes wrong inside refuses this option."""
     try:
         yield
     except (ValueError, MemoryError, RuntimeError) as error:
@@ -50,7 +50,7 @@ def flag(field):
 
 @dataclass
 class Config:
-    """What one asked for. Each field is the option of its name; --label-noise is label_noise."""
+    """What one asked for. Each field is an option; --label-noise is label_noise."""
 
     elr: list = option(RUNS, None, "runs at these ELRs", nargs="+", type=REAL)
     sweep: list = option(RUNS, None, "log-spaced: LO HI N (1e-4 1 13)", nargs="*", type=REAL)
@@ -73,7 +73,7 @@ class Config:
     wd: float = option(COURSE, None, "weight decay, with --lr", type=REAL)
     schedule: str = option(COURSE, None, "default: constant; --angle: cosine", choices=SCHEDULES)
     warmup: int = option(COURSE, 0, "epochs in which it first rises", type=WHOLE)
-    cooldown: float = option(COURSE, 0.4, "share of the epochs in which wsd falls", type=SHARE)
+    cooldown: float = option(COURSE, 0.4, "share of epochs in which wsd falls", type=SHARE)
     average: int = option(COURSE, None, "test the mean weights of the last K epochs", type=WHOLE)
 
     model: str = option(NETWORK, None, f"{', '.join(MODELS)}, FILE.py:FUNCTION")
@@ -82,16 +82,16 @@ class Config:
     train_head: bool = option(NETWORK, False, "train the last layer, too", **SWITCH)
 
     data: str = option(DATA, "digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt")
-    modulus: int = option(DATA, 31, "of --data modular, addition", type=number(int, 3, 1024))
-    batch_size: int = option(DATA, 16, "training inputs of a step", type=WHOLE)
+    modulus: int = option(DATA, 31, "of --data modular", type=number(int, 3, 1024))
+    batch_size: int = option(DATA, 16, "inputs of a step", type=WHOLE)
     label_noise: float = option(DATA, None, "share of training labels made wrong", type=SHARE)
-    augment: bool = option(DATA, False, "random crops and flips of the images", **SWITCH)
+    augment: bool = option(DATA, False, "random crops and flips", **SWITCH)
 
     device: str = option(MACHINE, None, "cpu, cuda, cuda:1 (default: cuda if there)")
-    jobs: int = option(MACHINE, None, "runs at a time (default: CPU one per core, GPU 1)", type=FEW)
+    jobs: int = option(MACHINE, None, "runs at a time (default: CPU cores, GPU 1)", type=FEW)
     threads: int = option(MACHINE, None, "CPU threads of a run (default: what helps)", type=FEW)
     graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **SWITCH)
-    out: str = option(MACHINE, None, "folder of the logs (default: named after the options)")
+    out: str = option(MACHINE, None, "folder of the logs (default: by the options)")
 
     def __post_init__(self):
         defaults = {one.name: one.default for one in fields(self)}
@@ -103,11 +103,10 @@ class Config:
         self.schedule = self.schedule or ("cosine" if self.angle else "constant")
         self.rank = int(os.environ.get("RANK", 0))  # of torchrun
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
-        ends = [1e-5, 0.1] if modular else [1e-4, 1.0]
         if self.sweep == []:
-            self.sweep = [*ends, 13]
+            self.sweep = [1e-5, 0.1, 13] if modular else [1e-4, 1.0, 13]
         if self.loop == []:
-            self.loop = [*ends, 25]
+            self.loop = [1e-5, 2.15e-3, 15] if modular else [1e-4, 1.0, 25]
         if self.loop and len(self.loop) == 3:
             self.passes = self.given.get("epochs") or (20 if modular else 1)
             self.epochs = self.passes * (2 * int(self.loop[2]) - 1)
@@ -116,7 +115,7 @@ class Config:
 
     @property
     def mode(self):
-        """What a run is named by: "elr", "angle", "loop", or "lr", that of plain SGD."""
+        """What names a run: "elr", "angle", "loop", or "lr", that of plain SGD."""
         return next((mode for mode in ("angle", "loop", "lr") if getattr(self, mode)), "elr")
 
     @property
@@ -157,7 +156,8 @@ class Config:
                 continue
             words.append(flag(one))
             if value is not True:
-                words += map(str, value if isinstance(value, list) else [value])
+                for x in value if isinstance(value, list) else [value]:
+                    words.append(f"{x:.15g}" if isinstance(x, float) else str(x))
         return words
 
     def folder(self):
@@ -186,7 +186,7 @@ class Config:
 
 
 def parser():
-    text = "Train on the sphere at a fixed effective learning rate (ELR), and name the regime."
+    text = "Train on the sphere at a fixed effective learning rate (ELR), and name its regime."
     parser = regimes.Parser("train.py", description=text, allow_abbrev=False)
     groups = {}
     for one in fields(Config):
@@ -201,14 +201,14 @@ def parser():
 
 
 def parse(argv=None):
-    """The options of a command line; those that cannot be are refused."""
+    """The options of a command line; what cannot be is refused."""
     config = Config(**vars(parser().parse_args(argv)))
     check(config)
     return config
 
 
 def check(config):
-    """Refuse options that do not go together, or not with this machine."""
+    """Refuse what does not go together, or not with this machine."""
     if len(WAYS & config.given.keys()) != 1:
         refuse("elr", "give exactly one of --elr, --sweep, --angle, --lr, --loop")
     for name, fewest in (("sweep", 2), ("loop", 8)):

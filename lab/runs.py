@@ -5,6 +5,7 @@ when its process dies, keeps a second process out of a run.
 """
 
 import argparse
+import csv
 import errno
 import fcntl
 import hashlib
@@ -84,13 +85,23 @@ def read_run(path):
 def result(path):
     """What a run gave, in a line: its regime; where its ELR moves, how it ended."""
     run = read_run(path)
-    error = f"test error {run.final('test_error'):.3f}"
+    error, zeros = f"test error {run.final('test_error'):.3f}", ""
+    if names := became_zero(path):
+        zeros = f"; the weights of {', '.join(names)} became 0: nothing learns after that"
     if is_loop(run.log):
-        return str(classify_loop([run.log], run.chance))
+        return f"{classify_loop([run.log], run.chance)}{zeros}"
     if run.verdict.moves:
         loss, elr = run.final("train_loss"), run.log["elr"]
-        return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}"
-    return f"{run.verdict}; {error}"
+        return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}{zeros}"
+    return f"{run.verdict}; {error}{zeros}"
+
+
+def became_zero(path):
+    """The tensors whose last norm in the log is nan: divergence can drive them down to 0."""
+    norms = {}
+    with suppress(FileNotFoundError), open(path.with_suffix(".layers.csv"), newline="") as file:
+        norms = {row["layer"]: row["norm"] for row in csv.DictReader(file)}
+    return [name for name, norm in norms.items() if norm == "nan"]
 
 
 def is_expected(error):

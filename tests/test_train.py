@@ -107,6 +107,20 @@ def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsy
     assert (plain / "elr=1e-02.csv").read_bytes() == before
 
 
+def test_weights_that_became_zero_are_named(tmp_path, capsys):
+    """As a transformer's by divergence: their norm in the log is nan, from some epoch to the end."""
+    run(f"--elr 0.01 {QUICK}", tmp_path)
+    path = tmp_path / "elr=1e-02.layers.csv"
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    names = [row[1] for row in rows[-2:]]
+    for row in rows[-2:]:
+        row[2:] = ["nan"] * len(row[2:])
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+    run(f"--elr 0.01 {QUICK}", tmp_path)
+    first, again = capsys.readouterr().out.split("(already done)")
+    assert "became 0" not in first and f"of {', '.join(names)} became 0" in again
+
+
 def test_an_error_of_an_edit_shows_where_it_is(tmp_path, monkeypatch):
     def train_step(run, index, move=True):
         return torch.nn.functional.cross_entropy(torch.zeros(3, 2), torch.zeros(4).long())
