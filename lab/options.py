@@ -83,7 +83,7 @@ class Config:
 
     data: str = option(DATA, "digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt")
     modulus: int = option(DATA, 31, "of --data modular", type=number(int, 3, 1024))
-    batch_size: int = option(DATA, 16, "inputs of a step", type=WHOLE)
+    batch_size: int = option(DATA, 16, "training inputs of a step", type=WHOLE)
     label_noise: float = option(DATA, None, "share of training labels made wrong", type=SHARE)
     augment: bool = option(DATA, False, "random crops and flips", **SWITCH)
 

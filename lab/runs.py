@@ -244,13 +244,20 @@ def remove_leftovers(out):
         with suppress(Busy), lock(held):
             pass
     for path in out.glob(f"*.{socket.gethostname()}-*.tmp"):
-        pid = path.name.removesuffix(".tmp").rpartition("-")[2]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
+        if not is_alive(path.name.removesuffix(".tmp").rpartition("-")[2]):
             path.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            pass
+
+
+def is_alive(pid):
+    """Whether a process is there that has not ended; a dead one may wait for its parent's look."""
+    try:
+        os.kill(int(pid), 0)
+        _, _, state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")
+        return state[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):  # no number; another user's; no /proc
+        return True
 
 
 @contextmanager

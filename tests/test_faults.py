@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -285,6 +286,20 @@ def test_a_second_process_is_told_who_is_in_a_run_and_waits_for_it(tmp_path):
     assert status == 0 and output.count(who) == 1 and ": this waits for it\n" in output
     assert end_of(first)[0] == -signal.SIGKILL
     no_leftovers(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_what_a_dead_process_left_is_removed_though_nobody_has_asked_how_it_ended(tmp_path):
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    wait_for(lambda: ") Z " in Path(f"/proc/{pid}/stat").read_text())
+    left = [tmp_path / f"regimes.csv.{socket.gethostname()}-{x}.tmp" for x in (pid, os.getpid())]
+    for path in left:
+        path.touch()
+    runs.remove_leftovers(tmp_path)
+    os.waitpid(pid, 0)
+    assert [path.exists() for path in left] == [False, True]
 
 
 @pytest.mark.parametrize("which", ["jobs", "parent"])
