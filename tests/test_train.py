@@ -107,17 +107,18 @@ def test_not_on_a_terminal_there_are_verdict_files_and_what_is_next(plain, capsy
     assert (plain / "elr=1e-02.csv").read_bytes() == before
 
 
-def test_weights_that_became_zero_are_named(tmp_path, capsys):
+def test_weights_that_became_zero_are_named(plain, tmp_path, capsys):
     """As a transformer's by divergence: their norm in the log is nan, from some epoch to the end."""
-    run(f"--elr 0.01 {QUICK}", tmp_path)
-    path = tmp_path / "elr=1e-02.layers.csv"
+    out = shutil.copytree(plain, tmp_path / "run")
+    path = out / "elr=1e-02.layers.csv"
     rows = [line.split(",") for line in path.read_text().splitlines()]
     names = [row[1] for row in rows[-2:]]
+    assert run(f"--elr 0.01 {QUICK}", out) == 0
     for row in rows[-2:]:
         row[2:] = ["nan"] * len(row[2:])
     path.write_text("".join(",".join(row) + "\n" for row in rows))
-    run(f"--elr 0.01 {QUICK}", tmp_path)
-    first, again = capsys.readouterr().out.split("(already done)")
+    assert run(f"--elr 0.01 {QUICK}", out) == 0
+    _, first, again = capsys.readouterr().out.split("(already done)")
     assert "became 0" not in first and f"of {', '.join(names)} became 0" in again
 
 
