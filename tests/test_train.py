@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import product
