@@ -29,14 +29,14 @@ import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# others' names and patterns; "my-run - train/loss" is "loss"
+# others' names; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = r"learning_rate (lr|learning_rate)_(?!.*(momentum|decay)).*"  # of a group
 LOG = r"(?!(regimes|landscape|toy|.*\.layers)\.csv|.*\.then=).*(\.csv|\.jsonl|trainer_state\.json)"
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
-# docs/guide.md: how each was measured, and its price
+# docs/guide.md: how measured, at what cost
 MIN_TAIL = 4  # rows of the last half, at least
 WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run, where those begin whose slopes count
 BLOCKS = 24  # of rows, whose means are fitted
@@ -297,8 +297,9 @@ def read_log(path, columns=None):
                 now = last[name] = numbers.get(name, before)
                 if not before <= now < inf:
                     raise ValueError(f"one run a file: {name} {now:g} comes after {before:g}")
-            if numbers.get("angle", 0) > pi:
-                raise ValueError(f"angle {numbers['angle']:g} is above π radians")
+            angle = numbers.get("angle", 0)
+            if angle < 0 or angle > pi:
+                raise ValueError(f"angle {angle:g} is not in [0, π] radians")
             epoch = numbers["epoch"]
             before = joined.setdefault(epoch, {})
             if "train_loss" in before and "train_loss" in numbers:
@@ -341,7 +342,7 @@ def read_run(path, chance, columns=None):
 
 
 def in_words(runs):
-    """Lines; of moving ELRs by lab.loop, if it is there."""
+    """Lines; of moving ELRs by lab.loop, if there."""
     try:
         from lab.loop import summary
     except ImportError:

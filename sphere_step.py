@@ -77,7 +77,7 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, root):
     u = -(r + beta * q)
     # Its norm: s² = ‖g_t‖² + 2β⟨g_t,m_t⟩ + β²‖m_t‖²; a smaller part of the whole is rounding
     s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)
-    s = root(where(s2 > 1e-14 * (gg + beta * beta * mm), s2, 0.0))
+    s = root(where(s2 > 1e-13 * (gg + beta * beta * mm), s2, 0.0))
 
     # tan φ = η̃ρ²s/‖θ‖, or η̃ from a given tan φ
     radius = where(radius == 0, norm, radius)
@@ -653,7 +653,7 @@ def _described(gram, rule):
     tt, tg, gg, tm, _, _ = gram = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
     k, b, u, elr, radius, beta = rule.unbind(-1)
     g2, whole = _rest(gram, 0)
-    g2 = torch.where(g2 > 1e-14 * whole, g2, 0 * g2)
+    g2 = torch.where(g2 > 1e-13 * whole, g2, 0 * g2)
     s2, _ = _rest(gram, beta)
     along = (tg + beta * tm) / tt + u
     angle = torch.atan2(b.abs() * s2.clamp(min=0).sqrt(), tt.sqrt() * (k + b * along))
@@ -1028,7 +1028,7 @@ def _add(x, y, factor):
 #
 # Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
 # for which many GPUs have next to no units. Contraction would break them: it is off. Of 16-bit
-# numbers V products are summed in float32 first, unless two of θ, g, m are nearly parallel.
+# numbers V products are summed in float32 first, unless θ, g, m nearly cancel.
 
 PLAIN, PART, WHOLE, FEW, MANY = range(5)
 LINES = {FEW: 16, MANY: 128}
@@ -1203,7 +1203,10 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
             tm, gm, mm = _sum_pairs(stm, dtm, sgm, dgm, smm, dmm)
             held &= (mm > 1e-20) & (mm < 1e30) | (tl.sum(stop_m, 1) == 0)
             if EXACT:
-                held &= (tm * tm <= 0.99 * tt * mm) & ((gm >= 0) | (gm * gm <= 0.99 * gg * mm))
+                held &= tm * tm <= 0.99 * tt * mm
+                across = tt * gm - tg * tm  # of what is across θ: g_t ≈ −βm_t would cancel
+                whole = (tt * gg - tg * tg) * (tt * mm - tm * tm)
+                held &= (across >= 0) | (across * across <= 0.99 * whole)
         if (tries == 1) & (tl.min(held.to(tl.int32), 0) == 0):
             scale_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
             scale_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)

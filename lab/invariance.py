@@ -10,6 +10,7 @@ Works alone when copied (torch, numpy, scipy).
 
 import random
 from contextlib import contextmanager
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -37,34 +38,52 @@ def scale_invariant_groups(net, batch, rows=False):
     without effect is a set of its own; one that never has a gradient is in none.
     """
     try:
-        with _undisturbed(net):
-            return _Trial(net, batch, rows, torch.float64).sets()
+        return _measured(net, batch, rows, torch.float64)
     except Exception as error:
-        with _undisturbed(net):
-            found = _Trial(net, batch, rows, torch.float32).sets()
+        found = _measured(net, batch, rows, torch.float32)
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"measured in float32, to a tolerance of 1e-3: float64 fails ({why})")
         return found
 
 
+def _measured(net, batch, rows, dtype):
+    with _undisturbed(net):
+        if _copy_is_apart(net, batch):
+            net = deepcopy(net)
+        return _Trial(net, batch, rows, dtype).sets()
+
+
+def _copy_is_apart(net, batch):
+    """Whether a copy can be made, and computes with weights of its own."""
+    try:
+        copy = deepcopy(net).train()
+        logits(copy, (), copy(batch.detach().clone())).abs().sum().backward()
+    except Exception:
+        return False
+    return all(p.grad is None for p in net.parameters())
+
+
 @contextmanager
 def _undisturbed(net):
-    """Meanwhile in training mode; afterwards all is as it was."""
+    """Afterwards the network and the random state are as they were."""
     randoms = random.getstate(), np.random.get_state()
+    modes = [(module, module.training) for module in net.modules()]
     tensors = [(x, x.data, x.grad) for x in (*net.parameters(), *net.buffers())]
-    places = [place for module in net.modules() for place in (vars(module), module._buffers)]
-    attributes = [(place, place.copy()) for place in places if isinstance(place, dict)]
-    training = net.training
+    places = [vars(module) for module in net.modules()]
+    places += [x for place in places for x in place.values() if type(x) in (dict, list)]
+    attributes = [(place, place.copy()) for place in places]
+    net.zero_grad()
     try:
-        net.zero_grad()
         with torch.random.fork_rng([x.device for x, *_ in tensors if x.is_cuda][:1]):
-            yield net.train()
+            yield
     finally:
         random.setstate(randoms[0])
         np.random.set_state(randoms[1])
-        net.train(training)
         for place, before in attributes:
-            place.update(before)
+            place.clear()
+            getattr(place, "update", getattr(place, "extend", None))(before)
+        for module, training in modes:
+            module.training = training
         for x, data, gradient in tensors:
             x.data, x.grad = data, gradient
 
@@ -83,7 +102,7 @@ class _Trial:
     """A network that is run with other weights."""
 
     def __init__(self, net, batch, rows, dtype):
-        self.net, self.batch, self.rows, self.dtype = net, batch, rows, dtype
+        self.net, self.batch, self.rows, self.dtype = net.train(), batch.detach(), rows, dtype
         self.tolerance = 1e-6 if dtype == torch.float64 else 1e-3
         least = 2 if rows else 0  # dimensions
         trained = {n: p for n, p in net.named_parameters() if p.requires_grad and p.dim() >= least}

@@ -305,7 +305,7 @@ def show():
                 break
             line = f"{variant.name:28}{found.registers:5}{found.blocks:7}{found.local:7}"
             line += f"{f'{found.wide} of {found.wanted:.2g}':>9}"
-            line += "".join(f"{n:6.3g}" for n in found.instructions.values())
+            line += "".join(f"{round(n, 2):6.3g}" for n in found.instructions.values())
             line += f"{variant.bytes:6}"
             for card in cards if variant.elements else ():
                 seconds = times(variant, found, card)

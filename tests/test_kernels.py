@@ -99,6 +99,23 @@ def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale, ne
 
 
 @runs
+def test_16_bit_sums_are_exact_where_the_parts_of_g_and_m_across_the_weights_cancel():
+    """Though no two of θ, g, m are parallel: g_t = −βm_t, but for one number."""
+    n, scale = 8000, 2.0 ** torch.randint(-3, 4, (8000,))
+    theta, w = ((8 * torch.randn(2, n)).round() / 8 * scale).to(torch.bfloat16)
+    p, g, m = Parameter(theta.to(DEVICE)), 2 * theta + w, -2 * w
+    m[0] += 2.0**-4 * scale[0]
+    optimizer = SphereSGD([p], lr=0.01, momentum=0.5, angle=True, backend="triton")
+    p.grad, optimizer.state[p]["momentum_buffer"] = g.to(DEVICE), m.to(DEVICE)
+    optimizer.observe()
+    vectors = [x.double() for x in (theta, g, m)]
+    pairs = [(x, y) for i, x in enumerate(vectors) for y in vectors[: i + 1]]
+    exact = torch.stack([x @ y for x, y in pairs])
+    sizes = torch.stack([x.norm() * y.norm() for x, y in pairs])
+    assert ((optimizer.grams()[0].cpu() - exact).abs() < 1e-12 * sizes).all()
+
+
+@runs
 def test_the_rule_of_the_kernels_is_the_rule_in_python():
     for angle, lr in ((True, 1.57), (False, 1e-300), (False, 1e-3), (False, 1e250)):
         scales = 10.0 ** torch.empty(3, 40, 1).uniform_(-12, 12)

@@ -684,3 +684,25 @@ def test_lazy_layers_are_named_as_the_cause():
         ValueError, match="uninitialized parameter.* Call `forward` with a dummy batch"
     ):
         scale_invariant_groups(small(nn.LazyLinear(8)), torch.randn(16, 6))
+
+
+def test_a_network_whose_forward_changes_it_is_left_as_it_was():
+    """What it makes, keeps and counts, and what its gradients do."""
+
+    class Net(torch.nn.Sequential):
+        def forward(self, x):
+            if not hasattr(self, "ones"):
+                self.ones = torch.ones(8)
+            calls.append(len(kept := self.kept))
+            kept.append(1)
+            self.count.add_(1)
+            return self[2](self[1](self[0](x)) * self.ones)
+
+    layers = torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+    net, calls, x = Net(*layers).eval(), [], torch.randn(8, 4, requires_grad=True)
+    net.kept, net.count, seen = [], torch.zeros(()), []
+    net[0].weight.register_hook(lambda g: seen.append(g))
+    assert scale_invariant_groups(net, x) == [["0.weight", "0.bias"]]
+    assert not net.kept and net.count == 0 and not hasattr(net, "ones") and not net.training
+    assert calls and not seen and x.grad is None
+    assert net(x).dtype == torch.float32 and net(x).isfinite().all()

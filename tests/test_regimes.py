@@ -581,7 +581,8 @@ epoch,loss\n0,3\nepoch,loss\n0,3 | line 3: one run a file: the header comes agai
 epoch,loss\n0,\n1, | line 3: no row with a loss
 epoch,loss\n0,1,2\n1,2 | line 2: more cells than columns
 {"epoch": 1, "loss": 2}\n\n{"epoch"}\n{"epoch": 2} | line 3: Expecting ':' delimiter
-epoch,loss,angle\n0,3,0.1\n1,2,3.15 | line 3: angle 3.15 is above π radians
+epoch,loss,angle\n0,3,0.1\n1,2,3.15 | line 3: angle 3.15 is not in [0, π]
+epoch,loss,angle\n0,3,0.1\n1,2,-0.1 | line 3: angle -0.1 is not in [0, π]
 epoch,loss,step\n0,3,9\n1,2,8 | line 3: one run a file: step 8 comes after 9"""
 
 

@@ -112,9 +112,9 @@ def test_a_gradient_that_is_all_but_radial(dtype, count, angle, share):
     optimizer = SphereSGD([p], lr=lr, angle=angle)
     optimizer.step()
     expected, _ = step_of(x, g, lr, angle=angle)
-    if 5e-8 < rest < 2e-7:
+    if 1.5e-7 < rest < 6e-7:
         return  # at the threshold
-    if rest < 1e-7:
+    if rest < 3e-7:
         assert torch.equal(p, theta)
         return
     sums = 2.0**-48  # by which pairs of float32 are off
