@@ -288,7 +288,7 @@ def test_weights_that_something_else_has_moved_are_told_of_once(sphere, steps):
     """Before or between steps; the kernels, which do not wait, look before the first."""
     params, _, optimizer = on_and_off((4, 3), (5, 2), (3,), sphere=sphere)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for _ in range(steps):
             optimizer.step()
         params[2].data.mul_(3)  # is on no sphere
@@ -299,7 +299,7 @@ def test_weights_that_something_else_has_moved_are_told_of_once(sphere, steps):
     with pytest.warns(UserWarning, match="weights were changed since the optimizer was made"):
         optimizer.step()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for p in params:
             p.data.mul_(3)
         optimizer.step()
@@ -313,7 +313,7 @@ def test_where_a_tensor_has_no_gradient_the_others_keep_their_norm_and_nothing_i
     params[1].data.mul_(3)
     norm = params[1].detach().norm()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         optimizer.step()
     assert close(params[1].detach().norm(), norm)
 
