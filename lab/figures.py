@@ -131,7 +131,8 @@ def _ends(kind, groups, axes):
 
 
 def _epochs(kind, groups, axes):
-    """All epochs of all runs; dotted, behind them, those of second runs."""
+    """All epochs of all runs, of several seeds thin behind their median; dotted those of second
+    runs."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
@@ -145,7 +146,12 @@ def _epochs(kind, groups, axes):
         xlabel = f"epoch, {name} {first:g} {unit}"
     for i, (value, group) in enumerate(groups.items()):
         look = dict(color=scale.to_rgba(value) if scale else f"C{i}", lw=1)
-        look["alpha"] = len(group) ** -0.4  # of many seeds one sees where most are
+        if len(group) > 1:
+            for column, ax in axes.items():
+                logs = [run.log for run in group if column in run.log]
+                if logs:
+                    ax.plot(*_median(logs, column), **look)
+            look |= dict(lw=0.5, alpha=0.5 * len(group) ** -0.4)
         for run in group:
             label, end = value if named else None, run.log["epoch"][-1]
             lines = [(run.log, 0, dict(label=label))]
@@ -161,6 +167,14 @@ def _epochs(kind, groups, axes):
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
     if scale:
         ax.figure.colorbar(scale, ax=list(axes.values()), label=kind, pad=0.01)
+
+
+def _median(logs, column):
+    """Epochs, and the median over the logs, as long as most of them go on."""
+    epochs = np.unique(np.concatenate([log["epoch"] for log in logs]))
+    found = [np.interp(epochs, log["epoch"], log[column], right=math.nan) for log in logs]
+    there = 2 * np.isfinite(found).sum(0) > len(logs)
+    return epochs[there], np.nanmedian(np.array(found)[:, there], 0)
 
 
 def of_loop(runs, path):

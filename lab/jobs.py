@@ -38,10 +38,11 @@ class Watch:
             self.epochs[name] = epoch, epochs
             done, total = map(sum, zip(*self.epochs.values(), strict=True))
             self.bar.total = total
-            self.bar.set_description_str(f"{name}: {shown}", refresh=False)
+            shown = f"{name}, epoch {epoch}: {shown}"
+            self.bar.set_description_str(shown, refresh=False)
             self.bar.update(done - self.bar.n)
             if time.monotonic() > self.next_line and self.bar.disable:
-                print(f"epoch {done} of {total}; {name}: {shown}", flush=True)
+                print(f"{done} of {total} epochs; {shown}", flush=True)
                 self.next_line += 60
         elif event == "finished":
             self.finished.add(name)

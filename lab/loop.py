@@ -189,10 +189,10 @@ def of_mean(logs, chance):
     gone, stays = np.flatnonzero(left), np.flatnonzero(~left)
     if not len(gone):
         last = elrs[-1]
-    elif gone[0] >= max(low, 1) and stays[-1] < len(elrs) - 1:
+    elif gone[0] > low and stays[-1] < len(elrs) - 1:
         found.melts = elrs[gone[0] - 1], elrs[stays[-1] + 1]
         last = found.melts[0]
-    else:  # it leaves, but not for good
+    else:  # not for good, or no later than it freezes
         return found
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
     both &= (elrs >= middle(found.freezes)) & (elrs <= last)

@@ -57,12 +57,12 @@ class Config:
     angle: list = option(RUNS, None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
     lr: list = option(RUNS, None, "plain SGD at these rates", nargs="+", type=REAL)
     loop: list = option(
-        RUNS, None, "a run down N ELRs and up: LO HI N (1e-4 1 25)", nargs="*", type=REAL
+        RUNS, None, "a run down N ≥ 8 ELRs and up: LO HI N (1e-4 1 25)", nargs="*", type=REAL
     )
     refine: int = option(RUNS, 0, "then bisect both boundaries N times", type=FEW)
     max_epochs: int = option(RUNS, None, "undecided runs go on, up to N epochs", type=WHOLE)
-    seed: int = option(RUNS, 0, "of start and order", type=number(int, 0, 2**30))
-    seeds: int = option(RUNS, 1, "so many, from --seed on", type=FEW)
+    seed: int = option(RUNS, 0, "of weights and batches", type=number(int, 0, 2**30))
+    seeds: int = option(RUNS, 1, "number of seeds, from --seed on", type=FEW)
     epochs: int = option(RUNS, None, "default: 20; modular: 400", type=WHOLE)
     then: float = option(RUNS, None, "from each end a run at this ELR or angle", type=REAL)
 
@@ -72,7 +72,7 @@ class Config:
 
     wd: float = option(COURSE, None, "weight decay, with --lr", type=REAL)
     schedule: str = option(COURSE, None, "default: constant; --angle: cosine", choices=SCHEDULES)
-    warmup: int = option(COURSE, 0, "epochs in which it first rises", type=WHOLE)
+    warmup: int = option(COURSE, 0, "epochs in which the ELR rises", type=WHOLE)
     cooldown: float = option(COURSE, 0.4, "share of epochs in which wsd falls", type=SHARE)
     average: int = option(COURSE, None, "test the mean weights of the last K epochs", type=WHOLE)
 
@@ -91,7 +91,7 @@ class Config:
     jobs: int = option(MACHINE, None, "runs at a time (default: CPU cores, GPU 1)", type=FEW)
     threads: int = option(MACHINE, None, "CPU threads of a run (default: what helps)", type=FEW)
     graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **SWITCH)
-    out: str = option(MACHINE, None, "folder of the logs (default: by the options)")
+    out: str = option(MACHINE, None, "folder (default: by the options)")
 
     def __post_init__(self):
         defaults = {one.name: one.default for one in fields(self)}
@@ -186,7 +186,7 @@ class Config:
 
 
 def parser():
-    text = "Train on the sphere at a fixed effective learning rate (ELR), and name its regime."
+    text = "Train on the sphere at a fixed effective learning rate (ELR), name its regime."
     parser = regimes.Parser("train.py", description=text, allow_abbrev=False)
     groups = {}
     for one in fields(Config):
