@@ -212,14 +212,13 @@ def draw_modular():
         error.plot(x, y, **look, label=f"{EPOCHS} epochs, {label}")
     error.set(title="test error, a square per seed", ylim=(-0.02, 1.02))
     for column, look in (("train", style.TRAIN), ("test", style.TEST)):
-        known = {}
-        for elr, rows in of_elr.items():
-            inside = [row for row in rows if math.isfinite(row[f"{column}_below_5"])]
-            if inside:
-                known[elr] = inside
-        look = look | {"label": f"{column} error"}
-        style.means(time, known, {f"{column}_below_5": look})
-    time.set(yscale="log", ylabel="epoch", title="first error below 5 %, of the seeds where it is")
+        of_seeds = {elr: [row[f"{column}_below_5"] for row in rows] for elr, rows in of_elr.items()}
+        medians = [np.median(epochs) for epochs in of_seeds.values()]  # infinite: not yet
+        label = f"{column} error, median over seeds"
+        time.plot([*of_seeds], medians, look["fmt"], color=look["color"], label=label)
+        for elr, epochs in of_seeds.items():
+            time.plot([elr] * len(epochs), epochs, ".", color=look["color"], alpha=0.4, ms=4)
+    time.set(yscale="log", xscale="log", xlabel="ELR", title="first epoch with an error below 5 %")
     style.bands(axes.values(), of_elr)
     style.save(fig, ROOT / "docs" / "modular.png", "addition modulo 31, transformer of width 64")
 
@@ -459,7 +458,7 @@ def second_runs(logs):
 
 
 def main(argv=None):
-    parser = regimes.Parser(prog="draw.py", description=__doc__)
+    parser = regimes.Parser(prog="draw.py", description=__doc__.partition("\n")[0])
     text = "the folder of the findings' logs; without it, what needs no logs"
     parser.add_argument("logs", type=Path, nargs="?", metavar="LOGS", help=text)
     logs = parser.parse_args(argv).logs
