@@ -45,6 +45,7 @@ ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
 CROSSED = 0.03  # loss between those of converged and of hovering networks, on the digits
+BELOW = 0.02  # ELR up to which the area between the ways counts: no divergence
 WHOLE = ["1e-3", "0.0681", "12"]  # the loop of whole batches
 DESCENTS = (("1e-4", "0.1"), ("1e-3", "0.1"), ("1e-4", "0.03"), ("1e-3", "0.03"))
 
@@ -253,7 +254,7 @@ COLUMNS = {
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
     "full": "passes seed leg elr train_loss sharpness",
-    "speeds": "folder passes seed level down up area",
+    "speeds": "folder low high elrs passes seed level down up area",
     "edge": "folder elr seed regime train_loss mean error weighted",
 }
 
@@ -314,8 +315,8 @@ def show(what, table):
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
     if what == "speeds":
-        for (folder,), rows in table.groups("folder").items():
-            print(f"{folder}: passes, seeds, down and up cross {rows[0]['level']:g}, ratio, area")
+        for (folder, level), rows in table.groups("folder", "level").items():
+            print(f"{folder}: loop, passes, seeds, down and up cross {level:g}, ratio, area")
             show_speeds(rows)
     if what == "full":
         for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
@@ -380,31 +381,35 @@ def crossing(elrs, loss, level):
     return math.exp(x[i - 1] + t * (x[i] - x[i - 1]))
 
 
-def speeds(table, folders, level, below):
+def speeds(table, folders, level):
     """A row per loop of these folders: where its legs cross a loss, and the area between them, log
-    loss over log₁₀ ELR, up to the ELR `below`."""
+    loss over log₁₀ ELR, up to the ELR BELOW."""
     for folder in folders:
         for path in sorted(folder.glob("loop=*.csv")):
             run = None if ".layers" in path.name else runs.read_run(path)
             if run and loop.is_loop(run.log):
                 elrs, loss = loop.legs([run.log], "train_loss")
                 passes = loop.classify_loop([run.log]).passes
-                if np.isnan(loss).any() or table.has(folder.name, passes, run.seed):
+                row = folder.name, elrs[0], elrs[-1], len(elrs), passes, run.seed, level
+                if np.isnan(loss).any() or table.has(*row):
                     continue
                 ends = [crossing(elrs, leg, level) for leg in loss]
-                y, inside = np.log(loss), elrs < below
+                y, inside = np.log(loss), elrs < BELOW
                 area = np.trapezoid((y[0] - y[1])[inside], np.log10(elrs)[inside])
-                table.add([(folder.name, passes, run.seed, level, *ends, area)])
+                table.add([(*row, *ends, area)])
 
 
 def show_speeds(rows):
     """Means over seeds by passes at each ELR; how the area grows with each doubling of them."""
-    slopes = []
-    for passes in sorted({row["passes"] for row in rows}):
-        found = [row for row in rows if row["passes"] == passes]
+    slopes, loops = [], {}
+    for row in rows:
+        key = row["passes"], row["low"], row["high"], row["elrs"]
+        loops.setdefault(key, []).append(row)
+    for (passes, *grid), found in sorted(loops.items()):
         down, up, area = (column(found, name) for name in ("down", "up", "area"))
         shown = " | ".join(geometric(x) for x in (down, up, up / down))
-        print(f"| {passes:g} | {len(found)} | {shown} | {mean(area)} |")
+        loop_of = " ".join(f"{x:g}" for x in grid)
+        print(f"| {loop_of} | {passes:g} | {len(found)} | {shown} | {mean(area)} |")
     for seed in sorted({row["seed"] for row in rows}):
         found = [row for row in rows if row["seed"] == seed]
         if len(found) > 1:
@@ -437,7 +442,6 @@ def main(argv=None):
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
     parser.add_argument("--data", default="digits", help="in hold (default: digits)")
     parser.add_argument("--level", type=float, default=CROSSED, help="loss, in speeds")
-    parser.add_argument("--below", type=float, default=0.02, help="ELR, in speeds: no divergence")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     table, seeds = Table(args.what), args.seeds
@@ -447,7 +451,7 @@ def main(argv=None):
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
         "full": lambda: full(table, seeds, args.passes),
-        "speeds": lambda: speeds(table, args.folders, args.level, args.below),
+        "speeds": lambda: speeds(table, args.folders, args.level),
         "edge": lambda: edge(table, args.folders),
     }
     ways[args.what]()
