@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.stats import chi2
+from scipy.stats import chi2, poisson
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -40,6 +40,7 @@ from lab.options import Config, parse  # noqa: E402
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
 HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
 LONGEST = 200  # epochs
+LATE = 100  # epochs, up to which the rates are fitted that foretell the escapes of later ones
 SHAPES = np.geomspace(0.2, 3, 41)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
@@ -343,32 +344,49 @@ def show_lives(rows):
             print(f"{name} {value:g}: {' '.join(each)}; {mean}, {out:g} of {len(held)}")
     alike, own = len(rows) * [0], column(rows, "seed")
     for what, ends in {"alike": alike, "each with a scale of its own": own}.items():
-        fit, powers = fit_lives(rows, ends)
+        fits = [fit_lives(rows, ends, shape) for shape in SHAPES]
+        fit, powers = np.array([(likelihood, power) for likelihood, power, _ in fits]).T
         best, inside = fit.argmax(), SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
         p = chi2.sf(2 * (fit[best] - np.interp(1, SHAPES, fit)), 1)
         shape = f"{SHAPES[best]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
         print(f"Weibull, cold ends {what}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
         print(f"shape {shape}; that it is 1, exponential: p = {p:.2g}")
+    show_late(rows)
 
 
-def fit_lives(rows, ends):
+def show_late(rows):
+    """Escapes after epoch LATE, and how many of them constant rates, fitted up to it, foretell."""
+    epochs, late = column(rows, "epochs"), column(rows, "epochs") > LATE
+    if not late.any():
+        return
+    cut = [dict(row) for row in rows]
+    for row in itertools.compress(cut, late):
+        row.update(epochs=LATE, escaped=0)
+    *_, rates = fit_lives(cut, column(rows, "seed"), 1.0)
+    foretold = (rates * (epochs - LATE))[late].sum()
+    seen = column(rows, "escaped")[late].sum()
+    p = poisson.cdf(seen, foretold)
+    print(f"{late.sum()} lives went on after epoch {LATE}: {seen:g} escapes", end=", ")
+    print(f"{foretold:.1f} foretold by constant rates (p = {p:.1g})")
+
+
+def fit_lives(rows, ends, shape):
     """Weibull distributions whose scale is a power of the ELR, times a factor of each of the `ends`
-    [row]: log likelihood and power by shape [SHAPES]. An epoch tells only that it was within it."""
+    [row]: log likelihood, power, 1 over the scales [row]. An epoch tells only that it was in it."""
     elrs, groups = np.log(column(rows, "elr") / HELD[0]), np.unique(ends, return_inverse=True)[1]
     epochs, out = column(rows, "epochs"), column(rows, "escaped") == 1
 
-    def loss(p, shape):
-        rate = np.exp(p[0] * elrs - p[1:][groups])
-        before, now = ((rate * (epochs - x)) ** shape for x in (1, 0))
+    def rates(p):
+        return np.exp(p[0] * elrs - p[1:][groups])
+
+    def loss(p):
+        before, now = ((rates(p) * (epochs - x)) ** shape for x in (1, 0))
         within = np.log(np.maximum(-np.expm1(before - now), 1e-300)) - before
         return -np.where(out, within, -now).sum()
 
-    start, found = np.append(4.0, np.full(groups.max() + 1, 4.0)), []
-    bounds = [(0, 20)] + [(-4, 14)] * (len(start) - 1)
-    for shape in SHAPES:
-        best = minimize(loss, start, args=(shape,), bounds=bounds)
-        found.append((-best.fun, best.x[0]))
-    return np.array(found).T
+    start = np.full(groups.max() + 2, 4.0)
+    best = minimize(loss, start, bounds=[(0, 20)] + [(-4, 14)] * (len(start) - 1))
+    return -best.fun, best.x[0], rates(best.x)
 
 
 def crossing(elrs, loss, level):
