@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.stats import chi2
+from scipy.stats import chi2, poisson
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -40,11 +40,13 @@ from lab.options import Config, parse  # noqa: E402
 GRID = ["1e-4", "0.0316", "16"]  # of the loop: six ELRs a decade, up to the edge of divergence
 HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of cold ends
 LONGEST = 200  # epochs
+LATE = 100  # epochs, up to which the rates are fitted that foretell the escapes of later ones
 SHAPES = np.geomspace(0.2, 3, 41)  # of Weibull distributions; 1 is the exponential
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
 CROSSED = 0.03  # loss between those of converged and of hovering networks, on the digits
+BELOW = 0.02  # ELR up to which the area between the ways counts: no divergence
 WHOLE = ["1e-3", "0.0681", "12"]  # the loop of whole batches
 DESCENTS = (("1e-4", "0.1"), ("1e-3", "0.1"), ("1e-4", "0.03"), ("1e-3", "0.03"))
 
@@ -253,7 +255,7 @@ COLUMNS = {
     "escape": "passes seed step loss grad_norm elr_sharpness",
     "cold": "low high seed train_loss test_error",
     "full": "passes seed leg elr train_loss sharpness",
-    "speeds": "folder passes seed level down up area",
+    "speeds": "folder low high elrs passes seed level down up area",
     "edge": "folder elr seed regime train_loss mean error weighted",
 }
 
@@ -314,8 +316,8 @@ def show(what, table):
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
     if what == "speeds":
-        for (folder,), rows in table.groups("folder").items():
-            print(f"{folder}: passes, seeds, down and up cross {rows[0]['level']:g}, ratio, area")
+        for (folder, level), rows in table.groups("folder", "level").items():
+            print(f"{folder}: loop, passes, seeds, down and up cross {level:g}, ratio, area")
             show_speeds(rows)
     if what == "full":
         for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
@@ -342,32 +344,49 @@ def show_lives(rows):
             print(f"{name} {value:g}: {' '.join(each)}; {mean}, {out:g} of {len(held)}")
     alike, own = len(rows) * [0], column(rows, "seed")
     for what, ends in {"alike": alike, "each with a scale of its own": own}.items():
-        fit, powers = fit_lives(rows, ends)
+        fits = [fit_lives(rows, ends, shape) for shape in SHAPES]
+        fit, powers = np.array([(likelihood, power) for likelihood, power, _ in fits]).T
         best, inside = fit.argmax(), SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
         p = chi2.sf(2 * (fit[best] - np.interp(1, SHAPES, fit)), 1)
         shape = f"{SHAPES[best]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
         print(f"Weibull, cold ends {what}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
         print(f"shape {shape}; that it is 1, exponential: p = {p:.2g}")
+    show_late(rows)
 
 
-def fit_lives(rows, ends):
+def show_late(rows):
+    """Escapes after epoch LATE, and how many of them constant rates, fitted up to it, foretell."""
+    epochs, late = column(rows, "epochs"), column(rows, "epochs") > LATE
+    if not late.any():
+        return
+    cut = [dict(row) for row in rows]
+    for row in itertools.compress(cut, late):
+        row.update(epochs=LATE, escaped=0)
+    *_, rates = fit_lives(cut, column(rows, "seed"), 1.0)
+    foretold = (rates * (epochs - LATE))[late].sum()
+    seen = column(rows, "escaped")[late].sum()
+    p = poisson.cdf(seen, foretold)
+    print(f"{late.sum()} lives went on after epoch {LATE}: {seen:g} escapes", end=", ")
+    print(f"{foretold:.1f} foretold by constant rates (p = {p:.1g})")
+
+
+def fit_lives(rows, ends, shape):
     """Weibull distributions whose scale is a power of the ELR, times a factor of each of the `ends`
-    [row]: log likelihood and power by shape [SHAPES]. An epoch tells only that it was within it."""
+    [row]: log likelihood, power, 1 over the scales [row]. An epoch tells only that it was in it."""
     elrs, groups = np.log(column(rows, "elr") / HELD[0]), np.unique(ends, return_inverse=True)[1]
     epochs, out = column(rows, "epochs"), column(rows, "escaped") == 1
 
-    def loss(p, shape):
-        rate = np.exp(p[0] * elrs - p[1:][groups])
-        before, now = ((rate * (epochs - x)) ** shape for x in (1, 0))
+    def rates(p):
+        return np.exp(p[0] * elrs - p[1:][groups])
+
+    def loss(p):
+        before, now = ((rates(p) * (epochs - x)) ** shape for x in (1, 0))
         within = np.log(np.maximum(-np.expm1(before - now), 1e-300)) - before
         return -np.where(out, within, -now).sum()
 
-    start, found = np.append(4.0, np.full(groups.max() + 1, 4.0)), []
-    bounds = [(0, 20)] + [(-4, 14)] * (len(start) - 1)
-    for shape in SHAPES:
-        best = minimize(loss, start, args=(shape,), bounds=bounds)
-        found.append((-best.fun, best.x[0]))
-    return np.array(found).T
+    start = np.full(groups.max() + 2, 4.0)
+    best = minimize(loss, start, bounds=[(0, 20)] + [(-4, 14)] * (len(start) - 1))
+    return -best.fun, best.x[0], rates(best.x)
 
 
 def crossing(elrs, loss, level):
@@ -380,31 +399,35 @@ def crossing(elrs, loss, level):
     return math.exp(x[i - 1] + t * (x[i] - x[i - 1]))
 
 
-def speeds(table, folders, level, below):
+def speeds(table, folders, level):
     """A row per loop of these folders: where its legs cross a loss, and the area between them, log
-    loss over log₁₀ ELR, up to the ELR `below`."""
+    loss over log₁₀ ELR, up to the ELR BELOW."""
     for folder in folders:
         for path in sorted(folder.glob("loop=*.csv")):
             run = None if ".layers" in path.name else runs.read_run(path)
             if run and loop.is_loop(run.log):
                 elrs, loss = loop.legs([run.log], "train_loss")
                 passes = loop.classify_loop([run.log]).passes
-                if np.isnan(loss).any() or table.has(folder.name, passes, run.seed):
+                row = folder.name, elrs[0], elrs[-1], len(elrs), passes, run.seed, level
+                if np.isnan(loss).any() or table.has(*row):
                     continue
                 ends = [crossing(elrs, leg, level) for leg in loss]
-                y, inside = np.log(loss), elrs < below
+                y, inside = np.log(loss), elrs < BELOW
                 area = np.trapezoid((y[0] - y[1])[inside], np.log10(elrs)[inside])
-                table.add([(folder.name, passes, run.seed, level, *ends, area)])
+                table.add([(*row, *ends, area)])
 
 
 def show_speeds(rows):
     """Means over seeds by passes at each ELR; how the area grows with each doubling of them."""
-    slopes = []
-    for passes in sorted({row["passes"] for row in rows}):
-        found = [row for row in rows if row["passes"] == passes]
+    slopes, loops = [], {}
+    for row in rows:
+        key = row["passes"], row["low"], row["high"], row["elrs"]
+        loops.setdefault(key, []).append(row)
+    for (passes, *grid), found in sorted(loops.items()):
         down, up, area = (column(found, name) for name in ("down", "up", "area"))
         shown = " | ".join(geometric(x) for x in (down, up, up / down))
-        print(f"| {passes:g} | {len(found)} | {shown} | {mean(area)} |")
+        loop_of = " ".join(f"{x:g}" for x in grid)
+        print(f"| {loop_of} | {passes:g} | {len(found)} | {shown} | {mean(area)} |")
     for seed in sorted({row["seed"] for row in rows}):
         found = [row for row in rows if row["seed"] == seed]
         if len(found) > 1:
@@ -437,7 +460,6 @@ def main(argv=None):
     parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
     parser.add_argument("--data", default="digits", help="in hold (default: digits)")
     parser.add_argument("--level", type=float, default=CROSSED, help="loss, in speeds")
-    parser.add_argument("--below", type=float, default=0.02, help="ELR, in speeds: no divergence")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     table, seeds = Table(args.what), args.seeds
@@ -447,7 +469,7 @@ def main(argv=None):
         "escape": lambda: escape(table, seeds, args.passes),
         "cold": lambda: cold(table, seeds),
         "full": lambda: full(table, seeds, args.passes),
-        "speeds": lambda: speeds(table, args.folders, args.level, args.below),
+        "speeds": lambda: speeds(table, args.folders, args.level),
         "edge": lambda: edge(table, args.folders),
     }
     ways[args.what]()
