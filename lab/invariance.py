@@ -156,9 +156,7 @@ class _Trial(TorchDispatchMode):
 
         def cast(x):  # torch's tree_map takes longer than the arithmetic
             if id(x) in self.originals:
-                raise ValueError(
-                    "a copy of it computes with the original: make its lambda a method"
-                )
+                raise ValueError("a copy of it computes with the original: make lambdas methods")
             if isinstance(x, list | tuple):
                 return type(x)(map(cast, x))
             if isinstance(x, Tensor) and x.is_floating_point() and not mutable:

@@ -300,7 +300,7 @@ AT_ONCE = """
 # What is made, what is done, what goes to the last layer; the sets that are found, or why none is.
 CASES = {
     "much at once": ("self.state, self.layer_groups, self.scale, self.unused, self.still = torch.zeros(8), 'all', nn.Parameter(torch.tensor(1.5)), nn.Linear(4, 4), nn.Linear(channels, channels)", AT_ONCE, NORM, {*BASE, "scale"}),
-    "a closure of the start": ("self.body = lambda x: self.norm(self.first(x)).relu()", "", "self.body(x)", "a copy of it computes with the original: make its lambda a method"),
+    "a closure of the start": ("self.body = lambda x: self.norm(self.first(x)).relu()", "", "self.body(x)", "a copy of it computes with the original: make lambdas methods"),
     "a small factor is no eps": ("self.more = nn.Linear(8, 8, bias=False)", f"h = {NORM}", "torch.add(h, self.more(h), alpha=0.01)", BASE),
     "a shift is no eps": ("", "", "F.normalize(h - 0.005, dim=-1).relu()", NONE),
     "nor is a buffer": ("self.register_buffer('shift', torch.full((8,), 0.005))", "", "F.normalize(h + self.shift, dim=-1).relu()", NONE),
@@ -665,8 +665,8 @@ def detached(net):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (closure, "a copy of it computes with the original: make its lambda a method"),
-        (statistics, "a copy of it computes with the original: make its lambda a method"),
+        (closure, "a copy of it computes with the original: make lambdas methods"),
+        (statistics, "a copy of it computes with the original: make lambdas methods"),
         (locked, "the network cannot be copied: cannot pickle '_thread.lock' object"),
         (detached, "its logits depend on no weight that is trained"),
     ],

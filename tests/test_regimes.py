@@ -218,8 +218,7 @@ def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
     """The plateau of a transformer: loss ln 31 where a random point has 4.78, error at chance."""
     chance = {"points": 512, "train_loss": {"mean": 4.78, "std": 0.5}}
     chance["train_error"] = {"mean": 30 / 31, "std": 0.05}
-    for angle, expected in ((TURNING, "equilibrium"), (1e-3, "undecided")):
-        assert named(made(loss=ln(31), error=30 / 31, angle=angle), chance) == expected
+    assert named(made(loss=ln(31), error=30 / 31), chance) == "equilibrium"
 
 
 def test_guessing_the_most_frequent_class_is_no_skill():
@@ -271,14 +270,14 @@ def test_a_dead_network_is_named_and_no_epoch_more_is_asked_for():
     log["train_loss"][-1] = 0  # one batch, perhaps
     assert named(less(log, "grad_norm"), CHANCE) != "convergence"
     for zeros in (1, 3, 4):  # of gradients in the end: one alone is no death
-        log = made() | {"grad_norm": np.arange(41) <= 40 - zeros}
+        log = made() | {"grad_norm": 1.0 * (np.arange(41) <= 40 - zeros)}
         verdict = classify(log, CHANCE)
         assert ("dead" in verdict.why) == verdict.broken == (zeros == 4)
-    log = made()
+    log["grad_norm"][:] = 0
     for zeros in (2, 20, 39):  # a loss of 0 is convergence, whatever came before
         log["train_loss"][-zeros:] = 0
         assert named(log, CHANCE) == "convergence"
-        assert named(less(log, "step")) == "convergence"
+        assert named(less(log, "step", "grad_norm")) == "convergence"
 
 
 @pytest.mark.parametrize("name", ["lr/pg0", "lr-AdamW/pg1", "lr_0", "learning_rate_1"])
@@ -358,13 +357,12 @@ def test_a_folder_gives_table_boundaries_and_rows(sweep, run):
 
 
 def test_a_folder_on_a_read_only_medium_gets_its_table_and_one_line(sweep, capsys, monkeypatch):
-    def refuse(path, content):
-        raise OSError(30, "Read-only file system", path)
+    def refuse(*_):
+        raise OSError(30, "Read-only file system", "regimes.csv")
 
     monkeypatch.setattr(regimes, "write_whole", refuse)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit, match="^error: regimes.csv: Read-only file system$"):
         regimes.finish(lambda: regimes.main([str(sweep)]))
-    assert exit.value.code == f"error: {sweep}/regimes.csv: Read-only file system"
     assert "0.002 to 0.005" in capsys.readouterr().out
 
 
@@ -383,8 +381,8 @@ def test_damaged_files_are_named_and_the_others_still_reported(sweep, run):
 
 def test_an_empty_folder_is_one_line(tmp_path, run, capsys):
     assert len(run(tmp_path)[2]) == 1
-    assert figures.main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.glob("*.png"))
+    assert figures.main([str(tmp_path)]) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["nonsense", '{"chance": {"0": {"points": 0}}}'])
@@ -422,8 +420,8 @@ def test_a_boundary_spans_the_elrs_at_which_seeds_disagree(case):
 
 def test_half_of_the_seeds_are_no_majority():
     runs = [regimes.Logged(None, 1, i, {}, regimes.Verdict(LETTERS["cede"[i]])) for i in range(4)]
-    assert regimes.majority(runs) == ("undecided", 2)
-    assert regimes.majority(runs[1:]) == ("equilibrium", 2)
+    for first, regime in ((0, "undecided"), (1, "equilibrium")):
+        assert regimes.majority(runs[first:]) == (regime, 2)
 
 
 def test_several_seeds_are_summed_up_by_median_and_majority(tmp_path, run):
