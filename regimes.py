@@ -38,7 +38,7 @@ NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 # docs/guide.md: how measured, at what cost
 MIN_TAIL = 4  # rows of the last half, at least
-WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run, where those begin whose slopes count
+WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run: where the fits begin
 BLOCKS = 24  # of rows, whose means are fitted
 FALLS, STEEP = 0.02, 0.15  # slope of log loss that surely falls; where the run has forgotten
 LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
@@ -120,7 +120,7 @@ def classify(log, chance=None):
     elif not gradient[-MIN_TAIL:].any():
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
         why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; lower the learning rate"
-        verdict = Verdict(why=f"{why} of what is on no sphere", broken=True)
+        verdict = Verdict(why=why, broken=True)
     else:
         y = np.log(np.maximum(loss, 1e-38 * loss.max()))  # 0 has no logarithm
         slopes = [trend(np.log(epoch[window]), y[window])[:2] for window in windows]
@@ -236,23 +236,28 @@ def elr_name(elr):
 
 def _parsed(path):
     """Names of columns; (line, row), of CSV or JSON."""
-    text = path.read_text(encoding="utf-8-sig").lstrip("\r\n")
+    text = path.read_text(encoding=json.detect_encoding(path.read_bytes())).lstrip("\n")
     if text.startswith(("{", "[")):
+        text = re.sub(r"}(\s*\n){", r"},\1{", text.strip().removeprefix("[").removesuffix("]"))
         try:
-            found = json.loads(text)
-        except ValueError:  # an object a line, the last cut off
-            text = text[: text.rfind("}") + 1].replace("\n{", ",\n{")
             found = json.loads(f"[{text}]")
-        if isinstance(found, dict):
-            found = found.get("log_history", found)
-        if isinstance(found, dict):  # Keras' history.history, a list of each; or a single row
+        except ValueError:  # the last line cut off
+            text = text[: text.rfind("\n")].rstrip(",")
+            found = json.loads(f"[{text}]")
+        if len(found) == 1 and isinstance(found[0], dict):
+            found = found[0].get("log_history", found[0])
+        if isinstance(found, dict):  # Keras' lists, or one row
             rows = zip_longest(*map(np.atleast_1d, found.values()))
             found = [dict(zip(["", *found], [i, *row], strict=True)) for i, row in enumerate(rows)]
+        if not all(isinstance(row, dict) for row in found):
+            raise ValueError('it takes objects, as {"epoch": 1, "loss": 2.3}')
         return [*dict.fromkeys(name for row in found for name in row)], enumerate(found, 1)
     lines = text.split("\n")
     delimiter = max(",;\t", key=lines[0].count)
     if lines[-1].count(delimiter) < lines[0].count(delimiter):
         lines.pop()  # cut off
+    if delimiter == ";":  # decimal commas
+        lines = [line.replace(",", ".") for line in lines]
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     return reader.fieldnames, ((reader.line_num, row) for row in reader)
 
@@ -273,7 +278,7 @@ def _names(header, columns):
         if len(found) == 1:
             names[ours] = found[0]
         elif found or ours in columns or ours in ("epoch", "train_loss"):
-            line = f"{ours}=COLUMN: {', '.join(header) or 'there is nothing'}"
+            line = f"{ours}=COLUMN: {', '.join(filter(None, header)) or 'there is nothing'}"
             raise ValueError(f"name one column {columns.get(ours, ours)}, or say --columns {line}")
     return names
 
@@ -285,21 +290,18 @@ def read_log(path, columns=None):
         header, rows = _parsed(path)
         names = _names(header, columns or {})
         for at, row in rows:  # noqa: B007
-            if row.get(names["epoch"]) == names["epoch"]:
-                raise ValueError("one run a file: the header comes again")
             if None in row:
                 raise ValueError("more cells than columns")
-            cells = {ours: row.get(theirs) for ours, theirs in names.items()}
-            numbers = {ours: float(cell) for ours, cell in cells.items() if cell not in (None, "")}
+            cells = {ours: str(row.get(theirs)) for ours, theirs in names.items()}
+            numbers = {ours: float(x) for ours, x in cells.items() if x not in ("", "None", "null")}
             if "epoch" not in numbers:  # Lightning's rates, MMEngine's tests
                 numbers |= last
             for name, before in last.items():
                 now = last[name] = numbers.get(name, before)
                 if not before <= now < inf:
                     raise ValueError(f"one run a file: {name} {now:g} comes after {before:g}")
-            angle = numbers.get("angle", 0)
-            if angle < 0 or angle > pi:
-                raise ValueError(f"angle {angle:g} is not in [0, π] radians")
+            if not 0 <= np.nan_to_num(numbers.get("angle", 0)) <= pi:
+                raise ValueError("angles are radians in [0, π]")
             epoch = numbers["epoch"]
             before = joined.setdefault(epoch, {})
             if "train_loss" in before and "train_loss" in numbers:
@@ -316,13 +318,12 @@ def read_log(path, columns=None):
 
 def read_chance(folder):
     """Of config.json, by seed. ValueError: it is damaged."""
-    path = folder / "config.json"
+    path, chance = folder / "config.json", {}
     try:
-        chance = json.loads(path.read_bytes()).get("chance", {})
+        if path.exists():
+            chance = json.loads(path.read_bytes()).get("chance", {})
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
-    except FileNotFoundError:
-        return {}
     except Exception:
         raise ValueError(f"{path} is damaged") from None
     return chance
@@ -413,9 +414,9 @@ def boundaries(runs):
     for rank, sides in enumerate(pairwise(ORDER)):
         first = min((elr for elr in ranks if (ranks[elr] > rank).any()), default=inf)
         last = max((elr for elr in ranks if (ranks[elr] <= rank).any()), default=0.0)
-        below = [elr for elr in ranks if (ranks[elr] <= rank).all() and elr < first]
-        above = [elr for elr in ranks if (ranks[elr] > rank).all() and elr > last]
-        found.append(Boundary(*sides, max(below, default=nan), min(above, default=nan)))
+        low = max((elr for elr in ranks if elr < first and (ranks[elr] <= rank).all()), default=nan)
+        high = min((elr for elr in ranks if elr > last and (ranks[elr] > rank).all()), default=nan)
+        found.append(Boundary(*sides, low, high))
     return found
 
 
@@ -455,10 +456,9 @@ def table(runs):
 def csv_lines(rows):
     """Rows as CSV, numbers to 9 digits."""
     text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        cells = [cell.item() if hasattr(cell, "item") else cell for cell in row]  # of tensors
-        cells = [f"{cell:.9g}" if isinstance(cell, float) else cell for cell in cells]
-        csv.writer(text, lineterminator="\n").writerow(cells)
+        writer.writerow([x if isinstance(x, int | str) else f"{x:.9g}" for x in row])
     return text.getvalue().encode()
 
 
@@ -521,9 +521,8 @@ def main(argv=None):
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
     chance = {name: {"mean": x} for name, x in zip(reversed(FLOORS), args.chance, strict=False)}
     runs, problems = gather(args.paths, columns, chance)
-    text, folder, found = "\n".join(in_words(runs)), args.paths[0], rows_of(runs)
-    if any(path.is_dir() for path in args.paths):
-        text = table(runs)
+    folder, found = args.paths[0], rows_of(runs)
+    text = table(runs) if folder.is_dir() else "\n".join(in_words(runs))
     if text:
         print(text)
     for problem in problems:
