@@ -1,7 +1,7 @@
 """The rule on logs of an SGD that is not ours: scale-invariant networks on the sphere in plain torch, 176
 runs at once. What a run is, four times its length and another seed say. And the toy, whose regimes
-are known exactly. SLOW=1: 62 shapes and all lengths. It keeps the runs (twenty minutes of one core) in
-.pytest_cache until the code that makes them changes.
+are known exactly. SLOW=1: 62 shapes, all lengths, and three judges from statistics. It keeps the runs
+(twenty minutes of one core) in .pytest_cache until the code that makes them changes.
 
     SLOW=1 python -m pytest -n 0 -s tests/test_rule.py
 """
@@ -178,7 +178,7 @@ def truth(run, mate, chance, steps, cut):
 
 @pytest.fixture(scope="module")
 def found(request):
-    """(whether with all columns, truth, cut) → regime, and what one reads of each log."""
+    """(whether with all columns, truth, cut) → regime, losses, and what one reads of each log."""
     threads, found, runs = torch.get_num_threads(), {}, {}
     torch.set_num_threads(1)
     for seed in range(*SEEDS) if SLOW else [12]:
@@ -192,7 +192,7 @@ def found(request):
             alone = {"epoch": epoch[1:], "train_loss": rows[0, 1 : cut + 1]}
             of_loss = {name: chance[name] for name in ("points", "train_loss")}
             for whole, verdict in enumerate((classify(alone, of_loss), classify(log, chance))):
-                said = verdict.regime, f"{seed}-{i} {kind}: {verdict}"
+                said = verdict.regime, alone["train_loss"], f"{seed}-{i} {kind}: {verdict}"
                 found.setdefault((bool(whole), what, cut), []).append(said)
             runs.setdefault(what, set()).add((seed, i))
     torch.set_num_threads(threads)
@@ -220,7 +220,7 @@ def test_runs_get_their_name_and_hardly_another(found, claim):
     named, totals = {}, {}
     for cut in CUTS:
         verdicts = found.get((columns == "all columns", what, cut), [])
-        others = [said for regime, said in verdicts if regime not in (name, "undecided")]
+        others = [said for regime, _, said in verdicts if regime not in (name, "undecided")]
         named[cut], totals[cut] = sum(regime == name for regime, *_ in verdicts), len(verdicts)
         print(f"\n{claim}, {cut} rows, {totals[cut]}: {named[cut]} {name}, {len(others)} other")
         assert len(others) <= most * totals[cut] + 2 * (not SLOW), others
@@ -241,3 +241,32 @@ def test_the_toy_converges_below_its_bound_and_not_above(cut):
         undecided += regime == "undecided"
         assert regime == "undecided" or (regime == "convergence") == (run.elr < 1 / 7), run.elr
     assert undecided <= (15 if cut == 8 else 3)
+
+
+def kpss(y):
+    return pytest.importorskip("statsmodels.tsa.stattools").kpss(y, nlags="auto")[1] > 0.05
+
+
+def change_point(y):
+    search = pytest.importorskip("ruptures").Pelt("l2", min_size=2, jump=1)
+    noise = np.median(np.abs(np.diff(y))) / 0.954 + 1e-9
+    return len(search.fit(y / noise).predict(pen=3 * math.log(len(y)))) == 1
+
+
+def block_bootstrap(y):
+    arch, x = pytest.importorskip("arch.bootstrap"), np.log(np.arange(len(y)) + len(y) + 1)
+    blocks = arch.MovingBlockBootstrap(round(len(y) ** (1 / 3)), x=x, y=y, seed=0)
+    low, high = blocks.conf_int(lambda x, y: np.polyfit(x, y, 1)[:1], 200, "percentile")[:, 0]
+    return low <= 0 <= high
+
+
+@pytest.mark.skipif(not SLOW, reason="SLOW=1 has judges from statistics beside the rule")
+@pytest.mark.parametrize("level", [kpss, change_point, block_bootstrap])
+@pytest.mark.filterwarnings("ignore")
+def test_judges_from_statistics(found, level):
+    """Prints how much they take to be level in the last half (at 5 %)."""
+    for cut, what in product((20, 40, 80), ("falling", "equilibrium")):
+        losses = [loss for _, loss, _ in found[False, what, cut]]
+        losses = losses[:: 1 + len(losses) // 100]
+        share = np.mean([level(np.log(loss[-(cut // 2) :] + 1e-30)) for loss in losses])
+        print(f"\n{level.__name__}, {cut} rows: of {len(losses)} {what} {100 * share:.0f} % level")
