@@ -21,7 +21,7 @@ from lab.experiment import prepare
 from lab.options import parse
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--width 2 --epochs 2 --batch-size 128 --threads 1"
+QUICK = "--width 2 --epochs 2 --batch-size 256 --threads 1"
 SUMS = "--data modular --modulus 5 --width 4 --epochs 1 --batch-size 8 --jobs 1 --threads 1"
 NOTHING = lambda *_, **__: None  # noqa: E731
 
