@@ -16,7 +16,6 @@ import torch
 import torch._dynamo  # late imports take seconds: children have it when they are forked
 
 import train
-from lab import figures
 from lab.experiment import prepare
 from lab.options import parse
 
@@ -154,11 +153,10 @@ def fork(function):
     return pid, output
 
 
-def start(command, out, before=lambda: None):
-    """train.py in a child, without the figure, which takes longer than such a run."""
+def start(command, out, before=NOTHING):
+    """train.py in a child, which first does `before`."""
 
     def function():
-        figures.of_sweep = NOTHING
         before()
         return run(command, out)
 
@@ -173,7 +171,7 @@ def end_of(child):
     return status, output.read()
 
 
-def in_child(command, out, before=lambda: None):
+def in_child(command, out, before=NOTHING):
     return end_of(start(command, out, before))
 
 

@@ -15,7 +15,7 @@ from torchvision import datasets
 from lab.data import DIGITS, add_label_noise, batches, crop_and_flip, load
 
 
-def test_digits_are_the_files_own_split_normalized_by_the_training_set():
+def test_digits_are_the_files_split_normalized_by_the_training_set():
     digits = load("digits")
     assert digits.x.shape == (1437, 1, 8, 8) and digits.x.dtype == torch.uint8
     assert digits.classes == 10 and not digits.notes
@@ -65,9 +65,7 @@ def test_svhn_calls_the_ten_a_zero(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn"])
-def test_where_a_download_is_impossible_one_line_says_how_to_place_the_files(
-    tmp_path, monkeypatch, name
-):
+def test_without_a_download_one_line_says_where_files_go(tmp_path, monkeypatch, name):
     kind, away = getattr(datasets, name.upper()), "http://127.0.0.1:9/x"
     files = {part: [away, part, ""] for part in ("train", "test")}
     monkeypatch.setattr(kind, "split_list", files, raising=False)
@@ -91,7 +89,7 @@ def test_label_noise_is_random_but_always_the_same():
     assert torch.equal(some.test_y, full.test_y)
 
 
-def test_augmentation_is_a_crop_of_the_padded_image_and_half_the_time_flipped():
+def test_augmentation_is_a_crop_of_the_padded_image_or_its_mirror():
     x = torch.randint(1, 256, (400, 2, 16, 12), dtype=torch.uint8)
     out = crop_and_flip(x)
     assert out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous()
@@ -108,7 +106,7 @@ def test_augmentation_is_a_crop_of_the_padded_image_and_half_the_time_flipped():
 
 @pytest.mark.parametrize("p", [2, 31])
 def test_modular_is_all_sums_and_the_same_split_each_time(p):
-    one, two = load("modular", modulus=p), load("modular", modulus=p)
+    one, two = load("modular", p), load("modular", p)
     x, y = torch.cat([one.x, one.test_x]), torch.cat([one.y, one.test_y])
     assert len(x) == len(torch.unique(x, dim=0)) == p * p and len(one.x) == round(0.7 * p * p)
     assert torch.equal(y, (x[:, 0] + x[:, 1]) % p) and (x[:, 2] == p).all()
@@ -137,7 +135,7 @@ def arrays(x=None, n=20):
 
 def draw(kind, *shape):
     rng = np.random.default_rng(0)
-    return rng.integers(0, 2 if kind in ("?", bool) else 120, (20, *shape)).astype(kind)
+    return rng.integers(0, 2 if kind == "?" else 120, (20, *shape)).astype(kind)
 
 
 SHAPES = {  # and where the channels are
@@ -167,8 +165,8 @@ def test_images_of_any_type_and_order_are_those_of_float64(read, kind, shape):
     if channels == "last":
         expected = expected.transpose(0, 3, 1, 2)
     over = (0, 2, 3)[: expected.ndim - 1]
-    mean, std = expected.mean(over, keepdims=True), expected.std(over, keepdims=True, ddof=1)
-    expected = (expected - mean) / std
+    expected -= expected.mean(over, keepdims=True)
+    expected /= expected.std(over, keepdims=True, ddof=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = read(arrays(np.asfortranarray(x)))
@@ -207,9 +205,8 @@ def test_labels_are_renumbered_in_their_order(read, known, shape):
     assert data.y.tolist() == which.tolist() and data.test_y.tolist() == which[::-1][:10].tolist()
     if y.dtype.kind == "S":
         known = ["cat", "Ä"]
-    expected = None if list(known) == [0, 1] else known
-    assert data.labels == expected and json.dumps(data.labels)
-    assert bool(data.notes) == (expected is not None)
+    assert data.labels == (None if list(known) == [0, 1] else known) and json.dumps(data.labels)
+    assert bool(data.notes) == bool(data.labels)
 
 
 def test_many_classes_of_few_inputs_are_classes(read):

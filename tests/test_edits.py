@@ -151,7 +151,7 @@ def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
         before = after
 
 
-def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
+def test_ours_those_beside_them_and_shapes_of_arrays_count(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("labels.py", "lab/losses.py", *contents.SCRIPTS):
@@ -177,7 +177,7 @@ def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path
         assert contents.changed(before, before := now(4, 1, 8, 8)) == f"{name} has changed"
 
 
-def test_a_script_that_is_too_deep_to_be_parsed_counts_as_it_is():
+def test_a_script_too_deep_to_be_parsed_counts_as_it_is():
     deep = f"x = {'+'.join(['1'] * 5000)}".encode()
     assert contents.code(deep) == deep
 
