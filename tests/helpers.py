@@ -175,6 +175,13 @@ def in_child(command, out, before=NOTHING):
     return end_of(start(command, out, before))
 
 
+def done(command, out, before=NOTHING):
+    """What train.py printed in a child that ended well."""
+    status, output = in_child(command, out, before)
+    assert status == 0 and "Traceback" not in output, output
+    return output
+
+
 def wait_for(condition, seconds=60):
     end = time.time() + seconds
     while not condition():

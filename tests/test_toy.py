@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import read, refused, words
+from helpers import NOTHING, read, refused, words
 
 import regimes
-from lab import toy
+from lab import figures, toy
 from sphere_step import SphereSGD
 
 STEPS = 9_000
@@ -75,7 +75,8 @@ def test_a_random_point_has_half_the_sum_of_the_alphas_on_average():
     assert values.std() == pytest.approx((21 / 8) ** 0.5, rel=0.15)  # what classify is told
 
 
-def test_an_elr_is_taken_as_it_is_given(tmp_path):
+def test_an_elr_is_taken_as_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "of_toy", NOTHING)
     assert toy.main(f"--elr 0.14285714 0.1234567 --steps 10 --out {tmp_path}".split()) == 0
     assert [row["elr"] for row in read(tmp_path / "toy.csv")] == ["0.1234567", "0.14285714"]
 
