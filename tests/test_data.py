@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run
+from helpers import experiment, refused
 from scipy.io import savemat
 from torchvision import datasets
 
@@ -43,8 +43,9 @@ CHANNELS_FIRST = IMAGES.transpose(0, 3, 1, 2)
 
 def test_cifars_channels_come_first(monkeypatch):
     def cifar(root, train, download):
-        at = slice(0, 4) if train else slice(4, 6)
-        return SimpleNamespace(data=IMAGES[at], targets=[0, 99, 5, 7][: 4 if train else 2])
+        if train:
+            return SimpleNamespace(data=IMAGES[:4], targets=[0, 99, 5, 7])
+        return SimpleNamespace(data=IMAGES[4:], targets=[0, 99])
 
     monkeypatch.setattr(datasets, "CIFAR100", cifar)
     found = load("cifar100")
@@ -138,18 +139,10 @@ def draw(kind, *shape):
     return rng.integers(0, 2 if kind == "?" else 120, (20, *shape)).astype(kind)
 
 
-SHAPES = {  # and where the channels are
-    (5,): None,
-    (8, 9): None,
-    (2, 8, 9): "first",
-    (8, 9, 2): "last",
-    (8, 7, 1): "last",
-    (8, 8, 5): "last",  # both ends are large: else it is not square
-    (4, 4, 3): "last",  # both are small
-    (5, 8, 8): "first",
-    (8, 9, 5): "first",
-    (3, 8, 4): "first",
-}
+# Where the channels are: of two small ends, or none, at the first, unless that is not square.
+SHAPES = {(5,): None, (8, 9): None, (2, 8, 9): "first", (8, 9, 2): "last", (8, 7, 1): "last"}
+SHAPES |= {(8, 8, 5): "last", (4, 4, 3): "last", (5, 8, 8): "first", (8, 9, 5): "first"}
+SHAPES |= {(3, 8, 4): "first"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -217,12 +210,10 @@ def test_many_classes_of_few_inputs_are_classes(read):
 def test_renumbered_labels_are_told_and_kept(tmp_path, capsys):
     y = np.arange(20) % 3 + 5
     np.savez(tmp_path / "mine.npz", **arrays(draw("u1", 8, 8)) | {"y": y, "test_y": y[:10]})
-    command = f"--elr 1e-3 --epochs 1 --width 2 --jobs 1 --data {tmp_path}/mine.npz"
-    assert run(command, tmp_path / "out") == 0
+    experiment(f"--elr 1e-3 --width 2 --data {tmp_path}/mine.npz", tmp_path / "out")
     told = "3 labels, 5 to 7, are the classes 0 to 2: see config.json\n"
     assert capsys.readouterr().out.count(told) == 1
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["labels"] == [5, 6, 7]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["labels"] == [5, 6, 7]
 
 
 def test_a_column_of_time_stamps_keeps_its_digits(read):
@@ -300,7 +291,7 @@ def test_what_is_wrong_with_an_array_is_one_line_that_names_it(read, capsys, cha
 
 
 def test_a_text_is_windows_of_characters_and_the_next_one(tmp_path):
-    """The text counts; in the last tenth, of which is the test set, down."""
+    """This one counts up; in the last tenth, of which is the test set, down."""
     path = tmp_path / "mine.txt"
     path.write_text("0123456789" * 1800 + "9876543210ß" * 182, encoding="utf-8-sig")
     data, again = load(str(path)), load(str(path))
