@@ -101,6 +101,7 @@ def test_a_run_writes_the_files_of_the_contract(plain):
     no_leftovers(plain)
 
 
+@pytest.mark.draws
 def test_verdict_files_and_what_is_next_are_printed(plain, capsys):
     verdict, written, longer, following = (plain / "printed").read_text().splitlines()
     assert verdict.startswith("elr 1e-02: undecided: too short")
@@ -113,6 +114,7 @@ def test_verdict_files_and_what_is_next_are_printed(plain, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("elr 1e-02 (already done): undecided: ") and not err
     assert (plain / "elr=1e-02.csv").read_bytes() == before
+    assert (plain / "regimes.png").stat().st_size > 10_000
 
 
 def test_weights_that_became_zero_are_named(plain, tmp_path, capsys):
@@ -451,6 +453,8 @@ def test_affine_and_train_head_train_the_rest_by_plain_sgd(tmp_path, plain):
     first, *_ = layers_of(tmp_path)
     assert list(first) == list(layers_of(plain)[0])
     assert joint_elr(first) == pytest.approx(0.01, rel=1e-5)
+    _, rest = checkpoint(tmp_path)["sphere_sgd"]["param_groups"]
+    assert rest["lr"] == pytest.approx(0.01 * sum(norm**2 for norm, _ in first.values()), rel=1e-5)
 
 
 def test_lr_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain):
