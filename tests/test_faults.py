@@ -332,7 +332,7 @@ def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
     for epoch in range(10):
         watch.tell("epoch", "elr 1e-02", epoch, 9, "loss 2, error 0.5, γ 3")
     lines = capsys.readouterr().out.splitlines()
-    assert 2 <= len(lines) < 9
+    assert 2 <= len(lines) <= 4  # of 10, in 200 seconds
     for line in lines:
         assert re.fullmatch(r"epoch \d of 9; elr 1e-02: loss 2, error 0.5, γ 3", line)
 

@@ -189,16 +189,16 @@ def test_a_loop_has_two_legs_and_bands(tmp_path, drawn):
 
 
 def test_a_loop_of_which_one_way_diverges_is_undecided(tmp_path, drawn, monkeypatch):
-    found = Loop(divergence=(0.4, 0.7), reversible=(1e-5, 0.4))
+    found = Loop(freezes=(1e-3, 2e-3), divergence=(0.4, 0.7), reversible=(2e-3, 0.4))
     monkeypatch.setattr(figures, "classify_loop", lambda *_: found)
     figures.of_loop([logged(tmp_path, loop(0.02), {})], tmp_path / "a.png")
     ax, spans = drawn[0].axes[0], {}
     for patch in ax.patches:
         ends = ax.transData.inverted().transform(patch.get_window_extent())[:, 0]
         spans.setdefault(patch.get_label(), []).append(math.sqrt(ends.prod()))
-    assert list(spans) == ["chaotic equilibrium", "undecided", "divergence"]
+    assert list(spans) == ["convergence", "chaotic equilibrium", "undecided", "divergence"]
     assert min(spans["undecided"]) > 0.4 and 0.7 < min(spans["divergence"])
-    panel, box = ax.get_window_extent(), ax.texts[0].get_window_extent()
+    panel, box = ax.get_window_extent(), ax.texts[1].get_window_extent()
     assert panel.x0 < box.x0 and box.x1 < panel.x1 and panel.y0 < box.y0  # "diverges"
 
 
