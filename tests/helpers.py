@@ -16,12 +16,11 @@ import torch
 import torch._dynamo  # late imports take seconds: children have it when they are forked
 
 import train
-from lab import figures
 from lab.experiment import prepare
 from lab.options import parse
 
 ROOT = Path(__file__).parent.parent
-QUICK = "--width 2 --epochs 2 --batch-size 128 --threads 1"
+QUICK = "--width 2 --epochs 2 --batch-size 256 --threads 1"
 SUMS = "--data modular --modulus 5 --width 4 --epochs 1 --batch-size 8 --jobs 1 --threads 1"
 NOTHING = lambda *_, **__: None  # noqa: E731
 
@@ -154,11 +153,10 @@ def fork(function):
     return pid, output
 
 
-def start(command, out, before=lambda: None):
-    """train.py in a child, without the figure, which takes longer than such a run."""
+def start(command, out, before=NOTHING):
+    """train.py in a child, which first does `before`."""
 
     def function():
-        figures.of_sweep = NOTHING
         before()
         return run(command, out)
 
@@ -173,8 +171,15 @@ def end_of(child):
     return status, output.read()
 
 
-def in_child(command, out, before=lambda: None):
+def in_child(command, out, before=NOTHING):
     return end_of(start(command, out, before))
+
+
+def done(command, out, before=NOTHING):
+    """What train.py printed in a child that ended well."""
+    status, output = in_child(command, out, before)
+    assert status == 0 and "Traceback" not in output, output
+    return output
 
 
 def wait_for(condition, seconds=60):

@@ -151,7 +151,7 @@ def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
         before = after
 
 
-def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path, monkeypatch):
+def test_ours_those_beside_them_and_shapes_of_arrays_count(tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("labels.py", "lab/losses.py", *contents.SCRIPTS):
@@ -177,7 +177,7 @@ def test_ours_what_lies_beside_them_and_an_array_of_another_shape_count(tmp_path
         assert contents.changed(before, before := now(4, 1, 8, 8)) == f"{name} has changed"
 
 
-def test_a_script_that_is_too_deep_to_be_parsed_counts_as_it_is():
+def test_a_script_too_deep_to_be_parsed_counts_as_it_is():
     deep = f"x = {'+'.join(['1'] * 5000)}".encode()
     assert contents.code(deep) == deep
 
@@ -186,7 +186,7 @@ def test_after_an_edit_nothing_goes_on_from_old_weights(theirs, tmp_path, capsys
     out, command = tmp_path / "out", f"{COMMAND} 0.5 --epochs 1"
     assert run(command, out) == 0
     capsys.readouterr()
-    for number, name in enumerate(("mine.py", "settings.json", "mine.npz"), 1):
+    for number, name in enumerate(("mine.py", "mine.npz"), 1):
         old, what = files(out), "the data" if name == "mine.npz" else f"own/{name}"
         change(theirs / "own" / name)
         assert run(command, out) == 0
@@ -198,7 +198,7 @@ def test_after_an_edit_nothing_goes_on_from_old_weights(theirs, tmp_path, capsys
 
     edit(theirs / "own" / "blocks.py", "8", "6")
     assert run(f"{COMMAND} --epochs 3", out) == 0
-    old = is_moved("".join(capsys.readouterr()), out, 4, "own/blocks.py has changed")
+    old = is_moved("".join(capsys.readouterr()), out, 3, "own/blocks.py has changed")
     assert len(read(old / "regimes.csv")) == 2
     assert [row["elr"] for row in read(out / "regimes.csv")] == ["0.1"]
     assert run(f"{COMMAND} --epochs 3", tmp_path / "whole") == 0
@@ -247,10 +247,10 @@ def test_our_scripts_are_edited_and_the_runs_trained_anew(tmp_path):
 
 
 # What version 0.3 wrote of the run of SUMS.
-OLD = dict(space="sphere", wd=None, momentum=None, data="modular", modulus=5, label_noise=None)
-OLD |= dict(augment=False, model="transformer", width=4, affine=False, train_head=False)
-OLD |= dict(sphere="network", batch_size=8, average=None, dtype="fp32", schedule=None)
-OLD["device"] = "cpu"
+OLD = dict.fromkeys("wd momentum label_noise average schedule".split())
+OLD |= dict.fromkeys("augment affine train_head".split(), False)
+OLD |= dict(space="sphere", data="modular", modulus=5, model="transformer", width=4, device="cpu")
+OLD |= dict(sphere="network", batch_size=8, dtype="fp32")
 
 
 def test_runs_of_version_0_3_are_kept_read_and_trained_anew(tmp_path, capsys):

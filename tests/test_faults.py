@@ -31,6 +31,7 @@ from helpers import (
     ROOT,
     SUMS,
     checkpoint,
+    done,
     end_of,
     equal_runs,
     equal_sweeps,
@@ -50,7 +51,7 @@ from hypothesis import strategies as st
 
 import regimes
 import train
-from lab import figures, jobs, machine, measure, runs
+from lab import figures, jobs, machine, runs
 
 ONE_SUM = f"{SUMS} --elr 0.5"
 LONGER = "--data modular --modulus 7 --width 4 --batch-size 8 --threads 1"  # 4 steps an epoch
@@ -79,20 +80,15 @@ def alive(pid):
 
 
 def rows_in(out):
-    paths = [path for path in out.glob("elr=*.csv") if "layers" not in path.name]
-    return sum(path.read_text().count("\n") for path in paths)
+    return sum(path.read_text().count("\n") for path in out.glob("elr=*.layers.csv"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed(tmp_path_factory):
     """A run here, so that what torch imports late is there when children are forked."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    points, measure.POINTS = measure.POINTS, 4  # it is the files that count here
-    draw, figures.of_sweep = figures.of_sweep, NOTHING
     assert run(ONE_SUM, folder) == 0
-    figures.of_sweep = draw
-    yield folder
-    measure.POINTS = points
+    return folder
 
 
 # --- does it stop?
@@ -118,14 +114,12 @@ def test_a_sweep_stops_when_it_is_told_to_and_goes_on(tmp_path, pytestconfig):
     (tmp_path / "mine.py").write_text(OWN)
     command = "--elr 1e-4 1e-3 1e-2 --epochs 2000 --batch-size 128 --jobs 2 --threads 1"
     command += f" --model {tmp_path}/mine.py:net"
-    kills = pytestconfig.getoption("--kills")
-    for i in range(kills):
+    for i in range(pytestconfig.getoption("--kills")):
         out = tmp_path / str(i // 2)
-        rows = rows_in(out)
+        rows, seed = rows_in(out), random.randrange(10**6)
         child = start(command, out)
         wait_for(lambda out=out, rows=rows: rows_in(out) > rows)  # it goes on
         wait_for(lambda out=out: len(holders(out)) == 2)
-        seed = random.randrange(10**6)
         time.sleep(random.Random(seed).uniform(0, 1))
         if i % 2:
             os.kill(child[0], signal.SIGTERM)
@@ -137,10 +131,9 @@ def test_a_sweep_stops_when_it_is_told_to_and_goes_on(tmp_path, pytestconfig):
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         status, output = end_of(child)
-        assert status == (143 if i % 2 else 130), (i, seed, status, output)
         lines = [line for line in output.splitlines() if not line.startswith(("elr ", " ", "note"))]
+        assert (status, left) == (143 if i % 2 else 130, []), (i, seed, output)
         assert lines == [f"interrupted; the same command goes on from {out}"], (seed, output)
-        assert not left, (seed, left)
         no_leftovers(out)
 
 
@@ -158,11 +151,11 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, pytestconfig):
         assert "Traceback" not in output and output.count("\n") <= 1, (seed, output)
 
 
-def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp_path):
+def test_a_signal_ends_at_once_and_the_run_goes_on(tmp_path):
     command = f"{LONGER} --elr 0.01 --epochs 24 --momentum 0.9"
     parts = tmp_path / "parts"
     checkpoint = parts / "elr=1e-02.pt"
-    assert in_child(command, tmp_path / "whole")[0] == 0
+    done(command, tmp_path / "whole")
     for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         child = start(command, parts)
         wait_for(lambda pid=child[0]: checkpoint.exists() and pid in holders(parts))
@@ -172,7 +165,7 @@ def test_a_signal_ends_at_once_and_the_run_goes_on_from_the_last_whole_epoch(tmp
         assert output == f"interrupted; the same command goes on from {parts}\n"
         text = checkpoint.with_suffix(".csv").read_text()  # whole rows
         assert text.endswith("\n") and {line.count(",") for line in text.splitlines()} == {11}
-    assert in_child(command, parts)[0] == 0
+    done(command, parts)
     equal_runs(tmp_path / "whole", parts)
 
 
@@ -184,7 +177,7 @@ class Signalling:
 
 
 @pytest.mark.parametrize("where", ["at once", "in a destructor"])
-def test_a_signal_before_there_is_a_folder_leaves_nothing_and_says_so(tmp_path, where):
+def test_a_signal_before_there_is_a_folder_leaves_nothing(tmp_path, where):
     def prepare(config):
         if where == "at once":
             os.kill(os.getpid(), signal.SIGINT)
@@ -192,12 +185,11 @@ def test_a_signal_before_there_is_a_folder_leaves_nothing_and_says_so(tmp_path, 
         time.sleep(60)
 
     child = in_child(ONE_SUM, tmp_path / "out", before=lambda: setattr(train, "prepare", prepare))
-    status = 130 if where == "at once" else 143
-    assert child == (status, "interrupted; nothing was written\n")
+    assert child == (130 if where == "at once" else 143, "interrupted; nothing was written\n")
     assert not list(tmp_path.iterdir())
 
 
-def test_who_was_told_to_stop_does_not_wait_until_torch_is_taken_down():
+def test_who_is_told_to_stop_does_not_wait_for_torch():
     def function():
         try:
             regimes.finish(lambda: print("told") or 143)
@@ -237,28 +229,23 @@ def die_at(n):
     runs.os = regimes.os = DyingOs(n)
 
 
-def test_killed_between_any_two_system_calls_a_run_goes_on_to_the_same_files(
-    tmp_path, pytestconfig
-):
-    """By default at every fifth, from a random one on."""
-    counter, calls, whole = tmp_path / "calls", 10**9, tmp_path / "whole"
-    assert in_child(ONE_SUM, whole)[0] == 0
+def test_killed_between_any_two_system_calls_a_run_goes_on(tmp_path, pytestconfig):
+    """By default at every seventh, from a random one on."""
+    calls, whole = 10**9, tmp_path / "whole"
 
     def count():
         die_at(calls)
         # The figure is the last that is written.
-        figures.of_sweep = lambda *_: counter.write_text(str(calls - runs.os.left))
+        figures.of_sweep = lambda *_: print("calls:", calls - runs.os.left)
 
-    assert in_child(ONE_SUM, tmp_path / "counted", before=count)[0] == 0
-    total = int(counter.read_text())
+    total = int(re.search(r"calls: (\d+)", done(ONE_SUM, whole, before=count))[1])
     assert total > 20
-    step = 5 if pytestconfig.getoption("--kills") == 2 else 1
+    step = 7 if pytestconfig.getoption("--kills") == 2 else 1
     for n in range(random.randint(1, step), total + 1, step):
         folder = tmp_path / str(n)
         status, output = in_child(ONE_SUM, folder, before=lambda n=n: die_at(n))
         assert status == -signal.SIGKILL, (n, output)
-        status, output = in_child(ONE_SUM, folder)
-        assert status == 0 and "Traceback" not in output, (n, output)
+        done(ONE_SUM, folder)
         equal_sweeps(whole, folder)
 
 
@@ -270,11 +257,11 @@ MANY = f"{LONGER} --elr 0.01 0.02 0.04 --epochs 8"
 @pytest.fixture(scope="module")
 def one_by_one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_by_one")
-    assert in_child(f"{MANY} --jobs 1", folder)[0] == 0
+    done(f"{MANY} --jobs 1", folder)
     return folder
 
 
-def test_a_second_process_is_told_who_is_in_a_run_and_waits_for_it(tmp_path):
+def test_a_second_process_waits_and_says_for_whom(tmp_path):
     command = f"{LONGER} --elr 0.01 --epochs"
     first = start(f"{command} 100000", tmp_path)
     wait_for(lambda: (tmp_path / "elr=1e-02.pt").exists())
@@ -285,11 +272,13 @@ def test_a_second_process_is_told_who_is_in_a_run_and_waits_for_it(tmp_path):
     status, output = end_of(second)
     assert status == 0 and output.count(who) == 1 and ": this waits for it\n" in output
     assert end_of(first)[0] == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.lock"))
+    assert run(f"{command} 3", tmp_path) == 0  # what was half written goes with the next command
     no_leftovers(tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_what_a_dead_process_left_is_removed_though_nobody_has_asked_how_it_ended(tmp_path):
+def test_what_a_zombie_left_is_removed(tmp_path):
     pid = os.fork()
     if not pid:
         os._exit(0)
@@ -303,7 +292,7 @@ def test_what_a_dead_process_left_is_removed_though_nobody_has_asked_how_it_ende
 
 
 @pytest.mark.parametrize("which", ["jobs", "parent"])
-def test_where_jobs_or_their_parent_are_killed_the_sweep_is_finished(tmp_path, one_by_one, which):
+def test_a_sweep_whose_jobs_or_parent_are_killed_is_finished(tmp_path, one_by_one, which):
     child = start(f"{MANY} --jobs 2", tmp_path)
     wait_for(lambda: len(holders(tmp_path)) == 2)
     jobs = holders(tmp_path)
@@ -319,9 +308,7 @@ def test_where_jobs_or_their_parent_are_killed_the_sweep_is_finished(tmp_path, o
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
 
 
-def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
-    tmp_path, one_by_one, monkeypatch
-):
+def test_ranks_of_torchrun_share_a_sweep_and_are_resumed(tmp_path, one_by_one, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     ranks = []
     for rank in ("0", "1"):
@@ -337,17 +324,17 @@ def test_the_ranks_of_torchrun_share_a_sweep_and_one_that_is_killed_is_resumed(
     assert output.count("written: ") == 1
 
 
-def test_a_long_run_says_a_line_a_minute(tmp_path, capsys, monkeypatch):
+def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
     job = runs.Job(0.01, 0, Path(), "elr 1e-02")
-    watch = jobs.Watch(SimpleNamespace(rank=0, epochs=9, out=tmp_path), [job], renew=NOTHING)
+    watch = jobs.Watch(SimpleNamespace(rank=0, epochs=9), [job], renew=NOTHING)
     for epoch in range(10):
         watch.tell("epoch", "elr 1e-02", epoch, 9, "loss 2, error 0.5, γ 3")
     lines = capsys.readouterr().out.splitlines()
-    assert 2 <= len(lines) < 9
-    assert all(line.startswith("epoch ") for line in lines)
-    assert all(line.endswith(" of 9; elr 1e-02: loss 2, error 0.5, γ 3") for line in lines)
+    assert 2 <= len(lines) <= 4  # of 10, in 200 seconds
+    for line in lines:
+        assert re.fullmatch(r"epoch \d of 9; elr 1e-02: loss 2, error 0.5, γ 3", line)
 
 
 def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
@@ -369,9 +356,9 @@ def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
 # --- faults
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path):
     command, out = f"{LONGER} --elr 0.01 --momentum 0.9 --epochs", tmp_path / "out"
-    assert in_child(f"{command} 1", out)[0] == 0
+    done(f"{command} 1", out)
     good = (out / "elr=1e-02.pt").read_bytes()
 
     def limit():
@@ -383,11 +370,11 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_goes_on(tmp_path):
     assert re.search("^train.py: error: .*elr.*File too large", output, re.M), output
     assert (out / "elr=1e-02.pt").read_bytes() == good
     for place in (out, tmp_path / "whole"):
-        assert in_child(f"{command} 3", place)[0] == 0
+        done(f"{command} 3", place)
     equal_runs(tmp_path / "whole", out)
 
 
-def test_rows_are_on_disk_at_once_or_where_they_cannot_be_written_whole_not(tmp_path, monkeypatch):
+def test_rows_are_on_disk_at_once_and_whole(tmp_path, monkeypatch):
     path, write = tmp_path / "log.csv", os.write
     log = runs.Log(path)
     assert not path.exists()
@@ -418,7 +405,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     def pages_fetched():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(5):
-            _ = [torch.ones(10**7) for _ in range(3)]
+            _ = [torch.ones(10**6) for _ in range(3)]
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     def function():
@@ -448,7 +435,7 @@ FAULTS = OSError(errno.EROFS, "Read-only file system"), torch.OutOfMemoryError("
 
 
 @pytest.mark.parametrize("error", FAULTS)
-def test_where_one_run_of_a_sweep_fails_the_others_go_on(tmp_path, capsys, monkeypatch, error):
+def test_one_run_fails_and_the_others_go_on(tmp_path, capsys, monkeypatch, error):
     real = train.train
 
     def failing(run, tell):
@@ -509,9 +496,7 @@ quick = settings(
 
 @quick
 @given(data=st.data())
-def test_a_damaged_checkpoint_is_refused_in_one_line_or_read_correctly(
-    tmp_path_factory, undisturbed, data
-):
+def test_a_damaged_checkpoint_is_one_line_or_read(tmp_path_factory, undisturbed, data):
     good = (undisturbed / "elr=5e-01.pt").read_bytes()
     content, kind = bytearray(good), data.draw(st.sampled_from(["flip", "cut", "junk"]))
     if kind == "flip":
@@ -546,7 +531,7 @@ configs = anything | anything.map(lambda x: {"options": {"width": 8}, "contents"
     | configs.map(lambda x: json.dumps(x).encode())
     | st.integers(1, 10**5).map(lambda n: b"[" * n)
 )
-def test_a_damaged_config_is_refused_in_one_line_or_read(tmp_path_factory, content):
+def test_a_damaged_config_is_one_line_or_read(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "config"
     folder.mkdir(exist_ok=True)
     for read_config, kind in (
@@ -565,9 +550,7 @@ JUNK = ["\0", "1_0", "x" * 200_000, "=1+1", '"', "nan", "inf", "-1", "1e999", ""
 
 @quick
 @given(data=st.data())
-def test_a_damaged_log_is_refused_in_one_line_or_read_without_a_wrong_verdict(
-    tmp_path_factory, data
-):
+def test_a_damaged_log_is_one_line_or_no_wrong_verdict(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "damaged.csv"
     make_log(path, lambda e: 6 / (1 + e) ** 1.5, epochs=30, error=lambda e: 0.9 / (1 + e))
     lines = path.read_text().splitlines()

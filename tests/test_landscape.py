@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import NOTHING, ROOT, experiment, log, read, refused, run
+from helpers import ROOT, checkpoint, experiment, log, read, refused, run
 from torch import nn
 
 import train
@@ -34,14 +34,11 @@ def few(tmp_path_factory):
 def ends(tmp_path_factory, few):
     """A sweep with second runs, on one sphere, and two runs on the other kinds of sphere."""
     folder = tmp_path_factory.mktemp("ends")
-    with pytest.MonkeyPatch.context() as quick:
-        quick.setattr(measure, "POINTS", 2)
-        quick.setattr(landscape.figures, "of_sweep", NOTHING)
-        sweep = f"--elr 0.003 0.01 --seeds 2 --then 1e-3 --average 1 {few}"
-        assert run(sweep, folder / "network") == 0
-        for sphere in ("layer", "row"):
-            more = f"--elr 0.003 --seeds 2 --affine --train-head --sphere {sphere} {few}"
-            assert run(more, folder / sphere) == 0
+    sweep = f"--elr 0.003 0.01 --seeds 2 --then 1e-3 --average 1 {few}"
+    assert run(sweep, folder / "network") == 0
+    for sphere in ("layer", "row"):
+        more = f"--elr 0.003 --seeds 2 --affine --train-head --sphere {sphere} {few}"
+        assert run(more, folder / sphere) == 0
     return folder
 
 
@@ -102,11 +99,11 @@ def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
 
 
 @pytest.mark.parametrize("sphere", ["network", "layer", "row"])
-def test_the_great_circle_begins_and_ends_at_the_checkpoints_and_keeps_every_norm(ends, sphere):
+def test_the_great_circle_joins_the_checkpoints_and_keeps_every_norm(ends, sphere):
     a, b = two_ends(ends / sphere)
+    own = [evaluate(a, p.net)[0] for p in (a, b)]
     for way in ("circle", "line"):
         height, path = barrier(a, b, way, points=3)
-        own = [evaluate(a, p.net)[0] for p in (a, b)]
         assert (path[0][1], path[-1][1]) == pytest.approx(own, rel=1e-4) and height >= 0
     before, first, last = a.vectors(), a.vectors(), b.vectors()
     for t in (0.25, 0.5, 0.75, 1.0):
@@ -151,33 +148,31 @@ def test_an_average_lies_on_the_spheres(tmp_path, few, monkeypatch):
         assert torch.allclose(mean, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_average_adds_its_columns_in_the_last_epochs_and_changes_nothing_else(tmp_path, few):
-    plain, average = tmp_path / "plain", tmp_path / "average"
-    assert run(f"--elr 0.01 {few} --epochs 3", plain) == 0
-    assert run(f"--elr 0.01 {few} --epochs 3 --average 2", average) == 0
-    for x, y in zip(log(plain), log(average), strict=True):
+def test_average_adds_its_columns_and_changes_nothing_else(tmp_path, few):
+    logs = []
+    for more in ("", "--average 2"):
+        assert run(f"--elr 0.01 {few} --epochs 3 {more}", tmp_path / f"out{more}") == 0
+        logs.append(log(tmp_path / f"out{more}"))
+    for x, y in zip(*logs, strict=True):
         assert all(x[key] == y[key] for key in x if key != "seconds")
         assert math.isnan(y["avg_test_error"]) == (y["epoch"] < 2)
     assert y["avg_train_loss"] < 10 and 0 <= y["avg_test_error"] <= 1
 
 
 def test_then_starts_from_the_end_of_a_run_at_its_own_elr(ends):
-    first, then = (ends / "network" / f"elr=1e-02{x}.pt" for x in ("", ".then=1e-03"))
-    points = [landscape.read(path).vectors() for path in (first, then)]
-    start = runs.load_checkpoint(then, "cpu")["start"]
+    names = "elr=1e-02", "elr=1e-02.then=1e-03"
+    points = [landscape.read(ends / "network" / f"{name}.pt").vectors() for name in names]
+    start = checkpoint(ends / "network", names[1])["start"]
     for x, y, z in zip(start, *points, strict=True):
         assert torch.equal(x, y) and not torch.equal(x, z)
         assert x.norm().item() == pytest.approx(z.norm().item(), rel=1e-6)
-    rows = log(ends / "network", "elr=1e-02.then=1e-03")
-    assert [row["elr"] for row in rows] == [1e-3, 1e-3]
+    assert [row["elr"] for row in log(ends / "network", names[1])] == [1e-3, 1e-3]
 
 
 DEAD = {0.02: math.nan, 0.03: 0.0, 0.04: 1e30}  # what the weights are multiplied by
 
 
-def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
-    ends, tmp_path, capsys
-):
+def test_a_summary_prints_and_draws_all_and_of_dead_runs_nan(ends, tmp_path, capsys):
     some = shutil.ignore_patterns("*1e-02.seed*")
     shutil.copytree(ends / "network", tmp_path, dirs_exist_ok=True, ignore=some)
     for elr, factor in DEAD.items():
@@ -188,7 +183,7 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
         runs.save_checkpoint(tmp_path / f"elr={elr:.0e}.pt", state["identity"], state)
         text = (tmp_path / "elr=3e-03.csv").read_text()
         (tmp_path / f"elr={elr:.0e}.csv").write_text(text.replace(",0.003,", f",{elr},"))
-    assert landscape.main(["summary", str(tmp_path), "--samples", "32"]) == 0
+    assert landscape.main(f"summary {tmp_path} --samples 32".split()) == 0
     out, err = capsys.readouterr()
     assert "9 checkpoints: about " in err and len(out.splitlines()) == 8
     assert max(map(len, out.splitlines()[:7])) <= 110
@@ -200,15 +195,15 @@ def test_the_command_line_prints_and_draws_all_of_a_sweep_and_of_dead_runs_nan(
         assert (row["sharpness"] == "nan") == (row["edge"] == "nan") == dead
         assert dead or all(float(row[key]) >= 0 for key in row if "sharp" in key or "error" in key)
         assert (row["barrier_to_next"] == "nan") == ((elr, seed) != (0.003, "0"))
-    points = [str(tmp_path / f"elr={elr}.pt") for elr in ("3e-03", "1e-02")]
-    assert landscape.main(["curvature", points[0], "--k", "2", "--samples", "32"]) == 0
+    first, second = (tmp_path / f"elr={elr}.pt" for elr in ("3e-03", "1e-02"))
+    assert landscape.main(f"curvature {first} --k 2 --samples 32".split()) == 0
     out = capsys.readouterr().out
     value = float(out.split("largest eigenvalues ")[1].split(",")[0])
     assert value == pytest.approx(float(found[0.003, "0"]["sharpness"]), rel=2e-4) and value > 0
     assert float(out.split("2/λ_max = ")[1].split(":")[0]) == pytest.approx(2 / value, rel=1e-3)
     assert "trained at elr 0.003" in out and "batch sharpness " in out
-    assert landscape.main(["barrier", *points, "--points", "3"]) == 0
-    assert landscape.main(["distance", *points]) == 0
+    assert landscape.main(f"barrier {first} {second} --points 3".split()) == 0
+    assert landscape.main(f"distance {first} {second}".split()) == 0
     out = capsys.readouterr().out
     assert "great circle: barrier" in out and "conv4.weight" in out
     assert (tmp_path / "barrier.png").exists()
@@ -255,7 +250,7 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(monkeypatch):
 
 
 def test_it_says_once_what_has_changed_since_the_runs(ends, capsys, monkeypatch):
-    command = ["distance", *(f"{ends}/network/elr={elr}.pt" for elr in ("3e-03", "1e-02"))]
+    command = f"distance {ends}/network/elr=3e-03.pt {ends}/network/elr=1e-02.pt".split()
     landscape.main(command)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(landscape, "contents", lambda data, files: {"mine.py": "another"})

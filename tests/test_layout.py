@@ -89,26 +89,28 @@ def alone(tmp_path, file, code):
     return output
 
 
-def test_a_copied_sphere_step_trains_a_network_of_ones_own(tmp_path):
+def test_a_copied_sphere_step_trains(tmp_path):
     code = """
 import torch
 from sphere_step import SphereSGD
 torch.manual_seed(0)
 x = torch.randn(256, 20)
 y = (x[:, 0] * x[:, 1] > 0).long()
-net = torch.nn.Sequential(torch.nn.Linear(20, 64, bias=False), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+first, norm = torch.nn.Linear(20, 64, bias=False), torch.nn.BatchNorm1d(64)
+net = torch.nn.Sequential(first, norm, torch.nn.ReLU(), torch.nn.Linear(64, 2))
 first, *rest = net.parameters()
 optimizer = SphereSGD([{"params": [first]}, {"params": rest, "sphere": None, "lr": 0.1}], lr=0.01)
 norm = first.norm().item()
 for _ in range(300):
     loss = torch.nn.functional.cross_entropy(net(x), y)
     optimizer.zero_grad(), loss.backward(), optimizer.step()
-print(loss.item() < 0.1, abs(first.norm().item() / norm - 1) < 1e-6, optimizer.stats()["grad_norm"].item() > 0)
+assert loss.item() < 0.1 and abs(first.norm().item() / norm - 1) < 1e-6
+assert optimizer.stats()["grad_norm"].item() > 0
 """
-    assert alone(tmp_path, "sphere_step.py", code) == "True True True\n"
+    alone(tmp_path, "sphere_step.py", code)
 
 
-def test_a_copied_invariance_finds_the_sets_of_any_network(tmp_path):
+def test_a_copied_invariance_finds_the_sets(tmp_path):
     code = """
 import torch
 from invariance import scale_invariant_groups
@@ -118,7 +120,7 @@ print(scale_invariant_groups(net, torch.randn(4, 5)))
     assert alone(tmp_path, "lab/invariance.py", code) == "[['0.weight', '0.bias']]\n"
 
 
-def test_a_copied_regimes_names_the_regime_of_anybodys_log(tmp_path):
+def test_a_copied_regimes_names_the_regime(tmp_path):
     rows = [f"{epoch},{3 / (1 + epoch) ** 1.5}" for epoch in range(31)]
     (tmp_path / "mine.csv").write_text("epoch,train_loss\n" + "\n".join(rows) + "\n")
     out = alone(tmp_path, "regimes.py", "import regimes; regimes.main(['mine.csv'])")

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import read, run
+from helpers import SUMS, read, run
 
 import regimes
 from lab import figures
@@ -107,7 +107,7 @@ def wrong_names(found, kind, truth):
 @pytest.mark.parametrize("kind", KINDS)
 def test_made_loops_are_not_named_what_they_are_not(kind):
     """SLOW=1: none of 10,000."""
-    draws, seen = 1250 if SLOW else 50, 0
+    draws, seen = 1250 if SLOW else 30, 0
     for seed in range(draws):
         log, chance, truth = made(np.random.default_rng([7, KINDS.index(kind), seed]), kind)
         found = classify_loop([log], chance)
@@ -117,7 +117,7 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
     assert (seen > draws / 3) == (kind in ("hysteretic", "noisy", "no melting"))
 
 
-def test_where_one_of_the_seeds_stays_frozen_nothing_is_called_reversible():
+def test_where_a_seed_stays_frozen_nothing_is_reversible():
     seen = 0
     for seed in range(12):
         melts, chance, _ = made(np.random.default_rng(seed), "hysteretic")
@@ -136,11 +136,9 @@ def test_a_network_that_dies_is_not_told_to_train_longer():
     assert "more passes" not in said
 
 
-def test_a_loop_from_the_command_line_is_drawn_and_read_again_from_its_log(
-    tmp_path, capsys, monkeypatch
-):
+def test_a_loop_is_trained_drawn_and_read_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "of_loop", lambda runs, path: path.write_bytes(b"PNG"))
-    command = "--loop 1e-3 1 8 --width 2 --batch-size 250 --threads 1 --seeds 2 --jobs 1"
+    command = f"--loop 1e-3 1 8 {SUMS} --seeds 2"
     assert run(command, tmp_path) == 0
     out, elrs = capsys.readouterr().out, grid(1e-3, 1, 8)
     rows = read(tmp_path / "loop=0.001-1x8.csv")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import ROOT
 from PIL import Image
 
 import regimes
 import train
-from lab import options
+from lab import measure, options
 from lab.data import batches, load
 from models import convnet
 
@@ -26,6 +27,7 @@ SCRIPTS = {"train.py": train.main, "regimes.py": regimes.main}
 @pytest.fixture
 def shown(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "POINTS", 64)
 
     def run(command, *more):
         shown = rf"(^    |&& )python {re.escape(command)}( {{2,}}|$)"
@@ -41,7 +43,7 @@ def block(section, text=README):
     return re.search(r"```python\n(.*?)```", text.split(f"## {section}\n")[1], re.S)[1]
 
 
-def test_the_commands_name_a_regime_which_the_logs_alone_name_again(shown):
+def test_the_commands_and_the_logs_alone_name_the_same_regime(shown):
     out = shown("train.py --elr 0.01", "--jobs", "1")
     assert re.search("^elr 1e-02: chaotic equilibrium: error ", out, re.M)
     assert "\nwritten: logs/digits-convnet/regimes.csv, logs/digits-convnet/regimes.png\n" in out
@@ -53,7 +55,7 @@ def test_the_commands_name_a_regime_which_the_logs_alone_name_again(shown):
     assert found == list(zip(("1e-03", "1e-02", "1e-01"), names, strict=True))
 
 
-def test_a_network_and_data_of_ones_own_are_trained_to_named_regimes(shown):
+def test_a_network_and_data_of_ones_own_have_regimes(shown):
     code = README.split("    # mine.py\n")[1].split("\n\n")[0]
     Path("mine.py").write_text(code.replace("\n    ", "\n").removeprefix("    ") + "\n")
     runpy.run_path("mine.py", run_name="__main__")
@@ -65,13 +67,11 @@ def test_a_network_and_data_of_ones_own_are_trained_to_named_regimes(shown):
 def test_sphere_step_as_shown_keeps_the_norm_and_moves_the_rest():
     layers = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten()
     net = torch.nn.Sequential(*layers, torch.nn.Linear(4, 2))
-    y = torch.arange(8) % 2
-    loss = torch.nn.functional.cross_entropy(net(torch.randn(8, 1, 3, 3)), y)
-    norm, filters = net[0].weight.norm().item(), net[0].weight.clone()
-    head = net[3].weight.clone()
+    loss = F.cross_entropy(net(torch.randn(8, 1, 3, 3)), torch.arange(8) % 2)
+    filters, head = net[0].weight.detach().clone(), net[3].weight.detach().clone()
     names = {"net": net, "loss": loss}
     exec(block("Copy `sphere_step.py`"), names)
-    assert net[0].weight.norm().item() == pytest.approx(norm, rel=1e-6)
+    assert net[0].weight.norm().item() == pytest.approx(filters.norm().item(), rel=1e-6)
     assert (net[0].weight != filters).any() and (net[3].weight != head).any()
     promised = re.search(r"# per sphere: (.*); layer_stats", README)[1].replace(",", " ").split()
     assert set(names["optimizer"].stats()) == set(promised) - {"γ", "φ"}
@@ -99,7 +99,7 @@ def test_a_loop_of_ones_own_ends_with_a_regime(capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
 
 
-def test_one_line_is_a_meter_for_a_loop_with_another_optimizer(tmp_path, capsys):
+def test_one_line_is_a_meter_for_another_optimizer(tmp_path, capsys):
     begin, end = block("A meter for any training").split("...  # train as always\n")
     torch.manual_seed(0)
     data, order, net = load("digits"), torch.Generator().manual_seed(0), convnet(1, 10, 2)
@@ -108,7 +108,7 @@ def test_one_line_is_a_meter_for_a_loop_with_another_optimizer(tmp_path, capsys)
     exec(begin, names)
     for epoch in range(1, 11):
         for index in batches(len(data.x), 128, order):
-            loss = torch.nn.functional.cross_entropy(net(data.inputs(index)), data.y[index])
+            loss = F.cross_entropy(net(data.inputs(index)), data.y[index])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
