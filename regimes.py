@@ -1,7 +1,7 @@
 """Name the training regime of each run from its log.
 
     python regimes.py logs/digits-convnet         a folder: table, boundaries
-    python regimes.py log.csv --chance 2.303      anybody's log, of ten classes
+    python regimes.py log.csv --chance 2.303      anybody's log
 
 The regimes are those of arXiv 2209.03695.
 """
@@ -32,13 +32,13 @@ USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_
 # others' names; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
-USUAL["lr"] = r"learning_rate (lr|learning_rate)_(?!.*(momentum|decay)).*"  # of a group
+USUAL["lr"] = r"learning_rate (lr|learning_rate)_(?!.*(momentum|decay)).*"
 LOG = r"(?!(regimes|landscape|toy|.*\.layers)\.csv|.*\.then=).*(\.csv|\.jsonl|trainer_state\.json)"
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
-# docs/guide.md: how measured, at what cost
+# benchmarks/thresholds.csv: at what cost
 MIN_TAIL = 4  # rows of the last half, at least
-WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # of the run: where the fits begin
+WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # where the fits begin
 BLOCKS = 24  # of rows, whose means are fitted
 FALLS, STEEP = 0.02, 0.15  # slope of log loss that surely falls; where the run has forgotten
 LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
@@ -111,12 +111,13 @@ def classify(log, chance=None):
 
     angles = finite(log["angle"][last])
     angle = angles.mean() if len(angles) else nan
-    turn = angle * sqrt(np.ptp(log["step"][last]) * n / (n - 1))
+    steps = np.ptp(log["step"][last]) or nan  # 0: those of an epoch
+    turn = angle * sqrt(steps * n / (n - 1))
     skills = _skills(log, epoch, last, chance, angle)
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
-    if np.median(loss[last]) < nothing or not loss[-2:].any():
-        verdict = Verdict("convergence", f"{now}, next to nothing")
+    if np.quantile(loss[last], 0.75) < nothing or not loss[-2:].any():
+        verdict = Verdict("convergence", f"{now}, mostly next to nothing")
     elif not gradient[-MIN_TAIL:].any():
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
         why = f"dead: the gradient is 0 since epoch {since:g}, at {now}; lower the learning rate"
@@ -250,7 +251,7 @@ def _parsed(path):
             rows = zip_longest(*map(np.atleast_1d, found.values()))
             found = [dict(zip(["", *found], [i, *row], strict=True)) for i, row in enumerate(rows)]
         if not all(isinstance(row, dict) for row in found):
-            raise ValueError('it takes objects, as {"epoch": 1, "loss": 2.3}')
+            raise ValueError('it takes objects like {"loss": 2.3}')
         return [*dict.fromkeys(name for row in found for name in row)], enumerate(found, 1)
     lines = text.split("\n")
     delimiter = max(",;\t", key=lines[0].count)
@@ -294,7 +295,7 @@ def read_log(path, columns=None):
                 raise ValueError("more cells than columns")
             cells = {ours: str(row.get(theirs)) for ours, theirs in names.items()}
             numbers = {ours: float(x) for ours, x in cells.items() if x not in ("", "None", "null")}
-            if "epoch" not in numbers:  # Lightning's rates, MMEngine's tests
+            if "epoch" not in numbers:  # Lightning's rates
                 numbers |= last
             for name, before in last.items():
                 now = last[name] = numbers.get(name, before)
@@ -458,7 +459,7 @@ def csv_lines(rows):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in rows:
-        writer.writerow([x if isinstance(x, int | str) else f"{x:.9g}" for x in row])
+        writer.writerow([x if isinstance(x, int | str | None) else f"{x:.9g}" for x in row])
     return text.getvalue().encode()
 
 
@@ -468,7 +469,7 @@ def write_csv(path, rows):
 
 
 def write_whole(path, content):
-    """Whole or not at all."""
+    """Whole, or not."""
     beside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:

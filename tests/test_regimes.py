@@ -212,6 +212,9 @@ def test_next_to_nothing_is_convergence_without_a_slope():
         assert named(log, ALONE) == expected
         log["train_loss"][-1] = 0.003 * 6.0 * (3 - 2 * loss)  # the last row alone
         assert named(log, ALONE) == expected
+    log = made(loss=0.004, noise=0, angle=STILL)
+    log["train_loss"][-18::2] *= 10  # it hovers, although its median is next to nothing
+    assert named(log, ALONE) == "undecided"
 
 
 def test_a_uniform_prediction_far_below_a_random_points_loss_is_no_divergence():
@@ -591,7 +594,10 @@ def test_angles_and_steps_of_others_are_asked_for_the_turn(tmp_path, run):
     for head, note in (
         ("epoch,step,loss,train/angle", ""),
         ("epoch,s,loss,a", "no angle or step"),
+        ("epoch,step,loss,angle", "no angle or step"),
     ):
+        if head.endswith("loss,angle"):  # the steps of an epoch, always the same
+            rows = [(e, 100, x, angle) for e, _, x, angle in rows]
         (tmp_path / "log.csv").write_text(csv_text(head, rows))
         out = run(tmp_path / "log.csv", "--chance", "2.303")[1]
         assert ("has turned by only 0.13 rad" in out) == (not note) and note in out
@@ -615,7 +621,7 @@ epoch,loss\n0,3\nepoch,loss\n0,3 | line 3: could not convert string to float: 'e
 epoch,loss\n0,\n1, | line 3: no row with a loss
 epoch,loss\n0,1,2\n1,2 | line 2: more cells than columns
 {"epoch": 1, "loss": true} | line 1: could not convert string to float: 'True'
-[1, 2, 3] | line 1: it takes objects, as {"epoch": 1, "loss": 2.3}
+[1, 2, 3] | line 1: it takes objects like {"loss": 2.3}
 {"a": 1} | --columns train_loss=COLUMN: a
 {"epoch": 1, "lo | line 1: Unterminated string
 {"epoch": 1, "loss": 2}\n\n{"epoch"}\n{"epoch": 2} | line 3: Expecting ':' delimiter
