@@ -276,6 +276,7 @@ def main(argv=None):
                     side_by_side(work, experiment, jobs, watch.tell)
                 for patient in (False, True):  # what another process is at comes last
                     work(experiment, watch.left(), watch.tell, patient)
+                runs.remove_leftovers(config.out)  # of a process that was killed meanwhile
             failed = failed or watch.failed
             values = values + new
             new = runs.bisect(config.out, values)

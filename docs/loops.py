@@ -453,7 +453,8 @@ def geometric(x):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The measurements of docs/findings.md.")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("what", choices=COLUMNS)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--seeds", type=int, default=3)

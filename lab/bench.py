@@ -8,13 +8,13 @@
 All ways of a case take turns, and medians are printed: ratios hold on a shared machine.
 """
 
+import argparse
 import math
 import platform
 import re
 import statistics
 import tempfile
 import time
-from argparse import Namespace
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -201,7 +201,7 @@ def convolution_error(threads):
 def largest_share(model, dtype):
     """The largest share of a gradient along the weights, over widths."""
     worst, data = 0.0, load("modular" if model == "transformer" else "digits", device=DEVICE)
-    config = Namespace(batch_size=16, dtype=dtype)
+    config = argparse.Namespace(batch_size=16, dtype=dtype)
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
         net = models.build(model, data, width=width).to(DEVICE)
         spheres = measure.spheres_of(net.layer_groups, "layer")
@@ -332,8 +332,8 @@ def show_kernels(repetitions):
 
 
 def main():
-    text = "Is this machine right, and how fast is it?"
-    parser = regimes.Parser(prog="lab.bench", description=text)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = regimes.Parser(prog="lab.bench", description=__doc__, formatter_class=style)
     ways = dict(step=time_step, kernels=show_kernels, iteration=time_iteration)
     parser.add_argument("command", choices=("check", *ways))
     text = "medians are over so many (default: %(default)s)"
