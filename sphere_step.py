@@ -60,50 +60,50 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 # -------------------------------------------------------------------------------------- the rule
 
 
-def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, root):
-    """`sphere_rule` for Python, numpy and Triton, which bring `where` and a square root. tan is
-    tan φ, or -1: from η̃."""
+def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
+    """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ, or
+    -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
-    good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
+    nan, infinite = float("nan"), float("inf")
+    good = (tt + gg + mm < infinite) & (lr >= 0) & (lr < infinite)
     zero = (tt == 0) & (gg > 0) & (radius > 0)
     good = good & ((tt > 0) | zero)
     measured, tt = tt, where(tt > 0, tt, where(zero, radius * radius, 1.0))
 
-    # r = ⟨θ,g⟩/‖θ‖², q = ⟨θ,m⟩/‖θ‖²: the new m is βm + g + uθ, across θ
-    norm = root(tt)
-    per_tt = 1 / tt
-    per_norm = norm * per_tt
-    r, q = tg * per_tt, tm * per_tt
-    u = -(r + beta * q)
-    # Its norm: s² = ‖g_t‖² + 2β⟨g_t,m_t⟩ + β²‖m_t‖²; a smaller part of the whole is rounding
-    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)
-    s = root(where(s2 > 1e-13 * (gg + beta * beta * mm), s2, 0.0))
+    # With d = g + βm the new m is d + uθ, across θ; s is its norm. A smaller part is rounding
+    per_norm = per_root(tt)
+    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)
+    u = -td * per_norm * per_norm
+    s2 = dd + u * td
+    s2 = where(s2 > 1e-13 * (gg + beta * beta * mm), s2, 0.0)
 
     # tan φ = η̃ρ²s/‖θ‖, or η̃ from a given tan φ
+    norm = tt * per_norm
     radius = where(radius == 0, norm, radius)
+    radius2 = radius * radius
+    way2 = s2 * radius2 * radius2
+    per_way = per_root(where(way2 > 0, way2, 1.0))  # 1/(ρ²s)
     from_lr = tan < 0
-    tan = where(from_lr, lr * radius * radius * s * per_norm, tan)
+    tan = where(from_lr, lr * way2 * per_way * per_norm, tan)
     tan = where(tan < 1e100, tan, 1e100)
-    stays = (s == 0) | (tan == 0)
-    per_s = 1 / where(stays, 1.0, s)
-    elr = where(from_lr, lr, where(stays, 0.0, tan) * norm * per_s / (radius * radius))
+    stays = (way2 == 0) | (tan == 0)
+    elr = where(from_lr, lr, where(stays, 0.0, tan * norm * per_way))
 
     # θ ← ρ (cos φ θ/‖θ‖ − sin φ m/s) = kθ + bm
     tan = where(zero, 1e100, tan)
-    along = radius / root(1 + tan * tan)  # ρ cos φ
-    k, b = where(stays, 1.0, along * per_norm), where(stays, 0.0, -along * tan * per_s)
-    good = good & (k * k + b * b + u * u < 1e77)  # they fit float32
-    bad = where(good, 0.0, float("nan"))
+    along = radius * per_root(1 + tan * tan)  # ρ cos φ
+    k = where(stays, 1.0, along * per_norm)
+    b = where(stays, 0.0, -along * tan * per_way * radius2)
+    good = good & (k < 1e38) & (b > -1e38) & (u < 1e38) & (u > -1e38)  # they fit float32
 
     # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
-    share = measured / (radius * radius)
-    off = (measured > 0) & ((share < 0.98) | (share > 1.02))
+    off = (measured > 0) & ((measured < 0.98 * radius2) | (measured > 1.02 * radius2))
     moved = where(good & off & (b != 0), 1.0, 0.0)
     wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
     stays = where(good, 0.0, 1.0)
-    alone = k + b * u + bad
-    return (k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved, wide, stays,
-            alone)  # fmt: skip
+    k, b, u = where(good, k, nan), where(good, b, nan), where(good, u, nan)
+    elr, radius, beta = where(good, elr, nan), where(good, radius, nan), where(good, beta, nan)
+    return k, b, u, elr, radius, beta, moved, wide, stays, k + b * u
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
@@ -114,11 +114,15 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, lr, beta, tan, radius, _pick, math.sqrt)[:6]
+    return _formula(*gram, lr, beta, tan, radius, _pick, _per_root)[:6]
 
 
 def _pick(condition, a, b):
     return a if condition else b
+
+
+def _per_root(x):
+    return 1 / x**0.5
 
 
 # --------------------------------------------------------------------------------- the optimizer
@@ -960,8 +964,8 @@ def _matrices(unit, tensors):
 def _of_rows(function, table):
     """What `function` makes of each row, as columns: of few in Python, quicker than in numpy."""
     if 0 < len(table) <= FEW_ROWS:
-        return np.array([function(*row, _pick, math.sqrt) for row in table.tolist()]).T
-    return np.stack(function(*table.T, np.where, np.sqrt))
+        return np.array([function(*row, _pick, _per_root) for row in table.tolist()]).T
+    return np.stack(function(*table.T, np.where, _per_root))
 
 
 def _sum_products(matrices, dtype, grams):
@@ -980,7 +984,7 @@ def _products(matrices):
     return [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
 
 
-def _enough(tt, tg, gg, tm, gm, mm, beta, where, root):
+def _enough(tt, tg, gg, tm, gm, mm, beta, where, per_root):
     """Whether float32 holds the squares, and what projections leave of them is no rounding."""
     enough = (tt > 1e-25) & (gg > 1e-25)
     gram = where(enough, tt, 1.0), tg, gg, tm, gm, mm
@@ -1048,8 +1052,8 @@ def _where(condition, a, b):
 
 
 @jit
-def _root(x):
-    return tl.sqrt(x)
+def _rsqrt(x):
+    return tl.rsqrt(x)
 
 
 _kernel_formula = jit(_formula)
@@ -1071,7 +1075,7 @@ def _rule(gram, sphere, here, tables):
     radius = tl.load(radii + sphere, mask=here, other=0.0)
     radius *= tl.load(group + 3, mask=here, other=0.0)
     tt, tg, gg, tm, gm, mm = gram
-    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _where, _root)
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _where, _rsqrt)
     _store_all(rules + 7 * sphere, rule, 7, here)
     return rule
 
@@ -1157,13 +1161,13 @@ def _sum_pairs(a, da, b, db, c, dc):
 
 @jit
 def _power(address, stop, longest, aligned, DTYPE: tl.constexpr, LANES: tl.constexpr):
-    """A power of two for each line, with which its largest element is about 1."""
+    """Of each line the power of two next to its largest element."""
     largest = 0.0 * stop.to(tl.float32)
     for first in range(0, longest, LANES):
         x = _load(address, first + tl.arange(0, LANES)[None, :], stop, aligned, DTYPE)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1)[:, None])
     bits = tl.minimum(tl.maximum(largest, 1e-37), 1e37).to(tl.int32, bitcast=True)
-    return 1.0 / (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -1177,21 +1181,22 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
     zero = tl.zeros([ROWS, LANES // V], tl.float32)
     none = tl.zeros([ROWS], tl.float64)
     tt, tg, gg, tm, gm, mm = none, none, none, none, none, none
-    scale_x = tl.full([ROWS, 1], 1.0, tl.float32)
-    scale_y, scale_z = scale_x, scale_x
+    size_x = tl.full([ROWS, 1], 1.0, tl.float32)
+    size_y, size_z = size_x, size_x
     tries = 1
     while tries <= 2:
+        per_x, per_y, per_z = 1.0 / size_x, 1.0 / size_y, 1.0 / size_z
         stt, stg, sgg, stm, sgm, smm = zero, zero, zero, zero, zero, zero
         dtt, dtg, dgg, dtm, dgm, dmm = zero, zero, zero, zero, zero, zero
         for first in range(0, longest, LANES):
             columns = first + tl.arange(0, LANES)[None, :]
-            x = scale_x * _load(theta_at, columns, stop, aligned, DTYPE)
-            y = scale_y * _load(g_at, columns, stop, aligned, DTYPE)
+            x = per_x * _load(theta_at, columns, stop, aligned, DTYPE)
+            y = per_y * _load(g_at, columns, stop, aligned, DTYPE)
             stt, dtt = _add_products(stt, dtt, x, x, tries == 2, EXACT)
             stg, dtg = _add_products(stg, dtg, x, y, tries == 2, EXACT)
             sgg, dgg = _add_products(sgg, dgg, y, y, tries == 2, EXACT)
             if MOMENTUM:
-                z = scale_z * _load(m_at, columns, stop_m, aligned, DTYPE)
+                z = per_z * _load(m_at, columns, stop_m, aligned, DTYPE)
                 stm, dtm = _add_products(stm, dtm, x, z, tries == 2, EXACT)
                 sgm, dgm = _add_products(sgm, dgm, y, z, tries == 2, EXACT)
                 smm, dmm = _add_products(smm, dmm, z, z, tries == 2, EXACT)
@@ -1208,16 +1213,15 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
                 whole = (tt * gg - tg * tg) * (tt * mm - tm * tm)
                 held &= (across >= 0) | (across * across <= 0.99 * whole)
         if (tries == 1) & (tl.min(held.to(tl.int32), 0) == 0):
-            scale_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
-            scale_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)
-            scale_z = _power(m_at, stop_m, longest, aligned, DTYPE, LANES)
+            size_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
+            size_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)
+            size_z = _power(m_at, stop_m, longest, aligned, DTYPE, LANES)
         else:
             tries = 2
         tries += 1
-    per_x, per_y = tl.sum(1.0 / scale_x.to(tl.float64), 1), tl.sum(1.0 / scale_y.to(tl.float64), 1)
-    per_z = tl.sum(1.0 / scale_z.to(tl.float64), 1)
-    return (per_x * per_x * tt, per_x * per_y * tg, per_y * per_y * gg, per_x * per_z * tm,
-            per_y * per_z * gm, per_z * per_z * mm)  # fmt: skip
+    x, y, z = tl.sum(size_x, 1), tl.sum(size_y, 1), tl.sum(size_z, 1)
+    x, y, z = x.to(tl.float64), y.to(tl.float64), z.to(tl.float64)
+    return tt * x * x, tg * x * y, gg * y * y, tm * x * z, gm * y * z, mm * z * z
 
 
 @jit
