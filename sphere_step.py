@@ -1027,17 +1027,18 @@ def _add(x, y, factor):
 #     rules      [spheres, 7] float64, written: k, b, u, η̃, ρ, β, 1 if it was off its radius
 #
 # The kind of a tile is how many lines × elements its 128 threads take at a time, V to an access of
-# 128 bits: PLAIN (on no sphere), PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. From WHOLE on
-# they are whole spheres, and finished at once.
+# 128 bits: PLAIN (on no sphere), PART and WHOLE 1 × 128V, SOME 4 × 32V, FEW 16 × 8V, MANY 128 × V.
+# From WHOLE on they are whole spheres, and finished at once. Each thread computes the rule of a
+# line in FP64: the more lines, the less often per element.
 #
 # Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
 # for which many GPUs have next to no units. Contraction would break them: it is off. Of 16-bit
 # numbers V products are summed in float32 first, unless θ, g, m nearly cancel.
 
-PLAIN, PART, WHOLE, FEW, MANY = range(5)
-LINES = {FEW: 16, MANY: 128}
+PLAIN, PART, WHOLE, SOME, FEW, MANY = range(6)
+LINES = {SOME: 4, FEW: 16, MANY: 128}
 ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from the cache
-MOST = {MANY: 64, FEW: 1024, WHOLE: ALONE}  # elements of a line
+MOST = {MANY: 64, FEW: 1024, SOME: 4096, WHOLE: ALONE}  # elements of a line
 SMALLEST, LARGEST = 4096, 1 << 17  # elements of a tile of one line
 HOW = dict(num_warps=4, enable_fp_fusion=False)
 if torch.version.hip:
@@ -1304,6 +1305,8 @@ def _gram_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
     if kind < 3:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 1, 128 * V)
     elif kind == 3:
+        _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 4, 32 * V)
+    elif kind == 4:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 16, 8 * V)
     else:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 128, V)
