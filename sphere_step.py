@@ -51,7 +51,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
-FEW_ROWS = 32  # of a table: quicker in Python than in numpy
+FEW_SPHERES = 8  # whose rule is quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -100,10 +100,9 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     off = (measured > 0) & ((measured < 0.98 * radius2) | (measured > 1.02 * radius2))
     moved = where(good & off & (b != 0), 1.0, 0.0)
     wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
-    stays = where(good, 0.0, 1.0)
     k, b, u = where(good, k, nan), where(good, b, nan), where(good, u, nan)
     elr, radius, beta = where(good, elr, nan), where(good, radius, nan), where(good, beta, nan)
-    return k, b, u, elr, radius, beta, moved, wide, stays, k + b * u
+    return k, b, u, elr, radius, beta, moved, wide, k + b * u
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
@@ -645,21 +644,14 @@ def _sums_by(x, index, n):
     return x.new_zeros(*x.shape[:-2], n, x.shape[-1]).index_add(-2, index, x)
 
 
-def _rest(gram, beta):
-    """‖new m‖² (β = 0: ‖g_t‖²), and the sum of squares of which the projection leaves this."""
-    tt, tg, gg, tm, gm, mm = gram
-    rest = 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
-    return gg - tg * tg / tt + rest, gg + beta * beta * mm
-
-
 def _described(gram, rule):
     """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ from Gram matrices and what the rule made, [..., 6] each."""
-    tt, tg, gg, tm, _, _ = gram = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
+    tt, tg, gg, tm, gm, mm = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
     k, b, u, elr, radius, beta = rule.unbind(-1)
-    g2, whole = _rest(gram, 0)
-    g2 = torch.where(g2 > 1e-13 * whole, g2, 0 * g2)
-    s2, _ = _rest(gram, beta)
-    along = (tg + beta * tm) / tt + u
+    g2 = gg - tg * tg / tt
+    g2 = torch.where(g2 > 1e-13 * gg, g2, 0 * g2)
+    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
+    s2, along = dd - td * td / tt, td / tt + u
     angle = torch.atan2(b.abs() * s2.clamp(min=0).sqrt(), tt.sqrt() * (k + b * along))
     return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
 
@@ -749,10 +741,10 @@ class _Layout:
                     absent += 1
                     found.append(None)
                     continue
-                if g.layout != torch.strided:
-                    raise RuntimeError("a gradient is sparse: take sparse=False")
-                moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
-                g = _gradient(p)
+                moved = False
+                if self.sharded:
+                    moved = _is_dtensor(g) and g.placements != p.placements
+                    g = _gradient(p)
                 if moved or _in_memory(g) != layout:
                     shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
                     _refuse(g.shape != x.shape, f"a gradient of {shapes}")
@@ -826,6 +818,7 @@ class _Unit(NamedTuple):
 
     tensors: list[int]
     on_sphere: bool
+    alike: bool  # all its lines are of one sphere, or none
     start: int  # of the piece in the tensor
     size: tuple[int, ...]  # of the piece: lines and their length, or of one line the length
     strides: tuple[int, ...]
@@ -837,12 +830,13 @@ class _InPyTorch(_Layout):
 
     def __init__(self, optimizer, device):
         super().__init__(optimizer, device)
-        self.vectors = []  # θ, g, m of each tensor at this step
+        self.vectors = []  # θ, g, m of each tensor, during a step
         self.present = None  # which tensors had a gradient when the units were made
         self.units = []  # first what is on spheres
-        self.part_spheres, self.part_lines = None, None  # of each part; its line if on a sphere
-        self.summed, self.parts_are_lines = 0, False  # how many are on spheres
-        self.options, self.numbers = None, None  # of groups, and of spheres
+        self.part_spheres = None  # of each part
+        self.part_lines, self.first_parts = None, None  # lines on spheres, the first part of each
+        _, self.first_lines = np.unique(self.owners[: len(self.sphere_of_line)], return_index=True)
+        self.options, self.numbers = None, None  # of groups, and of spheres [6, spheres]
         self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
         self.dtype = torch.float32
         for p in self.params:
@@ -866,7 +860,7 @@ class _InPyTorch(_Layout):
         self.units, lines = [], []
         for places in together.values():
             tensors, length = [place.tensor for place in places], places[0].length
-            on_sphere = self.groups[places[0].group]["sphere"] is not None
+            sphere = self.groups[places[0].group]["sphere"]
             for row, column, *size in _cut(places[0].rows, length):
                 first, start = len(lines), row * length + column
                 for place in places:
@@ -874,11 +868,13 @@ class _InPyTorch(_Layout):
                 parts, strides = slice(first, len(lines)), (length, 1)
                 if len(lines) == first + 1:
                     size, strides = size[1:], (1,)
-                self.units.append(_Unit(tensors, on_sphere, start, size, strides, parts))
+                alike = sphere in ("group", None) or len(size) == 1
+                on_sphere = sphere is not None
+                self.units.append(_Unit(tensors, on_sphere, alike, start, size, strides, parts))
         self.part_spheres = np.array([self.owners[line] for line in lines], int)
-        part_lines = [x for x in lines if x < len(self.sphere_of_line)]
-        self.part_lines, self.summed = self.upload(part_lines), len(part_lines)
-        self.parts_are_lines = part_lines == [*range(len(self.sphere_of_line))]
+        lines = np.array([line for line in lines if line < len(self.sphere_of_line)], int)
+        self.first_parts = np.flatnonzero(np.diff(lines, prepend=-1))
+        self.part_lines = lines[self.first_parts]
         self.options = None
 
     def last(self):
@@ -886,63 +882,62 @@ class _InPyTorch(_Layout):
 
     @np.errstate(all="ignore")
     def step(self, options, move):
-        n, summed = len(self.radii), self.summed
+        n, vectors, self.vectors = len(self.radii), self.vectors, []
         if options != self.options:
-            numbers = np.array(options)[np.array(self.group_of_sphere, int)]
-            numbers[:n, 3] *= self.radii.tolist()
+            numbers = np.array(options).T[:, self.group_of_sphere]
+            numbers[3, :n] *= self.radii.tolist()
             self.options, self.numbers = options, numbers
 
         # The Gram matrices of parts; in float64 where float32 is not enough
-        work, parts = [], np.zeros((summed, 7))
-        parts[:, 6] = self.numbers[self.part_spheres[:summed], 1]  # β
+        spheres = self.part_spheres
+        work, parts = [], np.zeros((6, np.count_nonzero(spheres < n)))
         for unit in self.units:
-            tensors = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
-            matrices = _matrices(unit, tensors)
-            work.append((unit, tensors, matrices))
+            matrices = _matrices(unit, vectors)
+            work.append((unit, matrices))
             if unit.on_sphere:
                 short = len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS
                 dtype = torch.float64 if short else self.dtype
-                _sum_products(matrices, dtype, parts[unit.parts])
-        (enough,) = _of_rows(_enough, parts)
-        for unit, _, matrices in work if not enough.all() else ():
+                _sum_products(matrices, dtype, parts[:, unit.parts])
+        enough = _enough(*parts, self.numbers[1, spheres[: parts.shape[1]]])
+        for unit, matrices in work if not enough.all() else ():
             if not enough[unit.parts].all():
-                _sum_products(matrices, torch.float64, parts[unit.parts])
+                _sum_products(matrices, torch.float64, parts[:, unit.parts])
 
         # Those of lines and of spheres, and the rules
-        self.grams = torch.from_numpy(parts[:, :6]).to(self.device)
-        if not self.parts_are_lines:
-            self.grams = _sums_by(self.grams, self.part_lines, len(self.sphere_of_line))
+        grams = np.zeros((6, len(self.sphere_of_line)))
+        grams[:, self.part_lines] = _sums(parts, self.first_parts)
+        self.grams = torch.from_numpy(grams.T).to(self.device)
         self.add_up(self.grams)
-        sums = _sums_by(self.grams, self.sphere_of_line, n).cpu().numpy()
-        rules = _of_rows(_formula, np.concatenate((sums, self.numbers[:n, :4]), 1))
+        sums = _sums(self.grams.cpu().numpy().T, self.first_lines)
+        rules = _of_columns(np.concatenate((sums, self.numbers[:4, :n])))
         self.rules = torch.from_numpy(rules[:6].T).to(self.device)
-        self.moved_before, wide, some_stay = rules[6:9].any(1)
+        self.moved_before, wide = rules[6:8].any(1)
         if not move:
             return
-        if n < len(self.numbers):  # what is on no sphere
-            lr, beta, tan, _, _, decay = self.numbers[n:].T
+        rules = rules[[8, 0, 1, 2, 5]]
+        if n < len(self.group_of_sphere):  # what is on no sphere
+            lr, beta, tan, _, _, decay = self.numbers[:, n:]
             if (tan >= 0).any():
                 lr = np.where(tan >= 0, _pace(self.rules).item(), lr)
             k = 1.0 + 0.0 * (lr + decay)
-            stay, zero = np.isnan(k), 0 * lr
-            plain = k, -lr, decay, lr, zero, beta, zero, zero, stay, k - lr * decay
-            rules, some_stay = np.concatenate((rules, plain), 1), some_stay or stay.any()
+            rules = np.concatenate((rules, (k - lr * decay, k, -lr, decay, beta)), 1)
 
         # The moves, from the last on, which the cache still has
-        rules = rules[[9, 0, 1, 2, 5]][:, self.part_spheres]
+        rules, some_stay = rules[:, spheres], np.isnan(rules[1]).any()
         dtype = torch.float64 if wide else self.dtype
-        for unit, tensors, matrices in reversed(work):
-            if len(unit.size) == 2:
-                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
-            else:
+        for unit, matrices in reversed(work):
+            if unit.alike:
                 rule = rules[:, unit.parts.start].tolist()
+            else:
+                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
             before = [x.clone() for x in matrices[::2]] if some_stay else []
             _move(rule, dtype, *matrices)
             for x, old in zip(matrices[::2], before, strict=False):
                 stays = torch.as_tensor(rule[0], device=x.device).isnan()
                 x.copy_(torch.where(stays, old, x))
             if len(unit.tensors) > 1:  # they were laid side by side
-                for own, matrix in zip(tensors[::2], matrices[::2], strict=True):
+                for i, matrix in enumerate(matrices[::2]):
+                    own = [vectors[tensor][2 * i] for tensor in unit.tensors]
                     torch._foreach_copy_(own, matrix.view(len(own), *own[0].shape).unbind())
 
 
@@ -953,30 +948,37 @@ def _cut(rows, length):
     return [(i, j, min(most, rows - i), min(PIECE, length - j)) for i, j in corners]
 
 
-def _matrices(unit, tensors):
+def _matrices(unit, vectors):
     """Of each of θ, g, m the lines, as they lie in memory; of several tensors a copy."""
     if len(unit.tensors) > 1:
-        return [torch.stack(x).reshape(-1, unit.size[1]) for x in tensors]
-    start, size, strides = unit.start, unit.size, unit.strides
-    return [x.as_strided(size, strides, x.storage_offset() + start) for (x,) in tensors]
+        together = zip(*(vectors[tensor] for tensor in unit.tensors), strict=True)
+        return [torch.stack(x).reshape(-1, unit.size[1]) for x in together]
+    (own,), start, size, strides = unit.tensors, unit.start, unit.size, unit.strides
+    return [x.as_strided(size, strides, x.storage_offset() + start) for x in vectors[own]]
 
 
-def _of_rows(function, table):
-    """What `function` makes of each row, as columns: of few in Python, quicker than in numpy."""
-    if 0 < len(table) <= FEW_ROWS:
-        return np.array([function(*row, _pick, _per_root) for row in table.tolist()]).T
-    return np.stack(function(*table.T, np.where, _per_root))
+def _of_columns(table):
+    """The rule of each column: of few in Python, quicker than in numpy."""
+    if 0 < table.shape[1] <= FEW_SPHERES:
+        rules = [_formula(*column, _pick, _per_root) for column in table.T.tolist()]
+        return np.array(rules).T
+    return np.stack(_formula(*table, np.where, _per_root))
+
+
+def _sums(table, first):
+    """Sums of neighbouring columns, from each of `first` to the next."""
+    return table if len(first) == table.shape[1] else np.add.reduceat(table, first, axis=1)
 
 
 def _sum_products(matrices, dtype, grams):
-    """Writes the Gram matrices [lines, 6] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
+    """Writes the Gram matrices [6, lines] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
     summed in `dtype`."""
     if matrices[0].dtype != dtype:
         matrices = [x.to(dtype) for x in matrices]
     if dtype == torch.float64:  # sums by pairs, unlike those of vectors
-        matrices = [x.view(len(grams), -1) for x in matrices]
-    for i, x in enumerate(_products(matrices)):
-        grams[:, i] = x.cpu().numpy() if x.dim() else x.item()
+        matrices = [x.view(grams.shape[1], -1) for x in matrices]
+    for gram, x in zip(grams, _products(matrices), strict=False):
+        gram[:] = x.cpu().numpy() if x.dim() else x.item()
 
 
 def _products(matrices):
@@ -984,14 +986,11 @@ def _products(matrices):
     return [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
 
 
-def _enough(tt, tg, gg, tm, gm, mm, beta, where, per_root):
+def _enough(tt, tg, gg, tm, gm, mm, beta):
     """Whether float32 holds the squares, and what projections leave of them is no rounding."""
-    enough = (tt > 1e-25) & (gg > 1e-25)
-    gram = where(enough, tt, 1.0), tg, gg, tm, gm, mm
-    for way in (0.0, beta):
-        rest, whole = _rest(gram, way)
-        enough = enough & (rest > 1e-2 * whole)
-    return (enough,)
+    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
+    enough = (tt > 1e-25) & (gg > 1e-25) & (tt * gg - tg * tg > 1e-2 * tt * gg)
+    return enough & (tt * dd - td * td > 1e-2 * tt * (gg + beta * beta * mm))
 
 
 def _move(rule, dtype, theta, g, m=None):
