@@ -51,7 +51,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
-FEW_SPHERES = 8  # whose rule is quicker in Python than in numpy
+FEW_COLUMNS = 16  # of a table: quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -60,9 +60,19 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 # -------------------------------------------------------------------------------------- the rule
 
 
-def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
-    """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ, or
-    -1: from η̃."""
+def _where(condition, a, b):
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, a, b)
+    return a if condition else b
+
+
+def _per_root(x):
+    return 1 / x**0.5
+
+
+def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where=_where, per_root=_per_root):
+    """`sphere_rule` for Python and numpy, and for Triton, which brings `where` and 1/√x. tan is
+    tan φ, or -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
     nan, infinite = float("nan"), float("inf")
     good = (tt + gg + mm < infinite) & (lr >= 0) & (lr < infinite)
@@ -113,15 +123,7 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, lr, beta, tan, radius, _pick, _per_root)[:6]
-
-
-def _pick(condition, a, b):
-    return a if condition else b
-
-
-def _per_root(x):
-    return 1 / x**0.5
+    return _formula(*gram, lr, beta, tan, radius)[:6]
 
 
 # --------------------------------------------------------------------------------- the optimizer
@@ -834,6 +836,7 @@ class _InPyTorch(_Layout):
         self.present = None  # which tensors had a gradient when the units were made
         self.units = []  # first what is on spheres
         self.part_spheres = None  # of each part
+        self.parts = 0  # how many are on spheres
         self.part_lines, self.first_parts = None, None  # lines on spheres, the first part of each
         _, self.first_lines = np.unique(self.owners[: len(self.sphere_of_line)], return_index=True)
         self.options, self.numbers = None, None  # of groups, and of spheres [6, spheres]
@@ -873,6 +876,7 @@ class _InPyTorch(_Layout):
                 self.units.append(_Unit(tensors, on_sphere, alike, start, size, strides, parts))
         self.part_spheres = np.array([self.owners[line] for line in lines], int)
         lines = np.array([line for line in lines if line < len(self.sphere_of_line)], int)
+        self.parts = len(lines)
         self.first_parts = np.flatnonzero(np.diff(lines, prepend=-1))
         self.part_lines = lines[self.first_parts]
         self.options = None
@@ -890,7 +894,8 @@ class _InPyTorch(_Layout):
 
         # The Gram matrices of parts; in float64 where float32 is not enough
         spheres = self.part_spheres
-        work, parts = [], np.zeros((6, np.count_nonzero(spheres < n)))
+        work, parts = [], np.zeros((7, self.parts))
+        parts[6] = self.numbers[1, spheres[: self.parts]]  # β
         for unit in self.units:
             matrices = _matrices(unit, vectors)
             work.append((unit, matrices))
@@ -898,18 +903,18 @@ class _InPyTorch(_Layout):
                 short = len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS
                 dtype = torch.float64 if short else self.dtype
                 _sum_products(matrices, dtype, parts[:, unit.parts])
-        enough = _enough(*parts, self.numbers[1, spheres[: parts.shape[1]]])
+        enough = _of_columns(_enough, parts)
         for unit, matrices in work if not enough.all() else ():
             if not enough[unit.parts].all():
                 _sum_products(matrices, torch.float64, parts[:, unit.parts])
 
         # Those of lines and of spheres, and the rules
         grams = np.zeros((6, len(self.sphere_of_line)))
-        grams[:, self.part_lines] = _sums(parts, self.first_parts)
+        grams[:, self.part_lines] = _sums(parts[:6], self.first_parts)
         self.grams = torch.from_numpy(grams.T).to(self.device)
         self.add_up(self.grams)
         sums = _sums(self.grams.cpu().numpy().T, self.first_lines)
-        rules = _of_columns(np.concatenate((sums, self.numbers[:4, :n])))
+        rules = _of_columns(_formula, np.concatenate((sums, self.numbers[:4, :n])))
         self.rules = torch.from_numpy(rules[:6].T).to(self.device)
         self.moved_before, wide = rules[6:8].any(1)
         if not move:
@@ -957,12 +962,11 @@ def _matrices(unit, vectors):
     return [x.as_strided(size, strides, x.storage_offset() + start) for x in vectors[own]]
 
 
-def _of_columns(table):
-    """The rule of each column: of few in Python, quicker than in numpy."""
-    if 0 < table.shape[1] <= FEW_SPHERES:
-        rules = [_formula(*column, _pick, _per_root) for column in table.T.tolist()]
-        return np.array(rules).T
-    return np.stack(_formula(*table, np.where, _per_root))
+def _of_columns(function, table):
+    """What a function makes of each column: of few in Python, quicker than in numpy."""
+    if 0 < table.shape[1] <= FEW_COLUMNS:
+        return np.array([function(*column) for column in table.T.tolist()]).T
+    return np.array(function(*table))
 
 
 def _sums(table, first):
@@ -997,7 +1001,9 @@ def _move(rule, dtype, theta, g, m=None):
     """m ← βm + g + uθ, θ ← kθ + bm, in place, of matrices or vectors, in `dtype`, rounded once.
     rule: k + bu, k, b, u, β, numbers, or those of each line."""
     alone, k, b, u, beta = rule
-    x, g = theta.to(dtype), g.to(dtype)
+    x = theta
+    if x.dtype != dtype:
+        x, g = theta.to(dtype), g.to(dtype)
     if m is None:
         _add(x.mul_(alone), g, b)
     else:
@@ -1047,12 +1053,12 @@ else:
 
 
 @jit
-def _where(condition, a, b):
+def _tl_where(condition, a, b):
     return tl.where(condition, a, b)
 
 
 @jit
-def _rsqrt(x):
+def _tl_rsqrt(x):
     return tl.rsqrt(x)
 
 
@@ -1075,7 +1081,7 @@ def _rule(gram, sphere, here, tables):
     radius = tl.load(radii + sphere, mask=here, other=0.0)
     radius *= tl.load(group + 3, mask=here, other=0.0)
     tt, tg, gg, tm, gm, mm = gram
-    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _where, _rsqrt)
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _tl_where, _tl_rsqrt)
     _store_all(rules + 7 * sphere, rule, 7, here)
     return rule
 
