@@ -320,22 +320,21 @@ class SphereSGD(torch.optim.Optimizer):
         """Of the last step two tensors, to be kept and given to `stats` and the others later: the
         sums [parts, 6] of which their Gram matrices are made, and the six numbers of `sphere_rule`
         for each sphere [spheres, 6]."""
-        if self._layout is None or not self._on_spheres():
-            raise RuntimeError("no statistics before the first step on a sphere")
-        return self._layout.last()
+        return self._stepped().last()
 
     def grams(self, last=None):
         """Gram matrices (θθ, θg, gg, θm, gm, mm) of the last step, [lines, 6] float64: of each
         tensor on a sphere, or of its rows where they are spheres; 0 without a gradient. With the
         `last` of several steps, stacked: [steps, lines, 6]."""
-        parts, _ = last or self.last
-        return _sums_by(parts, self._layout.line_of_part, len(self._layout.sphere_of_line))
+        layout = self._stepped()
+        parts, _ = last or layout.last()
+        return _sums_by(parts, layout.line_of_part, len(layout.sphere_of_line))
 
     def stats(self, last=None):
         """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ,
         `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. Several steps: as `grams`."""
-        last = last or self.last
-        layout = self._layout
+        layout = self._stepped()
+        last = last or layout.last()
         grams = _sums_by(self.grams(last), layout.sphere_of_line, len(layout.radii))
         _, g2, angle, radial, elr, radius = _described(grams, last[1])
         gamma = radius * g2.sqrt()
@@ -346,8 +345,9 @@ class SphereSGD(torch.optim.Optimizer):
         = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, the `angle` by which it turned. Where rows are
         spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ. If the parameters were
         given with names: `name`, a list of them."""
-        last = last or self.last
-        rules, tensor = last[1][..., self._layout.sphere_of_line, :], self._layout.tensor_of_line
+        layout = self._stepped()
+        last = last or layout.last()
+        rules, tensor = last[1][..., layout.sphere_of_line, :], layout.tensor_of_line
         tt, g2, angle, _, elr, radius = _described(self.grams(last), rules)
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
         names = [name for group in self._on_spheres() for name in group.get("param_names", ())]
@@ -355,6 +355,12 @@ class SphereSGD(torch.optim.Optimizer):
         tt, elr, gamma2, angle, n = _sums_by(lines, tensor, tensors).unbind(-1)
         found = dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
         return dict(name=names, **found) if names else found
+
+    def _stepped(self):
+        """The layout of the last step. RuntimeError where there is none."""
+        if self._layout is None or not self._on_spheres():
+            raise RuntimeError("no statistics before the first step on a sphere")
+        return self._layout
 
     def _on_spheres(self):
         return [group for group in self.param_groups if group.get("sphere")]

@@ -10,6 +10,7 @@ import sys
 import warnings
 from copy import deepcopy
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -328,12 +329,16 @@ def test_statistics_of_layers_have_the_names_that_were_given():
 
 
 def test_without_a_sphere_or_a_step_there_are_no_statistics():
-    optimizer = SphereSGD([parameter(3)], lr=0.1, sphere=None)
-    optimizer.step()
-    for one in (optimizer, SphereSGD([parameter(3)], lr=0.1)):
-        for statistics in (one.stats, one.layer_stats, one.grams):
+    """Nor of another optimizer's `last`, or one that was kept from before a state was loaded."""
+    plain, loaded = (SphereSGD([parameter(3)], lr=0.1, sphere=x) for x in (None, "group"))
+    for optimizer in (plain, loaded):
+        optimizer.step()
+    kept = loaded.last
+    loaded.load_state_dict(loaded.state_dict())
+    for one in (plain, loaded, SphereSGD([parameter(3)], lr=0.1)):
+        for statistics, last in product((one.stats, one.layer_stats, one.grams), (None, kept)):
             with pytest.raises(RuntimeError, match="no statistics before the first step"):
-                statistics()
+                statistics(last)
     SphereSGD([{"params": []}], lr=0.1).step()
 
 
