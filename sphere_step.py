@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import warnings
+from functools import partial
 from inspect import unwrap
 from itertools import product
 from numbers import Real
@@ -70,9 +71,9 @@ def _per_root(x):
     return 1 / x**0.5
 
 
-def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where=_where, per_root=_per_root):
-    """`sphere_rule` for Python and numpy, and for Triton, which brings `where` and 1/√x. tan is
-    tan φ, or -1: from η̃."""
+def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
+    """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ, or
+    -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
     nan, infinite = float("nan"), float("inf")
     good = (tt + gg + mm < infinite) & (lr >= 0) & (lr < infinite)
@@ -115,6 +116,9 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where=_where, per_ro
     return k, b, u, elr, radius, beta, moved, wide, k + b * u
 
 
+_rule_of_numbers = partial(_formula, where=_where, per_root=_per_root)
+
+
 def sphere_rule(gram, radius, lr, beta, angle):
     """k, b and u of a step from the Gram matrix of its sphere; then η̃, ρ and β.
 
@@ -123,7 +127,7 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, lr, beta, tan, radius)[:6]
+    return _rule_of_numbers(*gram, lr, beta, tan, radius)[:6]
 
 
 # --------------------------------------------------------------------------------- the optimizer
@@ -920,7 +924,7 @@ class _InPyTorch(_Layout):
         self.grams = torch.from_numpy(grams.T).to(self.device)
         self.add_up(self.grams)
         sums = _sums(self.grams.cpu().numpy().T, self.first_lines)
-        rules = _of_columns(_formula, np.concatenate((sums, self.numbers[:4, :n])))
+        rules = _of_columns(_rule_of_numbers, np.concatenate((sums, self.numbers[:4, :n])))
         self.rules = torch.from_numpy(rules[:6].T).to(self.device)
         self.moved_before, wide = rules[6:8].any(1)
         if not move:
