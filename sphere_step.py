@@ -744,13 +744,12 @@ class _Layout:
         """(θ, g) or (θ, g, m) of each tensor, on this rank, in the layout of θ; None without a
         gradient."""
         self.copies, self.whole, found = {}, [], []
-        local = iter(self.local_params())
+        local = self.local_params()
         for group, states in zip(self.groups, self.states, strict=True):
-            absent = 0
+            first = len(found)
             for p, state in zip(group["params"], states, strict=True):
-                x, g, layout = next(local), p.grad, self.layouts[len(found)]
+                x, g, layout = local[len(found)], p.grad, self.layouts[len(found)]
                 if g is None:
-                    absent += 1
                     found.append(None)
                     continue
                 moved = False
@@ -772,7 +771,7 @@ class _Layout:
                     found.append((x, g, _local(state["momentum_buffer"])))
                 else:
                     found.append((x, g))
-            self.whole.append(not absent or group["sphere"] != "group")
+            self.whole.append(group["sphere"] != "group" or None not in found[first:])
         return found
 
     def find_shards(self):
@@ -829,11 +828,9 @@ class _Unit(NamedTuple):
     a tensor."""
 
     tensors: list[int]
-    on_sphere: bool
     alike: bool  # all its lines are of one sphere, or none
     start: int  # of the piece in the tensor
     size: tuple[int, ...]  # of the piece: lines and their length, or of one line the length
-    strides: tuple[int, ...]
     parts: slice  # which its lines are among those of all units
 
 
@@ -878,12 +875,11 @@ class _InPyTorch(_Layout):
                 first, start = len(lines), row * length + column
                 for place in places:
                     lines += range(place.line + row, place.line + row + size[0])
-                parts, strides = slice(first, len(lines)), (length, 1)
+                parts = slice(first, len(lines))
                 if len(lines) == first + 1:
-                    size, strides = size[1:], (1,)
+                    size = size[1:]
                 alike = sphere in ("group", None) or len(size) == 1
-                on_sphere = sphere is not None
-                self.units.append(_Unit(tensors, on_sphere, alike, start, size, strides, parts))
+                self.units.append(_Unit(tensors, alike, start, size, parts))
         self.part_spheres = np.array([self.owners[line] for line in lines], int)
         lines = np.array([line for line in lines if line < len(self.sphere_of_line)], int)
         self.parts = len(lines)
@@ -909,7 +905,7 @@ class _InPyTorch(_Layout):
         for unit in self.units:
             matrices = _matrices(unit, vectors)
             work.append((unit, matrices))
-            if unit.on_sphere:
+            if unit.parts.start < self.parts:
                 short = len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS
                 dtype = torch.float64 if short else self.dtype
                 _sum_products(matrices, dtype, parts[:, unit.parts])
@@ -968,8 +964,8 @@ def _matrices(unit, vectors):
     if len(unit.tensors) > 1:
         together = zip(*(vectors[tensor] for tensor in unit.tensors), strict=True)
         return [torch.stack(x).reshape(-1, unit.size[1]) for x in together]
-    (own,), start, size, strides = unit.tensors, unit.start, unit.size, unit.strides
-    return [x.as_strided(size, strides, x.storage_offset() + start) for x in vectors[own]]
+    (own,), strides = unit.tensors, (*unit.size[1:], 1)
+    return [x.as_strided(unit.size, strides, x.storage_offset() + unit.start) for x in vectors[own]]
 
 
 def _of_columns(function, table):
