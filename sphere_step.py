@@ -113,7 +113,7 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
     k, b, u = where(good, k, nan), where(good, b, nan), where(good, u, nan)
     elr, radius, beta = where(good, elr, nan), where(good, radius, nan), where(good, beta, nan)
-    return k, b, u, elr, radius, beta, moved, wide, k + b * u
+    return k, b, u, elr, radius, beta, moved, wide
 
 
 _rule_of_numbers = partial(_formula, where=_where, per_root=_per_root)
@@ -847,6 +847,7 @@ class _InPyTorch(_Layout):
         self.part_lines, self.first_parts = None, None  # lines on spheres, the first part of each
         _, self.first_lines = np.unique(self.owners[: len(self.sphere_of_line)], return_index=True)
         self.options, self.numbers = None, None  # of groups, and of spheres [6, spheres]
+        self.plain, self.turns = None, None  # k, b, u, β of what is on no sphere; if b is a pace
         self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
         self.dtype = torch.float32
         for p in self.params:
@@ -896,6 +897,9 @@ class _InPyTorch(_Layout):
         if options != self.options:
             numbers = np.array(options).T[:, self.group_of_sphere]
             numbers[3, :n] *= self.radii.tolist()
+            lr, beta, tan, _, _, decay = numbers[:, n:]
+            k = 1.0 + 0.0 * (lr + decay)
+            self.plain, self.turns = np.array((k, -lr, decay, beta)), tan >= 0
             self.options, self.numbers = options, numbers
 
         # The Gram matrices of parts; in float64 where float32 is not enough
@@ -925,16 +929,12 @@ class _InPyTorch(_Layout):
         self.moved_before, wide = rules[6:8].any(1)
         if not move:
             return
-        rules = rules[[8, 0, 1, 2, 5]]
-        if n < len(self.group_of_sphere):  # what is on no sphere
-            lr, beta, tan, _, _, decay = self.numbers[:, n:]
-            if (tan >= 0).any():
-                lr = np.where(tan >= 0, _pace(self.rules).item(), lr)
-            k = 1.0 + 0.0 * (lr + decay)
-            rules = np.concatenate((rules, (k - lr * decay, k, -lr, decay, beta)), 1)
+        if self.turns.any():
+            self.plain[1, self.turns] = -_pace(self.rules).item()
 
         # The moves, from the last on, which the cache still has
-        rules, some_stay = rules[:, spheres], np.isnan(rules[1]).any()
+        k, b, u, beta = np.concatenate((rules[[0, 1, 2, 5]], self.plain), 1)[:, spheres]
+        rules, some_stay = np.array((k + b * u, k, b, u, beta)), np.isnan(k).any()
         dtype = torch.float64 if wide else self.dtype
         for unit, matrices in reversed(work):
             if unit.alike:
