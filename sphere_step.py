@@ -1047,9 +1047,8 @@ def _add(x, y, factor):
 # numbers V products are summed in float32 first, unless θ, g, m nearly cancel.
 
 PLAIN, PART, WHOLE, SOME, FEW, MANY = range(6)
-LINES = {SOME: 4, FEW: 16, MANY: 128}
-ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from the cache
-MOST = {MANY: 64, FEW: 1024, SOME: 4096, WHOLE: ALONE}  # elements of a line
+LINES = {MANY: 128, FEW: 16, SOME: 4, WHOLE: 1}
+ALONE = 1 << 15  # bytes of θ in a tile of whole spheres, at most: it is read again from the cache
 SMALLEST, LARGEST = 4096, 1 << 17  # elements of a tile of one line
 HOW = dict(num_warps=4, enable_fp_fusion=False)
 if torch.version.hip:
@@ -1380,7 +1379,7 @@ class _ByKernels(_Layout):
         lines, parts, many, tiles = [], [], set(), {}  # tiles by dtype
         for place in sorted(self.places, key=self.order):
             kind, dtype = self.kind(place), str(self.params[place.tensor].dtype)[6:]
-            own, step = tiles.setdefault(dtype, []), ALONE if kind > PART else size
+            own, step = tiles.setdefault(dtype, []), size if kind <= PART else place.length or 1
             for row in range(place.rows):
                 for start in range(0, max(place.length, 1), step):
                     if not own or own[-1][0] != kind or own[-1][2] == LINES.get(kind, 1):
@@ -1420,10 +1419,11 @@ class _ByKernels(_Layout):
         alone = group["sphere"] != "group" or len(group["params"]) == 1
         if not alone or _split_over(group, self.params[place.tensor]):
             return PART
-        return next((kind for kind, most in MOST.items() if place.length <= most), PART)
+        size = place.length * self.params[place.tensor].element_size()
+        return next((kind for kind, lines in LINES.items() if lines * size <= ALONE), PART)
 
     def order(self, place):
-        """Long lines as they come, so that the parts of a sphere are together; then short ones."""
+        """First what is moved by parts, so that those of a sphere are together; then the rest."""
         kind = self.kind(place)
         return (kind, str(self.params[place.tensor].dtype)) if kind in LINES else (PART, "")
 
