@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import warnings
+import weakref
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -400,6 +401,15 @@ def test_large_weights_are_not_copied_whole():
     with Sizes() as sizes:
         SphereSGD([p], lr=0.1).step()
     assert 0 < sizes.largest <= p.numel() // 4
+
+
+def test_a_gradient_is_not_kept_after_the_step():
+    """Its memory would be missing in the next backward pass."""
+    p = parameter(4, 3)
+    optimizer = SphereSGD([p], lr=0.1)
+    optimizer.step()
+    gradient, p.grad = weakref.ref(p.grad), None
+    assert gradient() is None
 
 
 def test_many_groups_take_calls_in_proportion():
