@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import warnings
+from functools import partial
 from inspect import unwrap
 from itertools import product
 from numbers import Real
@@ -51,7 +52,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
-FEW_ROWS = 32  # of a table: quicker in Python than in numpy
+FEW_COLUMNS = 16  # of a table: quicker in Python than in numpy
 STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -60,50 +61,62 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 # -------------------------------------------------------------------------------------- the rule
 
 
-def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, root):
-    """`sphere_rule` for Python, numpy and Triton, which bring `where` and a square root. tan is
-    tan φ, or -1: from η̃."""
+def _where(condition, a, b):
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, a, b)
+    return a if condition else b
+
+
+def _per_root(x):
+    return 1 / x**0.5
+
+
+def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
+    """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ, or
+    -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
-    good = ((tt + tg + gg + tm + gm + mm) * 0.0 == 0.0) & (lr >= 0) & (lr * 0.0 == 0.0)
+    nan, infinite = float("nan"), float("inf")
+    good = (tt + gg + mm < infinite) & (lr >= 0) & (lr < infinite)
     zero = (tt == 0) & (gg > 0) & (radius > 0)
     good = good & ((tt > 0) | zero)
     measured, tt = tt, where(tt > 0, tt, where(zero, radius * radius, 1.0))
 
-    # r = ⟨θ,g⟩/‖θ‖², q = ⟨θ,m⟩/‖θ‖²: the new m is βm + g + uθ, across θ
-    norm = root(tt)
-    per_tt = 1 / tt
-    per_norm = norm * per_tt
-    r, q = tg * per_tt, tm * per_tt
-    u = -(r + beta * q)
-    # Its norm: s² = ‖g_t‖² + 2β⟨g_t,m_t⟩ + β²‖m_t‖²; a smaller part of the whole is rounding
-    s2 = gg - r * tg + 2 * beta * (gm - q * tg) + beta * beta * (mm - q * tm)
-    s = root(where(s2 > 1e-13 * (gg + beta * beta * mm), s2, 0.0))
+    # With d = g + βm the new m is d + uθ, across θ; s is its norm. A smaller part is rounding
+    per_norm = per_root(tt)
+    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)
+    u = -td * per_norm * per_norm
+    s2 = dd + u * td
+    s2 = where(s2 > 1e-13 * (gg + beta * beta * mm), s2, 0.0)
 
     # tan φ = η̃ρ²s/‖θ‖, or η̃ from a given tan φ
+    norm = tt * per_norm
     radius = where(radius == 0, norm, radius)
+    radius2 = radius * radius
+    way2 = s2 * radius2 * radius2
+    per_way = per_root(where(way2 > 0, way2, 1.0))  # 1/(ρ²s)
     from_lr = tan < 0
-    tan = where(from_lr, lr * radius * radius * s * per_norm, tan)
+    tan = where(from_lr, lr * way2 * per_way * per_norm, tan)
     tan = where(tan < 1e100, tan, 1e100)
-    stays = (s == 0) | (tan == 0)
-    per_s = 1 / where(stays, 1.0, s)
-    elr = where(from_lr, lr, where(stays, 0.0, tan) * norm * per_s / (radius * radius))
+    stays = (way2 == 0) | (tan == 0)
+    elr = where(from_lr, lr, where(stays, 0.0, tan * norm * per_way))
 
     # θ ← ρ (cos φ θ/‖θ‖ − sin φ m/s) = kθ + bm
     tan = where(zero, 1e100, tan)
-    along = radius / root(1 + tan * tan)  # ρ cos φ
-    k, b = where(stays, 1.0, along * per_norm), where(stays, 0.0, -along * tan * per_s)
-    good = good & (k * k + b * b + u * u < 1e77)  # they fit float32
-    bad = where(good, 0.0, float("nan"))
+    along = radius * per_root(1 + tan * tan)  # ρ cos φ
+    k = where(stays, 1.0, along * per_norm)
+    b = where(stays, 0.0, -along * tan * per_way * radius2)
+    good = good & (k < 1e38) & (b > -1e38) & (u < 1e38) & (u > -1e38)  # they fit float32
 
     # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
-    share = measured / (radius * radius)
-    off = (measured > 0) & ((share < 0.98) | (share > 1.02))
+    off = (measured > 0) & ((measured < 0.98 * radius2) | (measured > 1.02 * radius2))
     moved = where(good & off & (b != 0), 1.0, 0.0)
     wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
-    stays = where(good, 0.0, 1.0)
-    alone = k + b * u + bad
-    return (k + bad, b + bad, u + bad, elr + bad, radius + bad, beta + bad, moved, wide, stays,
-            alone)  # fmt: skip
+    k, b, u = where(good, k, nan), where(good, b, nan), where(good, u, nan)
+    elr, radius, beta = where(good, elr, nan), where(good, radius, nan), where(good, beta, nan)
+    return k, b, u, elr, radius, beta, moved, wide
+
+
+_rule_of_numbers = partial(_formula, where=_where, per_root=_per_root)
 
 
 def sphere_rule(gram, radius, lr, beta, angle):
@@ -114,11 +127,7 @@ def sphere_rule(gram, radius, lr, beta, angle):
     nan: the sphere stays.
     """
     tan = math.tan(lr) if angle else -1.0
-    return _formula(*gram, lr, beta, tan, radius, _pick, math.sqrt)[:6]
-
-
-def _pick(condition, a, b):
-    return a if condition else b
+    return _rule_of_numbers(*gram, lr, beta, tan, radius)[:6]
 
 
 # --------------------------------------------------------------------------------- the optimizer
@@ -315,22 +324,21 @@ class SphereSGD(torch.optim.Optimizer):
         """Of the last step two tensors, to be kept and given to `stats` and the others later: the
         sums [parts, 6] of which their Gram matrices are made, and the six numbers of `sphere_rule`
         for each sphere [spheres, 6]."""
-        if self._layout is None or not self._on_spheres():
-            raise RuntimeError("no statistics before the first step on a sphere")
-        return self._layout.last()
+        return self._stepped().last()
 
     def grams(self, last=None):
         """Gram matrices (θθ, θg, gg, θm, gm, mm) of the last step, [lines, 6] float64: of each
         tensor on a sphere, or of its rows where they are spheres; 0 without a gradient. With the
         `last` of several steps, stacked: [steps, lines, 6]."""
-        parts, _ = last or self.last
-        return _sums_by(parts, self._layout.line_of_part, len(self._layout.sphere_of_line))
+        layout = self._stepped()
+        parts, _ = last or layout.last()
+        return _sums_by(parts, layout.line_of_part, len(layout.sphere_of_line))
 
     def stats(self, last=None):
         """Of the last step, [spheres] float64: `radius` ρ, `elr` η̃, `grad_norm` γ, `angle` φ,
         `radial` ⟨θ,g⟩/(‖θ‖‖g‖); nan without a gradient. Several steps: as `grams`."""
-        last = last or self.last
-        layout = self._layout
+        layout = self._stepped()
+        last = last or layout.last()
         grams = _sums_by(self.grams(last), layout.sphere_of_line, len(layout.radii))
         _, g2, angle, radial, elr, radius = _described(grams, last[1])
         gamma = radius * g2.sqrt()
@@ -341,8 +349,9 @@ class SphereSGD(torch.optim.Optimizer):
         = η̃ρ²/ρ_i², `grad_norm` = ρ_i‖g_i − r_iθ_i‖, the `angle` by which it turned. Where rows are
         spheres: the tensor's norm, η̃, the norm of its rows' γ, the mean φ. If the parameters were
         given with names: `name`, a list of them."""
-        last = last or self.last
-        rules, tensor = last[1][..., self._layout.sphere_of_line, :], self._layout.tensor_of_line
+        layout = self._stepped()
+        last = last or layout.last()
+        rules, tensor = last[1][..., layout.sphere_of_line, :], layout.tensor_of_line
         tt, g2, angle, _, elr, radius = _described(self.grams(last), rules)
         lines = torch.stack([tt, elr * radius**2 / tt, tt * g2, angle, tt**0], -1)
         names = [name for group in self._on_spheres() for name in group.get("param_names", ())]
@@ -350,6 +359,12 @@ class SphereSGD(torch.optim.Optimizer):
         tt, elr, gamma2, angle, n = _sums_by(lines, tensor, tensors).unbind(-1)
         found = dict(norm=tt.sqrt(), elr=elr / n, grad_norm=gamma2.sqrt(), angle=angle / n)
         return dict(name=names, **found) if names else found
+
+    def _stepped(self):
+        """The layout of the last step. RuntimeError where there is none."""
+        if self._layout is None or not self._on_spheres():
+            raise RuntimeError("no statistics before the first step on a sphere")
+        return self._layout
 
     def _on_spheres(self):
         return [group for group in self.param_groups if group.get("sphere")]
@@ -641,21 +656,14 @@ def _sums_by(x, index, n):
     return x.new_zeros(*x.shape[:-2], n, x.shape[-1]).index_add(-2, index, x)
 
 
-def _rest(gram, beta):
-    """‖new m‖² (β = 0: ‖g_t‖²), and the sum of squares of which the projection leaves this."""
-    tt, tg, gg, tm, gm, mm = gram
-    rest = 2 * beta * (gm - tm * tg / tt) + beta * beta * (mm - tm * tm / tt)
-    return gg - tg * tg / tt + rest, gg + beta * beta * mm
-
-
 def _described(gram, rule):
     """‖θ‖², ‖g_t‖², φ, radial, η̃, ρ from Gram matrices and what the rule made, [..., 6] each."""
-    tt, tg, gg, tm, _, _ = gram = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
+    tt, tg, gg, tm, gm, mm = torch.where(gram[..., :1] > 0, gram, math.nan).unbind(-1)
     k, b, u, elr, radius, beta = rule.unbind(-1)
-    g2, whole = _rest(gram, 0)
-    g2 = torch.where(g2 > 1e-13 * whole, g2, 0 * g2)
-    s2, _ = _rest(gram, beta)
-    along = (tg + beta * tm) / tt + u
+    g2 = gg - tg * tg / tt
+    g2 = torch.where(g2 > 1e-13 * gg, g2, 0 * g2)
+    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
+    s2, along = dd - td * td / tt, td / tt + u
     angle = torch.atan2(b.abs() * s2.clamp(min=0).sqrt(), tt.sqrt() * (k + b * along))
     return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
 
@@ -736,19 +744,18 @@ class _Layout:
         """(θ, g) or (θ, g, m) of each tensor, on this rank, in the layout of θ; None without a
         gradient."""
         self.copies, self.whole, found = {}, [], []
-        local = iter(self.local_params())
+        local = self.local_params()
         for group, states in zip(self.groups, self.states, strict=True):
-            absent = 0
+            first = len(found)
             for p, state in zip(group["params"], states, strict=True):
-                x, g, layout = next(local), p.grad, self.layouts[len(found)]
+                x, g, layout = local[len(found)], p.grad, self.layouts[len(found)]
                 if g is None:
-                    absent += 1
                     found.append(None)
                     continue
-                if g.layout != torch.strided:
-                    raise RuntimeError("a gradient is sparse: take sparse=False")
-                moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
-                g = _gradient(p)
+                moved = False
+                if self.sharded:
+                    moved = _is_dtensor(g) and g.placements != p.placements
+                    g = _gradient(p)
                 if moved or _in_memory(g) != layout:
                     shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
                     _refuse(g.shape != x.shape, f"a gradient of {shapes}")
@@ -764,7 +771,7 @@ class _Layout:
                     found.append((x, g, _local(state["momentum_buffer"])))
                 else:
                     found.append((x, g))
-            self.whole.append(not absent or group["sphere"] != "group")
+            self.whole.append(group["sphere"] != "group" or None not in found[first:])
         return found
 
     def find_shards(self):
@@ -821,10 +828,9 @@ class _Unit(NamedTuple):
     a tensor."""
 
     tensors: list[int]
-    on_sphere: bool
+    alike: bool  # all its lines are of one sphere, or none
     start: int  # of the piece in the tensor
     size: tuple[int, ...]  # of the piece: lines and their length, or of one line the length
-    strides: tuple[int, ...]
     parts: slice  # which its lines are among those of all units
 
 
@@ -833,12 +839,15 @@ class _InPyTorch(_Layout):
 
     def __init__(self, optimizer, device):
         super().__init__(optimizer, device)
-        self.vectors = []  # θ, g, m of each tensor at this step
+        self.vectors = []  # θ, g, m of each tensor, during a step
         self.present = None  # which tensors had a gradient when the units were made
         self.units = []  # first what is on spheres
-        self.part_spheres, self.part_lines = None, None  # of each part; its line if on a sphere
-        self.summed, self.parts_are_lines = 0, False  # how many are on spheres
-        self.options, self.numbers = None, None  # of groups, and of spheres
+        self.part_spheres = None  # of each part
+        self.parts = 0  # how many are on spheres
+        self.part_lines, self.first_parts = None, None  # lines on spheres, the first part of each
+        _, self.first_lines = np.unique(self.owners[: len(self.sphere_of_line)], return_index=True)
+        self.options, self.numbers = None, None  # of groups, and of spheres [6, spheres]
+        self.plain, self.turns = None, None  # k, b, u, β of what is on no sphere; if b is a pace
         self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
         self.dtype = torch.float32
         for p in self.params:
@@ -862,19 +871,21 @@ class _InPyTorch(_Layout):
         self.units, lines = [], []
         for places in together.values():
             tensors, length = [place.tensor for place in places], places[0].length
-            on_sphere = self.groups[places[0].group]["sphere"] is not None
+            sphere = self.groups[places[0].group]["sphere"]
             for row, column, *size in _cut(places[0].rows, length):
                 first, start = len(lines), row * length + column
                 for place in places:
                     lines += range(place.line + row, place.line + row + size[0])
-                parts, strides = slice(first, len(lines)), (length, 1)
+                parts = slice(first, len(lines))
                 if len(lines) == first + 1:
-                    size, strides = size[1:], (1,)
-                self.units.append(_Unit(tensors, on_sphere, start, size, strides, parts))
+                    size = size[1:]
+                alike = sphere in ("group", None) or len(size) == 1
+                self.units.append(_Unit(tensors, alike, start, size, parts))
         self.part_spheres = np.array([self.owners[line] for line in lines], int)
-        part_lines = [x for x in lines if x < len(self.sphere_of_line)]
-        self.part_lines, self.summed = self.upload(part_lines), len(part_lines)
-        self.parts_are_lines = part_lines == [*range(len(self.sphere_of_line))]
+        lines = np.array([line for line in lines if line < len(self.sphere_of_line)], int)
+        self.parts = len(lines)
+        self.first_parts = np.flatnonzero(np.diff(lines, prepend=-1))
+        self.part_lines = lines[self.first_parts]
         self.options = None
 
     def last(self):
@@ -882,63 +893,62 @@ class _InPyTorch(_Layout):
 
     @np.errstate(all="ignore")
     def step(self, options, move):
-        n, summed = len(self.radii), self.summed
+        n, vectors, self.vectors = len(self.radii), self.vectors, []
         if options != self.options:
-            numbers = np.array(options)[np.array(self.group_of_sphere, int)]
-            numbers[:n, 3] *= self.radii.tolist()
+            numbers = np.array(options).T[:, self.group_of_sphere]
+            numbers[3, :n] *= self.radii.tolist()
+            lr, beta, tan, _, _, decay = numbers[:, n:]
+            k = 1.0 + 0.0 * (lr + decay)
+            self.plain, self.turns = np.array((k, -lr, decay, beta)), tan >= 0
             self.options, self.numbers = options, numbers
 
         # The Gram matrices of parts; in float64 where float32 is not enough
-        work, parts = [], np.zeros((summed, 7))
-        parts[:, 6] = self.numbers[self.part_spheres[:summed], 1]  # β
+        spheres = self.part_spheres
+        work, parts = [], np.zeros((7, self.parts))
+        parts[6] = self.numbers[1, spheres[: self.parts]]  # β
         for unit in self.units:
-            tensors = [*zip(*(self.vectors[i] for i in unit.tensors), strict=True)]
-            matrices = _matrices(unit, tensors)
-            work.append((unit, tensors, matrices))
-            if unit.on_sphere:
+            matrices = _matrices(unit, vectors)
+            work.append((unit, matrices))
+            if unit.parts.start < self.parts:
                 short = len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS
                 dtype = torch.float64 if short else self.dtype
-                _sum_products(matrices, dtype, parts[unit.parts])
-        (enough,) = _of_rows(_enough, parts)
-        for unit, _, matrices in work if not enough.all() else ():
+                _sum_products(matrices, dtype, parts[:, unit.parts])
+        enough = _of_columns(_enough, parts)
+        for unit, matrices in work if not enough.all() else ():
             if not enough[unit.parts].all():
-                _sum_products(matrices, torch.float64, parts[unit.parts])
+                _sum_products(matrices, torch.float64, parts[:, unit.parts])
 
         # Those of lines and of spheres, and the rules
-        self.grams = torch.from_numpy(parts[:, :6]).to(self.device)
-        if not self.parts_are_lines:
-            self.grams = _sums_by(self.grams, self.part_lines, len(self.sphere_of_line))
+        grams = np.zeros((6, len(self.sphere_of_line)))
+        grams[:, self.part_lines] = _sums(parts[:6], self.first_parts)
+        self.grams = torch.from_numpy(grams.T).to(self.device)
         self.add_up(self.grams)
-        sums = _sums_by(self.grams, self.sphere_of_line, n).cpu().numpy()
-        rules = _of_rows(_formula, np.concatenate((sums, self.numbers[:n, :4]), 1))
+        sums = _sums(self.grams.cpu().numpy().T, self.first_lines)
+        rules = _of_columns(_rule_of_numbers, np.concatenate((sums, self.numbers[:4, :n])))
         self.rules = torch.from_numpy(rules[:6].T).to(self.device)
-        self.moved_before, wide, some_stay = rules[6:9].any(1)
+        self.moved_before, wide = rules[6:8].any(1)
         if not move:
             return
-        if n < len(self.numbers):  # what is on no sphere
-            lr, beta, tan, _, _, decay = self.numbers[n:].T
-            if (tan >= 0).any():
-                lr = np.where(tan >= 0, _pace(self.rules).item(), lr)
-            k = 1.0 + 0.0 * (lr + decay)
-            stay, zero = np.isnan(k), 0 * lr
-            plain = k, -lr, decay, lr, zero, beta, zero, zero, stay, k - lr * decay
-            rules, some_stay = np.concatenate((rules, plain), 1), some_stay or stay.any()
+        if self.turns.any():
+            self.plain[1, self.turns] = -_pace(self.rules).item()
 
         # The moves, from the last on, which the cache still has
-        rules = rules[[9, 0, 1, 2, 5]][:, self.part_spheres]
+        k, b, u, beta = np.concatenate((rules[[0, 1, 2, 5]], self.plain), 1)[:, spheres]
+        rules, some_stay = np.array((k + b * u, k, b, u, beta)), np.isnan(k).any()
         dtype = torch.float64 if wide else self.dtype
-        for unit, tensors, matrices in reversed(work):
-            if len(unit.size) == 2:
-                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
-            else:
+        for unit, matrices in reversed(work):
+            if unit.alike:
                 rule = rules[:, unit.parts.start].tolist()
+            else:
+                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
             before = [x.clone() for x in matrices[::2]] if some_stay else []
             _move(rule, dtype, *matrices)
             for x, old in zip(matrices[::2], before, strict=False):
                 stays = torch.as_tensor(rule[0], device=x.device).isnan()
                 x.copy_(torch.where(stays, old, x))
             if len(unit.tensors) > 1:  # they were laid side by side
-                for own, matrix in zip(tensors[::2], matrices[::2], strict=True):
+                for i, matrix in enumerate(matrices[::2]):
+                    own = [vectors[tensor][2 * i] for tensor in unit.tensors]
                     torch._foreach_copy_(own, matrix.view(len(own), *own[0].shape).unbind())
 
 
@@ -949,30 +959,36 @@ def _cut(rows, length):
     return [(i, j, min(most, rows - i), min(PIECE, length - j)) for i, j in corners]
 
 
-def _matrices(unit, tensors):
+def _matrices(unit, vectors):
     """Of each of θ, g, m the lines, as they lie in memory; of several tensors a copy."""
     if len(unit.tensors) > 1:
-        return [torch.stack(x).reshape(-1, unit.size[1]) for x in tensors]
-    start, size, strides = unit.start, unit.size, unit.strides
-    return [x.as_strided(size, strides, x.storage_offset() + start) for (x,) in tensors]
+        together = zip(*(vectors[tensor] for tensor in unit.tensors), strict=True)
+        return [torch.stack(x).reshape(-1, unit.size[1]) for x in together]
+    (own,), strides = unit.tensors, (*unit.size[1:], 1)
+    return [x.as_strided(unit.size, strides, x.storage_offset() + unit.start) for x in vectors[own]]
 
 
-def _of_rows(function, table):
-    """What `function` makes of each row, as columns: of few in Python, quicker than in numpy."""
-    if 0 < len(table) <= FEW_ROWS:
-        return np.array([function(*row, _pick, math.sqrt) for row in table.tolist()]).T
-    return np.stack(function(*table.T, np.where, np.sqrt))
+def _of_columns(function, table):
+    """What a function makes of each column: of few in Python, quicker than in numpy."""
+    if 0 < table.shape[1] <= FEW_COLUMNS:
+        return np.array([function(*column) for column in table.T.tolist()]).T
+    return np.array(function(*table))
+
+
+def _sums(table, first):
+    """Sums of neighbouring columns, from each of `first` to the next."""
+    return table if len(first) == table.shape[1] else np.add.reduceat(table, first, axis=1)
 
 
 def _sum_products(matrices, dtype, grams):
-    """Writes the Gram matrices [lines, 6] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
+    """Writes the Gram matrices [6, lines] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
     summed in `dtype`."""
     if matrices[0].dtype != dtype:
         matrices = [x.to(dtype) for x in matrices]
     if dtype == torch.float64:  # sums by pairs, unlike those of vectors
-        matrices = [x.view(len(grams), -1) for x in matrices]
-    for i, x in enumerate(_products(matrices)):
-        grams[:, i] = x.cpu().numpy() if x.dim() else x.item()
+        matrices = [x.view(grams.shape[1], -1) for x in matrices]
+    for gram, x in zip(grams, _products(matrices), strict=False):
+        gram[:] = x.cpu().numpy() if x.dim() else x.item()
 
 
 def _products(matrices):
@@ -980,21 +996,20 @@ def _products(matrices):
     return [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
 
 
-def _enough(tt, tg, gg, tm, gm, mm, beta, where, root):
+def _enough(tt, tg, gg, tm, gm, mm, beta):
     """Whether float32 holds the squares, and what projections leave of them is no rounding."""
-    enough = (tt > 1e-25) & (gg > 1e-25)
-    gram = where(enough, tt, 1.0), tg, gg, tm, gm, mm
-    for way in (0.0, beta):
-        rest, whole = _rest(gram, way)
-        enough = enough & (rest > 1e-2 * whole)
-    return (enough,)
+    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
+    enough = (tt > 1e-25) & (gg > 1e-25) & (tt * gg - tg * tg > 1e-2 * tt * gg)
+    return enough & (tt * dd - td * td > 1e-2 * tt * (gg + beta * beta * mm))
 
 
 def _move(rule, dtype, theta, g, m=None):
     """m ← βm + g + uθ, θ ← kθ + bm, in place, of matrices or vectors, in `dtype`, rounded once.
     rule: k + bu, k, b, u, β, numbers, or those of each line."""
     alone, k, b, u, beta = rule
-    x, g = theta.to(dtype), g.to(dtype)
+    x = theta
+    if x.dtype != dtype:
+        x, g = theta.to(dtype), g.to(dtype)
     if m is None:
         _add(x.mul_(alone), g, b)
     else:
@@ -1023,17 +1038,17 @@ def _add(x, y, factor):
 #     rules      [spheres, 7] float64, written: k, b, u, η̃, ρ, β, 1 if it was off its radius
 #
 # The kind of a tile is how many lines × elements its 128 threads take at a time, V to an access of
-# 128 bits: PLAIN (on no sphere), PART and WHOLE 1 × 128V, FEW 16 × 8V, MANY 128 × V. From WHOLE on
-# they are whole spheres, and finished at once.
+# 128 bits: PLAIN (on no sphere), PART and WHOLE 1 × 128V, SOME 4 × 32V, FEW 16 × 8V, MANY 128 × V.
+# From WHOLE on they are whole spheres, and finished at once. Each thread computes the rule of a
+# line in FP64: the more lines, the less often per element.
 #
 # Sums are pairs of float32, total and what it lacks (Ogita, Rump, Oishi 2005): as exact as float64,
 # for which many GPUs have next to no units. Contraction would break them: it is off. Of 16-bit
 # numbers V products are summed in float32 first, unless θ, g, m nearly cancel.
 
-PLAIN, PART, WHOLE, FEW, MANY = range(5)
-LINES = {FEW: 16, MANY: 128}
-ALONE = 8192  # elements of a sphere in one tile, which is read twice, once from the cache
-MOST = {MANY: 64, FEW: 1024, WHOLE: ALONE}  # elements of a line
+PLAIN, PART, WHOLE, SOME, FEW, MANY = range(6)
+LINES = {MANY: 128, FEW: 16, SOME: 4, WHOLE: 1}
+ALONE = 1 << 15  # bytes of θ in a tile of whole spheres, at most: it is read again from the cache
 SMALLEST, LARGEST = 4096, 1 << 17  # elements of a tile of one line
 HOW = dict(num_warps=4, enable_fp_fusion=False)
 if torch.version.hip:
@@ -1043,13 +1058,13 @@ else:
 
 
 @jit
-def _where(condition, a, b):
+def _tl_where(condition, a, b):
     return tl.where(condition, a, b)
 
 
 @jit
-def _root(x):
-    return tl.sqrt(x)
+def _tl_rsqrt(x):
+    return tl.rsqrt(x)
 
 
 _kernel_formula = jit(_formula)
@@ -1071,7 +1086,7 @@ def _rule(gram, sphere, here, tables):
     radius = tl.load(radii + sphere, mask=here, other=0.0)
     radius *= tl.load(group + 3, mask=here, other=0.0)
     tt, tg, gg, tm, gm, mm = gram
-    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _where, _root)
+    rule = _kernel_formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, _tl_where, _tl_rsqrt)
     _store_all(rules + 7 * sphere, rule, 7, here)
     return rule
 
@@ -1157,13 +1172,13 @@ def _sum_pairs(a, da, b, db, c, dc):
 
 @jit
 def _power(address, stop, longest, aligned, DTYPE: tl.constexpr, LANES: tl.constexpr):
-    """A power of two for each line, with which its largest element is about 1."""
+    """Of each line the power of two next to its largest element."""
     largest = 0.0 * stop.to(tl.float32)
     for first in range(0, longest, LANES):
         x = _load(address, first + tl.arange(0, LANES)[None, :], stop, aligned, DTYPE)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1)[:, None])
     bits = tl.minimum(tl.maximum(largest, 1e-37), 1e37).to(tl.int32, bitcast=True)
-    return 1.0 / (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    return (bits & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -1177,21 +1192,22 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
     zero = tl.zeros([ROWS, LANES // V], tl.float32)
     none = tl.zeros([ROWS], tl.float64)
     tt, tg, gg, tm, gm, mm = none, none, none, none, none, none
-    scale_x = tl.full([ROWS, 1], 1.0, tl.float32)
-    scale_y, scale_z = scale_x, scale_x
+    size_x = tl.full([ROWS, 1], 1.0, tl.float32)
+    size_y, size_z = size_x, size_x
     tries = 1
     while tries <= 2:
+        per_x, per_y, per_z = 1.0 / size_x, 1.0 / size_y, 1.0 / size_z
         stt, stg, sgg, stm, sgm, smm = zero, zero, zero, zero, zero, zero
         dtt, dtg, dgg, dtm, dgm, dmm = zero, zero, zero, zero, zero, zero
         for first in range(0, longest, LANES):
             columns = first + tl.arange(0, LANES)[None, :]
-            x = scale_x * _load(theta_at, columns, stop, aligned, DTYPE)
-            y = scale_y * _load(g_at, columns, stop, aligned, DTYPE)
+            x = per_x * _load(theta_at, columns, stop, aligned, DTYPE)
+            y = per_y * _load(g_at, columns, stop, aligned, DTYPE)
             stt, dtt = _add_products(stt, dtt, x, x, tries == 2, EXACT)
             stg, dtg = _add_products(stg, dtg, x, y, tries == 2, EXACT)
             sgg, dgg = _add_products(sgg, dgg, y, y, tries == 2, EXACT)
             if MOMENTUM:
-                z = scale_z * _load(m_at, columns, stop_m, aligned, DTYPE)
+                z = per_z * _load(m_at, columns, stop_m, aligned, DTYPE)
                 stm, dtm = _add_products(stm, dtm, x, z, tries == 2, EXACT)
                 sgm, dgm = _add_products(sgm, dgm, y, z, tries == 2, EXACT)
                 smm, dmm = _add_products(smm, dmm, z, z, tries == 2, EXACT)
@@ -1208,16 +1224,15 @@ def _gram(where, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr
                 whole = (tt * gg - tg * tg) * (tt * mm - tm * tm)
                 held &= (across >= 0) | (across * across <= 0.99 * whole)
         if (tries == 1) & (tl.min(held.to(tl.int32), 0) == 0):
-            scale_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
-            scale_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)
-            scale_z = _power(m_at, stop_m, longest, aligned, DTYPE, LANES)
+            size_x = _power(theta_at, stop, longest, aligned, DTYPE, LANES)
+            size_y = _power(g_at, stop, longest, aligned, DTYPE, LANES)
+            size_z = _power(m_at, stop_m, longest, aligned, DTYPE, LANES)
         else:
             tries = 2
         tries += 1
-    per_x, per_y = tl.sum(1.0 / scale_x.to(tl.float64), 1), tl.sum(1.0 / scale_y.to(tl.float64), 1)
-    per_z = tl.sum(1.0 / scale_z.to(tl.float64), 1)
-    return (per_x * per_x * tt, per_x * per_y * tg, per_y * per_y * gg, per_x * per_z * tm,
-            per_y * per_z * gm, per_z * per_z * mm)  # fmt: skip
+    x, y, z = tl.sum(size_x, 1), tl.sum(size_y, 1), tl.sum(size_z, 1)
+    x, y, z = x.to(tl.float64), y.to(tl.float64), z.to(tl.float64)
+    return tt * x * x, tg * x * y, gg * y * y, tm * x * z, gm * y * z, mm * z * z
 
 
 @jit
@@ -1300,6 +1315,8 @@ def _gram_pass(tiles, lines, addresses, spheres, radii, groups, parts, rules,
     if kind < 3:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 1, 128 * V)
     elif kind == 3:
+        _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 4, 32 * V)
+    elif kind == 4:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 16, 8 * V)
     else:
         _tile(tile, tables, True, MOVE, MOMENTUM, DTYPE, 128, V)
@@ -1362,7 +1379,7 @@ class _ByKernels(_Layout):
         lines, parts, many, tiles = [], [], set(), {}  # tiles by dtype
         for place in sorted(self.places, key=self.order):
             kind, dtype = self.kind(place), str(self.params[place.tensor].dtype)[6:]
-            own, step = tiles.setdefault(dtype, []), ALONE if kind > PART else size
+            own, step = tiles.setdefault(dtype, []), size if kind <= PART else place.length or 1
             for row in range(place.rows):
                 for start in range(0, max(place.length, 1), step):
                     if not own or own[-1][0] != kind or own[-1][2] == LINES.get(kind, 1):
@@ -1402,10 +1419,11 @@ class _ByKernels(_Layout):
         alone = group["sphere"] != "group" or len(group["params"]) == 1
         if not alone or _split_over(group, self.params[place.tensor]):
             return PART
-        return next((kind for kind, most in MOST.items() if place.length <= most), PART)
+        size = place.length * self.params[place.tensor].element_size()
+        return next((kind for kind, lines in LINES.items() if lines * size <= ALONE), PART)
 
     def order(self, place):
-        """Long lines as they come, so that the parts of a sphere are together; then short ones."""
+        """First what is moved by parts, so that those of a sphere are together; then the rest."""
         kind = self.kind(place)
         return (kind, str(self.params[place.tensor].dtype)) if kind in LINES else (PART, "")
 

@@ -286,7 +286,7 @@ def least_bytes(params, sphere, beta):
     lengths = {"group": [everything], "tensor": [p.numel() for p in params]}
     lengths["row"] = [p[0].numel() for p in params for _ in p]
     for length in lengths[sphere]:
-        once = length <= ALONE or read * everything * size <= cache
+        once = length * size <= ALONE or read * everything * size <= cache
         total += length * size * (written + read * (1 if once else 2))
     return total
 

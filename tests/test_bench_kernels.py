@@ -139,7 +139,7 @@ def test_the_table_has_a_line_for_each_variant_in_100_columns(capsys, monkeypatc
 @pytest.mark.parametrize("name", CHOSEN)
 def test_all_is_moved_128_bits_at_a_time_nothing_spills_and_fp64_takes_no_time(name, architecture):
     """FP64 of a joint sphere takes at most half of the time of the memory. Spheres of one tile are
-    allowed all of it, where the card has 16 FP64 units and more."""
+    allowed all of it, but on B300; of the short ones, on the cards with 16 FP64 units and more."""
     variant, found = counted(name, architecture)
     assert found.wide == found.wanted and found.blocks >= 2
     assert found.local == 0
@@ -148,5 +148,5 @@ def test_all_is_moved_128_bits_at_a_time_nothing_spills_and_fp64_takes_no_time(n
             memory, _, _, fp64 = kernels.times(variant, found, card)
             if name.startswith("joint"):
                 assert fp64 <= memory / 2, card
-            elif variant.part == "whole" and units >= 16:
+            elif units >= 16 or (name.startswith("one tile") and card != "B300"):
                 assert fp64 <= memory, card

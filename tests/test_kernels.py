@@ -60,9 +60,9 @@ def test_random_sequences_are_those_of_the_reference(draw):
     """Each kind of sphere and of tile, moved by one and by three passes."""
     seed = int(os.environ.get("SEED", random.randrange(2**31) if SLOW else draw))
     dtypes = torch.float32, *HALVES
-    shapes = (
-        SHAPES + [(20_000,), (3, 9000)] if SLOW else [(), (3, 4), (4, 3, 3, 2), (3, 70), (1100,)]
-    )
+    shapes = [(), (3, 4), (4, 3, 3, 2), (3, 70), (1100,), (2100,)]
+    if SLOW:
+        shapes = SHAPES + [(2100,), (20_000,), (3, 9000)]
     sequence = Sequence(seed, "triton", dtypes, DEVICE, shapes, SPHERES)
     sequence.run(3 if SLOW else 1)
 
@@ -81,7 +81,8 @@ def test_random_sequences_are_those_of_the_reference(draw):
 def test_scalar_products_are_exact_to_a_trillionth_of_the_norms(dtype, scale, near):
     """Of tiles of each kind, with gradients whose squares float32 cannot hold, too. Of 16 bits
     eight products are summed in float32, unless two vectors are nearly parallel."""
-    for sphere, shape in ("row", (130, 9)), ("row", (17, 80)), ("group", (1100,)):
+    shapes = ("row", (130, 9)), ("row", (17, 80)), ("row", (5, 600)), ("group", (2100,))
+    for sphere, shape in shapes:
         group = {"params": [Parameter(torch.randn(shape).to(DEVICE, dtype))], "sphere": sphere}
         optimizer = SphereSGD([group], lr=0.1, momentum=0.9, backend="triton")
         (p,) = group["params"]

@@ -8,8 +8,10 @@ import os
 import random
 import sys
 import warnings
+import weakref
 from copy import deepcopy
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -328,12 +330,16 @@ def test_statistics_of_layers_have_the_names_that_were_given():
 
 
 def test_without_a_sphere_or_a_step_there_are_no_statistics():
-    optimizer = SphereSGD([parameter(3)], lr=0.1, sphere=None)
-    optimizer.step()
-    for one in (optimizer, SphereSGD([parameter(3)], lr=0.1)):
-        for statistics in (one.stats, one.layer_stats, one.grams):
+    """Nor of another optimizer's `last`, or one that was kept from before a state was loaded."""
+    plain, loaded = (SphereSGD([parameter(3)], lr=0.1, sphere=x) for x in (None, "group"))
+    for optimizer in (plain, loaded):
+        optimizer.step()
+    kept = loaded.last
+    loaded.load_state_dict(loaded.state_dict())
+    for one in (plain, loaded, SphereSGD([parameter(3)], lr=0.1)):
+        for statistics, last in product((one.stats, one.layer_stats, one.grams), (None, kept)):
             with pytest.raises(RuntimeError, match="no statistics before the first step"):
-                statistics()
+                statistics(last)
     SphereSGD([{"params": []}], lr=0.1).step()
 
 
@@ -395,6 +401,15 @@ def test_large_weights_are_not_copied_whole():
     with Sizes() as sizes:
         SphereSGD([p], lr=0.1).step()
     assert 0 < sizes.largest <= p.numel() // 4
+
+
+def test_a_gradient_is_not_kept_after_the_step():
+    """Its memory would be missing in the next backward pass."""
+    p = parameter(4, 3)
+    optimizer = SphereSGD([p], lr=0.1)
+    optimizer.step()
+    gradient, p.grad = weakref.ref(p.grad), None
+    assert gradient() is None
 
 
 def test_many_groups_take_calls_in_proportion():
