@@ -334,7 +334,8 @@ def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert 2 <= len(lines) <= 4  # of 10, in 200 seconds
     for line in lines:
-        assert re.fullmatch(r"epoch \d of 9; elr 1e-02: loss 2, error 0.5, γ 3", line)
+        told = re.fullmatch(r"(\d) of 9 epochs; elr 1e-02, epoch (\d): loss 2, error 0.5, γ 3", line)
+        assert told[1] == told[2]
 
 
 def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
@@ -350,7 +351,7 @@ def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):
     shown = shown.decode(errors="replace")
     assert status == 0 and verdicts.count("; test error ") == 3
     assert "/24 [" in shown and "epoch" in shown  # with the time that is left
-    assert "elr 1e-02: loss " in shown and "γ" in shown
+    assert re.search("elr 1e-02, epoch [0-9]: loss ", shown) and "γ" in shown
 
 
 # --- faults
