@@ -334,7 +334,9 @@ def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert 2 <= len(lines) <= 4  # of 10, in 200 seconds
     for line in lines:
-        told = re.fullmatch(r"(\d) of 9 epochs; elr 1e-02, epoch (\d): loss 2, error 0.5, γ 3", line)
+        told = re.fullmatch(
+            r"(\d) of 9 epochs; elr 1e-02, epoch (\d): loss 2, error 0.5, γ 3", line
+        )
         assert told[1] == told[2]
 
 
