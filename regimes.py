@@ -29,7 +29,7 @@ import numpy as np
 
 ORDER = {"convergence": 0, "equilibrium": 1, "divergence": 2}
 USUAL = dict.fromkeys("train_error step angle elr grad_norm test_error avg_test_error".split(), "")
-# others' names; "my-run - train/loss" is "loss"
+# others'; "my-run - train/loss" is "loss"
 USUAL["epoch"] = "step _step global_step iteration iter index"
 USUAL["train_loss"] = "loss_epoch loss loss_step total_loss"
 USUAL["lr"] = r"learning_rate (lr|learning_rate)_(?!.*(momentum|decay)).*"
@@ -116,7 +116,7 @@ def classify(log, chance=None):
     skills = _skills(log, epoch, last, chance, angle)
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0
     gradient, now = log["grad_norm"], f"loss {loss[-1]:.3g}"
-    if np.quantile(loss[last], 0.75) < nothing or not loss[-2:].any():
+    if (loss[last] < nothing).mean() >= 0.75 or not loss[-2:].any():
         verdict = Verdict("convergence", f"{now}, mostly next to nothing")
     elif not gradient[-MIN_TAIL:].any():
         since = log["epoch"][len(np.trim_zeros(gradient, "b"))]
@@ -257,7 +257,7 @@ def _parsed(path):
     delimiter = max(",;\t", key=lines[0].count)
     if lines[-1].count(delimiter) < lines[0].count(delimiter):
         lines.pop()  # cut off
-    if delimiter == ";":  # decimal commas
+    if delimiter == ";" and "." not in "".join(lines[1:]):  # decimal commas
         lines = [line.replace(",", ".") for line in lines]
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     return reader.fieldnames, ((reader.line_num, row) for row in reader)
@@ -353,7 +353,7 @@ def in_words(runs):
 
 
 def gather(paths, columns=None, chance=None):
-    """Runs, sorted, and problems. `chance`: instead of config.json's."""
+    """Runs, sorted, and problems. `chance`: not config.json's."""
     runs, problems, logs = [], [], []
     for path in paths:
         found = sorted(log for log in path.glob("*") if re.fullmatch(LOG, log.name))
@@ -441,7 +441,7 @@ def rows_of(runs):
 
 
 def table(runs):
-    """Medians by ELR, boundaries, the other runs."""
+    """Medians by ELR, boundaries, others."""
     lines = []
     for elr, group in by_elr(runs).items():
         regime, n = majority(group)
@@ -464,7 +464,7 @@ def csv_lines(rows):
 
 
 def write_csv(path, rows):
-    """Of dicts with the same keys."""
+    """Of dicts with equal keys."""
     write_whole(path, csv_lines(rows[:1] + [row.values() for row in rows]))
 
 

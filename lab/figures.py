@@ -152,6 +152,7 @@ def _epochs(kind, groups, axes):
                 if logs:
                     ax.plot(*_median(logs, column), **look)
             look |= dict(lw=0.5, alpha=0.5 * len(group) ** -0.4)
+            xlabel = "epoch (bold: median over seeds)"
         for run in group:
             label, end = value if named else None, run.log["epoch"][-1]
             lines = [(run.log, 0, dict(label=label))]

@@ -19,7 +19,7 @@ from regimes import FLOORS, MIN_TAIL, NEGLIGIBLE, NUMBER, Z99, read_run
 SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
 LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
 LEARNED = 0.3  # skill of a task that is learned
-SAME = 0.1  # log losses that differ by less agree
+SAME, OTHER = 0.1, 0.2  # log losses that differ by less agree; by more, whatever the noise, not
 FEWEST = 8  # ELRs
 SAYS = {
     "divergence": "diverges from {} to {} on",
@@ -160,7 +160,7 @@ def of_mean(logs, chance):
         found.divergence = elrs[top_better], elrs[max(ends) + 1]
 
     # Down to which ELR the ways agree
-    apart = np.abs(y[1] - y[0]) > SAME + Z99 * np.hypot(*error)
+    apart = np.abs(y[1] - y[0]) > np.minimum(SAME + Z99 * np.hypot(*error), OTHER)
     lowest = np.flatnonzero(np.append(True, apart[: top_better + 1]))[-1]
     if lowest < top_better:
         found.reversible = elrs[lowest], elrs[top_better]

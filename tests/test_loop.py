@@ -128,6 +128,20 @@ def test_where_a_seed_stays_frozen_nothing_is_reversible():
     assert seen > 4
 
 
+def test_what_a_coarse_grid_cannot_show_is_no_agreement_and_no_melting_below_freezing():
+    down = [6.3, 4.9, 3.71, 0.755, 0.05, 0.013, 0.006, 0.004]  # as of --loop 1e-3 0.1 8 on digits
+    up = [0.0035, 0.004, 0.02, 0.546, 2.79, 4.6, 6.2]
+    elrs = grid(1e-3, 0.1, 8)
+    log = {
+        "elr": np.array([0.1, *elrs[::-1], *elrs[1:]]),
+        "train_loss": np.array([6.5, *down, *up]),
+    }
+    log["epoch"] = np.arange(16.0)
+    found = classify_loop([log], {"train_loss": {"mean": 6.5}})
+    assert found.freezes and not found.reversible
+    assert not found.melts or found.melts[1] > found.freezes[0]
+
+
 def test_a_network_that_dies_is_not_told_to_train_longer():
     log, chance, _ = made(np.random.default_rng(0), "never learned")
     log["grad_norm"] = np.where(log["epoch"] < 3, 1.0, 0.0)

@@ -301,6 +301,8 @@ AT_ONCE = """
 CASES = {
     "much at once": ("self.state, self.layer_groups, self.scale, self.unused, self.still = torch.zeros(8), 'all', nn.Parameter(torch.tensor(1.5)), nn.Linear(4, 4), nn.Linear(channels, channels)", AT_ONCE, NORM, {*BASE, "scale"}),
     "a closure of the start": ("self.body = lambda x: self.norm(self.first(x)).relu()", "", "self.body(x)", "a copy of it computes with the original: make lambdas methods"),
+    "a view of the start": ("weight = self.first.weight.data; self.body = lambda x: x * weight.norm()", "", f"self.body({NORM})", "a copy of it computes with the original: make lambdas methods"),
+    "what no seed sets": ("self.own = torch.Generator()", "", f"{NORM} * torch.rand(8, generator=self.own)", "a second pass gives other logits"),
     "a small factor is no eps": ("self.more = nn.Linear(8, 8, bias=False)", f"h = {NORM}", "torch.add(h, self.more(h), alpha=0.01)", BASE),
     "a shift is no eps": ("", "", "F.normalize(h - 0.005, dim=-1).relu()", NONE),
     "nor is a buffer": ("self.register_buffer('shift', torch.full((8,), 0.005))", "", "F.normalize(h + self.shift, dim=-1).relu()", NONE),

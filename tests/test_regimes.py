@@ -623,6 +623,7 @@ epoch,loss\n0,1,2\n1,2 | line 2: more cells than columns
 {"epoch": 1, "loss": true} | line 1: could not convert string to float: 'True'
 [1, 2, 3] | line 1: it takes objects like {"loss": 2.3}
 {"a": 1} | --columns train_loss=COLUMN: a
+epoch;step;loss\n1;1.100;2,3 | line 2: could not convert string to float: '2,3'
 {"epoch": 1, "lo | line 1: Unterminated string
 {"epoch": 1, "loss": 2}\n\n{"epoch"}\n{"epoch": 2} | line 3: Expecting ':' delimiter
 epoch,loss,angle\n0,3,0.1\n1,2,3.15 | line 3: angles are radians in [0, π]
