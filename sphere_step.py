@@ -146,8 +146,8 @@ class SphereSGD(torch.optim.Optimizer):
     angle     True: lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
               learning rate η̃ρ² of the spheres that move (the median)
     weight_decay  λ of what is on no sphere; without effect on one
-    backend   "triton": kernels, at most three launches per dtype, on a GPU (on the CPU with
-              TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
+    backend   "triton": kernels, at most three launches per dtype, on a GPU (to test
+              them, on the CPU with TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
 
     A tensor without a gradient stays out of that step; a sphere that is not finite stays. 16-bit
     weights lose what is smaller than half a unit in their last place: with bfloat16 an angle below
@@ -999,8 +999,8 @@ def _products(matrices):
 def _enough(tt, tg, gg, tm, gm, mm, beta):
     """Whether float32 holds the squares, and what projections leave of them is no rounding."""
     td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
-    enough = (tt > 1e-25) & (gg > 1e-25) & (tt * gg - tg * tg > 1e-2 * tt * gg)
-    return enough & (tt * dd - td * td > 1e-2 * tt * (gg + beta * beta * mm))
+    enough = (tt > 1e-25) & (gg > 1e-25) & (tt * gg - tg * tg > 0.1 * tt * gg)
+    return enough & (tt * dd - td * td > 0.1 * tt * (gg + beta * beta * mm))
 
 
 def _move(rule, dtype, theta, g, m=None):
