@@ -126,6 +126,19 @@ def test_a_gradient_that_is_all_but_radial(dtype, count, angle, share):
     assert ((p - expected).abs() <= bound).all()
 
 
+def test_rows_whose_gradient_is_mostly_radial_keep_their_norm():
+    """Near 90° all of the new weights are the rest that the projection leaves."""
+    theta, across = torch.randn(40, 45), torch.randn(40, 45)
+    p = Parameter(theta.clone())
+    p.grad = theta + 0.13 * across
+    x, g = theta.double(), p.grad.double()
+    SphereSGD([p], lr=1.57, angle=True, sphere="row", radius=3.5).step()
+    rest = g - (x * g).sum(1, keepdim=True) / x.square().sum(1, keepdim=True) * x
+    normal = torch.nn.functional.normalize
+    expected = 3.5 * (math.cos(1.57) * normal(x) - math.sin(1.57) * normal(rest))
+    assert ((p - expected).norm(dim=1) < 1e-6 * 3.5).all()
+
+
 @pytest.mark.parametrize("scale, dtype", [(1e-40, torch.float32), (1e-50, torch.float64)])
 def test_a_factor_that_does_not_fit_float32_leaves_the_sphere_and_says_nan(scale, dtype):
     """An angle, with a direction shorter than about 3e-39·ρ sin φ."""
