@@ -128,15 +128,15 @@ def test_a_gradient_that_is_all_but_radial(dtype, count, angle, share):
 
 def test_rows_whose_gradient_is_mostly_radial_keep_their_norm():
     """Near 90° all of the new weights are the rest that the projection leaves."""
-    theta, across = torch.randn(40, 45), torch.randn(40, 45)
+    theta, across = torch.randn(8, 45), torch.randn(8, 45)
     p = Parameter(theta.clone())
-    p.grad = theta + 0.13 * across
+    p.grad = theta + 0.18 * across
     x, g = theta.double(), p.grad.double()
     SphereSGD([p], lr=1.57, angle=True, sphere="row", radius=3.5).step()
     rest = g - (x * g).sum(1, keepdim=True) / x.square().sum(1, keepdim=True) * x
     normal = torch.nn.functional.normalize
     expected = 3.5 * (math.cos(1.57) * normal(x) - math.sin(1.57) * normal(rest))
-    assert ((p - expected).norm(dim=1) < 1e-6 * 3.5).all()
+    assert ((p - expected).norm(dim=1) < 8e-7 * 3.5).all()
 
 
 @pytest.mark.parametrize("scale, dtype", [(1e-40, torch.float32), (1e-50, torch.float64)])
