@@ -111,7 +111,7 @@ def classify(log, chance=None):
 
     angles = finite(log["angle"][last])
     angle = angles.mean() if len(angles) else nan
-    steps = np.ptp(log["step"][last]) or nan  # 0: those of an epoch
+    steps = np.ptp(log["step"][last]) or nan  # 0 is no count
     turn = angle * sqrt(steps * n / (n - 1))
     skills = _skills(log, epoch, last, chance, angle)
     nothing = NEGLIGIBLE * chance["train_loss"]["mean"] if chance else 0

@@ -63,6 +63,7 @@ def logits(net, inputs, out):
 
 
 def place(x):
+    """Its memory, which views share."""
     return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 

@@ -19,7 +19,8 @@ from regimes import FLOORS, MIN_TAIL, NEGLIGIBLE, NUMBER, Z99, read_run
 SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
 LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
 LEARNED = 0.3  # skill of a task that is learned
-SAME, OTHER = 0.1, 0.2  # log losses that differ by less agree; by more, whatever the noise, not
+SAME = 0.1  # log losses that differ by less agree
+OTHER = 0.2  # those that differ by more do not, however noisy
 FEWEST = 8  # ELRs
 SAYS = {
     "divergence": "diverges from {} to {} on",

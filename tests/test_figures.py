@@ -53,6 +53,19 @@ def labels(fig):
     return {text.get_text() for text in fig.legends[0].get_texts()}
 
 
+def test_of_several_seeds_the_median_is_bold_as_long_as_most_go_on(tmp_path, drawn):
+    for seed, (last, epochs) in enumerate([(0.1, 12), (0.2, 12), (0.4, 24)]):
+        write(tmp_path / f"elr=1e-02.seed={seed}.csv", last=last, epochs=epochs)
+    assert figures.main([str(tmp_path)]) == 0
+    loss = drawn[0].axes[0]
+    bold, *thin = sorted(loss.lines, key=lambda line: -line.get_linewidth())
+    assert [len(line.get_xdata()) for line in thin] == [13, 13, 25]
+    curves = [line.get_ydata()[:13] for line in thin]
+    assert bold.get_xdata().tolist() == [*range(13)]
+    assert bold.get_ydata() == pytest.approx(np.sort(curves, axis=0)[1])
+    assert "median" in loss.get_xlabel() and bold.get_linewidth() > thin[0].get_linewidth()
+
+
 @pytest.mark.parametrize(("kind", "values"), [("elr", 1), ("elr", 3), ("lr", 3)])
 def test_the_panels_follow_from_the_runs(tmp_path, drawn, kind, values):
     for value in range(1, 1 + values):
