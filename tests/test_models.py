@@ -265,7 +265,7 @@ class Drawn(nn.Module):
 
 
 def minimal_sets(net, x):
-    """All minimal sets of tensors with a gradient that can be multiplied by 1.7 without a change, by
+    """All minimal sets of tensors with an effect that can be multiplied by 1.7 without a change, by
     trying."""
     net = deepcopy(net).double()
     net(x.double()).sum().backward()
@@ -274,6 +274,12 @@ def minimal_sets(net, x):
         for p in net.parameters():
             p.add_(0.3 * torch.randn_like(p))
         before, found = net(x.double()), []
+        for name, p in list(params.items()):  # a bias before BatchNorm has no effect
+            kept = p.clone()
+            p.add_(torch.randn_like(p))
+            if (net(x.double()) - before).norm() < 1e-12 * before.norm():
+                del params[name]
+            p.copy_(kept)
         for size in range(1, len(params) + 1):
             for names in combinations(params, size):
                 if any(part <= set(names) for part in found):
