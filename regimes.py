@@ -61,7 +61,7 @@ def trend(x, y):
     left = y - y.mean() - slope * away
     # Student's quantile (Wallace, Ann. Math. Stat. 30, 1959)
     normal = Z99 * (8 * free + 3) / (8 * free + 1)
-    noise = sqrt(expm1(normal**2 / free) * (left @ left))
+    noise = sqrt(expm1(normal**2 / free)) * hypot(*left)
     return slope, noise / sqrt(away @ away), y.mean(), noise / sqrt(blocks)
 
 
@@ -172,7 +172,7 @@ def _decide(slopes, turn, skills, now, mean):
 def _skills(log, epoch, last, chance, angle):
     """Of error and loss: skill, whether there is any (None: noise hides it), in words."""
     skills, constant = {}, chance.get("constant", {})  # to guess one class is no skill
-    if angle > RIGHT_ANGLE:  # the network knows one batch, at most
+    if angle > RIGHT_ANGLE:  # the network knows one batch
         chance = chance.get("stepped", chance | {"train_error": {"mean": 0.0}})
     for name, floor in FLOORS.items():
         values, reference = log[name][last], chance.get(name, {"mean": 0.0})
@@ -239,11 +239,12 @@ def _parsed(path):
     """Names of columns; (line, row), of CSV or JSON."""
     text = path.read_text(encoding=json.detect_encoding(path.read_bytes())).lstrip("\n")
     if text.startswith(("{", "[")):
-        text = re.sub(r"}(\s*\n){", r"},\1{", text.strip().removeprefix("[").removesuffix("]"))
+        text = text.strip().removeprefix("[").removesuffix("]").rstrip(",")
+        text = re.sub(r"}(\s*\n){", r"},\1{", text)
         try:
             found = json.loads(f"[{text}]")
-        except ValueError:  # the last line cut off
-            text = text[: text.rfind("\n")].rstrip(",")
+        except ValueError:  # cut off
+            text = re.sub(r"(?s)(.*}),\s*{.*", r"\1", text)
             found = json.loads(f"[{text}]")
         if len(found) == 1 and isinstance(found[0], dict):
             found = found[0].get("log_history", found[0])
@@ -293,7 +294,7 @@ def read_log(path, columns=None):
         for at, row in rows:  # noqa: B007
             if None in row:
                 raise ValueError("more cells than columns")
-            cells = {ours: str(row.get(theirs)) for ours, theirs in names.items()}
+            cells = {ours: str(row.get(x)).replace("%", "e-2") for ours, x in names.items()}
             numbers = {ours: float(x) for ours, x in cells.items() if x not in ("", "None", "null")}
             if "epoch" not in numbers:  # Lightning's rates
                 numbers |= last
@@ -311,7 +312,7 @@ def read_log(path, columns=None):
         whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
         if not whole:
             raise ValueError("no row with a loss")
-    except Exception as error:  # damaged files can fail anywhere
+    except Exception as error:  # damage can show anywhere
         why, at = str(getattr(error, "strerror", error))[:200], getattr(error, "lineno", at)
         raise ValueError(f"{path}: line {at}: {why}") from None
     return {ours: np.array([row.get(ours, nan) for row in whole]) for ours in names}

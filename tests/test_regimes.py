@@ -10,7 +10,7 @@ from math import nan
 
 import numpy as np
 import pytest
-from helpers import read, refused
+from helpers import hovering, make_log, read, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
@@ -587,6 +587,24 @@ def test_json_of_a_run_that_still_writes_is_read_without_the_last_line(tmp_path,
         assert regimes.read_log(path)["train_loss"].tolist() == [2]
     path.write_text(text + last + "]" * text.startswith("["))
     assert regimes.read_log(path)["train_loss"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_that_is_cut_off_is_read_as_far_as_it_is_whole(tmp_path, indent):
+    path, rows = tmp_path / "log.jsonl", [{"loss": 3 - e, "epoch": e} for e in range(3)]
+    text = json.dumps(rows, indent=indent)
+    for end in range(text.rindex("}")):
+        path.write_text(text[:end])
+        whole = 2 if end > text.index("}", text.index("}") + 1) else end > text.index("}")
+        if whole:
+            assert regimes.read_log(path)["train_loss"].tolist() == [3, 2][:whole]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_huge_loss_overflows_nowhere_and_percent_are_read(tmp_path, run):
+    make_log(tmp_path / "log.csv", lambda e: 1e300 * hovering(e), error=lambda e: f"{89 + e % 2}%")
+    status, out, err = run(tmp_path / "log.csv", "--chance", "2.3", "0.9")
+    assert status == 0 and not err and "divergence" in out and "error 0.895 (chance 0.9)" in out
 
 
 def test_angles_and_steps_of_others_are_asked_for_the_turn(tmp_path, run):
