@@ -70,8 +70,10 @@ def read_data(config):
 def what_next(config, found):
     """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
     just above the boundary of convergence, go on well below it. Then the angle, which needs no
-    sweep; these with the step, network and data of this one."""
+    sweep; these with the step, network, data and --epochs of this one."""
     commands, shared = [], config.words(STEP, NETWORK, DATA)
+    if "epochs" in config.given and not config.loop:  # of a loop they are those at each ELR
+        shared += ["--epochs", str(config.epochs)]
     longer = max(run.verdict.more_epochs or 0 for run in found)
     if longer and config.mode == "elr" and config.constant and not config.average:
         again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)

@@ -108,7 +108,7 @@ def test_verdict_files_and_what_is_next_are_printed(plain, capsys):
     assert written == f"written: {plain / 'regimes.csv'}, {plain / 'regimes.png'}"
     again = "next: python train.py --elr 0.01 --width 2 --batch-size 256 --threads 1"
     assert longer == f"{again} --out {plain} --epochs 8"
-    assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 256"
+    assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 256 --epochs 2"
     before = (plain / "elr=1e-02.csv").read_bytes()
     assert run(f"--elr 0.01 {QUICK}", plain) == 0
     out, err = capsys.readouterr()
