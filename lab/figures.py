@@ -138,12 +138,12 @@ def _epochs(kind, groups, axes):
     from matplotlib.ticker import MaxNLocator
 
     first, *_, last = [*groups, *groups]
-    named, scale, xlabel = isinstance(first, str), None, "epoch"
+    named, scale, xlabel, looks = isinstance(first, str), None, "epoch", set()
     if first != last and not named:
         scale = ScalarMappable(LogNorm(first / 1.001, last * 1.001), "viridis")
     elif not named:
         name, _, unit = kind.strip(")").partition(" (")
-        xlabel = f"epoch, {name} {first:g} {unit}"
+        xlabel = f"epoch, {name} {first:g} {unit}".rstrip()
     for i, (value, group) in enumerate(groups.items()):
         look = dict(color=scale.to_rgba(value) if scale else f"C{i}", lw=1)
         if len(group) > 1:
@@ -152,16 +152,18 @@ def _epochs(kind, groups, axes):
                 if logs:
                     ax.plot(*_median(logs, column), **look)
             look |= dict(lw=0.5, alpha=0.5 * len(group) ** -0.4)
-            xlabel = "epoch (bold: median over seeds)"
+            looks.add("bold: median of seeds")
         for run in group:
             label, end = value if named else None, run.log["epoch"][-1]
             lines = [(run.log, 0, dict(label=label))]
             for second in second_runs(run).values():
                 lines.append((second.log, end, dict(ls=":")))
-                xlabel = "epoch (dotted: second runs, --then)"
+                looks.add("dotted: --then")
             for (log, start, own_look), (column, ax) in product(lines, axes.items()):
                 if column in log:
                     ax.plot(start + log["epoch"], log[column], **look, **own_look)
+    if looks:
+        xlabel += f"\n({', '.join(sorted(looks))})"
     for column, ax in axes.items():
         style.logarithmic(ax, OUTSIDE.get(column, math.inf))
         ax.set(xlabel=xlabel, title=TITLES[column])
@@ -185,7 +187,9 @@ def of_loop(runs, path):
     columns = ["train_loss", "test_error", "angle"]
     first, *others = [column for column in columns if all(column in log for log in logs)]
     fig, axes = style.subplots([[first, first, other] for other in others] or [[first]], 4.4)
-    seeds = f", median of {len(logs)} seeds" if len(logs) > 1 else ""
+    heading = str(path.parent)
+    if len(logs) > 1:
+        heading += f" (bold: median of {len(logs)} seeds)"
     for column, ax in axes.items():
         elrs, middle = legs(logs, column)[0], {}
         for i, (leg, tone) in enumerate(style.LEGS.items()):
@@ -193,7 +197,7 @@ def of_loop(runs, path):
             middle[leg] = np.median(of_seeds, 0)
             ax.plot(elrs, of_seeds.T, color=tone, lw=0.7, alpha=0.5)
             look = dict(color=tone, lw=1.8, marker="<>"[i], markevery=(2 * i, 4), ms=6)
-            ax.plot(elrs, middle[leg], label=f"ELR goes {leg}{seeds}", clip_on=False, **look)
+            ax.plot(elrs, middle[leg], label=f"ELR goes {leg}", clip_on=False, **look)
         style.logarithmic(ax)
         low, high = found.get("metastable", (1, 0))
         both = (low <= elrs) & (elrs <= high)
@@ -214,7 +218,7 @@ def of_loop(runs, path):
     names[elrs >= high] = "divergence"
     style.bands(axes.values(), {elr: [{"regime": x}] for elr, x in zip(elrs, names, strict=True)})
     _mark(axes[first], found)
-    style.save(fig, path)
+    style.save(fig, path, heading)
 
 
 def _mark(ax, found):

@@ -63,7 +63,17 @@ def test_of_several_seeds_the_median_is_bold_as_long_as_most_go_on(tmp_path, dra
     curves = [line.get_ydata()[:13] for line in thin]
     assert bold.get_xdata().tolist() == [*range(13)]
     assert bold.get_ydata() == pytest.approx(np.sort(curves, axis=0)[1])
-    assert "median" in loss.get_xlabel() and bold.get_linewidth() > thin[0].get_linewidth()
+    assert loss.get_xlabel() == "epoch, ELR 0.01\n(bold: median of seeds)"
+    assert bold.get_linewidth() > thin[0].get_linewidth()
+
+
+def test_of_second_runs_of_several_seeds_both_looks_are_said(tmp_path, drawn):
+    for seed in range(2):
+        for then in ("", ".then=1e-04"):
+            write(tmp_path / f"elr=1e-02.seed={seed}{then}.csv", epochs=12)
+    assert figures.main([str(tmp_path)]) == 0
+    said = "epoch, ELR 0.01\n(bold: median of seeds, dotted: --then)"
+    assert [ax.get_xlabel() for ax in drawn[0].axes] == [said] * 3
 
 
 @pytest.mark.parametrize(("kind", "values"), [("elr", 1), ("elr", 3), ("lr", 3)])
@@ -190,7 +200,8 @@ def test_a_loop_has_two_legs_and_bands(tmp_path, drawn):
     (fig,) = drawn
     ax = fig.axes[0]
     assert titles(fig) == ["train loss (nats)", "test error", "angle φ (radians)"]
-    ways = [f"ELR goes {leg}, median of 2 seeds" for leg in ("down", "up")]
+    assert fig.legends[0].get_title().get_text().endswith(" (bold: median of 2 seeds)")
+    ways = ["ELR goes down", "ELR goes up"]
     expected = {*ways, "metastable", "chance", "convergence"}
     assert expected | {"chaotic equilibrium", "divergence"} <= labels(fig)
     found = {line.get_label(): line for line in ax.lines}
