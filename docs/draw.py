@@ -1,9 +1,12 @@
 """Draw the pictures in docs/, and print the tables of the findings.
 
-python docs/draw.py          step.png; angle.png, modular.png, law.png and tables, from benchmarks/
-python docs/draw.py logs     also the tables of the logs of the findings' commands
+    python docs/draw.py          step.png; angle.png, modular.png, law.png, tables of benchmarks/
+    python docs/draw.py logs     also the tables of the logs of the findings' commands
+
+Those commands are at the end of docs/findings.md.
 """
 
+import argparse
 import csv
 import math
 import sys
@@ -460,7 +463,8 @@ def second_runs(logs):
 
 
 def main(argv=None):
-    parser = regimes.Parser(prog="draw.py", description=__doc__.partition("\n")[0])
+    lines = argparse.RawDescriptionHelpFormatter
+    parser = regimes.Parser(prog="draw.py", description=__doc__, formatter_class=lines)
     text = "the folder of the findings' logs; without it, what needs no logs"
     parser.add_argument("logs", type=Path, nargs="?", metavar="LOGS", help=text)
     logs = parser.parse_args(argv).logs

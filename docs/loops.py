@@ -3,6 +3,7 @@ epochs. Each adds rows to benchmarks/loop-WHAT.csv and goes on where it was inte
 
     python docs/loops.py up      a loop that begins with the way up, from random weights
     python docs/loops.py hold    how long a network that was cooled slowly stays converged when held
+    python docs/loops.py escape  such an escape, step by step: loss, γ, ELR times batch sharpness
     python docs/loops.py cold    few digits: test error at the cold end of a descent
     python docs/loops.py full    few digits, whole batches: a loop, and λ_max at each ELR
     python docs/loops.py edge logs/digits-convnet    ELR times batch sharpness at the ends of runs
@@ -455,12 +456,14 @@ def geometric(x):
 def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("what", choices=COLUMNS)
-    parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=4, help="at each ELR of a loop (default: 4)")
-    parser.add_argument("--data", default="digits", help="in hold (default: digits)")
-    parser.add_argument("--level", type=float, default=CROSSED, help="loss, in speeds")
+    add = parser.add_argument
+    add("what", choices=COLUMNS)
+    add("folders", nargs="*", type=Path, help="of logs, for edge and speeds")
+    add("--seeds", type=int, default=3, metavar="K", help="0 to K - 1 (default: 3)")
+    add("--passes", type=int, default=4, metavar="N", help="at each ELR of a loop (default: 4)")
+    add("--data", default="digits", help="for hold (default: digits)")
+    text = f"for speeds: the loss that says where the ways freeze and melt (default: {CROSSED})"
+    add("--level", type=float, default=CROSSED, metavar="LOSS", help=text)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     table, seeds = Table(args.what), args.seeds

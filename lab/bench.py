@@ -103,7 +103,7 @@ def checks():
         last = f"cuda:{torch.cuda.device_count() - 1}"
         on_last = partial(step_error, "group", torch.float32, "triton", last)
         found[f"step, triton, on {last}"] = on_last, 1e-6
-        found["launches of a step"] = launches, 3
+        found["launches of a step, how many"] = launches, 3
         found["CUDA graph against eager steps"] = graph_error, 1e-4
     return found
 
@@ -112,12 +112,13 @@ def check(found):
     """Is this machine right? A line per check with its error. Returns 1 if one is wrong."""
     set_device(DEVICE)
     wrong = 0
+    print(f"{'the largest error, as a share of what is right':60}{'found':>9}{'allowed':>9}")
     for name, (error_of, most) in found.items():
         print(f"{name:60}", end="", flush=True)  # should it crash, one sees where
         error = error_of()
         right = error <= most  # not if it is nan
         wrong += not right
-        print(f"{error:9.2g}, at most {most:<6.2g} {'ok' if right else 'WRONG'}", flush=True)
+        print(f"{error:9.2g}{most:9.2g} {'ok' if right else 'WRONG'}", flush=True)
     print(f"{wrong} of {len(found)} are WRONG" if wrong else f"all {len(found)} are right")
     return 1 if wrong else 0
 
