@@ -131,7 +131,7 @@ def classify(log, chance=None):
             verdict.why += "; twice the length may decide"
     verdict.skill = next(iter(skills.values()), (nan,))[0]
     if skills and "train_error" not in skills and not angle > RIGHT_ANGLE:
-        verdict.notes += ("judged by the loss: no train_error in [0, 1], or no chance of it",)
+        verdict.notes += ("judged by the loss alone: no train_error in [0, 1], or no chance of it",)
     if skills and isnan(turn) and verdict.regime != "convergence":
         verdict.notes += ("no angle or step: a plateau, floor or slow start looks the same",)
     return verdict

@@ -243,7 +243,7 @@ def test_a_log_of_losses_alone_is_classified_and_says_what_was_missing(kind):
     log = less(of_kind(kind, 60, 0), "train_error", "angle")
     verdict = classify(log, ALONE)
     assert verdict.regime == kind
-    assert "judged by the loss: no train_error in [0, 1], or no chance of it" in verdict.notes
+    assert "judged by the loss alone: no train_error in [0, 1], or no chance of it" in verdict.notes
     verdict = classify(log)  # a row before training is one point: no chance
     assert verdict.regime == ("convergence" if kind == "convergence" else "undecided")
     assert verdict.more_epochs is None and "may decide" not in str(verdict)
@@ -311,7 +311,10 @@ def test_an_error_in_percent_not_logged_or_without_chance_is_left_out():
     for other, chance in ((percent, CHANCE), (rare, CHANCE), (log, ALONE)):
         verdict = classify(other, chance)
         assert verdict.why.startswith("loss ")
-        assert "judged by the loss: no train_error in [0, 1], or no chance of it" in verdict.notes
+        assert (
+            "judged by the loss alone: no train_error in [0, 1], or no chance of it"
+            in verdict.notes
+        )
 
 
 # --- folders, tables, command line
