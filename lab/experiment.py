@@ -71,13 +71,14 @@ def what_next(config, found):
     """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
     just above the boundary of convergence, go on well below it. Then the angle, which needs no
     sweep; these with the step, network, data and --epochs of this one."""
-    commands, shared = [], config.words(STEP, NETWORK, DATA)
-    if "epochs" in config.given and not config.loop:  # of a loop they are those at each ELR
-        shared += ["--epochs", str(config.epochs)]
+    commands, shared, epochs = [], config.words(STEP, NETWORK, DATA), config.epochs
     longer = max(run.verdict.more_epochs or 0 for run in found)
     if longer and config.mode == "elr" and config.constant and not config.average:
         again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
-        commands.append([*again, "--epochs", str(max(longer, 2 * config.epochs))])
+        epochs = max(longer, 2 * config.epochs)
+        commands.append([*again, "--epochs", str(epochs)])
+    if "epochs" in config.given and not config.loop:  # of a loop they are those at each ELR
+        shared += ["--epochs", str(epochs)]
     boundary = regimes.boundaries(found)[0]
     if boundary.seen:
         high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"

@@ -13,7 +13,6 @@ boundary: Sadrtdinov et al., NeurIPS 2024 (arXiv 2410.22113).
 import argparse
 import math
 import sys
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache, partial
@@ -165,7 +164,6 @@ def summarize(folder, device, samples):
     parts, found, last = [], [], {}  # last: of each seed
     for run in runs:
         parts.append([run, *list(figures.second_runs(run).values())[-1:]])
-    tell_time(runs[0].path.with_suffix(".pt"), device, samples, sum(map(len, parts)))
     for both in tqdm(parts, unit="run", disable=None):
         row, run = dict.fromkeys(QUANTITIES, math.nan), both[0]
         row |= {"elr": run.elr, "seed": run.seed, "regime": run.verdict.regime}
@@ -184,16 +182,6 @@ def summarize(folder, device, samples):
         last[run.seed] = row, end
         found.append(row)
     return found
-
-
-def tell_time(path, device, samples, checkpoints):
-    operator = operators(read(path, device), samples)["hessian"]
-    ones = operator @ np.ones(operator.shape[0])  # the first is slower
-    began = time.perf_counter()
-    operator @ ones
-    products = 35  # 22 of ARPACK, and the time of a barrier
-    minutes = checkpoints * products * (time.perf_counter() - began) / 60
-    print(f"{checkpoints} checkpoints: about {minutes:.2g} minutes", file=sys.stderr)
 
 
 def table(rows):

@@ -184,8 +184,8 @@ def test_a_summary_prints_and_draws_all_and_of_dead_runs_nan(ends, tmp_path, cap
         text = (tmp_path / "elr=3e-03.csv").read_text()
         (tmp_path / f"elr={elr:.0e}.csv").write_text(text.replace(",0.003,", f",{elr},"))
     assert landscape.main(f"summary {tmp_path} --samples 32".split()) == 0
-    out, err = capsys.readouterr()
-    assert "9 checkpoints: about " in err and len(out.splitlines()) == 8
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 8
     assert max(map(len, out.splitlines()[:7])) <= 110
     assert (tmp_path / "landscape.png").stat().st_size > 10_000
     found = {(float(row["elr"]), row["seed"]): row for row in read(tmp_path / "landscape.csv")}

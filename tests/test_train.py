@@ -108,7 +108,7 @@ def test_verdict_files_and_what_is_next_are_printed(plain, capsys):
     assert written == f"written: {plain / 'regimes.csv'}, {plain / 'regimes.png'}"
     again = "next: python train.py --elr 0.01 --width 2 --batch-size 256 --threads 1"
     assert longer == f"{again} --out {plain} --epochs 8"
-    assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 256 --epochs 2"
+    assert following == "next: python train.py --angle 0.05 --width 2 --batch-size 256 --epochs 8"
     before = (plain / "elr=1e-02.csv").read_bytes()
     assert run(f"--elr 0.01 {QUICK}", plain) == 0
     out, err = capsys.readouterr()
@@ -413,6 +413,7 @@ def test_each_round_of_refine_bisects_what_is_left(tmp_path, capsys, monkeypatch
     assert run(command, tmp_path / "0") == 0
     *_, then, _ = capsys.readouterr().out.splitlines()
     assert then.startswith("next: python train.py --elr 0.1 --then 0.0001 --width 4 --data modular")
+    assert then.endswith(" --epochs 1")
     for rounds, expected in ((1, {"0.001", "0.01", "0.1"}), (3, {"0.0178", "0.0316"})):
         out = tmp_path / str(rounds)
         assert run(f"{command} --refine {rounds} --max-epochs 50", out) == 0
