@@ -20,11 +20,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MAX_EPS = 0.01  # a larger one is a part of the function
+MAX_EPS = 0.01  # a larger one is part of the function
 
 
 @torch.inference_mode(False)
-@torch.backends.cudnn.flags(enabled=False)  # its BatchNorm takes no eps below 1e-5
+@torch.backends.cudnn.flags(enabled=False)  # it takes no eps below 1e-5
 def scale_invariant_groups(net, batch, rows=False):
     """The minimal sets of trainable parameters that are jointly scale invariant, as lists of names.
 
@@ -33,7 +33,7 @@ def scale_invariant_groups(net, batch, rows=False):
     derivatives at random ones, in float64 and without eps, are a matrix with a column per tensor.
     In its null space is the indicator vector of each such set; it is verified by multiplying.
 
-    net     any network; a copy of it is measured, in training mode
+    net     any network; a copy is measured, in training mode
     batch   a tensor of at least two inputs
     rows    take sets of matrices each of whose rows may have a factor of its own
 
@@ -55,7 +55,7 @@ def scale_invariant_groups(net, batch, rows=False):
 
 
 def logits(net, inputs, out):
-    """A forward hook: of several parts of an output that which is called logits, or the first."""
+    """A forward hook: of an output of several parts the logits, or the first."""
     out = out.get("logits", out) if isinstance(out, dict) else getattr(out, "logits", out)
     if isinstance(out, tuple | list):
         out = out[0]
@@ -71,26 +71,29 @@ def place(x):
 
 class _Trial(TorchDispatchMode):
     """A copy of a network that is run with other weights; `with self` in one type of numbers, also
-    behind a .float() as of Llama, and without the eps of normalizations, which break invariance a
-    little: 1e-18 for 1e-3 in x / (x.norm() + 1e-3)."""
+    behind a .float() as of Llama, and without the eps of normalizations: 1e-18 for 1e-3
+    in x / (x.norm() + 1e-3)."""
 
     def __init__(self, net, batch, rows, dtype):
         super().__init__()
-        self.originals, copies = set(), {}  # copies: where deepcopy fails
+        self.originals, copies = set(), {}  # where deepcopy fails
         for x in tree_leaves([vars(module) for module in net.modules()]):
             if is_lazy(x):
                 copies[id(x)] = type(x)(x.requires_grad, x.device, x.dtype)
             elif isinstance(x, Tensor):
                 self.originals |= {place(x)} - {0}
-                if not x.is_leaf:  # kept of a pass
+                if not x.is_leaf:  # of a pass
                     copies[id(x)] = x.detach().clone()
-        self.net = deepcopy(net, copies)
+        try:
+            self.net = deepcopy(net, copies)
+        except Exception as error:
+            raise ValueError(f"the network cannot be copied: {error}") from error
         for module in {*net.modules()} & {*self.net.modules()}:
             raise ValueError(f"{type(module).__name__}.__deepcopy__ makes no copy")
         self.net.to(dtype).train()
         self.tolerance = 1e-6 if dtype == torch.float64 else 1e-3
         self.batch, self.rows, self.dtype, self.start = batch.detach(), rows, dtype, []
-        self.outputs(0)  # lazy layers get their shapes
+        self.outputs(0)  # shapes of lazy layers
         self.start = [(x, x.data) for x in (*self.net.parameters(), *self.net.buffers())]
         named = self.net.named_parameters()
         self.named = [(n, p) for n, p in named if p.requires_grad and (p.dim() > 1 or not rows)]
@@ -113,13 +116,13 @@ class _Trial(TorchDispatchMode):
         used = self.sizes.max(0) > self.tolerance**2  # else rounding
         if not used.any():
             raise ValueError("its logits depend on no weight that is trained")
-        found = []  # matrices first: a later check is told of those with a wrong gradient
+        found = []  # matrices first: a later check sees wrong gradients
         for i, p in enumerate(self.params):
             if used[i] and p.dim() > 1 and self.unchanged([i]):
                 found.append([i])
                 used[i] = False
         n, numel = len(used), np.array([p.numel() for p in self.params])
-        space = LinearConstraint(right[:rank], -1e-3, 1e-3)  # of vectors of 0 and 1
+        space = LinearConstraint(right[:rank], -1e-3, 1e-3)
         rules = [space, LinearConstraint(np.ones(n), 1)]  # not the empty set
         cost = 1 - numel / (2 * numel.sum()) + 0.01 * np.arange(n) / n**2
         options = dict(c=cost, integrality=1, bounds=Bounds(0, used), options={"mip_rel_gap": 0})
@@ -150,7 +153,7 @@ class _Trial(TorchDispatchMode):
 
     def unchanged(self, chosen):
         """Whether the logits stay when these tensors, or their rows, are multiplied."""
-        seed = int(self.sizes[:, chosen].sum(1).argmax())  # where they are in use
+        seed = int(self.sizes[:, chosen].sum(1).argmax())  # where they are used
         found = []
         for factor in (0.5, 8.0, 0.25, 1.0):  # ends as before
             for i in chosen:

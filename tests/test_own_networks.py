@@ -4,6 +4,7 @@ import os
 import random
 import re
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -660,6 +661,10 @@ class Same(nn.Dropout):
         return self
 
 
+def locked(net):
+    net.lock = threading.Lock()
+
+
 def uncopied(net):
     net[2] = Same().eval()
 
@@ -677,6 +682,7 @@ def detached(net):
     [
         (closure, "a copy of it computes with the original: make lambdas methods"),
         (statistics, "a copy of it computes with the original: make lambdas methods"),
+        (locked, "the network cannot be copied: cannot pickle '_thread.lock' object"),
         (uncopied, "Same.__deepcopy__ makes no copy"),
         (broken, "its weights or gradients are nan or infinite"),
         (detached, "its logits depend on no weight that is trained"),
