@@ -93,7 +93,7 @@ class _Trial(TorchDispatchMode):
         self.net.to(dtype).train()
         self.tolerance = 1e-6 if dtype == torch.float64 else 1e-3
         self.batch, self.rows, self.dtype, self.start = batch.detach(), rows, dtype, []
-        self.outputs(0)  # shapes of lazy layers
+        self.outputs(0)  # for lazy layers
         self.start = [(x, x.data) for x in (*self.net.parameters(), *self.net.buffers())]
         named = self.net.named_parameters()
         self.named = [(n, p) for n, p in named if p.requires_grad and (p.dim() > 1 or not rows)]
@@ -139,8 +139,8 @@ class _Trial(TorchDispatchMode):
         """⟨∂f/∂p, p⟩ and ‖∂f/∂p‖‖p‖ of each tensor p [2, n], at random weights and direction."""
         for x, start in self.start:
             if x.requires_grad:  # a bias of 0 has symmetries
-                size = 0.1 * start.square().mean().sqrt() + 0.01
-                x.data = start + size * torch.randn_like(start)
+                size = 0.4 * start.square().mean().sqrt() + 0.04
+                x.data = start + size * (torch.rand_like(start) - 0.5)
         out, found = self.outputs(seed), np.zeros((2, len(self.params)))
         if out.requires_grad:
             with self:
