@@ -90,11 +90,11 @@ def legs(logs, column):
 
 def noise(y):
     """Standard error of each point of a leg [n]: of third differences, which see no smooth curve,
-    the median over the five nearest."""
+    the median over the five nearest, or over all if that is larger."""
     rough = np.abs(np.diff(y, 3)) / (0.6745 * math.sqrt(20))
     middles = np.arange(len(rough)) + 1.5
     nearest = [np.argsort(np.abs(middles - i), kind="stable")[:5] for i in range(len(y))]
-    return np.array([np.median(rough[near]) for near in nearest])
+    return np.maximum([np.median(rough[near]) for near in nearest], np.median(rough))
 
 
 def middle(interval):
