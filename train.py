@@ -38,13 +38,18 @@ from lab.schedules import value_at
 from sphere_step import SphereSGD
 
 
+def loss_of(logits, y):
+    """What is minimized, and measured at random weights."""
+    return F.cross_entropy(logits, y)
+
+
 def train_step(run, index, move=True):
     """One step on the training inputs at these indices [batch]; without `move` only measured.
     Returns loss, wrong [batch] and the sums from which the sphere's statistics follow."""
     config = run.config
     x, y = run.data.inputs(index, config.augment), run.data.y[index]
     logits = measure.logits_of(run.net, x, config.dtype)
-    loss = F.cross_entropy(logits, y)
+    loss = loss_of(logits, y)
 
     run.net.zero_grad(set_to_none=not config.graph)  # a CUDA graph knows gradients by address
     loss.backward()
@@ -64,9 +69,6 @@ def train(run, tell):
     """The epochs that are left, from the checkpoint on: each is a pass over the training set, rows
     in the logs, and a checkpoint. Returns whether there were any. tell: see jobs.Watch.tell."""
     run.load()
-    run.prolong()
-    if run.finished():
-        return False
     config, net, data = run.config, run.net, run.data
     began = time.perf_counter() - run.seconds
     last_epoch = run.epoch if run.started else None
@@ -77,6 +79,9 @@ def train(run, tell):
         step = Captured(step)
 
     with closing(log), closing(layer_log), own.running(config.model):
+        run.prolong()
+        if run.finished():
+            return False
         while not run.finished():
             run.set_lr()
             net.train()
@@ -253,7 +258,7 @@ def measure_chance(experiment, seeds):
         if str(seed) not in chances:
             with own.running(config.model):
                 run = Run(experiment, runs.Job(1.0, seed, None, ""))
-                chances[str(seed)] = measure.chance(run, seed)
+                chances[str(seed)] = measure.chance(run, seed, loss_of)
     runs.add_to_config(config.out, chance=chances)
 
 

@@ -53,10 +53,11 @@ class Loop:
         for name, sentence in SAYS.items():
             if getattr(self, name):
                 lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
+        slower = f"--epochs {4 * self.passes} goes through it more slowly"
         no = "no freezing shown: where the weights come to rest, the loss falls gently, or is noisy"
         if self.freezes:
-            slower = f"--epochs {4 * self.passes} goes through it more slowly"
-            no = "" if self.metastable else f"no metastable state at this speed; {slower}"
+            no = "no metastable state at this speed"
+        no = "" if self.metastable else f"{no}; {slower}"
         return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or no]))
 
 

@@ -1,5 +1,6 @@
 """What is measured of a network: loss, error, chance, averaged weights, points on its spheres."""
 
+import math
 from copy import deepcopy
 from operator import attrgetter  # ScriptModules have no get_parameter
 
@@ -19,11 +20,6 @@ def logits_of(net, x, dtype="fp32"):
         with torch.autocast(x.device.type, torch.bfloat16):
             return net(x).float()
     return net(x)
-
-
-def loss_and_error(logits, y):
-    """Of a batch; the error is the share of wrong predictions, float64."""
-    return F.cross_entropy(logits, y), (logits.argmax(1) != y).double().mean()
 
 
 class Means:
@@ -51,6 +47,8 @@ class Means:
         if self.plain_sgd:
             group = self.plain_sgd.param_groups[0]
             lr = group["lr"] / (1 - group.get("momentum", 0))
+            if not isinstance(self.plain_sgd, torch.optim.SGD):
+                lr *= math.nan  # of another's steps sphere_step.watch knows it
             for found, norm in ((stats, "radius"), (layers, "norm")):
                 found["elr"] = lr / found[norm] ** 2
                 found["angle"] = (found["elr"] * found["grad_norm"]).atan()
@@ -88,9 +86,8 @@ class Means:
 def evaluated(net, inputs, y, dtype):
     """Mean loss and error over batches of inputs, with BatchNorm's running statistics."""
     net.eval()
-    logits = [logits_of(net, x, dtype) for x in inputs]
-    loss, error = loss_and_error(torch.cat(logits), y)
-    return loss.item(), error.item()
+    logits = torch.cat([logits_of(net, x, dtype) for x in inputs])
+    return F.cross_entropy(logits, y).item(), (logits.argmax(1) != y).double().mean().item()
 
 
 def on_test_set(net, data, dtype):
@@ -171,10 +168,10 @@ def angles(some, others):
 
 
 @torch.no_grad()
-def chance(run, seed):
+def chance(run, seed, loss_of):
     """Mean and deviation of loss and error on a batch, over random points of the run's spheres, to
     which its network is moved. stepped: the same after a step of 90° along the gradient of another
-    batch. constant: of the best constant prediction."""
+    batch. constant: of the best constant prediction. loss_of: of logits and y."""
     net, data, config = run.net.train(), run.data, run.config
     generator = torch.Generator().manual_seed(seed)
     values, stepped = [], []
@@ -182,7 +179,8 @@ def chance(run, seed):
     def on_batch():
         order = torch.randperm(len(data.x), generator=generator)
         index = order[: config.batch_size].to(config.device)
-        return loss_and_error(logits_of(net, data.inputs(index), config.dtype), data.y[index])
+        logits, y = logits_of(net, data.inputs(index), config.dtype), data.y[index]
+        return loss_of(logits, y), (logits.argmax(1) != y).double().mean()
 
     def move_along(directions):
         for p, direction in zip(run.sphere_weights, directions, strict=True):
@@ -203,9 +201,7 @@ def chance(run, seed):
             stepped.append(on_batch())
 
     share = F.one_hot(data.y, data.classes).double().mean(0)
-    constant = {"train_loss": -share.xlogy(share).sum().item()}
-    constant["train_error"] = 1 - share.max().item()
-    found = _summary(values) | {"constant": constant}
+    found = _summary(values) | {"constant": {"train_error": 1 - share.max().item()}}
     if len(stepped) > 1:
         found["stepped"] = _summary(stepped)
     return found

@@ -130,7 +130,7 @@ def open_folder(out, identity, contents, given):
             if not [old for pattern in LOGS for old in out.glob(pattern)]:
                 about = {}
             elif "contents" not in about:
-                note = "Version 0.4 has changed things"
+                note = "config.json is missing, or of version 0.3"
             else:
                 note = difference(about["options"], identity)
                 if note and given:
@@ -210,6 +210,10 @@ def load_checkpoint(path, device, identity=None, contents=None):
     """A checkpoint, with its `checksum`; None if there is none. Raises ValueError where it is
     damaged or, if this is asked, of another run."""
     if not path.exists():
+        log = path.with_suffix(".csv")
+        if log.exists() and log.read_bytes().count(b"\n") > 2:  # more than the row before training
+            cure = "to train anew, move it away or remove it"
+            raise ValueError(f"{log} is there without its checkpoint {path.name}: {cure}")
         return None
     content = path.read_bytes()
     content, checksum = content[:-32], content[-32:]
@@ -296,7 +300,8 @@ class Log:
             self._open(_rows_up_to(path, last_epoch))
 
     def _open(self, content=b""):
-        regimes.write_whole(self.path, content)
+        if not content or self.path.read_bytes() != content:
+            regimes.write_whole(self.path, content)
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows):

@@ -174,8 +174,8 @@ def test_the_figure_is_renewed_within_a_twentieth_of_the_time(tmp_path, monkeypa
 
 
 def test_a_loss_that_is_not_finite_ends_that_run_alone(tmp_path, capsys, monkeypatch):
-    def poisoned(run, seed):  # after the network was tried
-        found = chance(run, seed)
+    def poisoned(run, *args):  # after the network was tried
+        found = chance(run, *args)
         run.data.std[:] = math.nan
         return found
 
@@ -483,6 +483,20 @@ def test_lr_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain):
         assert elr * norm**2 == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
 
 
+def test_of_another_optimizer_no_elr_and_no_angle_is_claimed(tmp_path, capsys, monkeypatch):
+    def with_adam(self):
+        make_optimizer(self)
+        self.plain_sgd = torch.optim.Adam(self.sphere_weights, self.value)
+
+    make_optimizer = train.Run.make_optimizer
+    monkeypatch.setattr(train.Run, "make_optimizer", with_adam)
+    assert run(f"{QUICK} --lr 1e-3 --epochs 2", tmp_path) == 0
+    rows = log(tmp_path, "lr=1e-03")
+    assert all(math.isnan(row["elr"]) and math.isnan(row["angle"]) for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert "nan" not in capsys.readouterr().out.partition("written")[0]
+
+
 def test_an_angle_is_turned_by_and_logs_the_elr_that_follows(tmp_path):
     assert run(f"--angle 0.1 {QUICK} --batch-size 128 --epochs 5", tmp_path) == 0
     rows = log(tmp_path, "angle=1e-01")
@@ -572,6 +586,24 @@ def test_more_epochs_are_those_of_a_straight_run(tmp_path, command):
             file.write(row)
     assert run(f"{command} --epochs 2", tmp_path / "parts") == 0
     equal_runs(tmp_path / "whole", tmp_path / "parts", name)
+
+
+@pytest.mark.parametrize("lost", ["row", "csv", "pt"])
+def test_of_a_finished_run_nothing_that_is_lost_is_passed_over(plain, tmp_path, capsys, lost):
+    out = shutil.copytree(plain, tmp_path / "run")
+    path = out / "elr=1e-02.csv"
+    if lost == "row":
+        first, *others = path.read_text().splitlines(keepends=True)
+        path.write_text(first + "".join(others[:-2] + others[-1:]))
+    elif lost == "csv":
+        path.unlink()
+    else:
+        path.with_suffix(".pt").unlink()
+    before = {name: content for name, content in files(out).items() if "elr=" in name}
+    assert run(f"--elr 0.01 {QUICK}", out) == 1
+    out_text, told = capsys.readouterr()
+    assert "already done" not in out_text and "remove" in told and path.stem in told
+    assert files(out) | before == files(out)
 
 
 @pytest.mark.parametrize("way", OTHERWISE.split("|"))
