@@ -30,7 +30,7 @@ SAYS = {
     "reversible": "reversible from {} to {}: up and down have the same loss",
     "metastable": "metastable from {} to {}: frozen on the way up, not on the way down",
 }
-LOWER = "begin at a lower one, --loop LO HI N"
+LOWER, HIGHER = "begin at a lower one, --loop LO HI N", "begin at a larger one, --loop LO HI N"
 FROZEN = "frozen on the way up to the end"
 
 
@@ -179,6 +179,9 @@ def of_mean(logs, chance):
     if all({"angle", "step"} <= log.keys() for log in logs):
         steps = found.passes * np.diff(logs[0]["step"]).mean()
         turn = legs(logs, "angle")[1][0] * math.sqrt(steps)
+        if turn[-2:].min() < TURN:  # that fall may be the first learning
+            found.problem = f"no freezing shown: it hardly moves from the first ELRs on, {HIGHER}"
+            return found
         slope[turn[:-1] > TURN] = -math.inf
     margin = np.hypot(error[0, 1:], error[0, :-1]) / width
     steepest = slope.argmax()

@@ -22,17 +22,23 @@ def logits_of(net, x, dtype="fp32"):
     return net(x)
 
 
-class Means:
-    """What an epoch's steps were like on average; the host seldom waits for the device. plain_sgd
-    makes the steps, where sphere_sgd only measures."""
+def last_step(run):
+    """What `Means` takes of the last step."""
+    meters = [meter.last for meter in run.meters if meter.last is not None]
+    return [*run.sphere_sgd.last, *meters]
 
-    def __init__(self, sphere_sgd, plain_sgd=None):
-        self.sphere_sgd, self.plain_sgd = sphere_sgd, plain_sgd
+
+class Means:
+    """What an epoch's steps of a run were like on average; the host seldom waits for the device.
+    Where run.plain_sgd makes them, sphere_sgd only measures, and run.meters the angles."""
+
+    def __init__(self, run):
+        self.sphere_sgd, self.plain_sgd = run.sphere_sgd, run.plain_sgd
         self.kept, self.steps = [], 0
         self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
     def add(self, *step):
-        """loss, wrong [batch], and `sphere_sgd.last`."""
+        """loss, wrong [batch], `sphere_sgd.last`, and what `meters` say."""
         self.kept.append(step)
         if len(self.kept) == KEPT:
             self._sum_up()
@@ -40,18 +46,21 @@ class Means:
     def _sum_up(self):
         if not self.kept:
             return
-        losses, wrong, *last = (torch.stack(x) for x in zip(*self.kept, strict=True))
+        kept = map(torch.stack, zip(*self.kept, strict=True))
+        losses, wrong, sums, rules, *metered = kept
         self.steps += len(self.kept)
-        self.kept = []
+        self.kept, last = [], (sums, rules)
         stats, layers = self.sphere_sgd.stats(last), self.sphere_sgd.layer_stats(last)
         if self.plain_sgd:
             group = self.plain_sgd.param_groups[0]
-            lr = group["lr"] / (1 - group.get("momentum", 0))
-            if not isinstance(self.plain_sgd, torch.optim.SGD):
-                lr *= math.nan  # of another's steps sphere_step.watch knows it
+            lr = group["lr"] if isinstance(self.plain_sgd, torch.optim.SGD) else math.nan
             for found, norm in ((stats, "radius"), (layers, "norm")):
-                found["elr"] = lr / found[norm] ** 2
-                found["angle"] = (found["elr"] * found["grad_norm"]).atan()
+                first_elr = lr / found[norm] ** 2
+                found["elr"] = first_elr / (1 - group.get("momentum", 0))
+                found["angle"] = (first_elr * found["grad_norm"]).atan()  # of a first step
+        if metered:
+            stats["angle"] = torch.stack([x[:, 1, 0] for x in metered], 1)
+            layers["angle"] = torch.cat([x[:, 1, 1:] for x in metered], 1)
         if self.sphere_sgd.defaults["angle"]:  # of the means: in some steps γ is next to 0
             elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
             stats["elr"] = elr.expand_as(stats["elr"])
@@ -114,18 +123,8 @@ def on_average(averaged, net, spheres, data, dtype):
     return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
 
 
-def spheres_of(layer_groups, sphere):
-    """The spheres: the `names` of their tensors; with `rows` each row of the one is a sphere."""
-    names = [name for group in layer_groups for name in group]
-    if sphere == "row":
-        return [{"names": [name], "rows": True} for name in names]
-    if sphere == "network":
-        layer_groups = [names]
-    return [{"names": names, "rows": False} for names in layer_groups]
-
-
 def tensors(net, sphere):
-    """The tensors of an entry of `spheres_of`."""
+    """The tensors of an entry of groups.spheres_of."""
     return [attrgetter(name)(net) for name in sphere["names"]]
 
 

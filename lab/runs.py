@@ -26,7 +26,7 @@ import torch
 
 import regimes
 from lab.contents import ROOT, changed
-from lab.loop import classify_loop, is_loop
+from lab.loop import LOWER, classify_loop, is_loop
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
@@ -90,6 +90,8 @@ def result(path):
         zeros = f"; the weights of {', '.join(names)} became 0: nothing learns after that"
     if is_loop(run.log):
         return f"{classify_loop([run.log], run.chance)}{zeros}"
+    if run.verdict.broken and path.name.startswith("loop="):
+        return f"{run.verdict}: {LOWER}"
     if run.verdict.moves:
         loss, elr = run.final("train_loss"), run.log["elr"]
         return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}{zeros}"

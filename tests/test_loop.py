@@ -151,6 +151,34 @@ def test_what_a_coarse_grid_cannot_show_is_no_agreement_and_no_melting_below_fre
     assert not found.melts or found.melts[1] > found.freezes[0]
 
 
+def test_the_first_learning_is_no_freezing():
+    down = [
+        0.705,
+        0.065,
+        0.036,
+        0.027,
+        0.022,
+        0.02,
+        0.019,
+        0.018,
+    ]  # as of --loop 1e-4 2e-3 8 on digits
+    up = [0.018, 0.017, 0.017, 0.016, 0.015, 0.014, 0.013]
+    elrs = grid(1e-4, 2e-3, 8)
+    log = {
+        "elr": np.array([2e-3, *elrs[::-1], *elrs[1:]]),
+        "train_loss": np.array([6.5, *down, *up]),
+        "angle": np.array([0.03, 0.08, *np.geomspace(0.02, 2e-4, 14)]),
+    }
+    log["epoch"] = np.arange(16.0)
+    log["step"] = 89 * log["epoch"]
+    chance = {"train_loss": {"mean": 6.5}}
+    found = classify_loop([log], chance)
+    assert not (found.freezes or found.melts or found.metastable or found.unmelted)
+    assert "begin at a larger one" in str(found)
+    log["angle"][1:3] = 0.2  # it hovers there
+    assert classify_loop([log], chance).freezes
+
+
 def test_a_network_that_dies_is_not_told_to_train_longer():
     log, chance, _ = made(np.random.default_rng(0), "never learned")
     log["grad_norm"] = np.where(log["epoch"] < 3, 1.0, 0.0)
