@@ -314,7 +314,7 @@ class Log:
         size, content = os.fstat(self.file).st_size, regimes.csv_lines(lines)
         if os.write(self.file, content) < len(content):  # the disk is full
             os.ftruncate(self.file, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self):
         if self.file is not None:
