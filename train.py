@@ -1,7 +1,7 @@
 """Train a scale-invariant network on the sphere and name its regime.
 
     python train.py --elr 0.01                one run at this effective learning rate (ELR)
-    python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced (the default)
+    python train.py --sweep 1e-4 1 13         13 ELRs, log-spaced
     python train.py --loop                    one run down 25 ELRs and up again
     python train.py --angle 0.05              an angle per step: no ELR
     python train.py --lr 0.05 --wd 5e-3       plain SGD, and its ELR
@@ -31,11 +31,17 @@ import regimes
 from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.experiment import prepare, what_next
+from lab.groups import spheres_of
 from lab.jobs import Watch, heed_stops, side_by_side
-from lab.machine import Captured, keep_memory, set_device
+from lab.machine import Captured, set_device
 from lab.options import parse
 from lab.schedules import value_at
-from sphere_step import SphereSGD
+from sphere_step import SphereSGD, watch
+
+
+def loss_of(logits, y):
+    """Minimized, and measured at random weights."""
+    return F.cross_entropy(logits, y)
 
 
 def train_step(run, index, move=True):
@@ -44,7 +50,7 @@ def train_step(run, index, move=True):
     config = run.config
     x, y = run.data.inputs(index, config.augment), run.data.y[index]
     logits = measure.logits_of(run.net, x, config.dtype)
-    loss = F.cross_entropy(logits, y)
+    loss = loss_of(logits, y)
 
     run.net.zero_grad(set_to_none=not config.graph)  # a CUDA graph knows gradients by address
     loss.backward()
@@ -57,16 +63,13 @@ def train_step(run, index, move=True):
         # What lies in .grad is the direction of the step: change it here.
         optimizer = run.plain_sgd or run.sphere_sgd
         optimizer.step()
-    return loss.detach(), logits.detach().argmax(1) != y, *run.sphere_sgd.last
+    return loss.detach(), logits.detach().argmax(1) != y, *measure.last_step(run)
 
 
 def train(run, tell):
     """The epochs that are left, from the checkpoint on: each is a pass over the training set, rows
-    in the logs, and a checkpoint. Returns whether there were any. tell: see jobs.Watch.tell."""
+    in the logs, and a checkpoint. Returns whether any were. tell: jobs.Watch.tell."""
     run.load()
-    run.prolong()
-    if run.finished():
-        return False
     config, net, data = run.config, run.net, run.data
     began = time.perf_counter() - run.seconds
     last_epoch = run.epoch if run.started else None
@@ -77,10 +80,12 @@ def train(run, tell):
         step = Captured(step)
 
     with closing(log), closing(layer_log), own.running(config.model):
+        run.prolong()
+        worked = not run.finished()
         while not run.finished():
             run.set_lr()
             net.train()
-            means = measure.Means(run.sphere_sgd, run.plain_sgd)
+            means = measure.Means(run)
             indices = batches(len(data.x), config.batch_size, run.order, config.device)
             if run.started:
                 for index in indices:
@@ -111,7 +116,7 @@ def train(run, tell):
             shown = "loss {train_loss:.3g}, error {train_error:.3g}, γ {grad_norm:.3g}"
             tell("epoch", run.name, run.epoch, run.epochs, shown.format(**row))
             run.prolong()
-    return True
+    return worked
 
 
 def before_training(run, indices, means):
@@ -139,9 +144,9 @@ class Run:
         if job.init:
             self.net.load_state_dict(job.init["net"])
         self.began_from = job.init and job.init["checksum"]  # the end of another run
-        self.spheres = measure.spheres_of(layer_groups, config.sphere)
+        self.spheres = spheres_of(layer_groups, config.sphere)
         self.make_optimizer()
-        self.start = measure.vectors(self.net, self.spheres)  # float64, per sphere
+        self.start = measure.vectors(self.net, self.spheres)
         self.order = torch.Generator().manual_seed(job.seed)  # of the batches
         self.generators = [self.order, torch.default_generator, *torch.cuda.default_generators]
         self.averaged = AveragedModel(self.net) if config.average else None
@@ -150,7 +155,7 @@ class Run:
         self.seconds, self.ended = 0.0, False
 
     def make_optimizer(self):
-        """What is scale invariant on spheres, the rest by plain SGD. With --lr all by torch's SGD,
+        """Scale-invariant weights on spheres, the rest by plain SGD; with --lr all by torch's SGD,
         and the spheres only measure."""
         config, value = self.config, self.value
         groups = []
@@ -161,9 +166,10 @@ class Run:
         trained = [p for p in self.net.parameters() if p.requires_grad]
         rest = [p for p in trained if p not in set(self.sphere_weights)]
         momentum, angle = config.momentum or 0.0, config.mode == "angle"
-        self.plain_sgd = None
+        self.plain_sgd, self.meters = None, []
         if config.mode == "lr":
             self.plain_sgd = torch.optim.SGD(trained, value, momentum, weight_decay=config.wd or 0)
+            self.meters = [watch(self.plain_sgd, group["params"]) for group in groups]
             momentum = 0.0
         elif rest:
             group = dict(params=rest, sphere=None)
@@ -253,7 +259,7 @@ def measure_chance(experiment, seeds):
         if str(seed) not in chances:
             with own.running(config.model):
                 run = Run(experiment, runs.Job(1.0, seed, None, ""))
-                chances[str(seed)] = measure.chance(run, seed)
+                chances[str(seed)] = measure.chance(run, seed, loss_of)
     runs.add_to_config(config.out, chance=chances)
 
 
@@ -266,7 +272,6 @@ def main(argv=None):
     seeds = range(config.seed, config.seed + config.seeds)
     try:
         experiment = prepare(config)
-        keep_memory()
         measure_chance(experiment, seeds)
         report = figures.Report(config)
         for _ in range(1 + config.refine):

@@ -205,7 +205,7 @@ def largest_share(model, dtype):
     config = argparse.Namespace(batch_size=16, dtype=dtype)
     for width in (4, 16, 64) if model == "transformer" else (1, 2, 3, 4, 8, 16):
         net = models.build(model, data, width=width).to(DEVICE)
-        spheres = measure.spheres_of(net.layer_groups, "layer")
+        spheres = groups.spheres_of(net.layer_groups, "layer")
         shares = groups.radial_shares(net, spheres, data, config)
         worst = max(worst, shares.max().item())
     return worst
@@ -315,7 +315,7 @@ def time_iteration(repetitions):
         kept = [train.train_step(run, index) for _ in range(89)]
 
         def statistics(run=run, kept=kept):
-            means = measure.Means(run.sphere_sgd)
+            means = measure.Means(run)
             for step in kept:
                 means.add(*step)
             return means.row()

@@ -11,7 +11,7 @@ from lab import own
 from lab.contents import contents
 from lab.data import Data, add_label_noise, load
 from lab.groups import layer_groups
-from lab.machine import choose_threads, cores
+from lab.machine import choose_threads, cores, keep_memory
 from lab.options import COURSE, DATA, MACHINE, NETWORK, RUNS, STEP, Config, refuse, refusing
 from lab.runs import add_to_config, open_folder
 
@@ -46,6 +46,7 @@ def prepare(config):
         add_to_config(config.out, **about)
     if note:
         print(note, file=sys.stderr)  # the ranks of torchrun but the first have no stdout
+    keep_memory()
     return Experiment(config, data, groups, made_by)
 
 

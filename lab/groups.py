@@ -12,13 +12,23 @@ from lab import own
 from lab.data import batches
 from lab.invariance import MAX_EPS, scale_invariant_groups
 from lab.machine import set_device
-from lab.measure import logits_of, spheres_of, vectors
+from lab.measure import logits_of, vectors
 
 # What share of a gradient may point along the weights: by rounding, and by the eps of others'
 # normalizations. docs/guide.md has the measurements.
 ROUNDING = {"fp32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
 EPS_SHARE = 3e-3
 ROW_SHARE = 0.03  # mean |radial| of single rows; of those that are not scale invariant 0.1 and more
+
+
+def spheres_of(layer_groups, sphere):
+    """The spheres: the `names` of their tensors; with `rows` each row of the one is a sphere."""
+    names = [name for group in layer_groups for name in group]
+    if sphere == "row":
+        return [{"names": [name], "rows": True} for name in names]
+    if sphere == "network":
+        layer_groups = [names]
+    return [{"names": names, "rows": False} for names in layer_groups]
 
 
 def layer_groups(config, data):

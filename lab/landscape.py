@@ -35,7 +35,7 @@ from lab.runs import load_checkpoint, number
 
 @dataclass
 class Point:
-    """A checkpoint; `spheres` as measure.spheres_of gives them."""
+    """A checkpoint; `spheres` as groups.spheres_of gives them."""
 
     path: Path
     net: nn.Module

@@ -1,9 +1,10 @@
 """A run whose ELR falls along a grid and rises again: where does it freeze, melt and diverge? From
 the log alone; from those of several seeds more precisely.
 
-On the way down a network freezes where log loss falls most steeply against log ELR. On the way up
-it melts where the loss leaves the level that it had when frozen. Where the two ways agree the state
-does not depend on the past. docs/findings.md has the measurements behind the thresholds.
+On the way down a network freezes where log loss falls most steeply against log ELR, to where the
+weights hardly turn any more. On the way up it melts where the loss leaves the level that it had
+when frozen. Where the two ways agree the state does not depend on the past. docs/findings.md has
+the measurements behind the thresholds.
 """
 
 import glob
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from regimes import FLOORS, MIN_TAIL, NEGLIGIBLE, NUMBER, Z99, read_run
+from regimes import FLOORS, MIN_TAIL, NEGLIGIBLE, NUMBER, TURN, Z99, read_run
 
 SHARP = 1.5  # slope of log loss against log ELR where a network freezes; a level has 1 at most
 LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
@@ -29,7 +30,7 @@ SAYS = {
     "reversible": "reversible from {} to {}: up and down have the same loss",
     "metastable": "metastable from {} to {}: frozen on the way up, not on the way down",
 }
-LOWER = "begin at a lower one, --loop LO HI N"
+LOWER, HIGHER = "begin at a lower one, --loop LO HI N", "begin at a larger one, --loop LO HI N"
 FROZEN = "frozen on the way up to the end"
 
 
@@ -52,10 +53,11 @@ class Loop:
         for name, sentence in SAYS.items():
             if getattr(self, name):
                 lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
-        no = "no freezing shown: where the loss falls steeply, if at all, the noise is larger"
+        slower = f"--epochs {4 * self.passes} goes through it more slowly"
+        no = "no freezing shown: where the weights come to rest, the loss falls gently, or is noisy"
         if self.freezes:
-            slower = f"--epochs {4 * self.passes} goes through it more slowly"
-            no = "" if self.metastable else f"no metastable state at this speed; {slower}"
+            no = "no metastable state at this speed"
+        no = "" if self.metastable else f"{no}; {slower}"
         return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or no]))
 
 
@@ -89,11 +91,11 @@ def legs(logs, column):
 
 def noise(y):
     """Standard error of each point of a leg [n]: of third differences, which see no smooth curve,
-    the median over the five nearest."""
+    the median over the five nearest, or over all if that is larger."""
     rough = np.abs(np.diff(y, 3)) / (0.6745 * math.sqrt(20))
     middles = np.arange(len(rough)) + 1.5
     nearest = [np.argsort(np.abs(middles - i), kind="stable")[:5] for i in range(len(y))]
-    return np.array([np.median(rough[near]) for near in nearest])
+    return np.maximum([np.median(rough[near]) for near in nearest], np.median(rough))
 
 
 def middle(interval):
@@ -170,9 +172,17 @@ def of_mean(logs, chance):
         found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
         return found
 
-    # Freezing: the steepest fall, and what noise may hide beside it
+    # Freezing: the steepest fall to a loss at which the weights hardly turn any more, and what
+    # noise may hide beside it. Falls among larger turns lead from divergence to equilibrium.
     width = np.diff(np.log(elrs))
     slope = np.diff(y[0]) / width
+    if all({"angle", "step"} <= log.keys() for log in logs):
+        steps = found.passes * np.diff(logs[0]["step"]).mean()
+        turn = legs(logs, "angle")[1][0] * math.sqrt(steps)
+        if turn[-2:].min() < TURN:  # that fall may be the first learning
+            found.problem = f"no freezing shown: it hardly moves from the first ELRs on, {HIGHER}"
+            return found
+        slope[turn[:-1] > TURN] = -math.inf
     margin = np.hypot(error[0, 1:], error[0, :-1]) / width
     steepest = slope.argmax()
     if slope[steepest] - Z99 * margin[steepest] < SHARP:

@@ -1,5 +1,6 @@
 """What is measured of a network: loss, error, chance, averaged weights, points on its spheres."""
 
+import math
 from copy import deepcopy
 from operator import attrgetter  # ScriptModules have no get_parameter
 
@@ -21,22 +22,23 @@ def logits_of(net, x, dtype="fp32"):
     return net(x)
 
 
-def loss_and_error(logits, y):
-    """Of a batch; the error is the share of wrong predictions, float64."""
-    return F.cross_entropy(logits, y), (logits.argmax(1) != y).double().mean()
+def last_step(run):
+    """What `Means` takes of the last step."""
+    meters = [meter.last for meter in run.meters if meter.last is not None]
+    return [*run.sphere_sgd.last, *meters]
 
 
 class Means:
-    """What an epoch's steps were like on average; the host seldom waits for the device. plain_sgd
-    makes the steps, where sphere_sgd only measures."""
+    """What an epoch's steps of a run were like on average; the host seldom waits for the device.
+    Where run.plain_sgd makes them, sphere_sgd only measures, and run.meters the angles."""
 
-    def __init__(self, sphere_sgd, plain_sgd=None):
-        self.sphere_sgd, self.plain_sgd = sphere_sgd, plain_sgd
+    def __init__(self, run):
+        self.sphere_sgd, self.plain_sgd = run.sphere_sgd, run.plain_sgd
         self.kept, self.steps = [], 0
         self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
     def add(self, *step):
-        """loss, wrong [batch], and `sphere_sgd.last`."""
+        """loss, wrong [batch], `sphere_sgd.last`, and what `meters` say."""
         self.kept.append(step)
         if len(self.kept) == KEPT:
             self._sum_up()
@@ -44,16 +46,21 @@ class Means:
     def _sum_up(self):
         if not self.kept:
             return
-        losses, wrong, *last = (torch.stack(x) for x in zip(*self.kept, strict=True))
+        kept = map(torch.stack, zip(*self.kept, strict=True))
+        losses, wrong, sums, rules, *metered = kept
         self.steps += len(self.kept)
-        self.kept = []
+        self.kept, last = [], (sums, rules)
         stats, layers = self.sphere_sgd.stats(last), self.sphere_sgd.layer_stats(last)
         if self.plain_sgd:
             group = self.plain_sgd.param_groups[0]
-            lr = group["lr"] / (1 - group.get("momentum", 0))
+            lr = group["lr"] if isinstance(self.plain_sgd, torch.optim.SGD) else math.nan
             for found, norm in ((stats, "radius"), (layers, "norm")):
-                found["elr"] = lr / found[norm] ** 2
-                found["angle"] = (found["elr"] * found["grad_norm"]).atan()
+                first_elr = lr / found[norm] ** 2
+                found["elr"] = first_elr / (1 - group.get("momentum", 0))
+                found["angle"] = (first_elr * found["grad_norm"]).atan()  # of a first step
+        if metered:
+            stats["angle"] = torch.stack([x[:, 1, 0] for x in metered], 1)
+            layers["angle"] = torch.cat([x[:, 1, 1:] for x in metered], 1)
         if self.sphere_sgd.defaults["angle"]:  # of the means: in some steps γ is next to 0
             elr = stats["angle"].tan().mean() / stats["grad_norm"].mean()
             stats["elr"] = elr.expand_as(stats["elr"])
@@ -88,9 +95,8 @@ class Means:
 def evaluated(net, inputs, y, dtype):
     """Mean loss and error over batches of inputs, with BatchNorm's running statistics."""
     net.eval()
-    logits = [logits_of(net, x, dtype) for x in inputs]
-    loss, error = loss_and_error(torch.cat(logits), y)
-    return loss.item(), error.item()
+    logits = torch.cat([logits_of(net, x, dtype) for x in inputs])
+    return F.cross_entropy(logits, y).item(), (logits.argmax(1) != y).double().mean().item()
 
 
 def on_test_set(net, data, dtype):
@@ -117,18 +123,8 @@ def on_average(averaged, net, spheres, data, dtype):
     return {"avg_train_loss": loss, "avg_test_error": on_test_set(mean, data, dtype)["test_error"]}
 
 
-def spheres_of(layer_groups, sphere):
-    """The spheres: the `names` of their tensors; with `rows` each row of the one is a sphere."""
-    names = [name for group in layer_groups for name in group]
-    if sphere == "row":
-        return [{"names": [name], "rows": True} for name in names]
-    if sphere == "network":
-        layer_groups = [names]
-    return [{"names": names, "rows": False} for names in layer_groups]
-
-
 def tensors(net, sphere):
-    """The tensors of an entry of `spheres_of`."""
+    """The tensors of an entry of groups.spheres_of."""
     return [attrgetter(name)(net) for name in sphere["names"]]
 
 
@@ -171,10 +167,10 @@ def angles(some, others):
 
 
 @torch.no_grad()
-def chance(run, seed):
+def chance(run, seed, loss_of):
     """Mean and deviation of loss and error on a batch, over random points of the run's spheres, to
     which its network is moved. stepped: the same after a step of 90° along the gradient of another
-    batch. constant: of the best constant prediction."""
+    batch. constant: of the best constant prediction. loss_of: of logits and y."""
     net, data, config = run.net.train(), run.data, run.config
     generator = torch.Generator().manual_seed(seed)
     values, stepped = [], []
@@ -182,7 +178,8 @@ def chance(run, seed):
     def on_batch():
         order = torch.randperm(len(data.x), generator=generator)
         index = order[: config.batch_size].to(config.device)
-        return loss_and_error(logits_of(net, data.inputs(index), config.dtype), data.y[index])
+        logits, y = logits_of(net, data.inputs(index), config.dtype), data.y[index]
+        return loss_of(logits, y), (logits.argmax(1) != y).double().mean()
 
     def move_along(directions):
         for p, direction in zip(run.sphere_weights, directions, strict=True):
@@ -203,9 +200,7 @@ def chance(run, seed):
             stepped.append(on_batch())
 
     share = F.one_hot(data.y, data.classes).double().mean(0)
-    constant = {"train_loss": -share.xlogy(share).sum().item()}
-    constant["train_error"] = 1 - share.max().item()
-    found = _summary(values) | {"constant": constant}
+    found = _summary(values) | {"constant": {"train_error": 1 - share.max().item()}}
     if len(stepped) > 1:
         found["stepped"] = _summary(stepped)
     return found

@@ -26,7 +26,7 @@ import torch
 
 import regimes
 from lab.contents import ROOT, changed
-from lab.loop import classify_loop, is_loop
+from lab.loop import LOWER, classify_loop, is_loop
 
 # The files of runs, and those of their folder.
 LOGS = [f"{run}=*.{end}" for run in ("elr", "lr", "angle", "loop") for end in ("csv", "pt", "lock")]
@@ -90,6 +90,8 @@ def result(path):
         zeros = f"; the weights of {', '.join(names)} became 0: nothing learns after that"
     if is_loop(run.log):
         return f"{classify_loop([run.log], run.chance)}{zeros}"
+    if run.verdict.broken and path.name.startswith("loop="):
+        return f"{run.verdict}: {LOWER}"
     if run.verdict.moves:
         loss, elr = run.final("train_loss"), run.log["elr"]
         return f"{error}, train loss {loss:.3g}, ELR {elr.min():.3g} to {elr.max():.3g}{zeros}"
@@ -130,7 +132,7 @@ def open_folder(out, identity, contents, given):
             if not [old for pattern in LOGS for old in out.glob(pattern)]:
                 about = {}
             elif "contents" not in about:
-                note = "Version 0.4 has changed things"
+                note = "config.json is missing, or of version 0.3"
             else:
                 note = difference(about["options"], identity)
                 if note and given:
@@ -210,6 +212,10 @@ def load_checkpoint(path, device, identity=None, contents=None):
     """A checkpoint, with its `checksum`; None if there is none. Raises ValueError where it is
     damaged or, if this is asked, of another run."""
     if not path.exists():
+        log = path.with_suffix(".csv")
+        if log.exists() and log.read_bytes().count(b"\n") > 2:  # more than the row before training
+            cure = "to train anew, move it away or remove it"
+            raise ValueError(f"{log} is there without its checkpoint {path.name}: {cure}")
         return None
     content = path.read_bytes()
     content, checksum = content[:-32], content[-32:]
@@ -296,7 +302,8 @@ class Log:
             self._open(_rows_up_to(path, last_epoch))
 
     def _open(self, content=b""):
-        regimes.write_whole(self.path, content)
+        if not content or self.path.read_bytes() != content:
+            regimes.write_whole(self.path, content)
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def add(self, *rows):
@@ -307,7 +314,7 @@ class Log:
         size, content = os.fstat(self.file).st_size, regimes.csv_lines(lines)
         if os.write(self.file, content) < len(content):  # the disk is full
             os.ftruncate(self.file, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self):
         if self.file is not None:

@@ -25,6 +25,7 @@ from helpers import (
     start,
 )
 
+import regimes
 from lab import contents, landscape, own, runs
 from lab.data import Data, load
 
@@ -241,6 +242,9 @@ def test_our_scripts_are_edited_and_the_runs_trained_anew(tmp_path):
     is_moved(in_copy(folder, command)[1], f"logs/{out.name}", 1, "train.py has changed")
     new = read(out / "elr=1e-01.csv")
     assert float(new[0]["train_loss"]) == pytest.approx(2 * float(old[0]["train_loss"]))
+    before, now = regimes.read_chance(out / "before-1")["0"], regimes.read_chance(out)["0"]
+    assert now["train_loss"]["mean"] == pytest.approx(2 * before["train_loss"]["mean"])
+    assert now["train_error"] == before["train_error"]
     edit(folder / "lab" / "options.py", 'DATA, 16, "training', 'DATA, 8, "training')
     what = "batch_size is 16 there, 8 here"
     is_moved(in_copy(folder, command)[1], f"logs/{out.name}", 2, what)

@@ -15,6 +15,7 @@ import train
 from lab import landscape, measure, runs
 from lab.curvature import curvature_along_gradient, largest, operators, trace
 from lab.data import load
+from lab.groups import spheres_of
 from lab.landscape import Point, barrier, between, distances, evaluate
 from lab.measure import vectors
 from models import fixed_head
@@ -80,7 +81,7 @@ def test_curvature_is_that_of_the_dense_matrices_on_the_unit_sphere():
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     slope, *both = dense_matrices(net, data)
     for sphere in ("network", "layer", "row"):
-        point = Point("p", net, data, {}, measure.spheres_of(net.layer_groups, sphere))
+        point = Point("p", net, data, {}, spheres_of(net.layer_groups, sphere))
         radius = [x.norm(dim=1, keepdim=True).expand_as(x).flatten() for x in point.vectors()]
         radius = torch.cat(radius)
         for operator, matrix in zip(operators(point).values(), both, strict=True):

@@ -14,12 +14,13 @@ from lab.schedules import grid, leg
 
 SLOW = "SLOW" in os.environ
 KINDS = ["reversible", "hysteretic", "continuous", "never learned", "noisy", "no equilibrium"]
-KINDS += ["no divergence", "nan at the top", "no melting"]
+KINDS += ["no divergence", "nan at the top", "no melting", "steep equilibrium"]
 
 
 def made(rng, kind):
     """A loop, its chance reference, and the truth. The equilibrium's loss is a power of the ELR; from
-    `freeze` on down it falls more steeply to the frozen level, up to `melt` it stays there."""
+    `freeze` on down it falls more steeply to the frozen level, up to `melt` it stays there. With
+    the loss the weights come to rest. A steep equilibrium falls next to divergence, and hovers."""
     chance, slope = rng.uniform(2.5, 8), rng.uniform(3, 7)
     low, high = 10 ** rng.uniform(-5.5, -4), 10 ** rng.uniform(-0.5, 0.3)
     n, passes = int(rng.integers(16, 41)), int(rng.choice([1, 1, 2, 4]))
@@ -40,6 +41,10 @@ def made(rng, kind):
         return chance * min(1, elr / top) ** power
 
     def loss_at(way, elr):
+        if kind == "steep equilibrium":
+            steep_from = divergence * np.exp(-1.2)
+            fall = np.clip(elr, steep_from, divergence) / divergence
+            return chance * fall**slope * min(1, elr / steep_from) ** power
         if kind == "no equilibrium":
             return chance if elr >= divergence else frozen
         if kind == "never learned":
@@ -51,15 +56,19 @@ def made(rng, kind):
         return max(level(elr) * min(1, elr / freeze) ** slope, min(frozen, level(elr)))
 
     noise = rng.uniform(0.15, 0.35) if kind == "noisy" else rng.uniform(0.02, 0.12)
-    rows = [(0, high, chance, 0.9)]
+    steps, hovering = 100 * passes, rng.uniform(1, 4)  # turn at an ELR
+    rows = [(0, 0, high, chance, 0.9, 1.0)]
     for epoch in range(passes * (2 * n - 1)):
         way, elr = leg(elrs, passes, epoch)
         clean = loss_at(way, elr)
         spread = 0.02 if clean > 0.97 * chance else noise
         share = 1 if kind == "never learned" else clean / chance
         error = np.clip(0.9 * share**0.7 + 0.006 * rng.standard_normal(), 0, 1)
-        rows.append((epoch + 1, elr, clean * np.exp(spread * rng.standard_normal()), error))
-    columns = ("epoch", "elr", "train_loss", "train_error")
+        loss = clean * np.exp(spread * rng.standard_normal())
+        turn = hovering if kind == "steep equilibrium" else hovering * clean / level(freeze)
+        angle = min(turn / np.sqrt(steps), 1.57)
+        rows.append((epoch + 1, 100 * (epoch + 1), elr, loss, error, angle))
+    columns = ("epoch", "step", "elr", "train_loss", "train_error", "angle")
     log = dict(zip(columns, np.array(rows).T, strict=True))
     if kind == "nan at the top":
         log["train_loss"][1] = np.nan
@@ -86,7 +95,7 @@ def wrong_names(found, kind, truth):
             wrong.append("divergence")
     elif found.divergence and found.divergence[1] < truth["divergence"]:
         wrong.append("divergence")
-    if kind in ("never learned", "continuous", "no equilibrium"):
+    if kind in ("never learned", "continuous", "no equilibrium", "steep equilibrium"):
         if found.metastable or (kind != "no equilibrium" and (found.freezes or found.melts)):
             wrong.append("freezing")
         if kind == "never learned" and "not learned" not in found.problem:
@@ -140,6 +149,34 @@ def test_what_a_coarse_grid_cannot_show_is_no_agreement_and_no_melting_below_fre
     found = classify_loop([log], {"train_loss": {"mean": 6.5}})
     assert found.freezes and not found.reversible
     assert not found.melts or found.melts[1] > found.freezes[0]
+
+
+def test_the_first_learning_is_no_freezing():
+    down = [
+        0.705,
+        0.065,
+        0.036,
+        0.027,
+        0.022,
+        0.02,
+        0.019,
+        0.018,
+    ]  # as of --loop 1e-4 2e-3 8 on digits
+    up = [0.018, 0.017, 0.017, 0.016, 0.015, 0.014, 0.013]
+    elrs = grid(1e-4, 2e-3, 8)
+    log = {
+        "elr": np.array([2e-3, *elrs[::-1], *elrs[1:]]),
+        "train_loss": np.array([6.5, *down, *up]),
+        "angle": np.array([0.03, 0.08, *np.geomspace(0.02, 2e-4, 14)]),
+    }
+    log["epoch"] = np.arange(16.0)
+    log["step"] = 89 * log["epoch"]
+    chance = {"train_loss": {"mean": 6.5}}
+    found = classify_loop([log], chance)
+    assert not (found.freezes or found.melts or found.metastable or found.unmelted)
+    assert "begin at a larger one" in str(found)
+    del log["angle"]  # which alone tells
+    assert classify_loop([log], chance).freezes
 
 
 def test_a_network_that_dies_is_not_told_to_train_longer():

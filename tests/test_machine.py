@@ -19,7 +19,7 @@ import sphere_step
 import train
 from lab import bench, landscape, machine, measure, own, runs
 from lab.data import batches, load
-from lab.groups import EPS_SHARE, ROUNDING, radial_shares
+from lab.groups import EPS_SHARE, ROUNDING, radial_shares, spheres_of
 from lab.invariance import scale_invariant_groups
 from models import MODELS
 
@@ -98,7 +98,7 @@ def test_what_is_not_orthogonal_in_a_network_of_ones_own_or_in_rows_is_a_note(
 def shares(net, groups, sphere="layer", dtype="fp32", data=None):
     data = data or load("digits")
     options = SimpleNamespace(batch_size=16, dtype=dtype)
-    return radial_shares(net, measure.spheres_of(groups, sphere), data, options)
+    return radial_shares(net, spheres_of(groups, sphere), data, options)
 
 
 def healthy(rng):
@@ -307,11 +307,11 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         run = train.Run(made, runs.Job(0.01, 0, tmp_path, ""))
         run.set_lr()
         for move in (False, True):
-            means = measure.Means(run.sphere_sgd)
+            means = measure.Means(run)
             for index in batches(len(data.x), 512, run.order, "cuda:0"):
                 means.add(*train.train_step(run, index, move))
             means.row()
             means.layers(run.spheres, 0)
             measure.on_test_set(net, data, "fp32")
             measure.angles(run.start, measure.vectors(net, run.spheres))
-        measure.chance(run, 0)
+        measure.chance(run, 0, train.loss_of)

@@ -174,8 +174,8 @@ def test_the_figure_is_renewed_within_a_twentieth_of_the_time(tmp_path, monkeypa
 
 
 def test_a_loss_that_is_not_finite_ends_that_run_alone(tmp_path, capsys, monkeypatch):
-    def poisoned(run, seed):  # after the network was tried
-        found = chance(run, seed)
+    def poisoned(run, *args):  # after the network was tried
+        found = chance(run, *args)
         run.data.std[:] = math.nan
         return found
 
@@ -467,21 +467,55 @@ def test_lr_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain):
     order = torch.Generator().manual_seed(0)
     weights = [net.get_parameter(name) for (name,) in net.layer_groups]
     sgd = torch.optim.SGD(weights, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+    def direction():
+        return F.normalize(torch.cat([w.detach().double().flatten() for w in weights]), dim=0)
+
     for row in rows:
-        implied = []
+        implied, turned = [], []
         for index in batches(1437, 256, order):
             square = sum(w.double().square().sum().item() for w in weights)
             implied.append(0.05 / (1 - 0.9) / square)
             sgd.zero_grad()
             F.cross_entropy(net(digits.inputs(index)), digits.y[index]).backward()
+            before = direction()
             if row["epoch"]:
                 sgd.step()
+            turned.append(2 * math.asin((direction() - before).norm().item() / 2))
         assert row["elr"] == pytest.approx(sum(implied) / len(implied), rel=1e-5)
+        if row["epoch"]:
+            assert row["angle"] == pytest.approx(sum(turned) / len(turned), rel=1e-3)
     ours = checkpoint(tmp_path, "lr=5e-02")["net"]
     for (name,) in net.layer_groups:
         assert torch.allclose(ours[name], net.get_parameter(name), atol=1e-5)
     for norm, elr in layers_of(tmp_path, "lr=5e-02")[0].values():  # where nothing moves
         assert elr * norm**2 == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
+
+
+def test_of_another_optimizer_the_angle_is_measured_and_no_elr_claimed(tmp_path, monkeypatch):
+    """As by an edit of train.py: signs of the gradient, so that all weights move by lr."""
+
+    class Signs(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p -= self.param_groups[0]["lr"] * p.grad.sign()
+
+    def with_signs(self):
+        make_optimizer(self)
+        self.plain_sgd = Signs(self.sphere_weights, self.value)
+        self.meters = [train.watch(self.plain_sgd, self.sphere_weights)]
+
+    make_optimizer = train.Run.make_optimizer
+    monkeypatch.setattr(train.Run, "make_optimizer", with_signs)
+    assert run(f"{QUICK} --lr 1e-6 --epochs 1", tmp_path) == 0
+    _, row = log(tmp_path, "lr=1e-06")
+    (weights,) = checkpoint(tmp_path, "lr=1e-06")["start"]
+    largest = 1e-6 * math.sqrt(weights.numel()) / weights.norm().item()
+    assert math.isnan(row["elr"]) and 0.8 * largest < row["angle"] < 1.001 * largest
 
 
 def test_an_angle_is_turned_by_and_logs_the_elr_that_follows(tmp_path):
@@ -573,6 +607,24 @@ def test_more_epochs_are_those_of_a_straight_run(tmp_path, command):
             file.write(row)
     assert run(f"{command} --epochs 2", tmp_path / "parts") == 0
     equal_runs(tmp_path / "whole", tmp_path / "parts", name)
+
+
+@pytest.mark.parametrize("lost", ["row", "csv", "pt"])
+def test_of_a_finished_run_nothing_that_is_lost_is_passed_over(plain, tmp_path, capsys, lost):
+    out = shutil.copytree(plain, tmp_path / "run")
+    path = out / "elr=1e-02.csv"
+    if lost == "row":
+        first, *others = path.read_text().splitlines(keepends=True)
+        path.write_text(first + "".join(others[:-2] + others[-1:]))
+    elif lost == "csv":
+        path.unlink()
+    else:
+        path.with_suffix(".pt").unlink()
+    before = {name: content for name, content in files(out).items() if "elr=" in name}
+    assert run(f"--elr 0.01 {QUICK}", out) == 1
+    out_text, told = capsys.readouterr()
+    assert "already done" not in out_text and "remove" in told and path.stem in told
+    assert files(out) | before == files(out)
 
 
 @pytest.mark.parametrize("way", OTHERWISE.split("|"))
