@@ -202,8 +202,11 @@ def of_loop(runs, path):
         low, high = found.get("metastable", (1, 0))
         both = (low <= elrs) & (elrs <= high)
         if both.any():
-            look = dict(where=both, color=style.GREY, alpha=0.3, lw=0, label="metastable")
-            ax.fill_between(elrs, middle["down"], middle["up"], **look)
+            look = dict(color=style.LEGS["up"], alpha=0.25, label="metastable")
+            if both.sum() > 1:
+                ax.fill_between(elrs, middle["down"], middle["up"], where=both, lw=0, **look)
+            else:
+                ax.vlines(elrs[both], middle["up"][both], middle["down"][both], lw=8, **look)
         ax.set_title(TITLES[column])
         level = chance.get(column.replace("test_", "train_"))
         if level:
@@ -231,8 +234,10 @@ def _mark(ax, found):
         if mark in found:
             ax.plot(found[mark], [height, height], color=tone, lw=4, solid_capstyle="butt", **where)
             text = "diverges" if mark == "divergence" else mark
-            look = dict(color=tone, ha="right", va="center", **where)
-            ax.text(found[mark][0], height, f"{text}  ", **look)
+            left, right = ax.get_xlim()
+            beside = found[mark][0] > left * (right / left) ** 0.2  # else there is no room
+            x, side = (found[mark][0], "right") if beside else (found[mark][1], "left")
+            ax.text(x, height, f"  {text}  ", color=tone, ha=side, va="center", **where)
 
 
 def of_toy(rows, alphas, path):
