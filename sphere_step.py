@@ -52,8 +52,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
-FEW_COLUMNS = 16  # of a table: quicker in Python than in numpy
-STACKED = 4096  # tensors of so few elements and one shape are stacked, and stepped at once
+FEW = 16  # spheres: their rules are made in Python, not in numpy
+STACKED = 4096  # elements of tensors that are stacked with others of their shape
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
 
@@ -113,7 +113,7 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
     k, b, u = where(good, k, nan), where(good, b, nan), where(good, u, nan)
     elr, radius, beta = where(good, elr, nan), where(good, radius, nan), where(good, beta, nan)
-    return k, b, u, elr, radius, beta, moved, wide
+    return k, b, u, elr, radius, beta, moved, wide, k + b * u
 
 
 _rule_of_numbers = partial(_formula, where=_where, per_root=_per_root)
@@ -308,7 +308,7 @@ class SphereSGD(torch.optim.Optimizer):
         options = []
         for group, lr, whole in zip(self.param_groups, lrs, layout.whole, strict=True):
             tan = math.tan(lr) if group["angle"] and not isinstance(lr, Tensor) else -1.0
-            # Without the gradient of one tensor the others keep the norm that they have together.
+            # Without the gradient of one tensor the others keep the norm that they have together
             at_radius = float(whole and move)
             plain = float(group["sphere"] is None)
             options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
@@ -480,7 +480,8 @@ class watch:
 
 def _gram_of_two(x, y):
     """⟨x,x⟩, ⟨x,y⟩, ⟨y,y⟩ in float64."""
-    return torch.stack(_products([x.double().reshape(-1), y.double().reshape(-1)]))
+    x, y = x.double().reshape(-1), y.double().reshape(-1)
+    return torch.stack([x.dot(x), x.dot(y), y.dot(y)])
 
 
 # -------------------------------------------------------- options, tensors, norms, and their shards
@@ -752,25 +753,23 @@ class _Layout:
                 if g is None:
                     found.append(None)
                     continue
-                moved = False
+                moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
                 if self.sharded:
-                    moved = _is_dtensor(g) and g.placements != p.placements
                     g = _gradient(p)
                 if moved or _in_memory(g) != layout:
                     shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
                     _refuse(g.shape != x.shape, f"a gradient of {shapes}")
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
+                found.append((x, g))
                 if group["momentum"]:
                     m = state.get("momentum_buffer")
-                    if m is None or _in_memory(_local(m)) != layout:
-                        new = state["momentum_buffer"] = torch.zeros_like(p)
-                        if m is not None:
-                            shape = tuple(m.shape)
-                            _refuse(m.shape != p.shape, f"a momentum_buffer of shape {shape}")
-                            new.copy_(m)
-                    found.append((x, g, _local(state["momentum_buffer"])))
-                else:
-                    found.append((x, g))
+                    if m is None:
+                        m = state["momentum_buffer"] = torch.zeros_like(p)
+                    elif _in_memory(_local(m)) != layout:
+                        shape = tuple(m.shape)
+                        _refuse(m.shape != p.shape, f"a momentum_buffer of shape {shape}")
+                        m = state["momentum_buffer"] = torch.zeros_like(p).copy_(m)
+                    found[-1] += (_local(m),)
             self.whole.append(group["sphere"] != "group" or None not in found[first:])
         return found
 
@@ -824,14 +823,14 @@ def _gradient(p):
 
 
 class _Unit(NamedTuple):
-    """What PyTorch takes at once: the small tensors of a group that have one shape, or a piece of
-    a tensor."""
+    """What is taken at once: small tensors of one shape side by side, or a piece of one."""
 
+    group: int
     tensors: list[int]
-    alike: bool  # all its lines are of one sphere, or none
-    start: int  # of the piece in the tensor
-    size: tuple[int, ...]  # of the piece: lines and their length, or of one line the length
-    parts: slice  # which its lines are among those of all units
+    start: int  # in the tensor
+    size: list[int]  # lines and their length, or of one line the length
+    parts: slice | int  # its lines among those of all units
+    rules: slice | int  # those of its lines, or the one of all
 
 
 class _InPyTorch(_Layout):
@@ -840,116 +839,132 @@ class _InPyTorch(_Layout):
     def __init__(self, optimizer, device):
         super().__init__(optimizer, device)
         self.vectors = []  # θ, g, m of each tensor, during a step
-        self.present = None  # which tensors had a gradient when the units were made
+        self.present = None  # which tensors had a gradient
         self.units = []  # first what is on spheres
-        self.part_spheres = None  # of each part
-        self.parts = 0  # how many are on spheres
-        self.part_lines, self.first_parts = None, None  # lines on spheres, the first part of each
-        _, self.first_lines = np.unique(self.owners[: len(self.sphere_of_line)], return_index=True)
-        self.options, self.numbers = None, None  # of groups, and of spheres [6, spheres]
-        self.plain, self.turns = None, None  # k, b, u, β of what is on no sphere; if b is a pace
-        self.grams, self.rules = None, None  # of the last step, [lines, 6] and [spheres, 6]
-        self.dtype = torch.float32
-        for p in self.params:
-            self.dtype = torch.promote_types(self.dtype, p.dtype)
+        self.spheres = []  # of each rule, last of groups on none
+        self.first_parts = None  # of each rule, whose parts are side by side
+        self.lines = None  # of each part that is on a sphere
+        self.options = None  # for which these tables were made
+        self.parts, self.grams = None, None  # Gram matrices [6, parts]; of lines, of all ranks
+        self.numbers, self.rules = None, None  # what `_formula` takes and makes, [10 and 9, rules]
+        self.turns = None  # which rules have the pace of the spheres
 
     def refresh(self):
         self.vectors = self.gather()
         present = [vectors is not None for vectors in self.vectors]
         if present != self.present:
-            self.make_units(present)
             self.present = present
+            self.make_units()
 
-    def make_units(self, present):
+    def make_units(self):
         together = {}
         for place in self.places:
             key = place.tensor
             if place.rows * place.length <= STACKED:
                 key = place.group, self.layouts[key]
-            if present[place.tensor]:
+            if self.present[place.tensor]:
                 together.setdefault(key, []).append(place)
-        self.units, lines = [], []
+        self.units, lines, rules, spheres = [], [], [], {}
         for places in together.values():
-            tensors, length = [place.tensor for place in places], places[0].length
-            sphere = self.groups[places[0].group]["sphere"]
-            for row, column, *size in _cut(places[0].rows, length):
+            tensors = [place.tensor for place in places]
+            _, group, rows, length, *_ = places[0]
+            for row, column, *size in _cut(rows, length):
                 first, start = len(lines), row * length + column
                 for place in places:
                     lines += range(place.line + row, place.line + row + size[0])
-                parts = slice(first, len(lines))
+                for line in lines[first:]:
+                    rules.append(spheres.setdefault(self.owners[line], len(spheres)))
                 if len(lines) == first + 1:
                     size = size[1:]
-                alike = sphere in ("group", None) or len(size) == 1
-                self.units.append(_Unit(tensors, alike, start, size, parts))
-        self.part_spheres = np.array([self.owners[line] for line in lines], int)
-        lines = np.array([line for line in lines if line < len(self.sphere_of_line)], int)
-        self.parts = len(lines)
-        self.first_parts = np.flatnonzero(np.diff(lines, prepend=-1))
-        self.part_lines = lines[self.first_parts]
-        self.options = None
+                own = slice(first, len(lines)), slice(rules[first], rules[-1] + 1)
+                own = [x.start if x.stop == x.start + 1 else x for x in own]
+                self.units.append(_Unit(group, tensors, start, size, *own))
+        self.lines = self.upload([line for line in lines if line < len(self.sphere_of_line)])
+        self.spheres, self.options = list(spheres), None
+        _, self.first_parts = np.unique(rules, return_index=True)
+
+    def set_options(self, options):
+        """Makes the tables: what stays from step to step."""
+        own = [options[self.group_of_sphere[sphere]] for sphere in self.spheres]
+        lr, beta, tan, radius, plain, decay = numbers = np.array(own).reshape(-1, 6).T
+        n = np.count_nonzero(plain == 0)
+        radius[:n] *= self.radii.cpu().numpy()[self.spheres[:n]]
+        self.parts, self.rules = np.zeros((6, len(self.lines))), np.zeros((9, len(plain)))
+        self.numbers = np.concatenate((numbers, numbers))[:10, :n]
+        k = 1.0 + 0.0 * (lr + decay)
+        self.rules[[0, 1, 2, 5, 8]] = k, -lr, decay, beta, k - lr * decay
+        self.turns = np.flatnonzero(plain * (tan >= 0))
+        self.options = options
 
     def last(self):
-        return self.grams, self.rules
+        n = len(self.numbers[0])
+        rules = np.full((6, len(self.radii)), math.nan)
+        rules[:, self.spheres[:n]] = self.rules[:6, :n]
+        grams = self.grams if self.reductions else self.sum_lines()
+        return grams, torch.from_numpy(rules.T).to(self.device)
+
+    def sum_lines(self):
+        parts = torch.from_numpy(self.parts.T).to(self.device)
+        return _sums_by(parts, self.lines, len(self.sphere_of_line))
 
     @np.errstate(all="ignore")
     def step(self, options, move):
-        n, vectors, self.vectors = len(self.radii), self.vectors, []
+        vectors, self.vectors = self.vectors, []
         if options != self.options:
-            numbers = np.array(options).T[:, self.group_of_sphere]
-            numbers[3, :n] *= self.radii.tolist()
-            lr, beta, tan, _, _, decay = numbers[:, n:]
-            k = 1.0 + 0.0 * (lr + decay)
-            self.plain, self.turns = np.array((k, -lr, decay, beta)), tan >= 0
-            self.options, self.numbers = options, numbers
+            self.set_options(options)
+        parts, rules, n = self.parts, self.rules, len(self.numbers[0])
 
         # The Gram matrices of parts; in float64 where float32 is not enough
-        spheres = self.part_spheres
-        work, parts = [], np.zeros((7, self.parts))
-        parts[6] = self.numbers[1, spheres[: self.parts]]  # β
+        work = []
         for unit in self.units:
             matrices = _matrices(unit, vectors)
             work.append((unit, matrices))
-            if unit.parts.start < self.parts:
-                short = len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS
-                dtype = torch.float64 if short else self.dtype
-                _sum_products(matrices, dtype, parts[:, unit.parts])
-        enough = _of_columns(_enough, parts)
-        for unit, matrices in work if not enough.all() else ():
-            if not enough[unit.parts].all():
-                _sum_products(matrices, torch.float64, parts[:, unit.parts])
+            _, beta, _, _, plain, _ = options[unit.group]
+            if plain:
+                continue
+            if len(unit.size) == 1 and unit.size[0] <= FLOAT64_SUMS:
+                matrices = [x.double() for x in matrices]
+            elif matrices[0].element_size() < 4:
+                matrices = [x.float() for x in matrices]
+            sums = _sum_products(matrices)
+            if not _enough(beta, *sums):  # by pairs, unlike vectors
+                sums = _sum_products([x.double().view(-1, unit.size[-1]) for x in matrices])
+            parts[: len(sums), unit.parts] = sums
 
-        # Those of lines and of spheres, and the rules
-        grams = np.zeros((6, len(self.sphere_of_line)))
-        grams[:, self.part_lines] = _sums(parts[:6], self.first_parts)
-        self.grams = torch.from_numpy(grams.T).to(self.device)
-        self.add_up(self.grams)
-        sums = _sums(self.grams.cpu().numpy().T, self.first_lines)
-        rules = _of_columns(_rule_of_numbers, np.concatenate((sums, self.numbers[:4, :n])))
-        self.rules = torch.from_numpy(rules[:6].T).to(self.device)
-        self.moved_before, wide = rules[6:8].any(1)
+        # Those of spheres, and the rules
+        first = self.first_parts[:n]
+        self.numbers[:6] = np.add.reduceat(parts, first, axis=1) if n < parts.shape[1] else parts
+        if self.reductions:
+            self.grams = self.sum_lines()
+            self.add_up(self.grams)
+            sums = _sums_by(self.grams, self.sphere_of_line, len(self.radii))
+            self.numbers[:6] = sums[self.spheres[:n]].T.cpu()
+        if n <= FEW:
+            rules[:, :n] = np.array([_rule_of_numbers(*x) for x in self.numbers.T.tolist()]).T
+        else:
+            rules[:, :n] = _rule_of_numbers(*self.numbers)
+        if len(self.turns):
+            rules[1, self.turns] = -_pace(torch.from_numpy(rules[:, :n].T)).item()
+            rules[8, n:] = 1 + rules[1, n:] * rules[2, n:]
+        k, *_, self.moved_before, wide, _ = np.maximum.reduce(rules, 1, initial=0.0).tolist()
         if not move:
             return
-        if self.turns.any():
-            self.plain[1, self.turns] = -_pace(self.rules).item()
 
         # The moves, from the last on, which the cache still has
-        k, b, u, beta = np.concatenate((rules[[0, 1, 2, 5]], self.plain), 1)[:, spheres]
-        rules, some_stay = np.array((k + b * u, k, b, u, beta)), np.isnan(k).any()
-        dtype = torch.float64 if wide else self.dtype
+        least = torch.float64 if wide else torch.float32
         for unit, matrices in reversed(work):
-            if unit.alike:
-                rule = rules[:, unit.parts.start].tolist()
+            dtype = torch.promote_types(matrices[0].dtype, least)
+            if isinstance(unit.rules, int):
+                rule = rules[:, unit.rules].tolist()
             else:
-                rule = torch.from_numpy(rules[:, unit.parts, None]).to(self.device, dtype)
-            before = [x.clone() for x in matrices[::2]] if some_stay else []
+                rule = torch.from_numpy(rules[:, unit.rules, None]).to(self.device, dtype)
+            before = [x.clone() for x in matrices[::2]] if math.isnan(k) else []
             _move(rule, dtype, *matrices)
             for x, old in zip(matrices[::2], before, strict=False):
-                stays = torch.as_tensor(rule[0], device=x.device).isnan()
-                x.copy_(torch.where(stays, old, x))
-            if len(unit.tensors) > 1:  # they were laid side by side
-                for i, matrix in enumerate(matrices[::2]):
-                    own = [vectors[tensor][2 * i] for tensor in unit.tensors]
-                    torch._foreach_copy_(own, matrix.view(len(own), *own[0].shape).unbind())
+                x.copy_(torch.where(torch.as_tensor(rule[0], device=x.device).isnan(), old, x))
+            for i, matrix in enumerate(matrices[::2] if len(unit.tensors) > 1 else ()):
+                own = [vectors[tensor][2 * i] for tensor in unit.tensors]
+                torch._foreach_copy_(own, matrix.view(len(own), *own[0].shape).unbind())
 
 
 def _cut(rows, length):
@@ -960,53 +975,36 @@ def _cut(rows, length):
 
 
 def _matrices(unit, vectors):
-    """Of each of θ, g, m the lines, as they lie in memory; of several tensors a copy."""
+    """The lines of θ, g, m, as they lie in memory; of several tensors a copy."""
     if len(unit.tensors) > 1:
         together = zip(*(vectors[tensor] for tensor in unit.tensors), strict=True)
         return [torch.stack(x).reshape(-1, unit.size[1]) for x in together]
-    (own,), strides = unit.tensors, (*unit.size[1:], 1)
-    return [x.as_strided(unit.size, strides, x.storage_offset() + unit.start) for x in vectors[own]]
+    own, strides = vectors[unit.tensors[0]], [*unit.size[1:], 1]
+    if unit.size == [own[0].numel()] and own[0].is_contiguous():
+        return [x.view(-1) for x in own]
+    return [x.as_strided(unit.size, strides, x.storage_offset() + unit.start) for x in own]
 
 
-def _of_columns(function, table):
-    """What a function makes of each column: of few in Python, quicker than in numpy."""
-    if 0 < table.shape[1] <= FEW_COLUMNS:
-        return np.array([function(*column) for column in table.T.tolist()]).T
-    return np.array(function(*table))
+def _sum_products(matrices):
+    """Scalar products of each with those before it and itself: numbers, or arrays [lines]."""
+    dot = Tensor.dot if matrices[0].dim() == 1 else torch.linalg.vecdot
+    products = [dot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
+    if products[0].numel() == 1:
+        return [x.item() for x in products]
+    return [x.cpu().numpy() for x in products]
 
 
-def _sums(table, first):
-    """Sums of neighbouring columns, from each of `first` to the next."""
-    return table if len(first) == table.shape[1] else np.add.reduceat(table, first, axis=1)
-
-
-def _sum_products(matrices, dtype, grams):
-    """Writes the Gram matrices [6, lines] of (θ, g) or (θ, g, m), [lines, length] or [length] each,
-    summed in `dtype`."""
-    if matrices[0].dtype != dtype:
-        matrices = [x.to(dtype) for x in matrices]
-    if dtype == torch.float64:  # sums by pairs, unlike those of vectors
-        matrices = [x.view(grams.shape[1], -1) for x in matrices]
-    for gram, x in zip(grams, _products(matrices), strict=False):
-        gram[:] = x.cpu().numpy() if x.dim() else x.item()
-
-
-def _products(matrices):
-    """The scalar products of each with those before it and itself, line by line."""
-    return [torch.linalg.vecdot(x, y) for i, x in enumerate(matrices) for y in matrices[: i + 1]]
-
-
-def _enough(tt, tg, gg, tm, gm, mm, beta):
+def _enough(beta, tt, tg, gg, tm=0.0, gm=0.0, mm=0.0):
     """Whether float32 holds the squares, and what projections leave of them is no rounding."""
     td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
     enough = (tt > 1e-25) & (gg > 1e-25) & (tt * gg - tg * tg > 0.1 * tt * gg)
-    return enough & (tt * dd - td * td > 0.1 * tt * (gg + beta * beta * mm))
+    enough = enough & (tt * dd - td * td > 0.1 * tt * (gg + beta * beta * mm))
+    return enough if isinstance(enough, bool) else enough.all()
 
 
 def _move(rule, dtype, theta, g, m=None):
-    """m ← βm + g + uθ, θ ← kθ + bm, in place, of matrices or vectors, in `dtype`, rounded once.
-    rule: k + bu, k, b, u, β, numbers, or those of each line."""
-    alone, k, b, u, beta = rule
+    """m ← βm + g + uθ, θ ← kθ + bm, in place, in `dtype`, rounded once; by one rule or many."""
+    k, b, u, _, _, beta, _, _, alone = rule
     x = theta
     if x.dtype != dtype:
         x, g = theta.to(dtype), g.to(dtype)
@@ -1016,7 +1014,8 @@ def _move(rule, dtype, theta, g, m=None):
         new = _add(m.to(dtype).mul_(beta).add_(g), x, u)
         _add(x.mul_(k), new, b)
         m.copy_(new)
-    theta.copy_(x)
+    if x is not theta:
+        theta.copy_(x)
 
 
 def _add(x, y, factor):
