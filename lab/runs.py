@@ -210,10 +210,11 @@ def save_checkpoint(path, identity, state):
 
 def load_checkpoint(path, device, identity=None, contents=None):
     """A checkpoint, with its `checksum`; None if there is none. Raises ValueError where it is
-    damaged or, if this is asked, of another run."""
+    damaged or, if this is asked, of another run, or lost."""
     if not path.exists():
         log = path.with_suffix(".csv")
-        if log.exists() and log.read_bytes().count(b"\n") > 2:  # more than the row before training
+        rows = log.read_bytes().count(b"\n") - 1 if log.exists() else 0
+        if identity and rows > 1:  # more than the row before training
             cure = "to train anew, move it away or remove it"
             raise ValueError(f"{log} is there without its checkpoint {path.name}: {cure}")
         return None
