@@ -221,11 +221,12 @@ class SphereSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """As torch's. An lr that is a tensor stays that tensor and takes the value."""
-        before, given = dict(self.__dict__), []
-        try:  # the last of its hooks sees what the others made of it
-            with self.register_load_state_dict_pre_hook(lambda _, made: given.append(made)):
+        before, made = dict(self.__dict__), []
+        try:
+            # The last of the hooks sees what the others made of it
+            with self.register_load_state_dict_pre_hook(lambda _, state: made.append(state)):
                 unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
-            state_dict = given[0]
+            (state_dict,) = made
             self._captured, self._sizes = before["_captured"], before["_sizes"]
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 _check_options(group, new=True)
@@ -249,7 +250,7 @@ class SphereSGD(torch.optim.Optimizer):
             if isinstance(error, ValueError):
                 raise
             raise ValueError(f"this is no state of an optimizer: {error!r}") from error
-        lrs = {}  # that groups share a tensor does not make their values one
+        lrs = {}  # groups that share a tensor may have different values now
         for group, old in zip(self.param_groups, before["param_groups"], strict=True):
             lr, value = old["lr"], float(group["lr"])
             if isinstance(lr, Tensor):
@@ -417,7 +418,7 @@ class watch:
     the tensors. `last`, [2, 1 + tensors] float64, is γ and φ of the last step, first jointly. The
     gradient is that of the step: clipped, unscaled, with a closure that of its first call; a tensor
     without one stays out. It takes a copy of the weights, and a pass over them before and after
-    each step. Raises ValueError for no tensors, or shards.
+    each step. Raises ValueError for shards, or none of the optimizer's tensors.
     """
 
     def __init__(self, optimizer, params=None):
@@ -427,10 +428,9 @@ class watch:
         if params is None:
             params = [p for p in own if p.dim() > 1]
         pairs = [x if isinstance(x, tuple) else (str(i), x) for i, x in enumerate(params)]
-        bad = {id(p) for p in own}.isdisjoint(id(p) for _, p in pairs)
-        _refuse(bad, "params: watch takes a list of the optimizer's tensors; none of these is one")
+        none = {id(p) for p in own}.isdisjoint(id(p) for _, p in pairs)
         shards = any(hasattr(p, "__tensor_flatten__") for _, p in pairs)
-        _refuse(shards, "params: watch takes no shards")
+        _refuse(none or shards, "params: watch takes a list of the optimizer's tensors, no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
         device = pairs[0][1].device
@@ -481,7 +481,7 @@ class watch:
             n = n * (optimizer.found_inf == 0)
         # Not +=: in the place of what a parent's step, which it called, has added
         step = torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
-        self._sums = self._before_step + step
+        self._sums.copy_(self._before_step + step)
 
     def row(self):
         sums = self._sums.tolist()
@@ -566,9 +566,8 @@ def _check_momentum(p, m, what):
     """ValueError for a momentum_buffer that cannot be that of a tensor; None is none as yet."""
     if m is not None:
         _refuse(m.shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
-        one = _is_dtensor(m) != _is_dtensor(p)
-        cure = "is one, not both: load it by set_optimizer_state_dict"
-        _refuse(one, f"{what} or its momentum_buffer is a DTensor: {cure}")
+        one = "or its momentum_buffer is a DTensor, not both: load it by set_optimizer_state_dict"
+        _refuse(_is_dtensor(m) != _is_dtensor(p), f"{what} {one}")
 
 
 def _check_state(group, p, state):

@@ -221,7 +221,7 @@ def case_of_momentum(backend, calls):
     close(p, q)
     ours.state[p]["momentum_buffer"] = plain = m.clone()
     for _ in range(2):
-        with pytest.raises(ValueError, match="or its momentum_buffer is a DTensor: .* not both"):
+        with pytest.raises(ValueError, match="or its momentum_buffer is a DTensor, not both"):
             ours.step()
         assert ours.state[p]["momentum_buffer"] is plain
     close(p, q)
