@@ -797,9 +797,7 @@ class _Layout:
                     if m is None or moved or _in_memory(_local(m)) != layout:
                         _check_momentum(p, m, f"a tensor of shape {tuple(p.shape)}")
                         new = torch.zeros_like(p)
-                        if m is not None:
-                            new.copy_(m)
-                        state["momentum_buffer"] = new
+                        state["momentum_buffer"] = new if m is None else new.copy_(m)
                     found.append((x, g, _local(state["momentum_buffer"])))
                 else:
                     found.append((x, g))
