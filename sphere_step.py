@@ -783,24 +783,23 @@ class _Layout:
                 if g is None:
                     found.append(None)
                     continue
-                moved = False
+                moved = self.sharded and _placements(g) != _placements(p)
                 if self.sharded:
-                    moved = _placements(g) != _placements(p)
                     g = _gradient(p)
                 if moved or _in_memory(g) != layout:
                     shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
                     _refuse(g.shape != x.shape, f"a gradient of {shapes}")
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
+                found.append((x, g))
                 if group["momentum"]:
                     m = state.get("momentum_buffer")
                     moved = self.sharded and _placements(m) != _placements(p)
-                    if m is None or moved or _in_memory(_local(m)) != layout:
+                    if m is None:
+                        m = state["momentum_buffer"] = torch.zeros_like(p)
+                    elif moved or _in_memory(_local(m)) != layout:
                         _check_momentum(p, m, f"a tensor of shape {tuple(p.shape)}")
-                        new = torch.zeros_like(p)
-                        state["momentum_buffer"] = new if m is None else new.copy_(m)
-                    found.append((x, g, _local(state["momentum_buffer"])))
-                else:
-                    found.append((x, g))
+                        m = state["momentum_buffer"] = torch.zeros_like(p).copy_(m)
+                    found[-1] += (_local(m),)
             self.whole.append(group["sphere"] != "group" or None not in found[first:])
         return found
 

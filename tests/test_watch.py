@@ -169,7 +169,7 @@ def test_a_step_that_calls_the_step_of_its_parent_is_one_and_keeps_its_arguments
             loss.backward()
             return loss
 
-        first = closure if with_closure else float(closure())
+        first = closure if with_closure else closure().item()
         optimizer.step(first, 0.5, power=2)
         g = flat(p.grad for p in weights)
         assert meter.last[:, 0].tolist() == pytest.approx(defined(before, g, flat(weights)))
