@@ -282,6 +282,7 @@ def test_a_subclass_that_wraps_other_tensors_is_refused():
 
 
 def rank_of(path, rank, world):
+    torch.set_num_threads(1)  # makes the pool, which a fork loses, before two threads do at a time
     dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
     calls, plain = [], sphere_step.all_reduce
 
