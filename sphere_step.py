@@ -144,7 +144,8 @@ class SphereSGD(torch.optim.Optimizer):
               sphere of zeros takes its direction from its first gradient
     momentum  β of the heavy ball, Riemannian on a sphere
     angle     True: lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
-              learning rate η̃ρ² of the spheres that move (the median)
+              learning rate η̃ρ² of the spheres that move (the median; of rows that are shared out
+              over ranks the median of the ranks' medians)
     weight_decay  λ of what is on no sphere; without effect on one
     backend   "triton": kernels, at most three launches per dtype, on a GPU (to test
               them, on the CPU with TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
@@ -167,7 +168,7 @@ class SphereSGD(torch.optim.Optimizer):
                  weight_decay=0.0, backend="auto"):  # fmt: skip
         self.backend = backend
         self._layout = None  # of the tensors as lines and spheres: made at the first step
-        self._captured = []  # tables that CUDA graphs read
+        self._captured = []  # what CUDA graphs read and write
         self._sizes = {}  # elements of each tensor when it was given
         self._checked = None  # the options of the groups that were found sound
         self._warned = False  # of weights that something else has moved
@@ -200,11 +201,12 @@ class SphereSGD(torch.optim.Optimizer):
             raise
         for i, p in enumerate(group["params"]):
             self._sizes[p] = p.numel()
+            state = self.state[p]  # an empty one, too: torch.distributed.checkpoint asks for it
             if group["sphere"]:
                 radii = torch.full_like(norms[i], group["radius"]) if group["radius"] else norms[i]
-                self.state[p]["radius"] = _like_rows(group, p, radii)
+                state["radius"] = _like_rows(group, p, radii)
             if group["momentum"]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"] = torch.zeros_like(p)
         if self._made:
             self._scale(group)
 
@@ -219,9 +221,12 @@ class SphereSGD(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """As torch's. An lr that is a tensor stays that tensor and takes the value."""
-        before = dict(self.__dict__)
+        before, made = dict(self.__dict__), []
         try:
-            unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+            # The last of the hooks sees what the others made of it
+            with self.register_load_state_dict_pre_hook(lambda _, state: made.append(state)):
+                unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+            (state_dict,) = made
             self._captured, self._sizes = before["_captured"], before["_sizes"]
             for group, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
                 _check_options(group, new=True)
@@ -245,9 +250,12 @@ class SphereSGD(torch.optim.Optimizer):
             if isinstance(error, ValueError):
                 raise
             raise ValueError(f"this is no state of an optimizer: {error!r}") from error
+        lrs = {}  # groups that share a tensor may have different values now
         for group, old in zip(self.param_groups, before["param_groups"], strict=True):
-            if isinstance(old["lr"], Tensor):
-                group["lr"] = old["lr"].fill_(float(group["lr"]))
+            lr, value = old["lr"], float(group["lr"])
+            if isinstance(lr, Tensor):
+                same = lrs.setdefault(id(lr), value) == value
+                group["lr"] = (lr if same else lr.clone()).fill_(value)
 
     @torch.no_grad()
     def normalize(self):
@@ -313,6 +321,8 @@ class SphereSGD(torch.optim.Optimizer):
             plain = float(group["sphere"] is None)
             options.append((lr, group["momentum"], tan, at_radius, plain, group["weight_decay"]))
         layout.step(options, move)
+        if layout.capturing():
+            self._captured.append((vars(layout).copy(), options))
         if layout.moved_before and not self._warned:
             self._warned = True
             what = "weights were changed since the optimizer was made, as by load_state_dict"
@@ -385,9 +395,8 @@ class SphereSGD(torch.optim.Optimizer):
             what, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
             _check_tensor(group, p, what)
             _refuse(p.device != device, f"{what} is on {p.device}, not on {device}")
-            m, size = state.get("momentum_buffer"), self._sizes.get(p, p.numel())
-            shape = p.shape if m is None else m.shape
-            _refuse(shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(shape)}")
+            _check_momentum(p, state.get("momentum_buffer"), what)
+            size = self._sizes.get(p, p.numel())
             _refuse(size != p.numel(), f"{what} had {size} elements: make the optimizer anew")
             if "radius" in state and group["sphere"]:
                 radii, rows = _local(state["radius"]).numel(), _rows(group, _local(p))[0]
@@ -409,17 +418,19 @@ class watch:
     the tensors. `last`, [2, 1 + tensors] float64, is γ and φ of the last step, first jointly. The
     gradient is that of the step: clipped, unscaled, with a closure that of its first call; a tensor
     without one stays out. It takes a copy of the weights, and a pass over them before and after
-    each step. Raises ValueError for no tensors, or shards.
+    each step. Raises ValueError for shards, or none of the optimizer's tensors.
     """
 
     def __init__(self, optimizer, params=None):
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
+        own = [p for group in optimizer.param_groups for p in group["params"]]
         if params is None:
-            params = [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
+            params = [p for p in own if p.dim() > 1]
         pairs = [x if isinstance(x, tuple) else (str(i), x) for i, x in enumerate(params)]
-        bad = not pairs or any(hasattr(p, "__tensor_flatten__") for _, p in pairs)
-        _refuse(bad, "params: watch takes at least one tensor, and no shards")
+        none = {id(p) for p in own}.isdisjoint(id(p) for _, p in pairs)
+        shards = any(hasattr(p, "__tensor_flatten__") for _, p in pairs)
+        _refuse(none or shards, "params: watch takes a list of the optimizer's tensors, no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
         device = pairs[0][1].device
@@ -430,8 +441,9 @@ class watch:
     @torch.no_grad()
     def _before(self, optimizer, args, kwargs):
         self._old, self._gram = [p.clone() for p in self.params], None
+        self._before_step = self._sums.clone()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if not callable(closure):
             return self._observe(optimizer)
 
         def observed():
@@ -440,7 +452,9 @@ class watch:
                 self._observe(optimizer)
             return loss
 
-        return args[:1], kwargs | {"closure": observed}
+        if len(args) > 1:
+            return (args[0], observed, *args[2:]), kwargs
+        return args, kwargs | {"closure": observed}
 
     @torch.no_grad()
     def _observe(self, optimizer):
@@ -465,7 +479,9 @@ class watch:
         self.last = torch.stack([gamma, angle])
         if getattr(optimizer, "found_inf", None) is not None:  # then GradScaler skips the step
             n = n * (optimizer.found_inf == 0)
-        self._sums += torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
+        # Not +=: in the place of what a parent's step, which it called, has added
+        step = torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
+        self._sums.copy_(self._before_step + step)
 
     def row(self):
         sums = self._sums.tolist()
@@ -535,8 +551,9 @@ def _check_tensor(group, p, what):
         order.sort(key=bool)  # row after row
     other = hasattr(p, "__tensor_flatten__") and not _is_dtensor(p)
     _refuse(other, f"{what} is a {type(p).__name__}: it must be a plain tensor or a DTensor")
-    partial = _is_dtensor(p) and any(x.is_partial() for x in p.placements)
-    _refuse(partial, f"{what} is a DTensor of partial sums")
+    for placement in p.placements if _is_dtensor(p) else ():
+        known = type(placement).__name__ in ("Replicate", "Shard", "_StridedShard")
+        _refuse(not known, f"{what} is a DTensor of {placement!r}: take Shard or Replicate")
     odd = p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta"
     kinds = "it must be of 16, 32 or 64 bits, with numbers"
     _refuse(odd, f"{what} is {p.dtype} on {p.device}: {kinds}")
@@ -544,6 +561,14 @@ def _check_tensor(group, p, what):
     _refuse(flat, f"{what} is in FSDP1's flat parameter, cut anywhere: take fully_shard")
     holes = not x.permute(order).is_contiguous()
     _refuse(holes, f"{what} has holes in memory, or scattered rows: clone it")
+
+
+def _check_momentum(p, m, what):
+    """ValueError for a momentum_buffer that cannot be that of a tensor; None is none as yet."""
+    if m is not None:
+        _refuse(m.shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
+        one = "or its momentum_buffer is a DTensor, not both: load it by set_optimizer_state_dict"
+        _refuse(_is_dtensor(m) != _is_dtensor(p), f"{what} {one}")
 
 
 def _check_state(group, p, state):
@@ -627,16 +652,25 @@ def _local(x):
     return x.to_local() if _is_dtensor(x) else x
 
 
-def _split_over(group, p):
-    """The process groups over which the lines of a tensor are split."""
+def _placements(x):
+    return getattr(x, "placements", None)
+
+
+def _split_over(group, p, rows=False):
+    """The process groups over which the lines of a tensor are split; or its rows, each whole."""
     if not group["sphere"] or not _is_dtensor(p):
         return []
     found = []
     for i, placement in enumerate(p.placements):
-        whole = group["sphere"] == "row" and placement.is_shard(0)
-        if placement.is_shard() and not whole:
+        if not placement.is_replicate() and _has_rows(group, placement) == rows:
             found.append(p.device_mesh.get_group(i))
     return found
+
+
+def _has_rows(group, placement):
+    """Whether it gives each rank some of the rows, which are spheres, whole: a Shard of them, or a
+    _StridedShard, which torch does not call a shard."""
+    return group["sphere"] == "row" and getattr(placement, "dim", None) == 0
 
 
 def _like_rows(group, p, radii):
@@ -644,7 +678,7 @@ def _like_rows(group, p, radii):
     if not _is_dtensor(p) or group["sphere"] != "row":
         return radii
     tensor = sys.modules["torch.distributed.tensor"]
-    placements = [x if x.is_shard(0) else tensor.Replicate() for x in p.placements]
+    placements = [x if _has_rows(group, x) else tensor.Replicate() for x in p.placements]
     how = dict(run_check=False, shape=(len(p),), stride=(1,))
     return tensor.DTensor.from_local(radii, p.device_mesh, placements, **how)
 
@@ -669,12 +703,6 @@ def _described(gram, rule):
     return tt, g2, angle, tg / (tt * gg).sqrt().clamp(min=1e-300), elr, radius
 
 
-def _pace(rules):
-    """The median η̃ρ² of the spheres that move, [spheres, 6]; 0 if none does."""
-    pace = rules[:, 3] * rules[:, 4] ** 2
-    return torch.where(pace > 0, pace, math.nan).nanmedian().nan_to_num(0)
-
-
 # ------------------------------------------------------------------------------ lines and spheres
 
 
@@ -695,7 +723,6 @@ class _Layout:
 
     def __init__(self, optimizer, device):
         self.groups, self.device = optimizer.param_groups, device
-        self.captured = optimizer._captured
         self.params = [p for group in self.groups for p in group["params"]]
         self.states = [[optimizer.state[p] for p in group["params"]] for group in self.groups]
         self.sharded = any(map(_is_dtensor, self.params))
@@ -708,7 +735,7 @@ class _Layout:
         order = sorted(range(len(numbers)), key=lambda i: self.groups[numbers[i]]["sphere"] is None)
         self.places, self.group_of_sphere = [], []
         self.owners = []  # the sphere of each line
-        radii, tensor_of_line = [], []
+        radii, tensor_of_line = [torch.zeros(0, dtype=torch.float64, device=device)], []
         for i in order:
             number, p = numbers[i], self.params[i]
             group = self.groups[number]
@@ -717,17 +744,21 @@ class _Layout:
             if not begun or group["sphere"] in ("tensor", "row"):
                 self.group_of_sphere += [number] * rows
                 if group["sphere"]:
-                    radii += _local(optimizer.state[p]["radius"]).tolist()
+                    radii.append(_local(optimizer.state[p]["radius"]).to(device))
             sphere = len(self.group_of_sphere) - rows
             self.places.append(_Place(i, number, rows, length, len(self.owners), sphere))
             self.owners += range(sphere, sphere + rows)
             if group["sphere"]:
                 tensor_of_line += [len(self.places) - 1] * rows
-        self.radii = self.upload(radii, dtype=torch.float64)
+        self.radii = torch.cat(radii)  # without a wait
         self.sphere_of_line = self.upload(self.owners[: len(tensor_of_line)])
         self.tensor_of_line = self.upload(tensor_of_line)
         self.line_of_part = torch.arange(len(tensor_of_line), device=device)
         self.reductions = self.find_shards()  # of the lines that are split over ranks
+        self.row_groups = {}  # process groups of which each rank has some of the rows
+        for place in self.places:
+            over = _split_over(self.groups[place.group], self.params[place.tensor], rows=True)
+            self.row_groups |= dict.fromkeys(over)
 
     def fits(self):
         """Whether the tensors are still those, and lie as they did."""
@@ -753,7 +784,7 @@ class _Layout:
                 if g is None:
                     found.append(None)
                     continue
-                moved = self.sharded and _is_dtensor(g) and g.placements != p.placements
+                moved = self.sharded and _placements(g) != _placements(p)
                 if self.sharded:
                     g = _gradient(p)
                 if moved or _in_memory(g) != layout:
@@ -763,11 +794,11 @@ class _Layout:
                 found.append((x, g))
                 if group["momentum"]:
                     m = state.get("momentum_buffer")
+                    moved = self.sharded and _placements(m) != _placements(p)
                     if m is None:
                         m = state["momentum_buffer"] = torch.zeros_like(p)
-                    elif _in_memory(_local(m)) != layout:
-                        shape = tuple(m.shape)
-                        _refuse(m.shape != p.shape, f"a momentum_buffer of shape {shape}")
+                    elif moved or _in_memory(_local(m)) != layout:
+                        _check_momentum(p, m, f"a tensor of shape {tuple(p.shape)}")
                         m = state["momentum_buffer"] = torch.zeros_like(p).copy_(m)
                     found[-1] += (_local(m),)
             self.whole.append(group["sphere"] != "group" or None not in found[first:])
@@ -797,6 +828,18 @@ class _Layout:
             sums = grams[lines] * counted
             all_reduce(sums, group=process_group)
             grams[lines] = sums
+
+    def pace(self, rules):
+        """The median η̃ρ² of the spheres that move, [spheres, 6]; of shards of rows the median of
+        the ranks' medians, the same on all. 0 if none moves."""
+        pace = rules[:, 3] * rules[:, 4] ** 2
+        pace = torch.where(pace > 0, pace, math.nan).nanmedian()
+        for process_group in self.row_groups:
+            paces = self.radii.new_zeros(process_group.size())
+            paces[process_group.rank()] = pace
+            all_reduce(paces, group=process_group)
+            pace = paces.nanmedian()
+        return pace.nan_to_num(0)
 
     def upload(self, values, shape=-1, dtype=torch.long):
         """A table on the device, without a wait."""
@@ -944,7 +987,7 @@ class _InPyTorch(_Layout):
         else:
             rules[:, :n] = _rule_of_numbers(*self.numbers)
         if len(self.turns):
-            rules[1, self.turns] = -_pace(torch.from_numpy(rules[:, :n].T)).item()
+            rules[1, self.turns] = -self.pace(torch.from_numpy(rules[:, :n].T)).item()
             rules[8, n:] = 1 + rules[1, n:] * rules[2, n:]
         k, *_, self.moved_before, wide, _ = np.maximum.reduce(rules, 1, initial=0.0).tolist()
         if not move:
@@ -1454,6 +1497,7 @@ class _ByKernels(_Layout):
             for i, copy in self.copies.items():
                 copy.copy_(_gradient(self.params[i]))
             return
+        self.seen = None  # until all is found sound
         vectors = self.gather()
         if self.capturing() and None in vectors:
             raise RuntimeError("a gradient is None in the capture of a CUDA graph")
@@ -1494,7 +1538,7 @@ class _ByKernels(_Layout):
             for sphere, number in enumerate(self.group_of_sphere):
                 group = self.groups[number]
                 if group["angle"] and group["sphere"] is None:
-                    self.rules[sphere, 1] = -_pace(self.rules[: len(self.radii)])
+                    self.rules[sphere, 1] = -self.pace(self.rules[: len(self.radii)])
             for dtype, tiles in self.move_tiles if move else ():
                 how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
                 _move_pass[(len(tiles),)](tiles, *tables, **how)
@@ -1502,9 +1546,6 @@ class _ByKernels(_Layout):
         self.first = False
         if move:  # else a backward pass through an old graph would not notice
             torch.autograd.graph.increment_version(self.moved)
-        if self.capturing():
-            read = self.gram_tiles, self.many, self.move_tiles, self.copies
-            self.captured.append((tables, read))
 
     def last(self):
         return self.parts.clone(), self.rules[: len(self.radii), :6].clone()

@@ -2,11 +2,13 @@
 runs this file again in a child, with those of the step and of shards that are for the kernels, too.
 """
 
+import gc
 import math
 import os
 import random
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
@@ -269,6 +271,52 @@ def test_what_is_done_after_a_capture_does_not_reach_the_replays():
     assert kept and all(map(torch.equal, params, once))
 
 
+@runs
+@pytest.mark.parametrize("captured", [False, True])
+def test_after_a_load_there_is_what_a_captured_step_reads_and_writes(captured):
+    """Tables, sums, momentum buffers; of a step that no graph has nothing is kept."""
+    groups = several(plain=True)
+    optimizer = SphereSGD(groups, lr=1e-4, momentum=0.9, backend="triton")
+    for capturing in (False, captured):
+        with launches(run=False) as found:
+            with patch.object(sphere_step._ByKernels, "capturing", lambda self, is_=capturing: is_):
+                optimizer.step()
+    used = [x for _, args, *_ in found for x in args if isinstance(x, torch.Tensor)]
+    used += [optimizer.state[p]["momentum_buffer"] for p in params_of(groups)]
+    used = [*map(weakref.ref, used)]
+    found.clear()
+    optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+    gc.collect()
+    assert [x() is not None for x in used] == [captured] * len(used)
+
+
+@runs
+def test_a_step_that_was_refused_leaves_the_next_one_right():
+    """Though a gradient lies otherwise than its weights, of which the kernels read a copy."""
+    params = [Parameter(torch.randn(4, 3, device=DEVICE)) for _ in range(2)]
+    copies = deepcopy(params)
+    options = dict(lr=0.01, sphere="tensor", momentum=0.9)
+    optimizer = SphereSGD(params, backend="triton", **options)
+    one = SphereSGD(copies, backend="torch", **options)
+    for p, q in zip(params, copies, strict=True):
+        p.grad = torch.randn(3, 4, device=DEVICE).t()
+        q.grad = p.grad.clone()
+    optimizer.step()
+    one.step()
+    state = optimizer.state[params[1]]
+    momentum, state["momentum_buffer"] = state["momentum_buffer"], torch.ones(1)
+    with pytest.raises(ValueError, match="has a momentum_buffer of shape"):
+        optimizer.step()
+    state["momentum_buffer"] = momentum
+    for p, q in zip(params, copies, strict=True):
+        p.grad.neg_()
+        q.grad.neg_()
+    optimizer.step()
+    one.step()
+    for p, q in zip(params, copies, strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
 @pytest.mark.parametrize("why", ["float64", "no Triton", *([] if INTERPRET else ["no GPU"])])
 def test_asking_for_triton_where_it_cannot_run_says_where_it_can(monkeypatch, why):
     dtype, device = (torch.float64, DEVICE) if why == "float64" else (torch.float32, "cpu")
@@ -311,13 +359,12 @@ def fake_gpu():
 
 
 def moved_to(mode, optimizer):
-    """A copy of an optimizer with fake weights and momentum, but real radii, which are read."""
+    """A copy of an optimizer with fake weights and states."""
     fakes = {}
     for p, state in optimizer.state.items():
         fakes[id(p)] = Parameter(mode.from_tensor(p.detach()).to("cuda"))
-        fakes[id(state["momentum_buffer"])] = mode.from_tensor(state["momentum_buffer"]).to("cuda")
-        if "radius" in state:
-            fakes[id(state["radius"])] = state["radius"]
+        for x in state.values():
+            fakes[id(x)] = mode.from_tensor(x).to("cuda")
     return deepcopy(optimizer, fakes)
 
 
@@ -350,6 +397,20 @@ def test_a_step_mixes_no_devices_and_waits_for_no_number(angle):
                 assert all(x.device.type == "cuda" for x in stats.values())
             assert optimizer.grams().device.type == "cuda"
     assert set(guarded) == {"cuda"}
+
+
+@compiled
+def test_a_first_step_in_a_capture_says_what_to_do():
+    """It waits for no number before."""
+    made = SphereSGD(several("cpu", plain=True), lr=0.1, momentum=0.9)
+    with (
+        fake_gpu() as mode,
+        patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+        pytest.raises(RuntimeError, match="capture of a CUDA graph: step once before"),
+    ):
+        optimizer = moved_to(mode, made)
+        give_gradients(optimizer.param_groups)
+        optimizer.step()
 
 
 # --- on a GPU

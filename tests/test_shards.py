@@ -2,6 +2,7 @@
 collectives counted; states through torch.distributed.checkpoint; ZeRO's partitions."""
 
 import os
+import signal
 import sys
 import traceback
 from functools import partial
@@ -32,9 +33,14 @@ from torch.distributed.tensor import (  # noqa: E402
     Shard,
     distribute_tensor,
 )
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
 
 SPHERES = "group", "tensor", "row"
 SLOW = "SLOW" in os.environ
+
+
+def parameter(x):
+    return torch.nn.Parameter(x.clone())
 
 
 def full(x):
@@ -99,11 +105,19 @@ def case_of_meshes(backend, calls):
 
 
 def case_of_fully_shard(backend, calls):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for sphere in SPHERES if backend == "torch" or SLOW else SPHERES[:1]:
-        net, one = torch.nn.Linear(6, 10), torch.nn.Linear(6, 10)
+    """Alone, and over tensor parallelism: its shards of rows are strided."""
+    world = dist.get_world_size()
+    meshes = [init_device_mesh("cpu", (world,))]
+    if world == 4:
+        meshes.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model")))
+    cases = [*product(meshes[-1:], SPHERES), (meshes[0], "row")]
+    for mesh, sphere in cases if backend == "torch" or SLOW else cases[:1]:
+        rows = 12 if mesh.ndim == 2 else 10  # torch 2.7 strides even shards only
+        net, one = torch.nn.Linear(6, rows), torch.nn.Linear(6, rows)
         one.load_state_dict(net.state_dict())
-        fully_shard(net, mesh=mesh)
+        if mesh.ndim == 2:
+            parallelize_module(net, mesh["model"], ColwiseParallel())
+        fully_shard(net, mesh=mesh["data"] if mesh.ndim == 2 else mesh)
 
         def made(net, backend, sphere=sphere):
             groups = [{"params": [net.weight]}, {"params": [net.bias], "sphere": None}]
@@ -121,7 +135,7 @@ def case_of_fully_shard(backend, calls):
         optimizer, reference = made(net, backend), made(one, "torch")
         for turn in range(4):
             trained(net, optimizer, one)
-            assert len(calls) == (0 if sphere == "row" else 1)
+            assert len(calls) == (0 if sphere == "row" else mesh.ndim)
             reference.step()
             if turn == 1:  # goes on in another optimizer, by way of a state
                 state = get_optimizer_state_dict(net, optimizer)
@@ -129,6 +143,33 @@ def case_of_fully_shard(backend, calls):
                 set_optimizer_state_dict(net, optimizer, state)
         for p, q in zip(net.parameters(), one.parameters(), strict=True):
             close(p, q)
+            for name, value in reference.state[q].items():  # whole, as in a checkpoint
+                close(optimizer.state[p][name], value)
+
+
+def case_of_pace(backend, calls):
+    """Where rows are shared out and turn by an angle, what is on no sphere steps alike on all ranks,
+    by the median of their medians. The last of four has no row."""
+    world, w, g = dist.get_world_size(), torch.randn(6, 5), torch.randn(6, 5)
+    mesh = init_device_mesh("cpu", (world,))
+    p, bias = torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])), parameter(torch.ones(3))
+    q, other = parameter(w), parameter(torch.ones(3))
+    p.grad, q.grad = distribute_tensor(g, mesh, [Shard(0)]), g.clone()
+    bias.grad, other.grad = torch.ones(3), torch.ones(3)
+    ours, one = (
+        SphereSGD([{"params": [x]}, {"params": [y], "sphere": None}], lr=0.1, sphere="row",
+                  angle=True, backend=how)
+        for x, y, how in ((p, bias, backend), (q, other, "torch"))
+    )  # fmt: skip
+    calls.clear()
+    ours.step()
+    one.step()
+    assert calls == [((world,), world)]
+    close(p, q)
+    stats = one.stats()
+    paces = stats["elr"] * stats["radius"] ** 2
+    medians = torch.stack([x.median() for x in paces.chunk(world)])
+    close(bias, 1 - medians.median() * other.grad)
 
 
 def case_of_zero(backend, calls):
@@ -162,6 +203,32 @@ def case_of_zero(backend, calls):
         close(p, q)
 
 
+def case_of_momentum(backend, calls):
+    """One that is placed otherwise, though of the same shape on each rank; one that is no DTensor
+    is refused, and kept."""
+    if dist.get_world_size() < 4 or backend == "triton" and not SLOW:
+        return
+    mesh = init_device_mesh("cpu", (2, 2))
+    w, g, m = torch.randn(3, 6, 4)
+    p, q = torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0), Replicate()])), parameter(w)
+    p.grad, q.grad = distribute_tensor(g, mesh, [Shard(0), Replicate()]), g.clone()
+    ours, one = (
+        SphereSGD([x], lr=0.01, momentum=0.9, backend=how)
+        for x, how in ((p, backend), (q, "torch"))
+    )
+    ours.state[p]["momentum_buffer"] = distribute_tensor(m, mesh, [Replicate(), Shard(0)])
+    one.state[q]["momentum_buffer"] = m.clone()
+    ours.step()
+    one.step()
+    close(p, q)
+    ours.state[p]["momentum_buffer"] = plain = m.clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="or its momentum_buffer is a DTensor, not both"):
+            ours.step()
+        assert ours.state[p]["momentum_buffer"] is plain
+    close(p, q)
+
+
 def case_of_refusals(backend, calls):
     world = dist.get_world_size()
     mesh, other = (init_device_mesh("cpu", shape) for shape in ((world,), (1, world)))
@@ -170,11 +237,18 @@ def case_of_refusals(backend, calls):
     with pytest.raises(ValueError, match="several device meshes"):
         SphereSGD([a, b], lr=0.1)
     partial = torch.nn.Parameter(DTensor.from_local(torch.randn(4), mesh, [Partial()]))
-    with pytest.raises(ValueError, match="parameter 0 of shape .* DTensor of partial sums"):
+    with pytest.raises(ValueError, match="parameter 0 of shape .* is a DTensor of Partial"):
         SphereSGD([partial], lr=0.1)
 
 
-CASES = case_of_meshes, case_of_fully_shard, case_of_zero, case_of_refusals
+CASES = [
+    case_of_meshes,
+    case_of_fully_shard,
+    case_of_pace,
+    case_of_zero,
+    case_of_momentum,
+    case_of_refusals,
+]
 
 
 @pytest.mark.skipif(
@@ -187,6 +261,7 @@ def test_several_processes_step_as_one_does(world, tmp_path, capfd):
     for rank in range(world):
         child = os.fork()
         if child == 0:
+            signal.alarm(300)  # collectives that do not match wait for half an hour
             try:
                 rank_of(str(tmp_path / "store"), rank, world)
                 os._exit(0)
@@ -208,6 +283,7 @@ def test_a_subclass_that_wraps_other_tensors_is_refused():
 
 
 def rank_of(path, rank, world):
+    torch.set_num_threads(1)  # makes the pool, which a fork loses, before two threads do at a time
     dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
     calls, plain = [], sphere_step.all_reduce
 

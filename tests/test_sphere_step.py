@@ -394,6 +394,57 @@ def test_a_state_of_torchs_sgd_leaves_the_radii():
     assert torch.allclose(sum(p.detach().norm() ** 2 for p in theta), norm)
 
 
+def test_a_state_is_what_the_hooks_of_load_state_dict_make_of_it():
+    """As torch describes it: tensors are found by their names."""
+    a, b = parameter(4, 3), parameter(4, 3, scale=10.0)
+    one, two = (
+        SphereSGD(pairs, lr=0.1, sphere="tensor", momentum=0.9)
+        for pairs in ([("a", a), ("b", b)], [("b", Parameter(b.data)), ("a", Parameter(a.data))])
+    )
+
+    def by_name(optimizer, state_dict):
+        (group,) = state_dict["param_groups"]
+        number = dict(zip(group["param_names"], group["params"], strict=True))
+        names = optimizer.param_groups[0]["param_names"]
+        state = {i: state_dict["state"][number[name]] for i, name in enumerate(names)}
+        return {"state": state, "param_groups": [group | {"param_names": names}]}
+
+    two.register_load_state_dict_pre_hook(by_name)
+    for _ in range(2):
+        two.load_state_dict(one.state_dict())
+    radii = [two.state[p]["radius"].item() for p in two.param_groups[0]["params"]]
+    assert radii == [one.state[p]["radius"].item() for p in (b, a)]
+
+
+@pytest.mark.parametrize("lrs", [(0.1, 0.3), (0.3, 0.3)])
+def test_groups_that_share_a_tensor_as_lr_take_each_its_own_value(lrs):
+    lr = torch.tensor(0.2)
+    ours = SphereSGD([{"params": [parameter(3)]}, {"params": [parameter(3)]}], lr=lr)
+    state = ours.state_dict()
+    for group, value in zip(state["param_groups"], lrs, strict=True):
+        group["lr"] = value
+    ours.load_state_dict(state)
+    found = [group["lr"] for group in ours.param_groups]
+    assert found == pytest.approx(lrs) and found[0] is lr
+    assert (found[1] is lr) == (lrs[0] == lrs[1])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_another_optimizer_takes_a_state_by_way_of_distributed_checkpoints(flat):
+    """Also where a tensor has neither radius nor momentum."""
+    module = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    how = dict(options=module.StateDictOptions(flatten_optimizer_state_dict=flat))
+    nets = [torch.nn.Linear(3, 4) for _ in range(2)]
+    one, two = (
+        SphereSGD([{"params": [net.weight]}, {"params": [net.bias], "sphere": None}], lr=lr)
+        for net, lr in zip(nets, (0.1, 0.2), strict=True)
+    )
+    state = module.get_optimizer_state_dict(nets[0], one, **how)
+    module.set_optimizer_state_dict(nets[1], two, state, **how)
+    assert two.state[nets[1].weight] == one.state[nets[0].weight]
+    assert [group["lr"] for group in two.param_groups] == [0.1, 0.1]
+
+
 # --- costs
 
 
@@ -652,6 +703,9 @@ STEPS = {
     ),
     "holes in memory": by_hand(data=torch.randn(5, 6, 2)[..., 0].t(), grad=None),
     r"momentum_buffer .*shape \(1,\)": by_hand(momentum_buffer=torch.zeros(1)),
+    r"shape \(6, 5\) has a momentum_buffer of shape \(5, 6\)": by_hand(
+        momentum_buffer=torch.ones(5, 6)
+    ),
     "sparse": by_hand(grad=torch.randn(6, 5).to_sparse()),
     "momentum=1.5": by_hand(momentum=1.5),
     "weight_decay=None": by_hand(weight_decay=None),
@@ -668,9 +722,12 @@ def test_what_was_changed_by_hand_is_refused_by_the_step(message, steps):
         optimizer.step()
     STEPS[message](optimizer, p)
     before = p.detach().clone(), other.detach().clone()
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        optimizer.step()
+    momentum = optimizer.state[p]["momentum_buffer"]
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            optimizer.step()
     assert torch.equal(p, before[0]) and torch.equal(other, before[1])
+    assert optimizer.state[p]["momentum_buffer"] is momentum
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])

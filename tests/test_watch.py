@@ -145,6 +145,41 @@ def test_a_step_waits_for_nothing_and_hooks_go_away():
     assert meter.row()["step"] == 1
 
 
-def test_no_tensors_are_refused():
-    with pytest.raises(ValueError, match="params: watch takes at least one tensor, and no shards"):
-        watch(torch.optim.SGD([torch.ones(3)], 0.1))
+class Wide(torch.optim.SGD):
+    """Once torch has hooked its parent, too, a step of it is two for the hooks."""
+
+    def step(self, first, scale, *, power=1):
+        assert (scale, power) == (0.5, 2)
+        return super().step(first if callable(first) else None)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_the_step_of_its_parent_is_one_and_keeps_its_arguments(with_closure):
+    net = network()
+    weights = [net[0].weight, net[3].weight]
+    torch.optim.SGD(weights, 0.3), Wide(weights, 0.3)  # hook both classes
+    optimizer = Wide(weights, 0.3)
+    meter = watch(optimizer)
+    for _ in range(2):
+        before = flat(weights)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(net, 0)
+            loss.backward()
+            return loss
+
+        first = closure if with_closure else closure().item()
+        optimizer.step(first, 0.5, power=2)
+        g = flat(p.grad for p in weights)
+        assert meter.last[:, 0].tolist() == pytest.approx(defined(before, g, flat(weights)))
+    assert meter.row()["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "params", [None, [], torch.ones(3, 3), network(), [torch.ones(2)], {"weight": None}]
+)
+def test_what_is_no_list_of_the_tensors_is_refused(params):
+    """The rows of a tensor, too, and other things of which nothing has ever a gradient."""
+    with pytest.raises(ValueError, match="params: watch takes a list of the optimizer's tensors"):
+        watch(torch.optim.SGD([torch.ones(3)], 0.1), params)
