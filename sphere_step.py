@@ -75,7 +75,8 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ, or
     -1: from η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
-    nan, infinite = float("nan"), float("inf")
+    nan = float("nan")  # Triton 3.3 takes no tuple of numbers
+    infinite = float("inf")
     good = (tt + gg + mm < infinite) & (lr >= 0) & (lr < infinite)
     zero = (tt == 0) & (gg > 0) & (radius > 0)
     good = good & ((tt > 0) | zero)
