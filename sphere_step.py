@@ -912,6 +912,8 @@ class _InPyTorch(_Layout):
         for places in together.values():
             tensors = [place.tensor for place in places]
             _, group, rows, length, *_ = places[0]
+            for place in places if self.reductions and not length else ():
+                spheres.setdefault(place.sphere, len(spheres))  # other ranks have its parts
             for row, column, *size in _cut(rows, length):
                 first, start = len(lines), row * length + column
                 for place in places:
@@ -976,13 +978,15 @@ class _InPyTorch(_Layout):
             parts[: len(sums), unit.parts] = sums
 
         # Those of spheres, and the rules
-        first = self.first_parts[:n]
-        self.numbers[:6] = np.add.reduceat(parts, first, axis=1) if n < parts.shape[1] else parts
         if self.reductions:
             self.grams = self.sum_lines()
             self.add_up(self.grams)
             sums = _sums_by(self.grams, self.sphere_of_line, len(self.radii))
             self.numbers[:6] = sums[self.spheres[:n]].T.cpu()
+        elif n < parts.shape[1]:
+            self.numbers[:6] = np.add.reduceat(parts, self.first_parts[:n], axis=1)
+        else:
+            self.numbers[:6] = parts
         if n <= FEW:
             rules[:, :n] = np.array([_rule_of_numbers(*x) for x in self.numbers.T.tolist()]).T
         else:

@@ -172,6 +172,28 @@ def case_of_pace(backend, calls):
     close(bias, 1 - medians.median() * other.grad)
 
 
+def case_of_empty_shards(backend, calls):
+    """A rank that has nothing of a sphere knows its rule, and steps what is on none alike."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    wholes, rest = [torch.randn(1, 6), torch.randn(5, 6), torch.randn(1, 6)], torch.ones(3)
+    ours = [torch.nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in wholes]
+    one, bias, other = [parameter(w) for w in wholes], parameter(rest), parameter(rest)
+    for p, q in zip(ours, one, strict=True):
+        q.grad = torch.randn_like(q)
+        p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+    bias.grad, other.grad = torch.ones(3), torch.ones(3)
+    steps = []
+    for params, plain, how in ((ours, bias, backend), (one, other, "torch")):
+        groups = [{"params": params}, {"params": [plain], "sphere": None}]
+        steps.append(SphereSGD(groups, lr=0.1, sphere="tensor", angle=True, backend=how))
+        steps[-1].step()
+    for p, q in zip([*ours, bias], [*one, other], strict=True):
+        close(p, q)
+    stats, expected = (step.stats() for step in steps)
+    for name in ("radius", "elr", "grad_norm", "angle"):
+        close(stats[name], expected[name])
+
+
 def case_of_zero(backend, calls):
     """Each rank has some of the tensors; radii stay with theirs, in a state as well."""
     if backend == "triton" and not SLOW:
@@ -245,6 +267,7 @@ CASES = [
     case_of_meshes,
     case_of_fully_shard,
     case_of_pace,
+    case_of_empty_shards,
     case_of_zero,
     case_of_momentum,
     case_of_refusals,
