@@ -1,11 +1,11 @@
-"""Which weights of any network are scale invariant?
+"""Which weights of a network are scale invariant?
 
     from invariance import scale_invariant_groups
 
     net, batch = torchvision.models.resnet18(), torch.randn(4, 3, 64, 64)
     scale_invariant_groups(net, batch)  # [["conv1.weight"], ["layer1.0.conv1.weight"], …]
 
-Works alone when copied (torch, numpy, scipy).
+Works alone if copied (torch, numpy, scipy).
 """
 
 import random
@@ -33,7 +33,7 @@ def scale_invariant_groups(net, batch, rows=False):
     derivatives at random ones, in float64 and without eps, are a matrix with a column per tensor.
     In its null space is the indicator vector of each such set; it is verified by multiplying.
 
-    net     any network; a copy is measured, in training mode
+    net     any network; a copy is measured
     batch   a tensor of at least two inputs
     rows    take sets of matrices each of whose rows may have a factor of its own
 
@@ -50,12 +50,12 @@ def scale_invariant_groups(net, batch, rows=False):
             return _Trial(net, batch, rows, torch.float64).sets()
         except Exception as error:
             found = _Trial(net, batch, rows, torch.float32).sets()
-            print(f"measured in float32, to 1e-3: float64 fails ({error!r:.200})")
+            print(f"measured in float32: float64 fails ({error!r:.200})")
             return found
 
 
 def logits(net, inputs, out):
-    """A forward hook: of an output of several parts the logits, or the first."""
+    """A forward hook: of several outputs the logits, or the first."""
     out = out.get("logits", out) if isinstance(out, dict) else getattr(out, "logits", out)
     if isinstance(out, tuple | list):
         out = out[0]
@@ -65,14 +65,13 @@ def logits(net, inputs, out):
 
 
 def place(x):
-    """Its memory, which views share."""
+    """Its memory, shared by views."""
     return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 class _Trial(TorchDispatchMode):
-    """A copy of a network that is run with other weights; `with self` in one type of numbers, also
-    behind a .float() as of Llama, and without the eps of normalizations: 1e-18 for 1e-3
-    in x / (x.norm() + 1e-3)."""
+    """A copy of a network, run with other weights; `with self` in one type of numbers and without
+    eps: 1e-18 for 1e-3 in x / (x.norm() + 1e-3)."""
 
     def __init__(self, net, batch, rows, dtype):
         super().__init__()
@@ -82,14 +81,16 @@ class _Trial(TorchDispatchMode):
                 copies[id(x)] = type(x)(x.requires_grad, x.device, x.dtype)
             elif isinstance(x, Tensor):
                 self.originals |= {place(x)} - {0}
-                if not x.is_leaf:  # of a pass
+                if not x.is_leaf:
                     copies[id(x)] = x.detach().clone()
         try:
             self.net = deepcopy(net, copies)
         except Exception as error:
             raise ValueError(f"the network cannot be copied: {error}") from error
-        for module in {*net.modules()} & {*self.net.modules()}:
-            raise ValueError(f"{type(module).__name__}.__deepcopy__ makes no copy")
+        tensors = [*self.net.parameters(), *self.net.buffers()]
+        shared = {place(x) for x in tensors if not is_lazy(x)} & self.originals
+        if shared or {*net.modules()} & {*self.net.modules()}:
+            raise ValueError("a __deepcopy__ in it copies nothing")
         self.net.to(dtype).train()
         self.tolerance = 1e-6 if dtype == torch.float64 else 1e-3
         self.batch, self.rows, self.dtype, self.start = batch.detach(), rows, dtype, []

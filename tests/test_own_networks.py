@@ -409,7 +409,7 @@ class net(Base):
         return self.last(self.norm(self.first(x)).relu())
 """
     ask(code, BASE)
-    said = "measured in float32, to 1e-3: float64 fails (TypeError('no float64 here'))"
+    said = "measured in float32: float64 fails (TypeError('no float64 here'))"
     assert said in capsys.readouterr().out
 
 
@@ -669,6 +669,17 @@ def uncopied(net):
     net[2] = Same().eval()
 
 
+class Sharing(nn.Linear):
+    def __deepcopy__(self, memo):
+        other = nn.Linear(self.in_features, self.out_features)
+        other.weight, other.bias = self.weight, self.bias
+        return other
+
+
+def shared(net):
+    net[0] = Sharing(net[0].in_features, net[0].out_features)
+
+
 def broken(net):
     net[0].weight.data[0, 0] = float("nan")
 
@@ -683,7 +694,8 @@ def detached(net):
         (closure, "a copy of it computes with the original: make lambdas methods"),
         (statistics, "a copy of it computes with the original: make lambdas methods"),
         (locked, "the network cannot be copied: cannot pickle '_thread.lock' object"),
-        (uncopied, "Same.__deepcopy__ makes no copy"),
+        (uncopied, "a __deepcopy__ in it copies nothing"),
+        (shared, "a __deepcopy__ in it copies nothing"),
         (broken, "its weights or gradients are nan or infinite"),
         (detached, "its logits depend on no weight that is trained"),
     ],
