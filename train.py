@@ -31,12 +31,12 @@ import regimes
 from lab import figures, measure, own, runs
 from lab.data import batches
 from lab.experiment import prepare, what_next
-from lab.groups import spheres_of
+from lab.groups import last_step, meters_of, spheres_of
 from lab.jobs import Watch, heed_stops, side_by_side
 from lab.machine import Captured, set_device
 from lab.options import parse
 from lab.schedules import value_at
-from sphere_step import SphereSGD, watch
+from sphere_step import SphereSGD
 
 
 def loss_of(logits, y):
@@ -63,7 +63,7 @@ def train_step(run, index, move=True):
         # What lies in .grad is the direction of the step: change it here.
         optimizer = run.plain_sgd or run.sphere_sgd
         optimizer.step()
-    return loss.detach(), logits.detach().argmax(1) != y, *measure.last_step(run)
+    return loss.detach(), logits.detach().argmax(1) != y, *last_step(run)
 
 
 def train(run, tell):
@@ -169,7 +169,7 @@ class Run:
         self.plain_sgd, self.meters = None, []
         if config.mode == "lr":
             self.plain_sgd = torch.optim.SGD(trained, value, momentum, weight_decay=config.wd or 0)
-            self.meters = [watch(self.plain_sgd, group["params"]) for group in groups]
+            self.meters = meters_of(self.plain_sgd, groups)
             momentum = 0.0
         elif rest:
             group = dict(params=rest, sphere=None)

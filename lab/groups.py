@@ -13,6 +13,7 @@ from lab.data import batches
 from lab.invariance import MAX_EPS, scale_invariant_groups
 from lab.machine import set_device
 from lab.measure import logits_of, vectors
+from sphere_step import watch
 
 # What share of a gradient may point along the weights: by rounding, and by the eps of others'
 # normalizations. docs/guide.md has the measurements.
@@ -29,6 +30,17 @@ def spheres_of(layer_groups, sphere):
     if sphere == "network":
         layer_groups = [names]
     return [{"names": names, "rows": False} for names in layer_groups]
+
+
+def last_step(run):
+    """What measure.Means takes of the last step."""
+    meters = [meter.last for meter in run.meters if meter.last is not None]
+    return [*run.sphere_sgd.last, *meters]
+
+
+def meters_of(optimizer, groups):
+    """What measures the angles of its steps, for each param group of a sphere; for rows nothing."""
+    return [watch(optimizer, group["params"]) for group in groups if group["sphere"] != "row"]
 
 
 def layer_groups(config, data):

@@ -22,18 +22,12 @@ def logits_of(net, x, dtype="fp32"):
     return net(x)
 
 
-def last_step(run):
-    """What `Means` takes of the last step."""
-    meters = [meter.last for meter in run.meters if meter.last is not None]
-    return [*run.sphere_sgd.last, *meters]
-
-
 class Means:
     """What an epoch's steps of a run were like on average; the host seldom waits for the device.
     Where run.plain_sgd makes them, sphere_sgd only measures, and run.meters the angles."""
 
     def __init__(self, run):
-        self.sphere_sgd, self.plain_sgd = run.sphere_sgd, run.plain_sgd
+        self.sphere_sgd, self.plain_sgd, self.meters = run.sphere_sgd, run.plain_sgd, run.meters
         self.kept, self.steps = [], 0
         self.sums, self.layer_sums = {}, {}  # column → [], and → [tensors on spheres]
 
@@ -54,10 +48,12 @@ class Means:
         if self.plain_sgd:
             group = self.plain_sgd.param_groups[0]
             lr = group["lr"] if isinstance(self.plain_sgd, torch.optim.SGD) else math.nan
+            beta = group.get("momentum", 0)
+            known = 1.0 if self.meters or not beta else math.nan
             for found, norm in ((stats, "radius"), (layers, "norm")):
                 first_elr = lr / found[norm] ** 2
-                found["elr"] = first_elr / (1 - group.get("momentum", 0))
-                found["angle"] = (first_elr * found["grad_norm"]).atan()  # of a first step
+                found["elr"] = first_elr / (1 - beta)
+                found["angle"] = known * (first_elr * found["grad_norm"]).atan()  # of a first step
         if metered:
             stats["angle"] = torch.stack([x[:, 1, 0] for x in metered], 1)
             layers["angle"] = torch.cat([x[:, 1, 1:] for x in metered], 1)

@@ -30,7 +30,7 @@ IMPORTS = {
     "own_data": set(),
     "invariance": set(),
     "own": {"models", "invariance", "contents"},
-    "groups": {"data", "invariance", "machine", "measure", "own"},
+    "groups": {"data", "invariance", "machine", "measure", "own", "sphere_step"},
     "measure": {"data", "sphere_step"},
     "contents": set(),
     "schedules": set(),

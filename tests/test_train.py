@@ -39,6 +39,7 @@ from helpers import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import sphere_step
 import train
 from lab import figures, machine, measure, options, runs
 from lab.data import batches, load
@@ -492,6 +493,35 @@ def test_lr_is_torchs_sgd_and_logs_the_elr_that_it_implies(tmp_path, plain):
         assert elr * norm**2 == pytest.approx(0.05 / (1 - 0.9), rel=1e-5)
 
 
+def test_of_rows_lr_logs_the_mean_angle_or_none(tmp_path):
+    assert run(f"{QUICK} --lr 0.05 --sphere row --epochs 1", tmp_path / "plain") == 0
+    row = log(tmp_path / "plain", "lr=5e-02")[1]
+    torch.manual_seed(0)
+    net, digits, turned = MODELS["convnet"](1, 10, 2), load("digits"), []
+    order = torch.Generator().manual_seed(0)
+    weights = [net.get_parameter(name) for (name,) in net.layer_groups]
+    sgd = torch.optim.SGD(weights, lr=0.05)
+
+    def directions():
+        rows = [F.normalize(w.detach().double().flatten(1)) for w in weights]
+        return [x for w in rows for x in w]
+
+    for epoch in (0, 1):
+        for index in batches(1437, 256, order):
+            before = directions()
+            if epoch:
+                sgd.zero_grad()
+                F.cross_entropy(net(digits.inputs(index)), digits.y[index]).backward()
+                sgd.step()
+                moves = [(x - y).norm().item() for x, y in zip(before, directions(), strict=True)]
+                turned.append(np.mean([2 * math.asin(move / 2) for move in moves]))
+            else:
+                net(digits.inputs(index))
+    assert row["angle"] == pytest.approx(np.mean(turned), rel=1e-3)
+    assert run(f"{QUICK} --lr 0.05 --sphere row --momentum 0.9 --epochs 1", tmp_path / "m") == 0
+    assert all(math.isnan(row["angle"]) for row in log(tmp_path / "m", "lr=5e-02"))
+
+
 def test_of_another_optimizer_the_angle_is_measured_and_no_elr_claimed(tmp_path, monkeypatch):
     """As by an edit of train.py: signs of the gradient, so that all weights move by lr."""
 
@@ -507,7 +537,7 @@ def test_of_another_optimizer_the_angle_is_measured_and_no_elr_claimed(tmp_path,
     def with_signs(self):
         make_optimizer(self)
         self.plain_sgd = Signs(self.sphere_weights, self.value)
-        self.meters = [train.watch(self.plain_sgd, self.sphere_weights)]
+        self.meters = [sphere_step.watch(self.plain_sgd, self.sphere_weights)]
 
     make_optimizer = train.Run.make_optimizer
     monkeypatch.setattr(train.Run, "make_optimizer", with_signs)
