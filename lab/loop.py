@@ -28,7 +28,7 @@ SAYS = {
     "freezes": "freezes on the way down, at {} to {}",
     "melts": "melts on the way up, at {} to {}",
     "reversible": "reversible from {} to {}: up and down have the same loss",
-    "metastable": "metastable from {} to {}: frozen on the way up, not on the way down",
+    "metastable": "metastable from {} to {}: at this speed frozen on the way up, not down",
 }
 LOWER, HIGHER = "begin at a lower one, --loop LO HI N", "begin at a larger one, --loop LO HI N"
 FROZEN = "frozen on the way up to the end"
@@ -54,7 +54,7 @@ class Loop:
             if getattr(self, name):
                 lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
         slower = f"--epochs {4 * self.passes} goes through it more slowly"
-        no = "no freezing shown: where the weights come to rest, the loss falls gently, or is noisy"
+        no = "no freezing shown: where weights come to rest, loss falls gently, or noise hides it"
         if self.freezes:
             no = "no metastable state at this speed"
         no = "" if self.metastable else f"{no}; {slower}"

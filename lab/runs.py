@@ -17,6 +17,7 @@ import signal
 import socket
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -324,16 +325,17 @@ class Log:
 
 def _rows_up_to(path, last_epoch):
     """The header of a log, and its whole rows up to that epoch, in bytes."""
-    kept, epochs = [], set()
+    kept, rows = [], Counter()  # of each epoch
     with suppress(ValueError, FileNotFoundError):
         header, *lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept.append(header)
         for line in lines:
             epoch = int(line.partition(",")[0])
-            if line.endswith("\n") and epoch <= last_epoch:
+            whole = line.endswith("\n") and line.count(",") == header.count(",")
+            if whole and epoch <= last_epoch:
                 kept.append(line)
-                epochs.add(epoch)
-    if epochs != set(range(last_epoch + 1)):
+                rows[epoch] += 1
+    if rows.keys() != set(range(last_epoch + 1)) or len(set(rows.values())) > 1:
         checkpoint = path.name.removesuffix(".csv").removesuffix(".layers") + ".pt"
         cure = f"remove {checkpoint}, and this run starts again"
         raise ValueError(f"{path} lacks rows or is damaged: {cure}")

@@ -639,13 +639,18 @@ def test_more_epochs_are_those_of_a_straight_run(tmp_path, command):
     equal_runs(tmp_path / "whole", tmp_path / "parts", name)
 
 
-@pytest.mark.parametrize("lost", ["row", "csv", "pt"])
+@pytest.mark.parametrize("lost", ["row", "cell", "layer", "csv", "pt"])
 def test_of_a_finished_run_nothing_that_is_lost_is_passed_over(plain, tmp_path, capsys, lost):
     out = shutil.copytree(plain, tmp_path / "run")
     path = out / "elr=1e-02.csv"
     if lost == "row":
         first, *others = path.read_text().splitlines(keepends=True)
         path.write_text(first + "".join(others[:-2] + others[-1:]))
+    elif lost == "cell":
+        path.write_text(path.read_text().rpartition(",")[0] + "\n")
+    elif lost == "layer":
+        layers = path.with_suffix(".layers.csv")
+        layers.write_text(layers.read_text().rstrip().rpartition("\n")[0] + "\n")
     elif lost == "csv":
         path.unlink()
     else:
