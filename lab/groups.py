@@ -1,6 +1,6 @@
-"""Which tensors of a network share a sphere: what ours say, what is found in others. And is the
-gradient right? That of a scale-invariant set of weights is orthogonal to them, for every batch: a
-share along them is rounding, or a fault."""
+"""Which tensors of a network share a sphere: what ours say, what is found in others; and what
+measures their steps. Is the gradient right? That of a scale-invariant set of weights is orthogonal
+to them, for every batch: a share along them is rounding, or a fault."""
 
 import math
 import sys
@@ -33,7 +33,8 @@ def spheres_of(layer_groups, sphere):
 
 
 def last_step(run):
-    """What measure.Means takes of the last step."""
+    """What measure.Means takes of the last step: the sums and rules of the spheres, and of each
+    meter γ and φ [2, 1 + tensors], if it has seen a step."""
     meters = [meter.last for meter in run.meters if meter.last is not None]
     return [*run.sphere_sgd.last, *meters]
 

@@ -212,6 +212,18 @@ def test_a_loop_has_two_legs_and_bands(tmp_path, drawn):
     assert {text.get_text().strip() for text in ax.texts} == {"freezes", "melts", "diverges"}
 
 
+def test_a_single_metastable_elr_is_drawn_and_marks_stay_inside(tmp_path, drawn, monkeypatch):
+    elr = loop(0.02)["elr"].min()
+    found = Loop(freezes=(elr, 2 * elr), metastable=(elr, elr))
+    monkeypatch.setattr(figures, "classify_loop", lambda *_: found)
+    figures.of_loop([logged(tmp_path, loop(0.02), {})], tmp_path / "a.png")
+    ax = drawn[0].axes[0]
+    (marked,) = (x for x in ax.collections if x.get_label() == "metastable")
+    (line,) = marked.get_segments()
+    assert np.allclose(line[:, 0], elr)
+    assert ax.texts[0].get_window_extent().x0 >= ax.get_window_extent().x0
+
+
 def test_a_loop_of_which_one_way_diverges_is_undecided(tmp_path, drawn, monkeypatch):
     found = Loop(freezes=(1e-3, 2e-3), divergence=(0.4, 0.7), reversible=(2e-3, 0.4))
     monkeypatch.setattr(figures, "classify_loop", lambda *_: found)
