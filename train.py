@@ -13,6 +13,8 @@ it stopped; runs of older code are trained anew. Regimes: Kodryan et al., arXiv 
 
 import signal
 
+import lab.contents  # noqa: F401 (reads what runs, before torch is there)
+
 if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -29,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import regimes
 from lab import figures, measure, own, runs
-from lab.data import batches
+from lab.data import RandomNumbers, batches
 from lab.experiment import prepare, what_next
 from lab.groups import last_step, meters_of, spheres_of
 from lab.jobs import Watch, heed_stops, side_by_side
@@ -86,7 +88,7 @@ def train(run, tell):
             run.set_lr()
             net.train()
             means = measure.Means(run)
-            indices = batches(len(data.x), config.batch_size, run.order, config.device)
+            indices = batches(len(data.x), config.batch_size, run.random.order, config.device)
             if run.started:
                 for index in indices:
                     means.add(*step(index))
@@ -95,8 +97,8 @@ def train(run, tell):
                 before_training(run, indices, means)
 
             row = {"epoch": run.epoch, "step": run.epoch * len(indices), **means.row()}
-            if config.mode in ("elr", "loop"):
-                row["elr"] = run.lr  # as it was set, no mean
+            if config.mode in ("elr", "loop") and not abs(row["elr"] - run.lr) > 1e-6 * run.lr:
+                row["elr"] = run.lr  # as it was set: not rounded, nor nan in a run that broke down
             row |= measure.on_test_set(net, data, config.dtype)
             run.seconds = row["seconds"] = time.perf_counter() - began
             now = measure.vectors(net, run.spheres)
@@ -138,8 +140,8 @@ class Run:
         self.config, self.value, self.path, self.name = config, job.value, job.path, job.name
         # What a checkpoint must share with this run
         self.identity = config.identity() | dict(value=job.value, seed=job.seed, name=job.name)
-        torch.manual_seed(job.seed)
-        self.net = own.build(config, self.data).to(config.device)
+        self.random = RandomNumbers(job.seed)
+        self.net = experiment.build().to(config.device)
         set_device(config.device, config.dtype)  # over what that has set
         if job.init:
             self.net.load_state_dict(job.init["net"])
@@ -147,8 +149,6 @@ class Run:
         self.spheres = spheres_of(layer_groups, config.sphere)
         self.make_optimizer()
         self.start = measure.vectors(self.net, self.spheres)
-        self.order = torch.Generator().manual_seed(job.seed)  # of the batches
-        self.generators = [self.order, torch.default_generator, *torch.cuda.default_generators]
         self.averaged = AveragedModel(self.net) if config.average else None
         self.started = False  # whether the row before training is there
         self.epoch, self.epochs = 0, config.epochs  # finished, and wanted
@@ -206,13 +206,12 @@ class Run:
                     group["lr"] = initial_lr * factor
 
     def parts(self):
-        """What has a state_dict: network, optimizers, mean weights."""
+        """What has a state_dict: network, optimizers, mean weights, random numbers."""
         return {name: part for name, part in vars(self).items() if hasattr(part, "state_dict")}
 
     def save(self):
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {name: getattr(self, name) for name in self.STATE}
-        state["random"] = [generator.get_state() for generator in self.generators]
         runs.save_checkpoint(self.path.with_suffix(".pt"), self.identity, state)
 
     def load(self):
@@ -225,8 +224,6 @@ class Run:
         for name in self.STATE:
             setattr(self, name, state[name])
         self.started = True
-        for generator, random in zip(self.generators, state["random"], strict=False):
-            generator.set_state(random.cpu())
 
 
 def work(experiment, jobs, tell, patient=False):

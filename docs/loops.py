@@ -219,7 +219,7 @@ def cold_end(passes, seed, *options):
     """The weights at the cold end of a loop's way down, and 2 over their batch sharpness."""
     with new_run(["--loop", *GRID, "--epochs", str(passes), *options], 1.0, seed) as run:
         train_until(run, passes * int(GRID[2]))
-        indices = train.batches(len(run.data.x), run.config.batch_size, run.order)
+        indices = train.batches(len(run.data.x), run.config.batch_size, run.random.order)
         run.net.train()
         found = np.mean([curvature.curvature_along_gradient(run, index)[0] for index in indices])
         return {"net": run.net.state_dict(), "checksum": ""}, 2 / found

@@ -14,38 +14,52 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Ours that make no numbers; all others of lab do.
 NO_NUMBERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/curvature.py
-    lab/experiment.py lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py
-    lab/options.py lab/runs.py lab/style.py lab/toy.py""".split()
+    lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py lab/options.py
+    lab/runs.py lab/style.py lab/toy.py""".split()
 SCRIPTS = {"train.py", "sphere_step.py", "models.py"}
 SCRIPTS |= {f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")} - {*NO_NUMBERS}
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
 WRITING = os.O_WRONLY | os.O_CREAT
+# Our scripts as they run, whatever is saved later: train.py imports this before torch
+AT_START = {path: path.read_bytes() for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]}
 _recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 
 
-def contents(data, files=()):
-    """Name → hash: of our scripts and what they import beside them, of somebody's files, of the
-    arrays of the data. Of a script its syntax tree counts, not comments, docstrings and layout."""
+def contents(data, files):
+    """Name → hash: of the scripts, as `of_scripts`, and of the arrays of the data. Raises
+    ValueError where one of ours may have been read before it was saved, or after."""
+    for name in sorted(SCRIPTS):
+        path = ROOT / name
+        if path in AT_START and code(path.read_bytes()) != code(AT_START[path]):
+            raise ValueError(f"{name} was saved while this command began: give it again")
+    arrays = [x.cpu().contiguous().numpy() for x in (data.x, data.y, data.test_x, data.test_y)]
+    return of_scripts(files) | {"the data": hash_of(*arrays)}
+
+
+def of_scripts(files):
+    """Name → hash: of our scripts and what they import beside them, as they were at the start, and
+    of somebody's files: file → hash, as `recorded` read them. Of a script its syntax tree counts,
+    not comments, docstrings and layout."""
     paths = {name: ROOT / name for name in sorted(SCRIPTS)}
     for path in sorted({*files, *imported_beside_ours()} - set(paths.values())):
         name = seen_from_here(path)
         if name in paths:  # theirs is called like one of ours
             name = str(path)
         paths[name] = path
-    found = {}
-    for name, path in paths.items():
-        if path.is_file():  # else it was a temporary one
-            content = path.read_bytes()
-            found[name] = hash_of(code(content) if path.suffix == ".py" else content)
-    arrays = [x.cpu().contiguous().numpy() for x in (data.x, data.y, data.test_x, data.test_y)]
-    return found | {"the data": hash_of(*arrays)}
+    there = {name: path for name, path in paths.items() if path.is_file()}  # no temporary one
+    return {name: files.get(path) or hash_of_file(path) for name, path in there.items()}
+
+
+def hash_of_file(path):
+    content = AT_START.get(path) or path.read_bytes()
+    return hash_of(code(content) if path.suffix == ".py" else content)
 
 
 @contextmanager
 def recorded(files):
-    """Into `files` goes what is read meanwhile, however that is done: modules, weights, settings.
-    Not what is written, too, nor what is a library's or in a cache."""
+    """Into `files` goes what is read meanwhile, however that is done: modules, weights, settings;
+    and its hash. Not what is written, too, nor what is a library's or in a cache."""
     _listen()
     opened = []
     _recordings.append(opened)
@@ -61,7 +75,7 @@ def recorded(files):
             path = Path(file).resolve()
             kept = path.suffix == ".py" or CACHES.isdisjoint(path.parts)
             if kept and path.is_file() and not is_library(file):
-                files.add(path)
+                files[path] = hash_of_file(path)
 
 
 @cache

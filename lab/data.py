@@ -1,8 +1,10 @@
 """Data sets as tensors that live on the device; a batch is an indexing there."""
 
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,3 +145,28 @@ def batches(n, size, generator, device="cpu"):
 def chunks(n, device="cpu"):
     """The whole set in order, as index tensors of one length, at most CHUNK."""
     return torch.arange(n, device=device).tensor_split(-(-n // CHUNK))
+
+
+class RandomNumbers:
+    """The random numbers of a run, all from its seed: the `order` of its batches, and torch's,
+    numpy's and Python's, from which a network may draw. A checkpoint has them as a state."""
+
+    def __init__(self, seed):
+        self.order = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    def of_torch(self):
+        return [self.order, torch.default_generator, *torch.cuda.default_generators]
+
+    def state_dict(self):
+        kind, keys, *rest = np.random.get_state()
+        state = dict(numpy=[kind, keys.tolist(), *rest], python=random.getstate())
+        return state | dict(torch=[generator.get_state() for generator in self.of_torch()])
+
+    def load_state_dict(self, state):
+        for generator, of_generator in zip(self.of_torch(), state["torch"], strict=False):
+            generator.set_state(of_generator.cpu())
+        np.random.set_state(state["numpy"])
+        random.setstate(state["python"])

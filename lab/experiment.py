@@ -8,7 +8,7 @@ import torch
 
 import regimes
 from lab import own
-from lab.contents import contents
+from lab.contents import changed, contents, of_scripts
 from lab.data import Data, add_label_noise, load
 from lab.groups import layer_groups
 from lab.machine import choose_threads, cores, keep_memory
@@ -24,6 +24,16 @@ class Experiment(NamedTuple):
     data: Data
     layer_groups: list[list[str]]
     contents: dict[str, str]
+
+    def build(self):
+        """The network. Raises ValueError where its files are not those that `contents` has."""
+        net = own.build(self.config, self.data)
+        now = of_scripts(own.files_of(self.config.model))
+        now = {name: now.get(name, x) for name, x in self.contents.items()}
+        what = changed(self.contents, now)
+        if what:
+            raise ValueError(f"{what} since this command began: give it again")
+        return net
 
 
 def prepare(config):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lab import own
-from lab.data import batches
+from lab.data import RandomNumbers, batches
 from lab.invariance import MAX_EPS, scale_invariant_groups
 from lab.machine import set_device
 from lab.measure import logits_of, vectors
@@ -49,7 +49,7 @@ def layer_groups(config, data):
     say; what is found in others, and printed. For sphere "row" only tensors whose rows are scale
     invariant. Raises ValueError where there are none, or the network cannot be trained."""
     set_device(config.device, config.dtype)
-    torch.manual_seed(config.seed)
+    RandomNumbers(config.seed)
     net = own.build(config, data).to(data.x.device)
     own.rehearse(net, data, config)
     x = data.inputs(torch.arange(min(32, len(data.x)), device=data.x.device))

@@ -51,11 +51,11 @@ class Watch:
             tqdm.write(f"{name}{done}: {verdict}", file=sys.stdout)
             sys.stdout.flush()
             self.renew()
-        elif event == "failed":
+        elif event == "failed" and name not in self.finished:  # each worker tries it
             self.failed = True
             self.finished.add(name)
             tqdm.write(f"train.py: error: {name}: {details[0]}", file=sys.stderr)
-        elif name not in self.busy:
+        elif event == "busy" and name not in self.busy:
             self.busy.add(name)
             tqdm.write(details[0], file=sys.stderr)
 

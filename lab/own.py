@@ -3,12 +3,14 @@ goes wrong in their code is said in one line."""
 
 import inspect
 import os
+import random
 import sys
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -18,7 +20,7 @@ from lab.contents import is_library, package_root, recorded
 from lab.invariance import logits
 
 OUR_MODULES = ("train", "sphere_step", "models", "regimes", "lab")
-LOADED = {}  # somebody's file → it, and all files that were read for it
+LOADED = {}  # somebody's file → the hashes of all files that were read for it, and of itself
 
 
 def build(config, data):
@@ -43,7 +45,10 @@ def load(model, data):
     if data.tokens is not None:
         known["tokens"] = data.tokens
     with beside(path) as package, explained(f"{model} cannot be loaded"):
-        with torch.random.fork_rng(devices):  # a seed that the file sets is not that of the run
+        with ExitStack() as after:  # a seed that the file sets is not that of the run
+            after.callback(random.setstate, random.getstate())
+            after.callback(np.random.set_state, np.random.get_state())
+            after.enter_context(torch.random.fork_rng(devices))
             module = ModuleType(f"_{path.stem}")
             module.__file__, module.__package__ = str(path), package
             sys.modules[module.__name__] = module  # where dataclasses look for it
@@ -90,11 +95,10 @@ def _call(function, known):
 
 
 def files_of(model):
-    """The files of somebody's network: its own, and what was read for it."""
+    """The files of somebody's network, its own and what was read for it: file → hash."""
     if ":" not in model:
-        return set()
-    path = Path(model.rpartition(":")[0]).resolve()
-    return LOADED.setdefault(path, {path})
+        return {}
+    return LOADED.setdefault(Path(model.rpartition(":")[0]).resolve(), {})
 
 
 @contextmanager
@@ -117,7 +121,7 @@ def beside(path):
     sys.path[:0] = folders
     sys.argv = [str(path)]
     try:
-        with recorded(LOADED.setdefault(path, {path})):
+        with recorded(LOADED.setdefault(path, {})):
             yield ".".join(["_own", *path.parent.relative_to(root).parts])
     finally:
         sys.path[:] = dict.fromkeys([*places, *folders])  # last: forward may import, too

@@ -241,7 +241,7 @@ def restore(parts, state, path):
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"{path} does not fit ({why}): {AGAIN}") from None
 

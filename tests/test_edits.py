@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    ROOT,
     SUMS,
     checkpoint,
     copy_of_project,
@@ -26,6 +28,7 @@ from helpers import (
 )
 
 import regimes
+import train
 from lab import contents, landscape, own, runs
 from lab.data import Data, load
 
@@ -130,6 +133,7 @@ def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
     options = SimpleNamespace(model="own/mine.py:net", batch_size=16, dtype="fp32", average=None)
 
     def now():
+        sys.modules.pop("trained", None)
         data = load("own/mine.npz")
         own.rehearse(own.build(options, data), data, options)
         return contents.contents(data, own.files_of(options.model))
@@ -138,7 +142,6 @@ def test_contents_change_where_a_file_does_and_only_there(theirs, monkeypatch):
         patch.setattr(sys, "dont_write_bytecode", False)
         before = now()
     own.LOADED.clear()
-    del sys.modules["trained"]
     assert now() == before  # now it is bytecode that is read
     assert set(before) == {*contents.SCRIPTS, *OWN, "the data"}
     for name in OWN:
@@ -166,7 +169,7 @@ def test_ours_those_beside_them_and_shapes_of_arrays_count(tmp_path, monkeypatch
 
     def now(*shape):
         x, y = torch.zeros(shape, dtype=torch.uint8), torch.zeros(4).long()
-        return contents.contents(Data(x, y, x, y))
+        return contents.contents(Data(x, y, x, y), {})
 
     before = now(4, 1, 8, 8)
     assert set(before) == {"labels.py", "lab/losses.py", *contents.SCRIPTS, "the data"}
@@ -204,6 +207,52 @@ def test_after_an_edit_nothing_goes_on_from_old_weights(theirs, tmp_path, capsys
     assert [row["elr"] for row in read(out / "regimes.csv")] == ["0.1"]
     assert run(f"{COMMAND} --epochs 3", tmp_path / "whole") == 0
     equal_runs(tmp_path / "whole", out, "elr=1e-01")
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [("own/mine.py", ""), ("own/mine.py", " --jobs 2"), ("own/settings.json", "")]
+    + [("own/trained.py", ""), ("train.py", "")],
+)
+def test_an_edit_while_runs_train_is_not_mixed_with_them(
+    name, jobs, theirs, tmp_path, capsys, monkeypatch
+):
+    """Each run of somebody's network reads its files anew; what stays in memory is no edit."""
+    began, train_one = tmp_path / "began", train.train
+
+    def train_and_edit(run, tell):
+        worked = train_one(run, tell)
+        if not began.exists():
+            began.touch()
+            comment(theirs / "own" / "mine.py")
+            change(theirs / name)
+        return worked
+
+    (theirs / "train.py").write_text("")
+    monkeypatch.setattr(train, "train", train_and_edit)
+    fails = name in ("own/mine.py", "own/settings.json")
+    assert run(f"{COMMAND} 0.5 0.7 --epochs 1{jobs}", tmp_path / "out") == fails
+    error = capsys.readouterr().err
+    cure = f"{name} has changed since this command began: give it again\n"
+    lines = [line for line in error.splitlines() if "has changed" in line]
+    assert bool(lines) == fails and all(f"{line}\n".endswith(cure) for line in lines), error
+    assert len(read(tmp_path / "out" / "regimes.csv")) + len(lines) == 3
+
+
+def test_what_is_saved_while_a_command_begins_is_not_taken_for_what_runs(
+    tmp_path, capsys, monkeypatch
+):
+    script = "import sys; sys.modules['torch'] = None\ntry: import train\n"
+    script += "except ImportError: print('lab.contents' in sys.modules)"
+    ends = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ends.stdout == "True\n", ends.stderr
+    path = ROOT / "models.py"
+    monkeypatch.setitem(contents.AT_START, path, path.read_bytes() + b"# a comment")
+    assert run(f"--elr 0.1 {SUMS}", tmp_path / "out") == 0
+    monkeypatch.setitem(contents.AT_START, path, path.read_bytes() + b"x = 1")
+    error = failed(capsys, f"--elr 0.1 {SUMS}", tmp_path / "other")
+    assert error.endswith("error: models.py was saved while this command began: give it again\n")
+    assert not (tmp_path / "other").exists()
 
 
 def test_while_a_run_is_in_progress_nothing_is_moved(theirs, tmp_path, capsys):

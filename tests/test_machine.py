@@ -308,7 +308,7 @@ def test_on_a_gpu_training_statistics_evaluation_and_chance_mix_no_devices(tmp_p
         run.set_lr()
         for move in (False, True):
             means = measure.Means(run)
-            for index in batches(len(data.x), 512, run.order, "cuda:0"):
+            for index in batches(len(data.x), 512, run.random.order, "cuda:0"):
                 means.add(*train.train_step(run, index, move))
             means.row()
             means.layers(run.spheres, 0)

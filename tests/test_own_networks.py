@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import experiment, failed, log, refused, run
+from helpers import equal_runs, experiment, failed, log, refused, run
 from torch import nn
 
 import models
@@ -129,6 +129,34 @@ def test_a_tuple_is_trained_averaged_and_looked_at_and_a_script_module_trained(w
 
 
 # --- how it is called
+
+
+def test_what_a_network_draws_from_numpy_and_python_follows_the_seed(write, tmp_path):
+    """The same start for each ELR and each time; a resumed run goes on as if undisturbed."""
+    code = """
+import random
+import numpy as np
+np.random.seed(7)  # as many files do: it is not that of the run
+random.seed(7)
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 0.1 * np.random.randn() + random.random() + torch.rand(1)
+
+def net(c, k):
+    first = Noisy(c, 8)
+    first.weight.data = torch.tensor(np.random.randn(8, c)).float()
+    return nn.Sequential(first, nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, k))
+"""
+    command = f"{write(code)} --elr 0.01 0.1 --seeds 2 --jobs 1 --threads 1"
+    for epochs, out in ((1, "resumed"), (3, "resumed"), (3, "whole")):
+        assert run(f"{command} --epochs {epochs}", tmp_path / out) == 0
+    starts = []
+    for name in ("elr=1e-02", "elr=1e-01", "elr=1e-02.seed=1", "elr=1e-01.seed=1"):
+        equal_runs(tmp_path / "resumed", tmp_path / "whole", name)
+        starts.append(log(tmp_path / "whole", name)[0]["train_loss"])
+    assert starts[0] == starts[1] != starts[2] == starts[3]
+
 
 CALLED = [
     "def net(example, classes, width=64): return {len(example)}, {classes}",
