@@ -618,6 +618,19 @@ def test_a_run_is_trained_at_the_elrs_of_its_schedule(tmp_path):
     assert list(map(joint_elr, layers_of(tmp_path, "elr=1e-04"))) == pytest.approx(elrs, rel=1e-2)
 
 
+def test_the_elr_of_the_steps_is_logged_where_an_edit_sets_another(tmp_path, monkeypatch):
+    step = train.train_step
+
+    def another(run, index, move=True):
+        run.sphere_sgd.param_groups[0]["lr"] = 3e-4
+        return step(run, index, move)
+
+    monkeypatch.setattr(train, "train_step", another)
+    assert run(f"--elr 0.01 {SUMS}", tmp_path) == 0
+    assert [row["elr"] for row in log(tmp_path)] == [3e-4, 3e-4]
+    assert read(tmp_path / "regimes.csv")[0]["elr"] == "0.0003"
+
+
 # --- resume
 
 RESUMED = [f"{SUMS} --elr 0.1", f"{SUMS} --angle 0.1 --schedule constant"]
