@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from functools import partial
 from inspect import unwrap
 from itertools import product
@@ -53,7 +54,7 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
 FEW = 16  # spheres: their rules are made in Python, not in numpy
-STACKED = 4096  # elements of tensors that are stacked with others of their shape
+STACKED = 8192  # elements of tensors that are stacked with others of their shape
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
 
@@ -62,9 +63,11 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 
 
 def _where(condition, a, b):
-    if isinstance(condition, np.ndarray):
-        return np.where(condition, a, b)
-    return a if condition else b
+    if not isinstance(condition, np.ndarray):
+        return a if condition else b
+    if condition.all():  # of many rules the same way is mostly that of all
+        return a
+    return np.where(condition, a, b) if condition.any() else b
 
 
 def _per_root(x):
@@ -901,11 +904,13 @@ class _InPyTorch(_Layout):
             self.make_units()
 
     def make_units(self):
-        together = {}
+        together, elements = {}, Counter()
         for place in self.places:
-            key = place.tensor
-            if place.rows * place.length <= STACKED:
-                key = place.group, self.layouts[key]
+            key, size = place.tensor, place.rows * place.length
+            if size <= STACKED:  # of one shape as many as make a piece
+                shape = place.group, self.layouts[place.tensor]
+                key = *shape, elements[shape] // PIECE
+                elements[shape] += size
             if self.present[place.tensor]:
                 together.setdefault(key, []).append(place)
         self.units, lines, rules, spheres = [], [], [], {}
@@ -990,7 +995,8 @@ class _InPyTorch(_Layout):
         if n <= FEW:
             rules[:, :n] = np.array([_rule_of_numbers(*x) for x in self.numbers.T.tolist()]).T
         else:
-            rules[:, :n] = _rule_of_numbers(*self.numbers)
+            for row, values in zip(rules, _rule_of_numbers(*self.numbers), strict=True):
+                row[:n] = values
         if len(self.turns):
             rules[1, self.turns] = -self.pace(torch.from_numpy(rules[:, :n].T)).item()
             rules[8, n:] = 1 + rules[1, n:] * rules[2, n:]
@@ -1000,12 +1006,15 @@ class _InPyTorch(_Layout):
 
         # The moves, from the last on, which the cache still has
         least = torch.float64 if wide else torch.float32
+        columns = {}  # the rules [9, rules, 1] by type
         for unit, matrices in reversed(work):
             dtype = torch.promote_types(matrices[0].dtype, least)
             if isinstance(unit.rules, int):
                 rule = rules[:, unit.rules].tolist()
             else:
-                rule = torch.from_numpy(rules[:, unit.rules, None]).to(self.device, dtype)
+                if dtype not in columns:
+                    columns[dtype] = torch.from_numpy(rules[..., None]).to(self.device, dtype)
+                rule = columns[dtype][:, unit.rules]
             before = [x.clone() for x in matrices[::2]] if math.isnan(k) else []
             _move(rule, dtype, *matrices)
             for x, old in zip(matrices[::2], before, strict=False):
@@ -1042,23 +1051,24 @@ def _sum_products(matrices):
     return [x.cpu().numpy() for x in products]
 
 
-def _enough(beta, tt, tg, gg, tm=0.0, gm=0.0, mm=0.0):
+def _enough(beta, tt, tg, gg, tm=None, gm=None, mm=None):
     """Whether float32 holds the squares, and what projections leave of them is no rounding."""
-    td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
-    enough = (tt > 1e-25) & (gg > 1e-25) & (tt * gg - tg * tg > 0.1 * tt * gg)
-    enough = enough & (tt * dd - td * td > 0.1 * tt * (gg + beta * beta * mm))
+    enough = (tt > 1e-25) & (gg > 1e-25) & (tg * tg < 0.9 * tt * gg)
+    if tm is not None:
+        td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
+        enough = enough & (tt * dd - td * td > 0.1 * tt * (gg + beta * beta * mm))
     return enough if isinstance(enough, bool) else enough.all()
 
 
 def _move(rule, dtype, theta, g, m=None):
     """m ← βm + g + uθ, θ ← kθ + bm, in place, in `dtype`, rounded once; by one rule or many."""
-    k, b, u, _, _, beta, _, _, alone = rule
     x = theta
     if x.dtype != dtype:
         x, g = theta.to(dtype), g.to(dtype)
-    if m is None:
-        _add(x.mul_(alone), g, b)
+    if m is None:  # k + bu, b
+        _add(x.mul_(rule[8]), g, rule[1])
     else:
+        k, b, u, _, _, beta, *_ = rule
         new = _add(m.to(dtype).mul_(beta).add_(g), x, u)
         _add(x.mul_(k), new, b)
         m.copy_(new)
