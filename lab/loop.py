@@ -128,16 +128,9 @@ def classify_loop(logs, chance=None):
 
 def of_mean(logs, chance):
     """The same, of the mean over the logs."""
-    for log in logs:
-        bad = ~np.isfinite(log["train_loss"])
-        if bad.any():
-            where = f"at ELR {log['elr'][bad][0]:.3g} the loss is not finite"
-            return Loop(problem=f"{where}: {LOWER}")
-        gradient = log.get("grad_norm", np.ones(1))
-        alive = len(np.trim_zeros(gradient, "b"))
-        if alive <= len(gradient) - MIN_TAIL and log["train_loss"][-1] > 0:
-            where = f"dead: the gradient is 0 from ELR {log['elr'][alive]:.3g} on, for good"
-            return Loop(problem=f"{where}: {LOWER}")
+    problem = broken(logs)
+    if problem:
+        return Loop(problem=f"{problem}: {LOWER}")
     elrs, loss = legs(logs, "train_loss")
     if np.isnan(loss).any() or len(elrs) < FEWEST:
         return Loop(problem=f"it takes a whole loop over {FEWEST} ELRs")
@@ -147,15 +140,7 @@ def of_mean(logs, chance):
     found = Loop(passes=int((logs[0]["elr"][1:] == elrs[-1]).sum() // 2) or 1)
 
     # From which ELR on neither way can be told from chance
-    skill, better = 1 - loss / top, np.zeros(y.shape, bool)
-    for name, floor in FLOORS.items():
-        if chance and name in chance and name in logs[0]:
-            mean = chance[name]["mean"]
-            if name == "train_error":  # to guess the most frequent class is no skill
-                mean = min(mean, chance.get("constant", {}).get(name, 1.0))
-            of_column = 1 - legs(logs, name)[1] / mean
-            better |= of_column > floor
-            skill = of_column if name == "train_error" else skill
+    better, skill = beside_chance(logs, chance, loss, top)
     top_better = len(elrs) - 1
     if better.any(1).all() and not better[:, -1].any():
         ends = [np.flatnonzero(way)[-1] for way in better]
@@ -171,47 +156,91 @@ def of_mean(logs, chance):
     if skill.max() < LEARNED:
         found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
         return found
+    turn = turns(logs, found.passes)
+    if turn[-2:].min() < TURN:  # that fall may be the first learning
+        found.problem = f"no freezing shown: it hardly moves from the first ELRs on, {HIGHER}"
+        return found
+    fall = steepest_fall(elrs, y[0], error[0], turn)
+    if fall:
+        found.freezes = elrs[fall[0]], elrs[fall[1]]
+        find_melting(found, elrs, y, error, NEGLIGIBLE * top, fall[0])
+    return found
 
-    # Freezing: the steepest fall to a loss at which the weights hardly turn any more, and what
-    # noise may hide beside it. Falls among larger turns lead from divergence to equilibrium.
+
+def broken(logs):
+    """In words, where the loss is not finite, or the gradient 0 for good."""
+    for log in logs:
+        bad = ~np.isfinite(log["train_loss"])
+        if bad.any():
+            return f"at ELR {log['elr'][bad][0]:.3g} the loss is not finite"
+        gradient = log.get("grad_norm", np.ones(1))
+        alive = len(np.trim_zeros(gradient, "b"))
+        if alive <= len(gradient) - MIN_TAIL and log["train_loss"][-1] > 0:
+            return f"dead: the gradient is 0 from ELR {log['elr'][alive]:.3g} on, for good"
+    return ""
+
+
+def beside_chance(logs, chance, loss, top):
+    """Where the ways [2, n] are better than chance, and their skill, of the error if there is one.
+    top: the loss by chance."""
+    skill, better = 1 - loss / top, np.zeros(loss.shape, bool)
+    for name, floor in FLOORS.items():
+        if chance and name in chance and name in logs[0]:
+            mean = chance[name]["mean"]
+            if name == "train_error":  # to guess the most frequent class is no skill
+                mean = min(mean, chance.get("constant", {}).get(name, 1.0))
+            of_column = 1 - legs(logs, name)[1] / mean
+            better |= of_column > floor
+            skill = of_column if name == "train_error" else skill
+    return better, skill
+
+
+def turns(logs, passes):
+    """The angle of a random walk of the steps at each ELR of the way down [n]; infinite where no
+    angle is logged."""
+    if not all({"angle", "step"} <= log.keys() for log in logs):
+        return np.full(len(np.unique(logs[0]["elr"])), math.inf)
+    steps = passes * np.diff(logs[0]["step"]).mean()
+    return legs(logs, "angle")[1][0] * math.sqrt(steps)
+
+
+def steepest_fall(elrs, y, error, turn):
+    """Where the way down freezes, as places in elrs (first, last): the steepest fall of log loss y
+    to where the weights come to rest, and what noise may hide beside it. None: it surely is nowhere
+    steep. Falls among larger turns lead from divergence to equilibrium."""
     width = np.diff(np.log(elrs))
-    slope = np.diff(y[0]) / width
-    if all({"angle", "step"} <= log.keys() for log in logs):
-        steps = found.passes * np.diff(logs[0]["step"]).mean()
-        turn = legs(logs, "angle")[1][0] * math.sqrt(steps)
-        if turn[-2:].min() < TURN:  # that fall may be the first learning
-            found.problem = f"no freezing shown: it hardly moves from the first ELRs on, {HIGHER}"
-            return found
+    slope = np.diff(y) / width
+    if np.isfinite(turn).all():
         slope[turn[:-1] > TURN] = -math.inf
-    margin = np.hypot(error[0, 1:], error[0, :-1]) / width
+    margin = np.hypot(error[1:], error[:-1]) / width
     steepest = slope.argmax()
     if slope[steepest] - Z99 * margin[steepest] < SHARP:
-        return found
+        return None
     as_steep = slope + 1.645 * np.hypot(margin, margin[steepest]) >= slope[steepest]
     gentler = np.flatnonzero(~as_steep)
-    low = max(gentler[gentler < steepest], default=-1) + 1
-    high = min(gentler[gentler > steepest], default=len(slope))
-    found.freezes = elrs[low], elrs[high]
+    first = max(gentler[gentler < steepest], default=-1) + 1
+    return first, min(gentler[gentler > steepest], default=len(slope))
 
-    # Melting: where the way up leaves its frozen level for good
-    frozen = np.median(y[1, : max(low + 1, 3)])
+
+def find_melting(found, elrs, y, error, negligible, freezes):
+    """Where the way up leaves its frozen level for good, and where it is metastable till then.
+    y: log losses of the ways [2, n]; freezes: the first place of the fall."""
+    frozen = np.median(y[1, : max(freezes + 1, 3)])
     left = y[1] > frozen + np.maximum(math.log(LEAVES), 2 * error[1])
-    left &= loss[1] > NEGLIGIBLE * top
+    left &= y[1] > math.log(negligible)
     gone, stays = np.flatnonzero(left), np.flatnonzero(~left)
-    if not len(gone):
-        last = elrs[-1]
-    elif gone[0] > low and stays[-1] < len(elrs) - 1:
+    last = elrs[-1]
+    if len(gone):
+        if gone[0] <= freezes or stays[-1] == len(elrs) - 1:  # no later than it freezes, or
+            return  # not for good
         found.melts = elrs[gone[0] - 1], elrs[stays[-1] + 1]
         last = found.melts[0]
-    else:  # not for good, or no later than it freezes
-        return found
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left
     both &= (elrs >= middle(found.freezes)) & (elrs <= last)
     if both.any():
         found.metastable = elrs[both][0], elrs[both][-1]
         if not found.melts:
             found.unmelted = f"no melting: {FROZEN}"
-    return found
 
 
 def second_runs(run):
