@@ -22,6 +22,7 @@ LEAVES = 3.0  # factor by which the loss rises, at least, where it melts
 LEARNED = 0.3  # skill of a task that is learned
 SAME = 0.1  # log losses that differ by less agree
 OTHER = 0.2  # those that differ by more do not, however noisy
+NEAREST = 7  # third differences, of which a step in the loss spoils three
 FEWEST = 8  # ELRs
 SAYS = {
     "divergence": "diverges from {} to {} on",
@@ -53,12 +54,13 @@ class Loop:
         for name, sentence in SAYS.items():
             if getattr(self, name):
                 lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
-        slower = f"--epochs {4 * self.passes} goes through it more slowly"
-        no = "no freezing shown: where weights come to rest, loss falls gently, or noise hides it"
+        told = "no freezing shown: where weights come to rest, loss falls gently, or noise hides it"
         if self.freezes:
-            no = "no metastable state at this speed"
-        no = "" if self.metastable else f"{no}; {slower}"
-        return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or no]))
+            told = "no metastable state at this speed"
+        if self.metastable:
+            told = lines.pop()
+        told += f"; --epochs {4 * self.passes} goes through it more slowly"
+        return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or told]))
 
 
 def is_loop(log):
@@ -91,10 +93,10 @@ def legs(logs, column):
 
 def noise(y):
     """Standard error of each point of a leg [n]: of third differences, which see no smooth curve,
-    the median over the five nearest, or over all if that is larger."""
+    the median over the nearest, or over all if that is larger."""
     rough = np.abs(np.diff(y, 3)) / (0.6745 * math.sqrt(20))
     middles = np.arange(len(rough)) + 1.5
-    nearest = [np.argsort(np.abs(middles - i), kind="stable")[:5] for i in range(len(y))]
+    nearest = [np.argsort(np.abs(middles - i), kind="stable")[:NEAREST] for i in range(len(y))]
     return np.maximum([np.median(rough[near]) for near in nearest], np.median(rough))
 
 

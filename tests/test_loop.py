@@ -14,7 +14,7 @@ from lab.schedules import grid, leg
 
 SLOW = "SLOW" in os.environ
 KINDS = ["reversible", "hysteretic", "continuous", "never learned", "noisy", "no equilibrium"]
-KINDS += ["no divergence", "nan at the top", "no melting", "steep equilibrium"]
+KINDS += ["no divergence", "nan at the top", "no melting", "steep equilibrium", "cliff"]
 
 
 def made(rng, kind):
@@ -30,8 +30,10 @@ def made(rng, kind):
     divergence = np.exp(rng.uniform(x[0] + 0.6 * width, x[-1] - 3.2 * cell))
     freeze = np.exp(rng.uniform(x[0] + 0.25 * width, np.log(divergence) - max(1.5, 3 * cell)))
     power, frozen = rng.uniform(0.3, 1), chance * 10 ** rng.uniform(-4, -2.7)
+    if kind == "cliff":  # it freezes within a cell
+        slope = 100
     melt = freeze
-    if kind in ("hysteretic", "noisy"):
+    if kind in ("hysteretic", "noisy", "cliff"):
         melt = min(freeze * np.exp(rng.uniform(0, 2)), divergence / 1.3)
     if kind == "no melting":
         melt = 2 * high
@@ -51,7 +53,7 @@ def made(rng, kind):
             return chance if elr >= divergence else chance / 1.6
         if kind == "continuous" or (way == "up" and elr > melt):
             return level(elr)
-        if way == "up" and kind in ("hysteretic", "noisy", "no melting"):
+        if way == "up" and kind in ("hysteretic", "noisy", "no melting", "cliff"):
             return min(frozen, level(elr))
         return max(level(elr) * min(1, elr / freeze) ** slope, min(frozen, level(elr)))
 
@@ -120,10 +122,10 @@ def test_made_loops_are_not_named_what_they_are_not(kind):
     for seed in range(draws):
         log, chance, truth = made(np.random.default_rng([7, KINDS.index(kind), seed]), kind)
         found = classify_loop([log], chance)
-        seen += bool(found.metastable)
+        seen += bool(found.freezes if kind == "cliff" else found.metastable)
         assert ("no melting" in str(found)) <= (kind == "no melting")
         assert not wrong_names(found, kind, truth), (seed, found, truth)
-    assert (seen > draws / 3) == (kind in ("hysteretic", "noisy", "no melting"))
+    assert (seen > draws / 3) == (kind in ("hysteretic", "noisy", "no melting", "cliff"))
 
 
 def test_where_a_seed_stays_frozen_nothing_is_reversible():
