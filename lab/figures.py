@@ -208,9 +208,9 @@ def of_loop(runs, path):
             else:
                 ax.vlines(elrs[both], middle["up"][both], middle["down"][both], lw=8, **look)
         ax.set_title(TITLES[column])
-        level = chance.get(column.replace("test_", "train_"))
-        if level:
-            ax.axhline(level["mean"], color="black", ls=":", lw=1, label="chance")
+        level = chance.get(column.replace("test_", "train_"), {}).get("mean", math.inf)
+        if level <= ax.get_ylim()[1]:  # else there is no room for it
+            ax.axhline(level, color="black", ls=":", lw=1, label="chance")
     freezes = math.sqrt(math.prod(found.get("freezes", [math.nan])))
     low, high = found.get("reversible", (math.inf, 0))
     names = np.full(len(elrs), "undecided", object)
