@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from lab.contents import changed, contents, of_scripts
 from lab.data import Data, add_label_noise, load
 from lab.groups import layer_groups
 from lab.machine import choose_threads, cores, keep_memory
-from lab.options import COURSE, DATA, MACHINE, NETWORK, RUNS, STEP, Config, refuse, refusing
+from lab.options import COURSE, DATA, MACHINE, NETWORK, RUNS, STEP, Config, flag, refuse, refusing
 from lab.runs import add_to_config, open_folder
 
 
@@ -78,14 +79,31 @@ def read_data(config):
     return data
 
 
+def words(config, *groups):
+    """The options of these groups that were given, but for how long, as on a command line."""
+    found = []
+    for one in fields(config):
+        value = config.given.get(one.name)
+        if value is None or one.metadata["group"] not in groups or "epochs" in one.name:
+            continue
+        if str(value).startswith("-"):  # the name of a file
+            found.append(f"{flag(one)}={value}")
+            continue
+        found.append(flag(one))
+        if value is not True:
+            for x in value if isinstance(value, list) else [value]:
+                found.append(f"{x:.15g}" if isinstance(x, float) else str(x))
+    return found
+
+
 def what_next(config, found):
     """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
     just above the boundary of convergence, go on well below it. Then the angle, which needs no
     sweep; these with the step, network, data and --epochs of this one."""
-    commands, shared, epochs = [], config.words(STEP, NETWORK, DATA), config.epochs
+    commands, shared, epochs = [], words(config, STEP, NETWORK, DATA), config.epochs
     longer = max(run.verdict.more_epochs or 0 for run in found)
     if longer and config.mode == "elr" and config.constant and not config.average:
-        again = config.words(RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
+        again = words(config, RUNS, STEP, COURSE, NETWORK, DATA, MACHINE)
         epochs = max(longer, 2 * config.epochs)
         commands.append([*again, "--epochs", str(epochs)])
     if "epochs" in config.given and not config.loop:  # of a loop they are those at each ELR

@@ -21,8 +21,8 @@ NETWORK, DATA, MACHINE = "the network", "the data", "the machine and the files"
 WAYS = {"elr", "sweep", "angle", "lr", "loop"}  # of which one says which runs
 OF_OUR_NETWORKS = ("width", "affine", "train_head")
 SWITCH = dict(action="store_true")
-REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, 0, math.pi / 2)
-WHOLE, FEW = number(int), number(int, 1, 1024)
+REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, high=math.pi / 2)
+WHOLE, FEW, COUNT = number(int), number(int, 1, 1024), number(int, 0, 2**30)
 
 
 def refuse(name, why):
@@ -59,9 +59,9 @@ class Config:
     loop: list = option(
         RUNS, None, "a run down N ≥ 8 ELRs and up: LO HI N (1e-4 1 25)", nargs="*", type=REAL
     )
-    refine: int = option(RUNS, 0, "then bisect both boundaries N times", type=FEW)
+    refine: int = option(RUNS, 0, "then bisect both boundaries N times", type=number(int, 0, 1024))
     max_epochs: int = option(RUNS, None, "undecided runs go on, up to N epochs", type=WHOLE)
-    seed: int = option(RUNS, 0, "of weights and batches", type=number(int, 0, 2**30))
+    seed: int = option(RUNS, 0, "of weights and batches", type=COUNT)
     seeds: int = option(RUNS, 1, "number of seeds, from --seed on", type=FEW)
     epochs: int = option(RUNS, None, "default: 20; modular: 400", type=WHOLE)
     then: float = option(RUNS, None, "from each end a run at this ELR or angle", type=REAL)
@@ -70,11 +70,13 @@ class Config:
     momentum: float = option(STEP, None, "β of the heavy ball", type=SHARE)
     dtype: str = option(STEP, "fp32", "of the arithmetic", choices=["fp32", "tf32", "bf16"])
 
-    wd: float = option(COURSE, None, "weight decay, with --lr", type=REAL)
+    wd: float = option(COURSE, None, "weight decay, with --lr", type=number(float, 0))
     schedule: str = option(COURSE, None, "default: constant; --angle: cosine", choices=SCHEDULES)
-    warmup: int = option(COURSE, 0, "epochs in which the ELR rises", type=WHOLE)
-    cooldown: float = option(COURSE, 0.4, "share of epochs in which wsd falls", type=SHARE)
-    average: int = option(COURSE, None, "test the mean weights of the last K epochs", type=WHOLE)
+    warmup: int = option(COURSE, 0, "epochs in which the ELR rises", type=COUNT)
+    cooldown: float = option(
+        COURSE, 0.4, "share of epochs in which wsd falls", type=number(float, high=1)
+    )
+    average: int = option(COURSE, None, "test the mean weights of the last K epochs", type=COUNT)
 
     model: str = option(NETWORK, None, f"{', '.join(MODELS)}, FILE.py:FUNCTION")
     width: int = option(NETWORK, None, "8; transformer: 64", type=number(int, 1, 16383))
@@ -91,14 +93,20 @@ class Config:
     jobs: int = option(MACHINE, None, "runs at a time (default: CPU cores, GPU 1)", type=FEW)
     threads: int = option(MACHINE, None, "CPU threads of a run (default: what helps)", type=FEW)
     graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **SWITCH)
-    out: str = option(MACHINE, None, "folder (default: by the options)")
+    out: str = option(MACHINE, None, "folder (default: by the options)", type=regimes.path)
 
     def __post_init__(self):
-        defaults = {one.name: one.default for one in fields(self)}
-        self.given = {name: x for name, x in vars(self).items() if x != defaults[name]}
+        self.given = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value == 0:  # none, as where it is not given
+                setattr(self, one.name, one.default)
+            elif value != one.default:
+                self.given[one.name] = value
         modular = self.data == "modular"
         tokens = modular or self.data.endswith(".txt")
-        self.model = self.model or ("transformer" if tokens else "convnet")
+        if self.model is None:
+            self.model = "transformer" if tokens else "convnet"
         self.epochs = self.epochs or (400 if modular else 20)
         self.schedule = self.schedule or ("cosine" if self.angle else "constant")
         self.rank = int(os.environ.get("RANK", 0))  # of torchrun
@@ -143,22 +151,6 @@ class Config:
         if not self.loop and (self.average or not self.constant):
             found["epochs"] = self.epochs
         return found
-
-    def words(self, *groups):
-        """The options of these groups that were given, but for how long, as on a command line."""
-        words = []
-        for one in fields(self):
-            value = self.given.get(one.name)
-            if value is None or one.metadata["group"] not in groups or "epochs" in one.name:
-                continue
-            if str(value).startswith("-"):  # the name of a file
-                words.append(f"{flag(one)}={value}")
-                continue
-            words.append(flag(one))
-            if value is not True:
-                for x in value if isinstance(value, list) else [value]:
-                    words.append(f"{x:.15g}" if isinstance(x, float) else str(x))
-        return words
 
     def folder(self):
         """Where the logs are: --out, or a name made of the options."""
@@ -211,15 +203,16 @@ def check(config):
     """Refuse what does not go together, or not with this machine."""
     if len(WAYS & config.given.keys()) != 1:
         refuse("elr", "give exactly one of --elr, --sweep, --angle, --lr, --loop")
-    for name, fewest in (("sweep", 2), ("loop", 8)):
+    for name, fewest, usual in (("sweep", 2, 13), ("loop", 8, 25)):
         grid, numbers = getattr(config, name), range(fewest, 10_001)
         if grid and (len(grid) != 3 or grid[0] >= grid[1] or grid[2] not in numbers):
-            refuse(name, f"it takes LO HI N, LO < HI, {fewest} ≤ N ≤ 10000: 1e-4 1 13")
+            refuse(name, f"it takes LO HI N, LO < HI, {fewest} ≤ N ≤ 10000: 1e-4 1 {usual}")
     with refusing("device"):
         config.device = find_device(config.device)
 
     whole, turn, gpu = config.mode == "lr", config.mode == "angle", config.device != "cpu"
     fixed = config.mode == "elr" and config.constant
+    uneven = config.model == "transformer" and (config.width or 0) % 4  # heads
     several = config.sweep or len(config.values) > 1
     rules = [  # option, what must hold where it is given, why not
         ("wd", whole, "this is for --lr"),
@@ -235,6 +228,7 @@ def check(config):
         ("graph", gpu and not whole, "it takes a GPU, and no --lr"),
         ("dtype", gpu or config.dtype != "tf32", "tf32 takes a GPU"),
         ("modulus", config.data == "modular", "this is for --data modular"),
+        ("width", not uneven, "a transformer's is a multiple of 4"),
         *((name, ":" not in config.model, "yours has its own") for name in OF_OUR_NETWORKS),
     ]
     for name, good, why in rules:

@@ -343,19 +343,25 @@ def _rows_up_to(path, last_epoch):
 
 
 def number(kind, low=None, high=math.inf):
-    """An argparse type: a whole number from low (1) to high, or a number between low (0) and high
-    that float32 holds."""
+    """An argparse type: a whole number from low (1) to high; or a number that float32 holds, above
+    0, or from 0 on if that is low, and below high."""
     whole = kind is int
-    if low is None:
-        low = 1 if whole else 0
-    name = f"whole number from {low}" if whole else f"float32 number above {low}"
+    if whole:
+        low = 1 if low is None else low
+        name = f"whole number from {low}"
+    else:
+        name = "float32 number above 0" if low is None else "float32 number from 0 on"
     if high < math.inf:
         name += f" to {high}" if whole else f" and below {high:.6g}"
 
     def parse(text):
         with suppress(ValueError):
             value = kind(text)
-            if low <= value <= high if whole else max(low, 1.18e-38) < value < min(high, 3.4e38):
+            if whole:
+                good = low <= value <= high
+            else:
+                good = value == low or 1.18e-38 < value < min(high, 3.4e38)
+            if good:
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not a {name}")
 
