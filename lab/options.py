@@ -93,7 +93,7 @@ class Config:
     jobs: int = option(MACHINE, None, "runs at a time (default: CPU cores, GPU 1)", type=FEW)
     threads: int = option(MACHINE, None, "CPU threads of a run (default: what helps)", type=FEW)
     graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **SWITCH)
-    out: str = option(MACHINE, None, "folder (default: by the options)", type=regimes.path)
+    out: str = option(MACHINE, None, "folder (default: by the options)")
 
     def __post_init__(self):
         self.given = {}
@@ -229,6 +229,7 @@ def check(config):
         ("dtype", gpu or config.dtype != "tf32", "tf32 takes a GPU"),
         ("modulus", config.data == "modular", "this is for --data modular"),
         ("width", not uneven, "a transformer's is a multiple of 4"),
+        ("out", config.out != "", "it takes a folder"),
         *((name, ":" not in config.model, "yours has its own") for name in OF_OUR_NETWORKS),
     ]
     for name, good, why in rules:

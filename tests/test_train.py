@@ -201,7 +201,7 @@ BAD = """
 --sweep 1e-3 1 | --sweep: it takes LO HI N
 --sweep 1e-3 1 1 | --sweep: it takes LO HI N
 --sweep 1e-3 1 99999999 | --sweep: it takes LO HI N
---loop 1e-3 1 3 | --loop: it takes LO HI N, LO < HI, 8 ≤ N
+--loop 1e-3 1 3 | --loop: it takes LO HI N, LO < HI, 8 ≤ N ≤ 10000: 1e-4 1 25
 --loop --schedule cosine | --schedule: --loop has its own
 --loop --warmup 1 | --warmup: --loop has its own
 --elr 0.1 --epochs 2 --warmup 2 | --warmup: it is not less than --epochs
@@ -216,15 +216,18 @@ OF_ONE_RUN = """
 --epochs 2.5 | --epochs: '2.5' is not a whole number from 1
 --batch-size 5000 | --batch-size: 5000 is more than the 1437
 --model vgg | --model: no network 'vgg'
+--model '' | --model: no network ''
+--out '' | --out: it takes a folder
+--cooldown 0 --schedule wsd | --cooldown: '0' is not a float32 number above 0
 --model transformer | --model: the transformer takes tokens
 --model mine.py:net --width 8 | --width: yours has its own
 --model convnet --data modular | --model: convnet takes images
 --data modular --augment | --augment: this is for images
---data modular --width 6 | a multiple of 4, not 6
+--data modular --width 6 | argument --width: a transformer's is a multiple of 4
 --modulus 7 | --modulus: this is for --data modular
 --seed -1 | --seed: '-1' is not a whole number from 0 to 1073741824
 --wd 0.1 | --wd: this is for --lr
---momentum 1 | --momentum: '1' is not a float32 number above 0 and below 1
+--momentum 1 | --momentum: '1' is not a float32 number from 0 on and below 1
 --cooldown 0.5 | --cooldown: this is for --schedule wsd
 --label-noise 1e-4 | --label-noise: 0.0001 of 1437 training inputs is
 --then 0.01 --schedule cosine | --then: it takes a constant ELR
@@ -245,6 +248,14 @@ def test_a_bad_argument_is_one_line(tmp_path, capsys, monkeypatch, line):
     command, message = line.split("| ")
     assert message in refused(capsys, command)
     assert not list(tmp_path.iterdir())
+
+
+def test_zero_is_none_where_it_may(tmp_path, capsys):
+    zeros = "--momentum 0 --label-noise 0 --average 0 --warmup 0 --seed 0"
+    assert run(f"--elr 0.1 {QUICK}", tmp_path) == 0
+    assert run(f"--elr 0.1 {QUICK} {zeros} --refine 0 --epochs 2", tmp_path) == 0
+    assert capsys.readouterr().out.count("(already done)") == 1
+    assert parse("--lr 0.1 --wd 0".split()).folder() == parse("--lr 0.1".split()).folder()
 
 
 def test_an_out_that_cannot_be_used_is_one_line(tmp_path, plain, capsys):
