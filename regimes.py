@@ -286,7 +286,7 @@ def _names(header, columns):
 
 
 def read_log(path, columns=None):
-    """The columns that we know, rows of an epoch joined. ValueError: it is no log."""
+    """The columns we know, rows of an epoch joined. ValueError: it is no log."""
     at, last, joined = 1, {"epoch": 0.0, "step": 0.0}, {}
     try:
         header, rows = _parsed(path)
@@ -294,7 +294,7 @@ def read_log(path, columns=None):
         for at, row in rows:  # noqa: B007
             if None in row:
                 raise ValueError("more cells than columns")
-            cells = {ours: str(row.get(x)).replace("%", "e-2") for ours, x in names.items()}
+            cells = {ours: re.sub(r"\s*%", "e-2", str(row.get(x))) for ours, x in names.items()}
             numbers = {ours: float(x) for ours, x in cells.items() if x not in ("", "None", "null")}
             if "epoch" not in numbers:  # Lightning's rates
                 numbers |= last
@@ -312,7 +312,7 @@ def read_log(path, columns=None):
         whole = [numbers for numbers in joined.values() if "train_loss" in numbers]
         if not whole:
             raise ValueError("no row with a loss")
-    except Exception as error:  # damage can show anywhere
+    except Exception as error:  # damage shows anywhere
         why, at = str(getattr(error, "strerror", error))[:200], getattr(error, "lineno", at)
         raise ValueError(f"{path}: line {at}: {why}") from None
     return {ours: np.array([row.get(ours, nan) for row in whole]) for ours in names}

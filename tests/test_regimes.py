@@ -605,7 +605,10 @@ def test_an_array_that_is_cut_off_is_read_as_far_as_it_is_whole(tmp_path, indent
 
 @pytest.mark.filterwarnings("error")
 def test_a_huge_loss_overflows_nowhere_and_percent_are_read(tmp_path, run):
-    make_log(tmp_path / "log.csv", lambda e: 1e300 * hovering(e), error=lambda e: f"{89 + e % 2}%")
+    def percent(e):
+        return f"{89 + e % 2}{' ' * (e % 2)}%"
+
+    make_log(tmp_path / "log.csv", lambda e: 1e300 * hovering(e), error=percent)
     status, out, err = run(tmp_path / "log.csv", "--chance", "2.3", "0.9")
     assert status == 0 and not err and "divergence" in out and "error 0.895 (chance 0.9)" in out
 
