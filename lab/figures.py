@@ -163,7 +163,7 @@ def _epochs(kind, groups, axes):
                 if column in log:
                     ax.plot(start + log["epoch"], log[column], **look, **own_look)
     if looks:
-        xlabel += f"\n({', '.join(sorted(looks))})"
+        xlabel += "".join(f"\n({look})" for look in sorted(looks))
     for column, ax in axes.items():
         style.logarithmic(ax, OUTSIDE.get(column, math.inf))
         ax.set(xlabel=xlabel, title=TITLES[column])

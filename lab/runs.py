@@ -213,11 +213,11 @@ def load_checkpoint(path, device, identity=None, contents=None):
     """A checkpoint, with its `checksum`; None if there is none. Raises ValueError where it is
     damaged or, if this is asked, of another run, or lost."""
     if not path.exists():
-        log = path.with_suffix(".csv")
-        rows = log.read_bytes().count(b"\n") - 1 if log.exists() else 0
-        if identity and rows > 1:  # more than the row before training
-            cure = "to train anew, move it away or remove it"
-            raise ValueError(f"{log} is there without its checkpoint {path.name}: {cure}")
+        for log in (path.with_suffix(".csv"), path.with_suffix(".layers.csv")):
+            rows = log.read_bytes().splitlines()[1:] if log.exists() else []
+            if identity and not all(row.startswith(b"0,") for row in rows):  # before training
+                cure = "to train anew, move it away or remove it"
+                raise ValueError(f"{log} is there without its checkpoint {path.name}: {cure}")
         return None
     content = path.read_bytes()
     content, checksum = content[:-32], content[-32:]

@@ -92,13 +92,17 @@ def tick(axis):
 
 def logarithmic(ax, outside=math.inf):
     """The vertical axis, as what has been drawn needs it: with a 0 only where there is one; without
-    what is so many times above or below the median of all."""
+    what is so many times above or below the median of all, or the far ends of long bars."""
     drawn = np.concatenate([line.get_ydata() for line in ax.lines] or [[]])
     positive = drawn[(drawn > 0) & (drawn < math.inf)]
     if len(positive):
         middle = np.median(positive)
         positive = positive[(positive > middle / outside) & (positive < middle * outside)]
         low, high = positive.min(), positive.max()
+        ends = [bar.vertices[:, 1] for *_, (bars,) in ax.containers for bar in bars.get_paths()]
+        ends = np.concatenate([positive, *ends])
+        ends = ends[(ends > low / 10) & (ends < 10 * high)]  # others go through the edge
+        low, high = ends.min(), ends.max()
         margin = max(1.3, (high / low) ** 0.07)  # no point is cut at an edge
         bottom = low / margin
         ax.set_yscale("log")
@@ -137,7 +141,9 @@ def means(ax, groups, looks, said=", mean ± s.e."):
         if np.isfinite(middle).any():
             errors = [np.std(x) / math.sqrt(max(len(x) - 1, 1)) for x in values]
             look = look | {"label": look["label"] + (said if several else "")}
-            ax.errorbar(list(groups), middle, np.nan_to_num(errors), **look)
+            errors = np.nan_to_num(errors)
+            below = np.where(middle > 0, np.minimum(errors, middle), errors)  # to 0 at most
+            ax.errorbar(list(groups), middle, [below, errors], **look)
 
 
 def by_elr(rows):

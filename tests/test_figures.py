@@ -72,7 +72,7 @@ def test_of_second_runs_of_several_seeds_both_looks_are_said(tmp_path, drawn):
         for then in ("", ".then=1e-04"):
             write(tmp_path / f"elr=1e-02.seed={seed}{then}.csv", epochs=12)
     assert figures.main([str(tmp_path)]) == 0
-    said = "epoch, ELR 0.01\n(bold: median of seeds, dotted: --then)"
+    said = "epoch, ELR 0.01\n(bold: median of seeds)\n(dotted: --then)"
     assert [ax.get_xlabel() for ax in drawn[0].axes] == [said] * 3
 
 
@@ -175,6 +175,19 @@ def test_no_point_is_cut_at_an_edge(tmp_path, drawn):
             points = np.array(container.lines[0].get_data(), float).T
             points = ax.transData.transform(points)
             assert (points > low + radius).all() and (points < high - radius).all()
+
+
+def test_bars_end_within_the_panel_and_never_below_0(tmp_path, drawn):
+    for elr, seed in product((0.01, 0.04), range(3)):
+        last = 0.5 / (1 + 4 * seed) if elr < 0.02 else 0.3 * 1e-12 ** (seed > 0)
+        write(tmp_path / f"elr={elr:.0e}.seed={seed}.csv", elr, last, epochs=40)
+    assert figures.main([str(tmp_path)]) == 0
+    for ax in drawn[0].axes[:2]:
+        low, high = ax.get_ylim()
+        for *_, (bars,) in ax.containers:
+            inside, through = (path.vertices[:, 1] for path in bars.get_paths())
+            assert low < inside.min() < 0.9 * inside.max() < high
+            assert 0 <= through.min() < low < through.max() < high
 
 
 def loop(melts):

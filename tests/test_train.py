@@ -663,7 +663,7 @@ def test_more_epochs_are_those_of_a_straight_run(tmp_path, command):
     equal_runs(tmp_path / "whole", tmp_path / "parts", name)
 
 
-@pytest.mark.parametrize("lost", ["row", "cell", "layer", "csv", "pt"])
+@pytest.mark.parametrize("lost", ["row", "cell", "layer", "csv", "pt", "csv and pt"])
 def test_of_a_finished_run_nothing_that_is_lost_is_passed_over(plain, tmp_path, capsys, lost):
     out = shutil.copytree(plain, tmp_path / "run")
     path = out / "elr=1e-02.csv"
@@ -675,10 +675,9 @@ def test_of_a_finished_run_nothing_that_is_lost_is_passed_over(plain, tmp_path, 
     elif lost == "layer":
         layers = path.with_suffix(".layers.csv")
         layers.write_text(layers.read_text().rstrip().rpartition("\n")[0] + "\n")
-    elif lost == "csv":
-        path.unlink()
     else:
-        path.with_suffix(".pt").unlink()
+        for end in lost.split(" and "):
+            path.with_suffix(f".{end}").unlink()
     before = {name: content for name, content in files(out).items() if "elr=" in name}
     assert run(f"--elr 0.01 {QUICK}", out) == 1
     out_text, told = capsys.readouterr()
