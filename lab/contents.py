@@ -21,7 +21,8 @@ SCRIPTS |= {f"lab/{path.name}" for path in (ROOT / "lab").glob("*.py")} - {*NO_N
 STANDARD_LIBRARY = Path(os.__file__).parent
 CACHES = {".cache", ".triton", ".git"}  # folders of which only Python code counts
 WRITING = os.O_WRONLY | os.O_CREAT
-# Our scripts as they run, whatever is saved later: train.py imports this before torch
+# Our scripts, and others beside them, as they run, whatever is saved later: train.py imports this
+# before torch
 AT_START = {path: path.read_bytes() for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]}
 _recordings = []  # of `recorded`, the innermost last: (file, whether it is written)
 
@@ -48,11 +49,14 @@ def of_scripts(files):
             name = str(path)
         paths[name] = path
     there = {name: path for name, path in paths.items() if path.is_file()}  # no temporary one
-    return {name: files.get(path) or hash_of_file(path) for name, path in there.items()}
+    found = {}
+    for name, path in there.items():
+        at_start = AT_START.get(path) or path.read_bytes()
+        found[name] = files.get(path) or hash_of_file(path, at_start)
+    return found
 
 
-def hash_of_file(path):
-    content = AT_START.get(path) or path.read_bytes()
+def hash_of_file(path, content):
     return hash_of(code(content) if path.suffix == ".py" else content)
 
 
@@ -75,7 +79,7 @@ def recorded(files):
             path = Path(file).resolve()
             kept = path.suffix == ".py" or CACHES.isdisjoint(path.parts)
             if kept and path.is_file() and not is_library(file):
-                files[path] = hash_of_file(path)
+                files[path] = hash_of_file(path, path.read_bytes())
 
 
 @cache

@@ -212,8 +212,7 @@ def steepest_fall(elrs, y, error, turn):
     steep. Falls among larger turns lead from divergence to equilibrium."""
     width = np.diff(np.log(elrs))
     slope = np.diff(y) / width
-    if np.isfinite(turn).all():
-        slope[turn[:-1] > TURN] = -math.inf
+    slope[(turn[:-1] > TURN) & (turn[:-1] < math.inf)] = -math.inf
     margin = np.hypot(error[1:], error[:-1]) / width
     steepest = slope.argmax()
     if slope[steepest] - Z99 * margin[steepest] < SHARP:
@@ -233,8 +232,9 @@ def find_melting(found, elrs, y, error, negligible, freezes):
     gone, stays = np.flatnonzero(left), np.flatnonzero(~left)
     last = elrs[-1]
     if len(gone):
-        if gone[0] <= freezes or stays[-1] == len(elrs) - 1:  # no later than it freezes, or
-            return  # not for good
+        for_good = stays[-1] < len(elrs) - 1
+        if gone[0] <= freezes or not for_good:
+            return
         found.melts = elrs[gone[0] - 1], elrs[stays[-1] + 1]
         last = found.melts[0]
     both = (y[0] - y[1] > math.log(LEAVES) + Z99 * np.hypot(*error)) & ~left

@@ -229,6 +229,8 @@ def test_an_edit_while_runs_train_is_not_mixed_with_them(
         return worked
 
     (theirs / "train.py").write_text("")
+    mine = theirs / "own" / "mine.py"
+    monkeypatch.setitem(contents.AT_START, mine, mine.read_bytes())  # as if it lay beside ours
     monkeypatch.setattr(train, "train", train_and_edit)
     fails = name in ("own/mine.py", "own/settings.json")
     assert run(f"{COMMAND} 0.5 0.7 --epochs 1{jobs}", tmp_path / "out") == fails
