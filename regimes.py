@@ -327,7 +327,7 @@ def read_chance(folder):
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
     except Exception:
-        raise ValueError(f"{path} is damaged") from None
+        raise ValueError(f"{path} is damaged: remove it, or say --chance") from None
     return chance
 
 
@@ -369,10 +369,6 @@ def gather(paths, columns=None, chance=None):
             problems.append(str(error))
     runs.sort(key=lambda run: (isnan(run.elr), run.elr, run.seed))
     return runs, [*dict.fromkeys(problems)]
-
-
-def read_folder(folder):
-    return gather([folder])[0]
 
 
 def by_elr(runs):
@@ -519,9 +515,10 @@ def main(argv=None):
     columns = dict(word.partition("=")[::2] for word in args.columns)
     if not (all(columns.values()) and columns.keys() <= USUAL.keys()):
         parser.error(f"argument --columns: behind PATH, as OURS=THEIRS, of {ours}")
-    if not all(0 < x < inf for x in args.chance) or any(x > 1 for x in args.chance[1:]):
+    values = args.chance
+    if not all(0 < x < inf for x in values) or any(x > 1 for x in values[1:]) or values[2:]:
         parser.error("argument --chance: it takes LOSS above 0, and ERROR in (0, 1]")
-    chance = {name: {"mean": x} for name, x in zip(reversed(FLOORS), args.chance, strict=False)}
+    chance = {name: {"mean": x} for name, x in zip(reversed(FLOORS), values, strict=False)}
     runs, problems = gather(args.paths, columns, chance)
     folder, found = args.paths[0], rows_of(runs)
     text = table(runs) if folder.is_dir() else "\n".join(in_words(runs))

@@ -185,7 +185,7 @@ def modular_row(run, chance):
 def modular(logs):
     folder = logs / "mod31"
     chance = regimes.read_chance(folder)
-    groups = regimes.by_elr(regimes.read_folder(folder))
+    groups = regimes.by_elr(regimes.gather([folder])[0])
     of_elr = {elr: [modular_row(run, chance) for run in group] for elr, group in groups.items()}
     rows = [row for rows in of_elr.values() for row in rows]
     regimes.write_csv(MODULAR, rows)
@@ -376,7 +376,7 @@ def sizes(logs):
     heads("task", "ELR: converged, median test error of those; or regime")
     for folder, name in SIZES.items():
         cells = []
-        for elr, group in regimes.by_elr(regimes.read_folder(logs / folder)).items():
+        for elr, group in regimes.by_elr(regimes.gather([logs / folder])[0]).items():
             good = [run for run in group if run.verdict.regime == "convergence"]
             text = regimes.title(regimes.majority(group)[0])
             if good:
@@ -403,7 +403,7 @@ def boundary_angles(logs):
     heads("task", "φ just above the convergence boundary",
           "φ at the divergence boundary, below and above")  # fmt: skip
     for folder, name in WITH_BOUNDARIES.items():
-        runs = regimes.read_folder(logs / folder)
+        runs = regimes.gather([logs / folder])[0]
         groups = regimes.by_elr(runs)
         lower, upper = regimes.boundaries(runs)
         cells = []
@@ -418,7 +418,7 @@ def law(logs):
     rows = []
     for (task, width), (name, _) in OF_LAW.items():
         for batch in (8, 16, 32, 64):
-            runs = regimes.read_folder(logs / "law" / f"{name}-b{batch}")
+            runs = regimes.gather([logs / "law" / f"{name}-b{batch}"])[0]
             boundary = regimes.boundaries(runs)[0]
             if boundary.seen:
                 angles = [run.final("angle") for run in regimes.by_elr(runs)[boundary.high]]

@@ -229,7 +229,7 @@ def edge(table, folders):
     """A row per run of these folders at a fixed ELR, which is trained one epoch longer: ELR times
     batch sharpness. mean: of the curvatures; weighted: by the squares of the gradients."""
     for folder in folders:
-        for found in itertools.chain(*regimes.by_elr(regimes.read_folder(folder)).values()):
+        for found in itertools.chain(*regimes.by_elr(regimes.gather([folder])[0]).values()):
             if found.verdict.moves or table.has(folder.name, found.elr, found.seed):
                 continue
             init = runs.load_checkpoint(found.path.with_suffix(".pt"), "cpu")

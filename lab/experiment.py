@@ -71,7 +71,7 @@ def read_data(config):
     if config.augment and data.x.dim() != 4:
         refuse("augment", "this is for images: leave it out")
     if config.batch_size > n:
-        refuse("batch_size", f"{config.batch_size} is more than the {n} training inputs")
+        refuse("batch_size", f"{config.batch_size} is more than the training set: take at most {n}")
     if noise and not round(noise * n):
         refuse("label_noise", f"{noise:g} of {n} training inputs is none")
     if noise:

@@ -40,9 +40,11 @@ class Report:
 
     def renew(self, last=False):
         out, began = self.config.out, time.monotonic()
-        runs = regimes.read_folder(out)
+        runs, problems = regimes.gather([out])
         if self.config.rank or not runs:
             return runs
+        for problem in problems if last else ():
+            print(f"train.py: left out: {problem}", file=sys.stderr)
         regimes.write_csv(out / "regimes.csv", regimes.rows_of(runs))
         self.stale = self.stale or not last
         if self.stale and (last or began > self.next_drawing):

@@ -20,7 +20,10 @@ class Watch:
 
     def __init__(self, config, jobs, renew):
         self.jobs, self.renew = jobs, renew
-        self.epochs = {job.name: (0, config.epochs) for job in jobs}  # done, wanted
+        names = [job.name for job in jobs]
+        if config.then:
+            names += [runs.second_name(job, config.then) for job in jobs]
+        self.epochs = dict.fromkeys(names, (0, config.epochs))  # done, wanted
         self.finished, self.busy, self.failed = set(), set(), False
         hidden = config.rank > 0 or not sys.stderr.isatty()
         self.bar = tqdm(unit="epoch", leave=False, disable=hidden)

@@ -158,7 +158,7 @@ def summarize(folder, device, samples):
     those to the next larger ELR, between second runs where there are some; to a dead run, nan."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    runs = [run for group in regimes.by_elr(regimes.read_folder(folder)).values() for run in group]
+    runs = [run for run in regimes.gather([folder])[0] if run.elr > 0]
     if not runs:
         raise ValueError(f"{folder}: no runs here of --elr or --sweep, at an ELR that stays")
     parts, found, last = [], [], {}  # last: of each seed

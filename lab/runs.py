@@ -75,7 +75,11 @@ def second_job(job, value):
     """The job of --then: from the end of another one, at another value."""
     init = load_checkpoint(job.path.with_suffix(".pt"), "cpu")
     path = job.path.with_suffix(f".then={regimes.elr_name(value)}.csv")
-    return Job(value, job.seed, path, f"{job.name}, then {value:g}", init)
+    return Job(value, job.seed, path, second_name(job, value), init)
+
+
+def second_name(job, value):
+    return f"{job.name}, then {value:g}"
 
 
 def read_run(path):
@@ -371,7 +375,7 @@ def number(kind, low=None, high=math.inf):
 def bisect(out, values):
     """For each boundary that was seen among these ELRs one between its sides: the middle, in the
     logarithm, of the widest gap, in as few digits as tell it from both ends."""
-    runs, new = [run for run in regimes.read_folder(out) if run.elr in values], []
+    runs, new = [run for run in regimes.gather([out])[0] if run.elr in values], []
     for boundary in regimes.boundaries(runs):
         if not boundary.seen:
             continue

@@ -28,6 +28,7 @@ import pytest
 import torch
 from helpers import (
     NOTHING,
+    QUICK,
     ROOT,
     SUMS,
     checkpoint,
@@ -328,16 +329,26 @@ def test_a_long_run_says_a_line_a_minute(capsys, monkeypatch):
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(jobs.time, "monotonic", lambda: next(clock))
     job = runs.Job(0.01, 0, Path(), "elr 1e-02")
-    watch = jobs.Watch(SimpleNamespace(rank=0, epochs=9), [job], renew=NOTHING)
-    for epoch in range(10):
-        watch.tell("epoch", "elr 1e-02", epoch, 9, "loss 2, error 0.5, γ 3")
+    config = SimpleNamespace(rank=0, epochs=9, then=0.001)
+    watch = jobs.Watch(config, [job], renew=NOTHING)
+    for epoch in range(20):
+        name = "elr 1e-02" if epoch < 10 else "elr 1e-02, then 0.001"
+        watch.tell("epoch", name, epoch % 10, 9, "loss 2, error 0.5, γ 3")
     lines = capsys.readouterr().out.splitlines()
-    assert 2 <= len(lines) <= 4  # of 10, in 200 seconds
+    assert 5 <= len(lines) <= 8  # of 20, in 400 seconds
     for line in lines:
-        told = re.fullmatch(
-            r"(\d) of 9 epochs; elr 1e-02, epoch (\d): loss 2, error 0.5, γ 3", line
-        )
-        assert told[1] == told[2]
+        said = r"(\d+) of 18 epochs; elr 1e-02(.*), epoch (\d): loss 2, error 0.5, γ 3"
+        done, then, epoch = re.fullmatch(said, line).groups()
+        assert int(done) == int(epoch) + (9 if then else 0) and then in ("", ", then 0.001")
+
+
+def test_a_log_in_the_folder_that_cannot_be_read_is_told(tmp_path, capsys):
+    command = f"--elr 0.01 {QUICK}"
+    assert run(command, tmp_path) == 0
+    (tmp_path / "elr=1e-03.csv").write_text("epoch,train_loss\n1,abc\n")
+    assert run(command, tmp_path) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: left out: ") and "elr=1e-03.csv: line 2: " in line
 
 
 def test_on_a_terminal_there_is_a_bar_of_all_epochs(tmp_path):

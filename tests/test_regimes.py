@@ -679,7 +679,7 @@ def test_columns_are_named_on_the_command_line(tmp_path, run):
 
 
 BAD = "--columns|loss=train_loss --columns|log.csv --columns|train_loss --columns|train_loss= "
-BAD += "--chance|x --chance|0 --chance|nan --chance|inf --chance|2.3|90"
+BAD += "--chance|x --chance|0 --chance|nan --chance|inf --chance|2.3|90 --chance|2.3|0.9|0.5"
 
 
 @pytest.mark.parametrize("words", BAD.split())

@@ -214,7 +214,7 @@ BAD = """
 """
 OF_ONE_RUN = """
 --epochs 2.5 | --epochs: '2.5' is not a whole number from 1
---batch-size 5000 | --batch-size: 5000 is more than the 1437
+--batch-size 5000 | --batch-size: 5000 is more than the training set: take at most 1437
 --model vgg | --model: no network 'vgg'
 --model '' | --model: no network ''
 --out '' | --out: it takes a folder
