@@ -164,8 +164,7 @@ class SphereSGD(torch.optim.Optimizer):
     partitions of a param group cannot share a "group" sphere: take "tensor".
     In a CUDA graph: step once before, lr a tensor on the GPU (the last valid angle holds),
     zero_grad(set_to_none=False). Raises ValueError for a bad option, a tensor given twice or in
-    parts, with holes in memory, a sphere of norm zero, a state of other shapes; RuntimeError for a
-    sparse gradient.
+    parts, with holes in memory, a sphere of norm zero, a state of other shapes, a sparse gradient.
     """
 
     def __init__(self, params, lr, sphere="group", radius=None, momentum=0.0, angle=False,
@@ -794,6 +793,7 @@ class _Layout:
                 if moved or _in_memory(g) != layout:
                     shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
                     _refuse(g.shape != x.shape, f"a gradient of {shapes}")
+                    _refuse(g.is_sparse, "a gradient is sparse: make it without sparse=True")
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
                 found.append((x, g))
                 if group["momentum"]:

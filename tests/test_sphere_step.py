@@ -706,7 +706,7 @@ STEPS = {
     r"shape \(6, 5\) has a momentum_buffer of shape \(5, 6\)": by_hand(
         momentum_buffer=torch.ones(5, 6)
     ),
-    "sparse": by_hand(grad=torch.randn(6, 5).to_sparse()),
+    "is sparse: make it without sparse=True": by_hand(grad=torch.randn(6, 5).to_sparse()),
     "momentum=1.5": by_hand(momentum=1.5),
     "weight_decay=None": by_hand(weight_decay=None),
     "angle=0.1": by_hand(angle=0.1),
