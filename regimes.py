@@ -42,7 +42,7 @@ WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # where the fits begin
 BLOCKS = 24  # of rows, whose means are fitted
 FALLS, STEEP = 0.02, 0.15  # slope of log loss that surely falls; where the run has forgotten
 LEVEL = (-0.2, 0.2, -0.4)  # ends of the slope of a level, least end of its interval
-ALONE = (-0.035, 0.1, -0.3)  # where no angle is logged
+NO_ANGLE = (-0.035, 0.1, -0.3)  # where no angle is logged
 TURN = 0.7  # radians of a random walk in the last half: with less a run remembers
 RIGHT_ANGLE = 1.5  # radians: a step by more leaves nothing of the weights
 NEGLIGIBLE = 0.003  # of the chance loss
@@ -142,7 +142,7 @@ def _decide(slopes, turn, skills, now, mean):
     known, remembers = not isnan(turn), turn < TURN
     falling = [fit for fit in slopes if sum(fit) < -FALLS]  # the whole interval
     falls = falling if remembers else all(sum(fit) < -STEEP for fit in slopes)
-    least, most, end = LEVEL if known else ALONE
+    least, most, end = LEVEL if known else NO_ANGLE
     level = [fit for fit in slopes if least < fit[0] < most and fit[0] - fit[1] > end]
     if falls or (falling and not known):
         level = []

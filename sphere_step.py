@@ -53,7 +53,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
-FEW = 16  # spheres: their rules are made in Python, not in numpy
+IN_PYTHON = 16  # spheres: the rules of more are made in numpy
 STACKED = 8192  # elements of tensors that are stacked with others of their shape
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -992,7 +992,7 @@ class _InPyTorch(_Layout):
             self.numbers[:6] = np.add.reduceat(parts, self.first_parts[:n], axis=1)
         else:
             self.numbers[:6] = parts
-        if n <= FEW:
+        if n <= IN_PYTHON:
             rules[:, :n] = np.array([_rule_of_numbers(*x) for x in self.numbers.T.tolist()]).T
         else:
             for row, values in zip(rules, _rule_of_numbers(*self.numbers), strict=True):

@@ -21,14 +21,14 @@ import regimes  # noqa: E402
 from lab import style  # noqa: E402
 
 OPTIMIZERS = ROOT / "benchmarks" / "optimizers.csv"
-MODULAR = ROOT / "benchmarks" / "modular.csv"
-ANGLE = ROOT / "benchmarks" / "angle.csv"  # means of the runs in OPTIMIZERS
+MODULAR_CSV = ROOT / "benchmarks" / "modular.csv"
+ANGLE_CSV = ROOT / "benchmarks" / "angle.csv"  # means of the runs in OPTIMIZERS
 LAW = ROOT / "benchmarks" / "law.csv"
 EARLY, EPOCHS = 100, 400  # of modular addition
 SEEDS = 8  # that each comparison has at least
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
 
-KINDS = {  # of training: style and colour of the line, label
+STYLES = {  # of training: style and colour of the line, label
     "angle": ("o-", "#D55E00", "angle, one sphere"),
     "angle, layer": ("o--", "#E69F00", "angle, a sphere per layer"),
     "adam": ("^-", "#009E73", "Adam's direction"),
@@ -38,7 +38,7 @@ KINDS = {  # of training: style and colour of the line, label
     "sgd": ("x-.", "#999999", "SGD"),
 }
 ON_ALL_TASKS = ("angle", "angle, layer")  # each value is shown, as one is to serve all tasks
-SCHEDULES = {  # of the angle on one sphere, other than the cosine
+OTHER_SCHEDULES = {  # of the angle on one sphere, other than the cosine
     "angle, linear": "linear",
     "angle, constant, then linear": "constant, then linear",
 }
@@ -188,7 +188,7 @@ def modular(logs):
     groups = regimes.by_elr(regimes.gather([folder])[0])
     of_elr = {elr: [modular_row(run, chance) for run in group] for elr, group in groups.items()}
     rows = [row for rows in of_elr.values() for row in rows]
-    regimes.write_csv(MODULAR, rows)
+    regimes.write_csv(MODULAR_CSV, rows)
     heads("ELR", "converged after 400 epochs", "test error of those, median (range)", "of all",
           "train error < 5 % at", "test error < 5 % at")  # fmt: skip
     for elr, rows in of_elr.items():
@@ -202,7 +202,7 @@ def modular(logs):
 
 def draw_modular():
     """Test errors at two epochs, and when the errors fall below 5 %, against the ELR."""
-    rows = rows_of(MODULAR)
+    rows = rows_of(MODULAR_CSV)
     for row in rows:
         row |= {name: float(cell) for name, cell in row.items() if name != "regime"}
     of_elr = style.by_elr(rows)
@@ -263,11 +263,13 @@ def compared(task, ways):
     """A row for each angle, and for the best of each other kind: mean error, and seed by seed its
     difference to the best AdamW, the best ELR, the cosine from the same angle."""
     chosen = []
-    for kind in (*ON_ALL_TASKS, *SCHEDULES):
-        label = KINDS[kind][2] if kind in KINDS else f"{KINDS['angle'][2]}, {SCHEDULES[kind]}"
+    for kind in (*ON_ALL_TASKS, *OTHER_SCHEDULES):
+        label = (
+            STYLES[kind][2] if kind in STYLES else f"{STYLES['angle'][2]}, {OTHER_SCHEDULES[kind]}"
+        )
         chosen += [(label, f"{label}, {value:g}", (kind, value, 0.0)) for value in ANGLES]
-    for kind in [kind for kind in KINDS if kind not in ON_ALL_TASKS]:
-        chosen.append((KINDS[kind][2], f"{KINDS[kind][2]}, best", best(ways, kind)))
+    for kind in [kind for kind in STYLES if kind not in ON_ALL_TASKS]:
+        chosen.append((STYLES[kind][2], f"{STYLES[kind][2]}, best", best(ways, kind)))
     rows = {}
     for method, label, way in chosen:
         if way not in ways:
@@ -276,7 +278,7 @@ def compared(task, ways):
         row = dict(task=task, method=method, value=way[1], weight_decay=way[2])
         row |= dict(seeds=len(ways[way]), test_error=mean, standard_error=error)
         others = {"adamw": best(ways, "adamw"), "elr": best(ways, "elr"), "cosine": None}
-        if way[0] in SCHEDULES:
+        if way[0] in OTHER_SCHEDULES:
             others["cosine"] = "angle", *way[1:]
         for name, other in others.items():
             pairs = []
@@ -306,11 +308,11 @@ def cell(row, column, error, form, most):
 def optimizers():
     """Picture and tables of the tasks that have been searched to the end."""
     tasks = read_errors(OPTIMIZERS)
-    whole = [task for task in tasks if all(found(tasks[task], kind) for kind in KINDS)]
+    whole = [task for task in tasks if all(found(tasks[task], kind) for kind in STYLES)]
     tasks = {SHOWN.get(task, task): tasks[task] for task in whole}
     draw_optimizers(tasks)
     rows = print_comparison(tasks)
-    regimes.write_csv(ANGLE, [row for of_task in rows.values() for row in of_task.values()])
+    regimes.write_csv(ANGLE_CSV, [row for of_task in rows.values() for row in of_task.values()])
 
 
 def print_comparison(tasks):
@@ -351,7 +353,7 @@ def draw_optimizers(tasks):
 
     fig, axes = style.subplots([list("ab"), list("cd"), list("ef")][: (len(tasks) + 1) // 2], 9.5)
     for ax, (task, ways) in zip(axes.values(), tasks.items(), strict=False):
-        for kind, (fmt, tone, label) in KINDS.items():
+        for kind, (fmt, tone, label) in STYLES.items():
             rows = {}
             for value in sorted({way[1] for way in ways if way[0] == kind}):
                 at_value = {way: x for way, x in ways.items() if way[1] == value}

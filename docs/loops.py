@@ -48,7 +48,7 @@ EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
 CROSSED = 0.03  # loss between those of converged and of hovering networks, on the digits
 BELOW = 0.02  # ELR up to which the area between the ways counts: no divergence
-WHOLE = ["1e-3", "0.0681", "12"]  # the loop of whole batches
+WHOLE_BATCHES = ["1e-3", "0.0681", "12"]  # the loop of whole batches
 DESCENTS = (("1e-4", "0.1"), ("1e-3", "0.1"), ("1e-4", "0.03"), ("1e-3", "0.03"))
 
 
@@ -178,7 +178,16 @@ def full(table, seeds, passes):
     for seed in range(seeds):
         if table.has(passes, seed):
             continue
-        argv = ["--data", few_digits(), "--batch-size", "360", "--loop", *WHOLE, "--epochs", "1"]
+        argv = [
+            "--data",
+            few_digits(),
+            "--batch-size",
+            "360",
+            "--loop",
+            *WHOLE_BATCHES,
+            "--epochs",
+            "1",
+        ]
         with new_run(argv, 1.0, seed) as run:
             table.add([(passes, seed, *row) for row in down_and_up(run, passes)])
 

@@ -40,21 +40,21 @@ from lab.runs import Busy, lock, number  # noqa: E402
 from sphere_step import SphereSGD  # noqa: E402
 
 FEW_DIGITS = ROOT / "logs" / "few.npz"
-FEW = ["--data", str(FEW_DIGITS), "--epochs", "40"]
-DIGITS = ["--data", "digits"]
+ON_FEW = ["--data", str(FEW_DIGITS), "--epochs", "40"]
+ON_DIGITS = ["--data", "digits"]
 RESNET = ["--model", "resnet18"]
 MLP = ["--model", f"{Path(__file__).resolve()}:mlp"]
-MODULAR = ["--data", "modular"]
+ON_MODULAR = ["--data", "modular"]
 TASKS = {
-    "few digits, convnet": FEW,
-    "few digits, resnet18": FEW + RESNET,
-    "few digits, MLP": FEW + MLP,
-    "digits, half wrong": [*DIGITS, "--label-noise", "0.5"],
-    "modular 31": [*MODULAR, "--epochs", "100"],  # 4,200 steps; 23: 4,600
-    "modular 23": [*MODULAR, "--modulus", "23", "--epochs", "200"],
-    "digits, convnet": DIGITS,
-    "digits, resnet18": DIGITS + RESNET,
-    "digits, MLP": DIGITS + MLP,
+    "few digits, convnet": ON_FEW,
+    "few digits, resnet18": ON_FEW + RESNET,
+    "few digits, MLP": ON_FEW + MLP,
+    "digits, half wrong": [*ON_DIGITS, "--label-noise", "0.5"],
+    "modular 31": [*ON_MODULAR, "--epochs", "100"],  # 4,200 steps; 23: 4,600
+    "modular 23": [*ON_MODULAR, "--modulus", "23", "--epochs", "200"],
+    "digits, convnet": ON_DIGITS,
+    "digits, resnet18": ON_DIGITS + RESNET,
+    "digits, MLP": ON_DIGITS + MLP,
 }
 DEFAULT_TASKS = list(TASKS)[:6]
 SLOW = ("few digits, resnet18", "digits, half wrong", "modular 31", "modular 23")
@@ -70,14 +70,14 @@ class Kind(NamedTuple):
 
 
 ANGLES = (0.01, 0.02, 0.05, 0.1, 0.2)
-ANGLE, COSINE = ["--angle", "1"], ["--schedule", "cosine"]
+BY_ANGLE, COSINE = ["--angle", "1"], ["--schedule", "cosine"]
 KINDS = {
-    "angle": Kind(ANGLE, ANGLES),
-    "angle, layer": Kind([*ANGLE, "--sphere", "layer"], ANGLES),
-    "angle, linear": Kind([*ANGLE, "--schedule", "linear"], ANGLES[2:4]),
-    "angle, constant, then linear": Kind([*ANGLE, "--schedule", "wsd"], ANGLES[2:4]),
-    "adam": Kind(ANGLE, ANGLES),
-    "muon": Kind(ANGLE, ANGLES),
+    "angle": Kind(BY_ANGLE, ANGLES),
+    "angle, layer": Kind([*BY_ANGLE, "--sphere", "layer"], ANGLES),
+    "angle, linear": Kind([*BY_ANGLE, "--schedule", "linear"], ANGLES[2:4]),
+    "angle, constant, then linear": Kind([*BY_ANGLE, "--schedule", "wsd"], ANGLES[2:4]),
+    "adam": Kind(BY_ANGLE, ANGLES),
+    "muon": Kind(BY_ANGLE, ANGLES),
     "elr": Kind(["--elr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "adamw": Kind(
         ["--lr", "1", *COSINE], (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1), (0.01, 0.1, 1.0, 3.0)
@@ -88,7 +88,7 @@ KINDS = {
         (5e-4, 5e-3, 5e-2),
     ),
 }
-SCHEDULES = ("angle, linear", "angle, constant, then linear")  # only when asked for
+IF_ASKED = ("angle, linear", "angle, constant, then linear")  # only when asked for
 # The search for the best values of a kind: in each round, how many values are left, and how many
 # seeds they get (None: all). Angles on one sphere, of which one is to be the default, get all; on
 # digits, other angles, too.
@@ -101,7 +101,7 @@ class BadFile(Exception):
     """--out holds something else."""
 
 
-class Job(NamedTuple):
+class Trial(NamedTuple):
     task: str
     kind: str
     value: float
@@ -195,7 +195,7 @@ def prepared(task: str, kind: str) -> Experiment:
         return prepare(parse([*argv, "--out", out]))
 
 
-def make_run(job: Job, out: str) -> train.Run:
+def make_run(job: Trial, out: str) -> train.Run:
     """The run, not yet trained, whose log is in `out`."""
     experiment = prepared(job.task, job.kind)
     experiment.config.wd = job.decay
@@ -211,7 +211,7 @@ def make_run(job: Job, out: str) -> train.Run:
     return run
 
 
-def train_one(job: Job) -> float:
+def train_one(job: Trial) -> float:
     """The test error after the task's epochs."""
     with tempfile.TemporaryDirectory() as out:
         run = make_run(job, out)
@@ -219,7 +219,7 @@ def train_one(job: Job) -> float:
         return float(runs.read_run(run.path).log["test_error"][-1])
 
 
-def with_error(job: Job) -> tuple[Job, float]:
+def with_error(job: Trial) -> tuple[Trial, float]:
     return job, train_one(job)
 
 
@@ -232,7 +232,7 @@ def seeds_of(task: str, seeds: int) -> int:
     return min(seeds, SLOW_SEEDS) if task in SLOW else seeds
 
 
-def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
+def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Trial]:
     """The jobs of a task and a kind, as far as they are known from those that are done."""
     pairs = itertools.product(KINDS[kind].values, KINDS[kind].decays)
     values = [(task, kind, *pair) for pair in pairs]
@@ -245,12 +245,12 @@ def wanted(errors: dict, task: str, kind: str, seeds: int) -> list[Job]:
     before = 0  # seeds that every value has that is left
 
     def mean(value):
-        return np.mean([errors[Job(*value, seed)] for seed in range(before)] or 0)
+        return np.mean([errors[Trial(*value, seed)] for seed in range(before)] or 0)
 
     for left, of_each in rounds:
         values = sorted(values, key=mean)[:left]
         before = min(of_each or seeds, seeds)
-        jobs = [Job(*value, seed) for value in values for seed in range(before)]
+        jobs = [Trial(*value, seed) for value in values for seed in range(before)]
         if any(job not in errors for job in jobs):
             break
     return jobs
@@ -282,8 +282,8 @@ def measure_all(errors: dict, tasks: list, kinds: list, seeds: int, jobs: int, p
 
 
 def read(path: Path) -> dict:
-    """Job → test error. A last row that is not whole is removed; a file that is not there, made."""
-    head = ",".join([*Job._fields, "test_error", "machine", "torch"]) + "\n"
+    """Trial → test error. A last row that is not whole is removed; a missing file is made."""
+    head = ",".join([*Trial._fields, "test_error", "machine", "torch"]) + "\n"
     text = path.read_text(encoding="utf-8") if path.exists() else head
     if head.startswith(text):  # empty, or interrupted at once
         text = head
@@ -294,7 +294,7 @@ def read(path: Path) -> dict:
     errors = {}
     for row in csv.DictReader(io.StringIO(text)):
         value, decay, seed = float(row["value"]), float(row["decay"]), int(row["seed"])
-        errors[Job(row["task"], row["kind"], value, decay, seed)] = float(row["test_error"])
+        errors[Trial(row["task"], row["kind"], value, decay, seed)] = float(row["test_error"])
     return errors
 
 
@@ -303,7 +303,7 @@ def main(argv=None) -> int:
     add = parser.add_argument
     few = dict(nargs="+", metavar="NAME")
     add("--tasks", choices=TASKS, default=DEFAULT_TASKS, **few, help=f"of {'; '.join(TASKS)}")
-    usual = [kind for kind in KINDS if kind not in SCHEDULES]
+    usual = [kind for kind in KINDS if kind not in IF_ASKED]
     add("--kinds", choices=KINDS, default=usual, **few, help=f"of {'; '.join(KINDS)}")
     add("--seeds", type=number(int), default=16, metavar="K", help="default: 16")
     add("--jobs", type=number(int), default=2, metavar="N", help="runs at a time (default: 2)")

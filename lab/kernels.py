@@ -41,7 +41,7 @@ INSTRUCTION = re.compile(r"\s+(?:/\*\w{4,}\*/\s+)?(@!?\w+\s+)?([A-Za-z]\w*(?:\.\
 JUMP = re.compile(r"BRA|s_c?branch")
 END = re.compile(r"EXIT|s_endpgm")
 ACCESS = re.compile(r"(?:LDG|STG)|(?:global|buffer)_(?:load|store)_dword")
-WIDTHS = {".64": 8, ".128": 16, "x2": 8, "x4": 16}  # bytes of an access; else 4
+ACCESSES = {".64": 8, ".128": 16, "x2": 8, "x4": 16}  # bytes of an access; else 4
 STORE = re.compile(r"STG|(global|buffer)_store")
 LOCAL = re.compile(r"LDL|STL|scratch_")
 COUNTED = {
@@ -216,7 +216,7 @@ def width(name):
     """The bytes that an instruction moves from or to global memory, of each lane."""
     if not ACCESS.match(name):
         return 0
-    return max((n for mark, n in WIDTHS.items() if mark in name), default=4)
+    return max((n for mark, n in ACCESSES.items() if mark in name), default=4)
 
 
 def flow(code, places):

@@ -21,8 +21,8 @@ NETWORK, DATA, MACHINE = "the network", "the data", "the machine and the files"
 WAYS = {"elr", "sweep", "angle", "lr", "loop"}  # of which one says which runs
 OF_OUR_NETWORKS = ("width", "affine", "train_head")
 SWITCH = dict(action="store_true")
-REAL, SHARE, ANGLE = number(float), number(float, 0, 1), number(float, high=math.pi / 2)
-WHOLE, FEW, COUNT = number(int), number(int, 1, 1024), number(int, 0, 2**30)
+REAL, SHARE, RADIANS = number(float), number(float, 0, 1), number(float, high=math.pi / 2)
+POSITIVE, UP_TO_1024, COUNT = number(int), number(int, 1, 1024), number(int, 0, 2**30)
 
 
 def refuse(name, why):
@@ -54,16 +54,16 @@ class Config:
 
     elr: list = option(RUNS, None, "runs at these ELRs", nargs="+", type=REAL)
     sweep: list = option(RUNS, None, "log-spaced: LO HI N (1e-4 1 13)", nargs="*", type=REAL)
-    angle: list = option(RUNS, None, "radians of a step, falling to 0", nargs="+", type=ANGLE)
+    angle: list = option(RUNS, None, "radians of a step, falling to 0", nargs="+", type=RADIANS)
     lr: list = option(RUNS, None, "plain SGD at these rates", nargs="+", type=REAL)
     loop: list = option(
         RUNS, None, "a run down N ≥ 8 ELRs and up: LO HI N (1e-4 1 25)", nargs="*", type=REAL
     )
     refine: int = option(RUNS, 0, "then bisect both boundaries N times", type=number(int, 0, 1024))
-    max_epochs: int = option(RUNS, None, "undecided runs go on, up to N epochs", type=WHOLE)
+    max_epochs: int = option(RUNS, None, "undecided runs go on, up to N epochs", type=POSITIVE)
     seed: int = option(RUNS, 0, "of weights and batches", type=COUNT)
-    seeds: int = option(RUNS, 1, "number of seeds, from --seed on", type=FEW)
-    epochs: int = option(RUNS, None, "default: 20; modular: 400", type=WHOLE)
+    seeds: int = option(RUNS, 1, "number of seeds, from --seed on", type=UP_TO_1024)
+    epochs: int = option(RUNS, None, "default: 20; modular: 400", type=POSITIVE)
     then: float = option(RUNS, None, "from each end a run at this ELR or angle", type=REAL)
 
     sphere: str = option(STEP, "network", "what shares a norm", choices=["network", "layer", "row"])
@@ -85,13 +85,15 @@ class Config:
 
     data: str = option(DATA, "digits", f"{', '.join(NAMES)}, FILE.npz, FILE.txt")
     modulus: int = option(DATA, 31, "of --data modular", type=number(int, 3, 1024))
-    batch_size: int = option(DATA, 16, "training inputs of a step", type=WHOLE)
+    batch_size: int = option(DATA, 16, "training inputs of a step", type=POSITIVE)
     label_noise: float = option(DATA, None, "share of training labels made wrong", type=SHARE)
     augment: bool = option(DATA, False, "random crops and flips", **SWITCH)
 
     device: str = option(MACHINE, None, "cpu, cuda, cuda:1 (default: cuda if there)")
-    jobs: int = option(MACHINE, None, "runs at a time (default: CPU cores, GPU 1)", type=FEW)
-    threads: int = option(MACHINE, None, "CPU threads of a run (default: what helps)", type=FEW)
+    jobs: int = option(MACHINE, None, "runs at a time (default: CPU cores, GPU 1)", type=UP_TO_1024)
+    threads: int = option(
+        MACHINE, None, "CPU threads of a run (default: what helps)", type=UP_TO_1024
+    )
     graph: bool = option(MACHINE, False, "GPU: replay each step as a CUDA graph", **SWITCH)
     out: str = option(MACHINE, None, "folder (default: by the options)")
 

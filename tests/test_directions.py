@@ -17,7 +17,7 @@ FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 spec = importlib.util.spec_from_file_location("optimizers", ROOT / "docs" / "optimizers.py")
 optimizers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(optimizers)
-Job = optimizers.Job
+Job = optimizers.Trial
 SHAPES = (8, 3, 3, 3), (40, 6), (5, 5)
 
 

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_at_the_top_lie_four_scripts():
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         top = {line.partition("/")[0] for line in listed.stdout.splitlines()}
         assert sorted(name for name in top if name[0] != ".") == sorted(TOP)
+
+
+def test_no_two_constants_have_one_name():
+    """In a script the second would silently be the first one's value, too."""
+    found = []
+    for path in FILES.values():
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.Assign):
+                found += [node.id for node in ast.walk(statement) if is_new_constant(node)]
+    twice = {name for name, n in Counter(found).items() if n > 1}
+    assert "PIECE" in found and not twice, twice
+
+
+def is_new_constant(node):
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper()
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
