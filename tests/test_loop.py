@@ -153,6 +153,13 @@ def test_what_a_coarse_grid_cannot_show_is_no_agreement_and_no_melting_below_fre
     assert not found.melts or found.melts[1] > found.freezes[0]
 
 
+def test_one_angle_that_is_nan_lets_no_fall_from_divergence_be_freezing():
+    for seed in range(20):
+        log, chance, _ = made(np.random.default_rng(seed), "steep equilibrium")
+        log["angle"][log["elr"].argmin()] = np.nan
+        assert not classify_loop([log], chance).freezes, f"seed {seed}"
+
+
 def test_the_first_learning_is_no_freezing():
     down = [
         0.705,
