@@ -158,7 +158,10 @@ def summarize(folder, device, samples):
     those to the next larger ELR, between second runs where there are some; to a dead run, nan."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
-    runs = [run for run in regimes.gather([folder])[0] if run.elr > 0]
+    runs, problems = regimes.gather([folder])
+    runs = [run for run in runs if run.elr > 0]
+    for problem in problems if runs else ():
+        print(f"lab.landscape: left out: {problem}", file=sys.stderr)
     if not runs:
         raise ValueError(f"{folder}: no runs here of --elr or --sweep, at an ELR that stays")
     parts, found, last = [], [], {}  # last: of each seed

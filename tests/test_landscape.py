@@ -184,8 +184,11 @@ def test_a_summary_prints_and_draws_all_and_of_dead_runs_nan(ends, tmp_path, cap
         runs.save_checkpoint(tmp_path / f"elr={elr:.0e}.pt", state["identity"], state)
         text = (tmp_path / "elr=3e-03.csv").read_text()
         (tmp_path / f"elr={elr:.0e}.csv").write_text(text.replace(",0.003,", f",{elr},"))
+    (tmp_path / "elr=5e-02.csv").write_text("epoch,train_loss\n1,abc\n")
+    capsys.readouterr()
     assert landscape.main(f"summary {tmp_path} --samples 32".split()) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"lab.landscape: left out: {tmp_path}/elr=5e-02.csv: line 2" in err
     assert len(out.splitlines()) == 8
     assert max(map(len, out.splitlines()[:7])) <= 110
     assert (tmp_path / "landscape.png").stat().st_size > 10_000
