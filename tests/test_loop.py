@@ -161,16 +161,8 @@ def test_one_angle_that_is_nan_lets_no_fall_from_divergence_be_freezing():
 
 
 def test_the_first_learning_is_no_freezing():
-    down = [
-        0.705,
-        0.065,
-        0.036,
-        0.027,
-        0.022,
-        0.02,
-        0.019,
-        0.018,
-    ]  # as of --loop 1e-4 2e-3 8 on digits
+    # As of --loop 1e-4 2e-3 8 on digits
+    down = [0.705, 0.065, 0.036, 0.027, 0.022, 0.02, 0.019, 0.018]
     up = [0.018, 0.017, 0.017, 0.016, 0.015, 0.014, 0.013]
     elrs = grid(1e-4, 2e-3, 8)
     log = {
