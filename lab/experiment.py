@@ -12,9 +12,10 @@ from lab import own
 from lab.contents import changed, contents, of_scripts
 from lab.data import Data, add_label_noise, load
 from lab.groups import layer_groups
+from lab.loop import classify_loop
 from lab.machine import choose_threads, cores, keep_memory
 from lab.options import COURSE, DATA, MACHINE, NETWORK, RUNS, STEP, Config, flag, refuse, refusing
-from lab.runs import add_to_config, open_folder
+from lab.runs import add_to_config, jobs_of, open_folder
 
 
 class Experiment(NamedTuple):
@@ -98,8 +99,9 @@ def words(config, *groups):
 
 def what_next(config, found):
     """Commands. Where a run is undecided, this one with twice the epochs. The paper's advice: start
-    just above the boundary of convergence, go on well below it. Then the angle, which needs no
-    sweep; these with the step, network, data and --epochs of this one."""
+    just above the boundary of convergence, go on well below it; after a loop, that is where it
+    freezes, and first the ELR below it. Then the angle, which needs no sweep; these with the step,
+    network, data and --epochs of this one."""
     commands, shared, epochs = [], words(config, STEP, NETWORK, DATA), config.epochs
     longer = max(run.verdict.more_epochs or 0 for run in found)
     if longer and config.mode == "elr" and config.constant and not config.average:
@@ -109,9 +111,23 @@ def what_next(config, found):
     if "epochs" in config.given and not config.loop:  # of a loop they are those at each ELR
         shared += ["--epochs", str(epochs)]
     boundary = regimes.boundaries(found)[0]
-    if boundary.seen:
-        high, low = f"{boundary.high:g}", f"{boundary.low / 10:.2g}"
-        commands.append(["--elr", high, "--then", low, *shared])
+    below, above = boundary.low, boundary.high
+    freezes = _freezes(config, found)
+    if freezes:
+        below, above = freezes
+        commands.append(["--elr", f"{below:g}", *shared])
+    if below < above:
+        commands.append(["--elr", f"{above:g}", "--then", f"{below / 10:.2g}", *shared])
     if config.mode != "angle":
         commands.append(["--angle", "0.05", *shared])
     return [shlex.join(["python", sys.argv[0], *command]) for command in commands]
+
+
+def _freezes(config, found):
+    """The interval in which the loop of this command freezes, if it is one that does."""
+    if not config.loop:
+        return None
+    seeds = range(config.seed, config.seed + config.seeds)
+    paths = [job.path for job in jobs_of(config, config.values, seeds)]
+    loops = [run for run in found if run.path in paths]
+    return classify_loop([run.log for run in loops], loops[0].chance).freezes if loops else None

@@ -25,7 +25,7 @@ IMPORTS = {
     "regimes": {"loop"},  # read when it is there
     "loop": {"regimes"},
     "options": {"contents", "data", "machine", "models", "regimes", "runs", "schedules"},
-    "experiment": BELOW | {"contents", "groups", "options"},
+    "experiment": BELOW | {"contents", "groups", "loop", "options"},
     "jobs": {"runs"},
     "data": {"own_data"},
     "own_data": set(),

@@ -2,14 +2,18 @@
 
 import os
 import re
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import SUMS, read, run
+from helpers import SUMS, read, run, words
 
 import regimes
 from lab import figures
+from lab.experiment import what_next
 from lab.loop import classify_loop, is_loop
+from lab.options import parse
 from lab.schedules import grid, leg
 
 SLOW = "SLOW" in os.environ
@@ -186,6 +190,27 @@ def test_a_network_that_dies_is_not_told_to_train_longer():
     said = str(classify_loop([log], chance))
     assert f"dead: the gradient is 0 from ELR {log['elr'][3]:.3g} on" in said
     assert "more passes" not in said
+
+
+def test_what_follows_a_loop_are_the_elrs_beside_freezing(tmp_path):
+    config = parse(words("--loop --momentum 0.5 --epochs 4"))
+    config.out, named = tmp_path, 0
+    for seed in range(20):
+        log, chance, _ = made(np.random.default_rng(seed), "hysteretic")
+        path, moves = tmp_path / "loop=0.0001-1x25x4.csv", regimes.Verdict(moves=True)
+        loop = regimes.Logged(path, np.nan, 0, log, moves, chance)
+        faster = replace(loop, path=tmp_path / "loop=0.0001-1x25.csv", log={})
+        *others, angle = (parse(shlex.split(x)[2:]) for x in what_next(config, [faster, loop]))
+        assert angle.angle == [0.05] and angle.momentum == 0.5
+        freezes = classify_loop([log], chance).freezes
+        assert len(others) == (2 if freezes else 0), f"seed {seed}"
+        if freezes:
+            named, (first, then) = named + 1, others
+            assert [*first.elr, *then.elr] == pytest.approx(freezes, rel=1e-5)
+            assert then.then == pytest.approx(freezes[0] / 10, rel=0.06)
+            assert first.momentum == then.momentum == 0.5
+    assert named > 9
+    assert len(what_next(config, [faster])) == 1  # this loop is not there
 
 
 def test_a_loop_is_trained_drawn_and_read_again(tmp_path, capsys, monkeypatch):
