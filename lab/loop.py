@@ -53,7 +53,9 @@ class Loop:
         lines = []
         for name, sentence in SAYS.items():
             if getattr(self, name):
-                lines.append(sentence.format(*(f"{elr:.3g}" for elr in getattr(self, name))))
+                low, high = (f"{elr:.3g}" for elr in getattr(self, name))
+                said = sentence.format(low, high)
+                lines.append(said.replace(f"from {low} to {low}:", f"at {low}:"))
         told = "no freezing shown: where weights come to rest, loss falls gently, or noise hides it"
         if self.freezes:
             told = "no metastable state at this speed"

@@ -12,7 +12,7 @@ from helpers import SUMS, read, run, words
 import regimes
 from lab import figures
 from lab.experiment import what_next
-from lab.loop import classify_loop, is_loop
+from lab.loop import Loop, classify_loop, is_loop
 from lab.options import parse
 from lab.schedules import grid, leg
 
@@ -227,6 +227,13 @@ def test_a_loop_is_trained_drawn_and_read_again(tmp_path, capsys, monkeypatch):
     assert told in capsys.readouterr().out.splitlines()
     assert run(command, tmp_path) == 0
     assert capsys.readouterr().out.count("(already done)") == 2
+
+
+def test_a_single_metastable_elr_is_said_as_one():
+    found = str(Loop(freezes=(0.002, 0.007), metastable=(0.00464, 0.00464)))
+    assert "metastable at 0.00464: at this speed" in found
+    found = str(Loop(freezes=(0.002, 0.007), metastable=(0.00464, 0.01)))
+    assert "metastable from 0.00464 to 0.01: at this speed" in found
 
 
 def test_only_what_falls_and_rises_is_a_loop():
