@@ -105,6 +105,8 @@ def train(run, tell):
             row["distance"] = measure.angles(run.start, now).mean().item()
             if config.loop:
                 row["leg"] = run.leg
+            if config.edge:
+                row["edge"] = row["elr"] * run.edge.mean()
             if run.averaged:
                 row |= {"avg_train_loss": math.nan, "avg_test_error": math.nan}
                 if run.epoch > run.epochs - config.average:
@@ -153,6 +155,10 @@ class Run:
         self.started = False  # whether the row before training is there
         self.epoch, self.epochs = 0, config.epochs  # finished, and wanted
         self.seconds, self.ended = 0.0, False
+        if config.edge:
+            from lab.curvature import Edge
+
+            self.edge = Edge(self, config.edge)
 
     def make_optimizer(self):
         """Scale-invariant weights on spheres, the rest by plain SGD; with --lr all by torch's SGD,

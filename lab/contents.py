@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Ours that make no numbers; all others of lab do.
-NO_NUMBERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py lab/curvature.py
+NO_NUMBERS = """regimes.py lab/__init__.py lab/bench.py lab/contents.py
     lab/figures.py lab/jobs.py lab/kernels.py lab/landscape.py lab/loop.py lab/options.py
     lab/runs.py lab/style.py lab/toy.py""".split()
 SCRIPTS = {"train.py", "sphere_step.py", "models.py"}

@@ -84,6 +84,39 @@ def curvature_along_gradient(point, index):
     return found.item(), step.square().sum().item(), loss.item()
 
 
+class Edge:
+    """Batch sharpness on the way, as `batch_sharpness` at an end: before every so many-th step of a
+    run, of a random batch. Training stays the same to the bit. Who asks imports it: scipy takes a
+    while."""
+
+    def __init__(self, run, every):
+        self.run, self.every, self.steps = run, every, 0
+        self.found = []  # since the last `mean`
+        self.order = torch.Generator().manual_seed(run.identity["seed"])  # of these batches
+        optimizer = run.plain_sgd or run.sphere_sgd
+        optimizer.register_step_pre_hook(self.look)
+
+    @torch.enable_grad()
+    def look(self, *_):
+        if self.steps % self.every == 0:
+            x, kept = self.run.data.x, self.run.random.state_dict()  # the network may draw some
+            index = torch.randperm(len(x), generator=self.order)[: self.run.config.batch_size]
+            self.found.append(curvature_along_gradient(self.run, index.to(x.device))[0])
+            self.run.random.load_state_dict(kept)
+        self.steps += 1
+
+    def mean(self):
+        found, self.found = self.found, []
+        return float(np.mean(found)) if found else math.nan
+
+    def state_dict(self):
+        return {"steps": self.steps, "order": self.order.get_state()}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+        self.order.set_state(state["order"].cpu())
+
+
 def gradient(of, by, *directions, again=False):
     """By a list of tensors, as one vector; `again` if it is to be differentiated itself."""
     options = dict(create_graph=again, retain_graph=True, materialize_grads=True)

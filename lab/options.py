@@ -78,6 +78,8 @@ class Config:
     )
     average: int = option(COURSE, None, "test the mean weights of the last K epochs", type=COUNT)
 
+    edge: int = option(COURSE, None, "batch sharpness, before every K-th step", type=POSITIVE)
+
     model: str = option(NETWORK, None, f"{', '.join(MODELS)}, FILE.py:FUNCTION")
     width: int = option(NETWORK, None, "8; transformer: 64", type=number(int, 1, 16383))
     affine: bool = option(NETWORK, False, "train BatchNorm's scales and shifts, too", **SWITCH)
@@ -227,6 +229,7 @@ def check(config):
         ("cooldown", config.schedule == "wsd", "this is for --schedule wsd"),
         ("then", fixed or turn, "it takes a constant ELR"),
         ("then", not turn or (config.then or 0) < math.pi / 2, "it is no angle below π/2"),
+        ("edge", not config.graph, "it cannot look into a CUDA graph"),
         ("graph", gpu and not whole, "it takes a GPU, and no --lr"),
         ("dtype", gpu or config.dtype != "tf32", "tf32 takes a GPU"),
         ("modulus", config.data == "modular", "this is for --data modular"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, checkpoint, experiment, log, read, refused, run
+from helpers import ROOT, checkpoint, equal_runs, experiment, log, read, refused, run
 from torch import nn
 
 import train
@@ -158,6 +158,30 @@ def test_average_adds_its_columns_and_changes_nothing_else(tmp_path, few):
         assert all(x[key] == y[key] for key in x if key != "seconds")
         assert math.isnan(y["avg_test_error"]) == (y["epoch"] < 2)
     assert y["avg_train_loss"] < 10 and 0 <= y["avg_test_error"] <= 1
+
+
+ON_ALL = "--elr 0.01 --width 1 --batch-size 1437 --threads 1"  # a step an epoch
+
+
+def test_edge_is_the_elr_times_the_curvature_along_the_gradient(tmp_path):
+    assert run(f"{ON_ALL} --epochs 1 --edge 1", tmp_path) == 0
+    before, after = log(tmp_path)
+    prepared = experiment(f"{ON_ALL} --epochs 1", tmp_path / "2")
+    at_start = train.Run(prepared, runs.Job(0.01, 0, None, ""))
+    curvature, *_ = curvature_along_gradient(at_start, torch.arange(1437))
+    assert math.isnan(before["edge"]) and after["edge"] == pytest.approx(0.01 * curvature, rel=1e-3)
+
+
+def test_edge_changes_nothing_else_and_a_resumed_run_ends_as_an_undisturbed_one(tmp_path):
+    command, edge = "--elr 0.01 --width 2 --batch-size 128 --threads 1", "--edge 5"
+    assert run(f"{command} --epochs 3", tmp_path / "without") == 0
+    assert run(f"{command} --epochs 3 {edge}", tmp_path / "with") == 0
+    for row, other in zip(log(tmp_path / "with"), log(tmp_path / "without"), strict=True):
+        assert math.isfinite(row.pop("edge")) == (row["epoch"] > 0)
+        assert row | {"seconds": 0} == other | {"seconds": 0}
+    for epochs in (1, 3):
+        assert run(f"{command} --epochs {epochs} {edge}", tmp_path / "resumed") == 0
+    equal_runs(tmp_path / "with", tmp_path / "resumed")
 
 
 def test_then_starts_from_the_end_of_a_run_at_its_own_elr(ends):

@@ -19,7 +19,7 @@ FILES |= {path.stem: path for path in (ROOT / "lab").glob("[!_]*.py")}
 OURS = set(FILES)
 BELOW = {"data", "machine", "measure", "models", "own", "regimes", "runs"}
 IMPORTS = {
-    "train": OURS - {"toy", "landscape", "curvature", "bench"},
+    "train": OURS - {"toy", "landscape", "bench"},
     "sphere_step": set(),
     "models": set(),
     "regimes": {"loop"},  # read when it is there

@@ -771,7 +771,7 @@ def test_a_cuda_graph_trains_the_same_to_rounding(tmp_path):
 
 WHICH = "--elr --sweep --loop --angle --lr".split()
 OPTIONS = """--wd --refine --max-epochs --seed --seeds --epochs --then --average --momentum --width
-    --modulus --batch-size --label-noise --jobs --threads --warmup --cooldown""".split()
+    --modulus --batch-size --label-noise --jobs --threads --warmup --cooldown --edge""".split()
 # Among them the ends of what a float, a float32 and an integer of the machine hold.
 NUMBERS = ["0", "-1", "1", "2", "nan", "inf", "1e308", "5e-324", "1e-320", "1e30", "3.4e38"]
 NUMBERS += ["1.2e-38", "9" * 17, "", "x", "0x10", "1_0", "9" * 5000]
