@@ -436,6 +436,8 @@ class watch:
         _refuse(none or shards, "params: watch takes a list of the optimizer's tensors, no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
+        self._old, self._gram = [], None  # during a step: the weights before it, and their products
+        self._before_step = None  # the sums before it
         device = pairs[0][1].device
         self._sums = torch.zeros(3, 1 + len(pairs), dtype=torch.float64, device=device)
         before = optimizer.register_step_pre_hook(self._before)

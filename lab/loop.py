@@ -158,7 +158,7 @@ def of_mean(logs, chance):
         found.reversible = elrs[lowest], elrs[top_better]
 
     if skill.max() < LEARNED:
-        found.problem = f"not learned: give it more passes at each ELR, --epochs {4 * found.passes}"
+        found.problem = f"not learned: try more passes at each ELR, --epochs {4 * found.passes}"
         return found
     turn = turns(logs, found.passes)
     if turn[-2:].min() < TURN:  # that fall may be the first learning
