@@ -795,7 +795,10 @@ class _Layout:
                 if moved or _in_memory(g) != layout:
                     shapes = f"shape {tuple(g.shape)} for a parameter of shape {tuple(x.shape)}"
                     _refuse(g.shape != x.shape, f"a gradient of {shapes}")
-                    _refuse(g.is_sparse, "a gradient is sparse: make it without sparse=True")
+                    _refuse(
+                        g.layout != torch.strided,
+                        "a gradient is sparse: make it without sparse=True",
+                    )
                     g = self.copies[len(found)] = torch.empty_like(x).copy_(g)
                 found.append((x, g))
                 if group["momentum"]:
