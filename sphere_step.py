@@ -310,8 +310,8 @@ class SphereSGD(torch.optim.Optimizer):
             fewer = len(params) < len(self._sizes)
             _refuse(fewer, "a tensor was taken out of param_groups: make the optimizer anew")
             for p in params:
-                what = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
-                _refuse(p not in self._sizes, f"{what} (a flat partition?): call add_param_group")
+                name = f"a tensor of shape {tuple(p.shape)} was put into param_groups"
+                _refuse(p not in self._sizes, f"{name} (a flat partition?): call add_param_group")
             self._layout = kind(self, device)
         layout = self._layout
         lrs = [_lr(group, wait=not layout.kernels) for group in self.param_groups]
@@ -328,9 +328,9 @@ class SphereSGD(torch.optim.Optimizer):
             self._captured.append((vars(layout).copy(), options))
         if layout.moved_before and not self._warned:
             self._warned = True
-            what = "weights were changed since the optimizer was made, as by load_state_dict"
+            problem = "weights were changed since the optimizer was made, as by load_state_dict"
             cure = "this step takes them to the norms of then. To keep the new ones, make it anew"
-            warnings.warn(f"{what}: {cure}", stacklevel=6)
+            warnings.warn(f"{problem}: {cure}", stacklevel=6)
 
     @property
     def last(self):
@@ -395,15 +395,15 @@ class SphereSGD(torch.optim.Optimizer):
         turns, spheres = any(x["angle"] for x in groups), any(x["sphere"] for x in groups)
         _refuse(turns and not spheres, "angle=True: there is no sphere that could turn by it")
         for number, (group, p) in enumerate(zip(groups, params, strict=True)):
-            what, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
-            _check_tensor(group, p, what)
-            _refuse(p.device != device, f"{what} is on {p.device}, not on {device}")
-            _check_momentum(p, state.get("momentum_buffer"), what)
+            name, state = f"parameter {number} of shape {tuple(p.shape)}", self.state.get(p, {})
+            _check_tensor(group, p, name)
+            _refuse(p.device != device, f"{name} is on {p.device}, not on {device}")
+            _check_momentum(p, state.get("momentum_buffer"), name)
             size = self._sizes.get(p, p.numel())
-            _refuse(size != p.numel(), f"{what} had {size} elements: make the optimizer anew")
+            _refuse(size != p.numel(), f"{name} had {size} elements: make the optimizer anew")
             if "radius" in state and group["sphere"]:
                 radii, rows = _local(state["radius"]).numel(), _rows(group, _local(p))[0]
-                _refuse(radii != rows, f"{what} has {rows} spheres, but {radii} radii")
+                _refuse(radii != rows, f"{name} has {rows} spheres, but {radii} radii")
         _check_overlaps(params)
         meshes = {p.device_mesh for p in params if _is_dtensor(p)}
         _refuse(len(meshes) > 1, "the DTensors are on several device meshes: an optimizer for each")
@@ -508,9 +508,9 @@ def _gram_of_two(x, y):
 # -------------------------------------------------------- options, tensors, norms, and their shards
 
 
-def _refuse(bad, what):
+def _refuse(bad, message):
     if bad:
-        raise ValueError(what)
+        raise ValueError(message)
 
 
 def _check_options(group, new=False):
@@ -548,32 +548,32 @@ def _lr(group, wait=True, nan=True):
     return value
 
 
-def _check_tensor(group, p, what):
+def _check_tensor(group, p, name):
     """ValueError where a tensor cannot be stepped."""
     x = _local(p)
     order = sorted(range(x.dim()), key=x.stride, reverse=True)  # as they lie in memory
     if group["sphere"] == "row":
         order.sort(key=bool)  # row after row
     other = hasattr(p, "__tensor_flatten__") and not _is_dtensor(p)
-    _refuse(other, f"{what} is a {type(p).__name__}: it must be a plain tensor or a DTensor")
+    _refuse(other, f"{name} is a {type(p).__name__}: it must be a plain tensor or a DTensor")
     for placement in p.placements if _is_dtensor(p) else ():
         known = type(placement).__name__ in ("Replicate", "Shard", "_StridedShard")
-        _refuse(not known, f"{what} is a DTensor of {placement!r}: take Shard or Replicate")
+        _refuse(not known, f"{name} is a DTensor of {placement!r}: take Shard or Replicate")
     odd = p.dtype not in (*DTYPES, torch.float64) or p.device.type == "meta"
     kinds = "it must be of 16, 32 or 64 bits, with numbers"
-    _refuse(odd, f"{what} is {p.dtype} on {p.device}: {kinds}")
+    _refuse(odd, f"{name} is {p.dtype} on {p.device}: {kinds}")
     flat = getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False)
-    _refuse(flat, f"{what} is in FSDP1's flat parameter, cut anywhere: take fully_shard")
+    _refuse(flat, f"{name} is in FSDP1's flat parameter, cut anywhere: take fully_shard")
     holes = not x.permute(order).is_contiguous()
-    _refuse(holes, f"{what} has holes in memory, or scattered rows: clone it")
+    _refuse(holes, f"{name} has holes in memory, or scattered rows: clone it")
 
 
-def _check_momentum(p, m, what):
+def _check_momentum(p, m, name):
     """ValueError for a momentum_buffer that cannot be that of a tensor; None is none as yet."""
     if m is not None:
-        _refuse(m.shape != p.shape, f"{what} has a momentum_buffer of shape {tuple(m.shape)}")
+        _refuse(m.shape != p.shape, f"{name} has a momentum_buffer of shape {tuple(m.shape)}")
         one = "or its momentum_buffer is a DTensor, not both: load it by set_optimizer_state_dict"
-        _refuse(_is_dtensor(m) != _is_dtensor(p), f"{what} {one}")
+        _refuse(_is_dtensor(m) != _is_dtensor(p), f"{name} {one}")
 
 
 def _check_state(group, p, state):
@@ -593,8 +593,8 @@ def _check_overlaps(params):
     end, last = 0, 0
     for start, i, size in sorted(place for place in places if place[2]):
         first, again = sorted((last, i))
-        what = f"parameter {again} of shape {tuple(params[again].shape)} is parameter {first} again"
-        _refuse(start < end, f"{what}, or a part of it: give it once")
+        name = f"parameter {again} of shape {tuple(params[again].shape)} is parameter {first} again"
+        _refuse(start < end, f"{name}, or a part of it: give it once")
         if start + size > end:
             end, last = start + size, i
 
@@ -638,12 +638,12 @@ def _norms(group, zeros=False):
     return norms
 
 
-def _check_size(what, norm, n, dtype):
+def _check_size(name, norm, n, dtype):
     """ValueError for norms with which n elements are too small or too large for their type."""
     info, root = torch.finfo(dtype), n**0.5
     least, most = max(1e-15, info.tiny * info.eps) * root, min(1e15 * root, info.max)
     bad = n and ((norm <= least) & (norm > 0) | (norm >= most)).any()
-    _refuse(bad, f"{what}: too small or too large for {n} numbers of {dtype}: scale them")
+    _refuse(bad, f"{name}: too small or too large for {n} numbers of {dtype}: scale them")
 
 
 def _is_dtensor(x):
@@ -684,8 +684,9 @@ def _like_rows(group, p, radii):
         return radii
     tensor = sys.modules["torch.distributed.tensor"]
     placements = [x if _has_rows(group, x) else tensor.Replicate() for x in p.placements]
-    how = dict(run_check=False, shape=(len(p),), stride=(1,))
-    return tensor.DTensor.from_local(radii, p.device_mesh, placements, **how)
+    size = dict(shape=(len(p),), stride=(1,))
+    mesh = p.device_mesh
+    return tensor.DTensor.from_local(radii, mesh, placements, run_check=False, **size)
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -1547,8 +1548,8 @@ class _ByKernels(_Layout):
         momentum = any(group["momentum"] for group in self.groups)
         with torch.cuda.device_of(self.radii):  # else Triton launches on the current one
             for dtype, tiles in self.gram_tiles:
-                how = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
-                _gram_pass[(len(tiles),)](tiles, *tables, **how)
+                constants = dict(MOVE=move, MOMENTUM=momentum, DTYPE=getattr(tl, dtype))
+                _gram_pass[(len(tiles),)](tiles, *tables, **constants, **HOW)
             if self.reductions:
                 grams = _sums_by(self.sums, self.part_lines, len(self.sphere_of_line))
                 self.add_up(grams)
@@ -1560,8 +1561,8 @@ class _ByKernels(_Layout):
                 if group["angle"] and group["sphere"] is None:
                     self.rules[sphere, 1] = -self.pace(self.rules[: len(self.radii)])
             for dtype, tiles in self.move_tiles if move else ():
-                how = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype), **HOW)
-                _move_pass[(len(tiles),)](tiles, *tables, **how)
+                constants = dict(MOMENTUM=momentum, DTYPE=getattr(tl, dtype))
+                _move_pass[(len(tiles),)](tiles, *tables, **constants, **HOW)
         self.moved_before = self.first and move and bool(self.rules[:, 6].any())  # waits
         self.first = False
         if move:  # else a backward pass through an old graph would not notice

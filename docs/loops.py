@@ -274,10 +274,10 @@ class Table:
     """A CSV file that grows; `has` tells whether rows begin with these cells. `groups`: rows as
     dicts of numbers and names, by the values of these columns."""
 
-    def __init__(self, what):
-        self.path = ROOT / "benchmarks" / f"loop-{what}.csv"
+    def __init__(self, name):
+        self.path = ROOT / "benchmarks" / f"loop-{name}.csv"
         if not self.path.exists():
-            self.path.write_bytes(regimes.csv_lines([COLUMNS[what].split()]))
+            self.path.write_bytes(regimes.csv_lines([COLUMNS[name].split()]))
 
     def rows(self, first=1):
         with open(self.path, newline="") as file:
@@ -310,31 +310,31 @@ def column(rows, name):
     return np.array([row[name] for row in rows])
 
 
-def show(what, table):
+def show(name, table):
     """What the rows say, as a table."""
-    if what == "up":
+    if name == "up":
         for (passes, elr), rows in table.groups("passes", "elr").items():
             late = [row for row in rows if row["epoch"] and row["epoch"] % passes == 0]
             losses = " ".join(f"{loss:.3g}" for loss in column(late, "train_loss"))
             print(f"{passes:g} passes, ELR {elr:.3g}: train loss {losses}")
-    if what == "hold":
+    if name == "hold":
         for (data, passes), rows in table.groups("data", "passes").items():
             print(f"from the cold end of {passes:g} passes at each ELR, {data}")
             show_lives(rows)
-    if what == "cold":
+    if name == "cold":
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
             print(f", {len(rows)} seeds; train loss {mean(column(rows, 'train_loss'), 4)}")
-    if what == "speeds":
+    if name == "speeds":
         for (folder, level), rows in table.groups("folder", "level").items():
             print(f"{folder}: loop, passes, seeds, down and up cross {level:g}, ratio, area")
             show_speeds(rows)
-    if what == "full":
+    if name == "full":
         for (passes, leg, elr), rows in table.groups("passes", "leg", "elr").items():
             loss = " ".join(f"{x:.2g}" for x in column(rows, "train_loss"))
             edge = " ".join(f"{elr * x / 2:.2g}" for x in column(rows, "sharpness"))
             print(f"{passes:g} steps, {leg}, ELR {elr:.3g}: loss {loss}; ELR × λ_max / 2 {edge}")
-    if what == "edge":
+    if name == "edge":
         for row in itertools.chain(*table.groups("folder", "elr", "seed").values()):
             shown = "{folder:16} {elr:8.3g} {seed:g} {regime:12} loss {train_loss:9.3g}"
             print(f"{shown}  {{mean:9.3g}} ± {{error:.2g}} ({{weighted:.3g}})".format(**row))
@@ -353,13 +353,13 @@ def show_lives(rows):
             mean = f"{epochs / out:.3g} epochs an escape" if out else f"none in {epochs:g} epochs"
             print(f"{name} {value:g}: {' '.join(each)}; {mean}, {out:g} of {len(held)}")
     alike, own = len(rows) * [0], column(rows, "seed")
-    for what, ends in {"alike": alike, "each with a scale of its own": own}.items():
+    for name, ends in {"alike": alike, "each with a scale of its own": own}.items():
         fits = [fit_lives(rows, ends, shape) for shape in SHAPES]
         fit, powers = np.array([(likelihood, power) for likelihood, power, _ in fits]).T
         best, inside = fit.argmax(), SHAPES[fit > fit.max() - chi2.ppf(0.95, 1) / 2]
         p = chi2.sf(2 * (fit[best] - np.interp(1, SHAPES, fit)), 1)
         shape = f"{SHAPES[best]:.2f} ({inside[0]:.2f} to {inside[-1]:.2f})"
-        print(f"Weibull, cold ends {what}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
+        print(f"Weibull, cold ends {name}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
         print(f"shape {shape}; that it is 1, exponential: p = {p:.2g}")
     show_late(rows)
 
@@ -466,7 +466,7 @@ def main(argv=None):
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("what", choices=COLUMNS)
+    add("name", choices=COLUMNS)
     add("folders", nargs="*", type=Path, help="of logs, for edge and speeds")
     add("--seeds", type=int, default=3, metavar="K", help="0 to K - 1 (default: 3)")
     add("--passes", type=int, default=4, metavar="N", help="at each ELR of a loop (default: 4)")
@@ -475,7 +475,7 @@ def main(argv=None):
     add("--level", type=float, default=CROSSED, metavar="LOSS", help=text)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    table, seeds = Table(args.what), args.seeds
+    table, seeds = Table(args.name), args.seeds
     ways = {
         "up": lambda: up(table, seeds, args.passes),
         "hold": lambda: hold(table, seeds, args.passes, args.data),
@@ -485,8 +485,8 @@ def main(argv=None):
         "speeds": lambda: speeds(table, args.folders, args.level),
         "edge": lambda: edge(table, args.folders),
     }
-    ways[args.what]()
-    show(args.what, table)
+    ways[args.name]()
+    show(args.name, table)
 
 
 if __name__ == "__main__":

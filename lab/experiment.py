@@ -32,9 +32,9 @@ class Experiment(NamedTuple):
         net = own.build(self.config, self.data)
         now = of_scripts(own.files_of(self.config.model))
         now = {name: now.get(name, x) for name, x in self.contents.items()}
-        what = changed(self.contents, now)
-        if what:
-            raise ValueError(f"{what} since this command began: give it again")
+        edits = changed(self.contents, now)
+        if edits:
+            raise ValueError(f"{edits} since this command began: give it again")
         return net
 
 

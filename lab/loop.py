@@ -56,13 +56,13 @@ class Loop:
                 low, high = (f"{elr:.3g}" for elr in getattr(self, name))
                 said = sentence.format(low, high)
                 lines.append(said.replace(f"from {low} to {low}:", f"at {low}:"))
-        told = "no freezing shown: where weights come to rest, loss falls gently, or noise hides it"
+        rest = "no freezing shown: where weights come to rest, loss falls gently, or noise hides it"
         if self.freezes:
-            told = "no metastable state at this speed"
+            rest = "no metastable state at this speed"
         if self.metastable:
-            told = lines.pop()
-        told += f"; --epochs {4 * self.passes} goes through it more slowly"
-        return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or told]))
+            rest = lines.pop()
+        rest += f"; --epochs {4 * self.passes} goes through it more slowly"
+        return "\n    ".join(filter(None, [*lines, self.unmelted, self.problem or rest]))
 
 
 def is_loop(log):

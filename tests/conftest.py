@@ -1,6 +1,7 @@
 """One thread per process: pytest-xdist runs the tests on all cores, and our networks are small."""
 
 import os
+import random
 import sys
 
 import pytest
@@ -27,6 +28,16 @@ def quick():
     of_sweep, figures.of_sweep = figures.of_sweep, lambda runs, path: path.write_bytes(b"PNG")
     sys.argv = ["train.py"]  # `next:` names the script as it was begun
     return of_sweep
+
+
+@pytest.fixture
+def rng():
+    """Fresh numbers in each run; a failure shows the seed that brings them back."""
+    import numpy
+
+    seed = int(os.environ.get("SEED", random.randrange(2**31)))
+    print(f"SEED={seed}")
+    return numpy.random.default_rng(seed)
 
 
 @pytest.fixture(autouse=True)

@@ -42,9 +42,8 @@ def reference_muon(gradients):
 
 
 @pytest.mark.parametrize("name", ("adam", "muon"))
-def test_each_tensor_turns_by_the_angle_along_the_direction(name):
+def test_each_tensor_turns_by_the_angle_along_the_direction(name, rng):
     direction, reference = getattr(optimizers, name), globals()[f"reference_{name}"]
-    rng = np.random.default_rng()
     params = [torch.nn.Parameter(torch.from_numpy(rng.normal(size=s)).float()) for s in SHAPES]
     expected = [p.detach().double() for p in params]
     optimizer = SphereSGD(params, lr=0.1, sphere="tensor", angle=True)
@@ -168,9 +167,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_rows(tiny, tmp_p
     assert len(done) == len(set(done)) + 2  # nothing was left to do
 
 
-def test_the_table_pairs_by_seed(capsys):
+def test_the_table_pairs_by_seed(capsys, rng):
     """Of a kind it takes the value with most seeds and the least mean; differences seed by seed."""
-    rng = np.random.default_rng()
     adamw, elr, angle = rng.normal(size=(3, 5)) / 1000 + rng.normal(size=5) / 10
     angle -= 0.02
     ways = {("adamw", 0.1, 0.1): [-1.0], ("adamw", 0.01, 0.1): adamw, ("adamw", 0.3, 0): adamw + 1}

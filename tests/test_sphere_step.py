@@ -56,9 +56,8 @@ def test_random_sequences_are_those_of_the_reference(draw):
 # --- numbers
 
 
-def test_the_rule_follows_from_the_gram_matrix_at_the_ends_of_its_ranges():
+def test_the_rule_follows_from_the_gram_matrix_at_the_ends_of_its_ranges(rng):
     """k, b, u against the vectors of which the Gram matrix is."""
-    rng = np.random.default_rng()
     for _ in range(300):
         x, g, m = rng.normal(size=(3, 5)) * 10.0 ** rng.uniform(-12, 12, (3, 1))
         gram = [float(a @ b) for a, b in [(x, x), (x, g), (g, g), (x, m), (g, m), (m, m)]]

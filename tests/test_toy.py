@@ -15,9 +15,9 @@ STEPS = 9_000
 CASES = [[1.0], [1.0, 2.0, 4.0], [5.0, 1.0, 1.0, 1.0, 1.0]]
 
 
-def test_its_step_is_that_of_sphere_sgd():
+def test_its_step_is_that_of_sphere_sgd(rng):
     alphas, elr = [1.0, 2.0, 4.0], 0.2
-    theta = np.random.default_rng().standard_normal((3, 2))
+    theta = rng.standard_normal((3, 2))
     theta /= np.linalg.norm(theta)
     groups = [torch.tensor(x).requires_grad_() for x in theta]
     optimizer = SphereSGD(groups, lr=elr)
