@@ -53,7 +53,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # of the kernels
 PIECE = 1 << 17  # elements at once in PyTorch: float32 sums of more are not accurate
 FLOAT64_SUMS = 1024  # a vector of so few elements is summed in float64
-IN_PYTHON = 16  # spheres: the rules of more are made in numpy
+IN_PYTHON = 12  # spheres: the rules of more are made in numpy
 STACKED = 8192  # elements of tensors that are stacked with others of their shape
 OPTIONS = "sphere", "radius", "momentum", "angle", "weight_decay"
 OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a param group
@@ -65,9 +65,10 @@ OTHER_KEYS = "params", "param_names", "name", "lr", "differentiable"  # of a par
 def _where(condition, a, b):
     if not isinstance(condition, np.ndarray):
         return a if condition else b
-    if condition.all():  # of many rules the same way is mostly that of all
+    true = np.count_nonzero(condition)  # which is quick
+    if true == condition.size:  # of many rules the same way is mostly that of all
         return a
-    return np.where(condition, a, b) if condition.any() else b
+    return np.where(condition, a, b) if true else b
 
 
 def _per_root(x):
@@ -114,10 +115,11 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
     off = (measured > 0) & ((measured < 0.98 * radius2) | (measured > 1.02 * radius2))
     moved = where(good & off & (b != 0), 1.0, 0.0)
-    wide = where((b * u > 100 * k) | (b * u < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
+    bu = b * u
+    wide = where((bu > 100 * k) | (bu < -100 * k), 1.0, 0.0)  # g + uθ cancels: in float64
     k, b, u = where(good, k, nan), where(good, b, nan), where(good, u, nan)
     elr, radius, beta = where(good, elr, nan), where(good, radius, nan), where(good, beta, nan)
-    return k, b, u, elr, radius, beta, moved, wide, k + b * u
+    return k, b, u, elr, radius, beta, moved, wide, k + bu
 
 
 _rule_of_numbers = partial(_formula, where=_where, per_root=_per_root)
@@ -540,7 +542,7 @@ def _lr(group, wait=True, nan=True):
     lr = group.get("lr")
     if isinstance(lr, Tensor) and lr.is_cuda and not wait:
         return lr.squeeze()
-    number = _is_number(lr) or isinstance(lr, Tensor) and lr.numel() == 1
+    number = isinstance(lr, float) or _is_number(lr) or isinstance(lr, Tensor) and lr.numel() == 1
     value = float(lr) if number else -1.0
     most = math.pi / 2 if group.get("angle") else math.inf
     if value < 0 or value >= most or (math.isnan(value) and not nan):  # at each step
