@@ -74,6 +74,27 @@ def test_a_kernel_of_known_instructions_is_counted_right(architecture, wide):
     assert instructions["all"] < (20 if wide else 3)
 
 
+@triton.jit
+def added(x, y, N: tl.constexpr):
+    """A product that is added: what may be contracted."""
+    a = tl.load(x + tl.arange(0, N))
+    tl.store(y + tl.arange(0, N), a * a + tl.load(y + tl.arange(0, N)))
+
+
+@pytest.mark.parametrize("architecture", dict.fromkeys([*ARCHITECTURES, 90, "gfx942"]))
+def test_the_options_of_the_kernels_keep_products_and_sums_apart(architecture):
+    """A product that is contracted with a sum is not rounded, and the pairs of a sum are wrong."""
+    signature, fused = {"x": "*fp32", "y": "*fp32", "N": "constexpr"}, []
+    options = variants()[DEFAULT[0]].options
+    for chosen in (options, options | {"enable_fp_fusion": True}):
+        made = added, signature, {"N": 1024}, chosen, 1024, 1, 1, 4
+        variant = kernels.Variant("added", "sums", *made)
+        count(variant, architecture)
+        code, *_ = kernels.compiled(variant, architecture)
+        fused.append(sum("FFMA" in name or "fma" in name for _, name, _ in code))
+    assert fused[0] == 0 < fused[1]
+
+
 def test_what_is_behind_a_branch_counts_only_in_the_longest_way():
     short = kernels.count(known(add=True), 90).instructions["FP32"]
     whole = kernels.count(known(add=True)._replace(part="whole"), 90).instructions["FP32"]
