@@ -43,6 +43,7 @@ HELD = (0.0046, 0.0056, 0.0068, 0.0083, 0.01, 0.0121, 0.0147, 0.0178)  # ELRs of
 LONGEST = 200  # epochs
 LATE = 100  # epochs, up to which the rates are fitted that foretell the escapes of later ones
 SHAPES = np.geomspace(0.2, 3, 41)  # of Weibull distributions; 1 is the exponential
+THROWN = 0.1  # loss of a batch that has thrown a network out
 ESCAPE = 0.0068  # the ELR at which an escape is looked at step by step
 EVERY = 3  # steps between two measurements of batch sharpness
 ESCAPED = 10.0  # times the loss at the start of the hold, which is that of the cold end
@@ -321,6 +322,9 @@ def show(name, table):
         for (data, passes), rows in table.groups("data", "passes").items():
             print(f"from the cold end of {passes:g} passes at each ELR, {data}")
             show_lives(rows)
+    if name == "escape":
+        for (_, seed), rows in table.groups("passes", "seed").items():
+            show_escape(seed, rows)
     if name == "cold":
         for (low, high), rows in table.groups("low", "high").items():
             print(f"{high:g} to {low:g}: test error {mean(column(rows, 'test_error'), 4)}", end="")
@@ -362,6 +366,19 @@ def show_lives(rows):
         print(f"Weibull, cold ends {name}: scale as ELR to the power {-powers[best]:.1f}", end=", ")
         print(f"shape {shape}; that it is 1, exponential: p = {p:.2g}")
     show_late(rows)
+
+
+def show_escape(seed, rows):
+    """The batch that throws a network out, and whether the fifty steps before it foretell it."""
+    loss, gamma, edge = (column(rows, x) for x in ("loss", "grad_norm", "elr_sharpness"))
+    out = np.argmax(loss > THROWN)
+    before = {"in the 50 steps before": slice(out - 50, out), "earlier": slice(out - 50)}
+    after = " ".join(f"{x:.2g}" for x in loss[out : out + 4])
+    print(f"seed {seed:g}: batches from step {out} on have losses {after}", end="; before it ")
+    print(f"the median is {np.median(loss[:out]):.2g}, the largest {max(loss[:out]):.2g}")
+    for name, part in before.items():
+        share = np.mean(edge[part] > 2)
+        print(f"    {name}: median γ {np.median(gamma[part]):.2g}, edge above 2 in {share:.1%}")
 
 
 def show_late(rows):
