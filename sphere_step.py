@@ -76,8 +76,8 @@ def _per_root(x):
 
 
 def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
-    """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ, or
-    -1: from η̃."""
+    """`sphere_rule` for Python, numpy and Triton, which bring `where` and 1/√x. tan is tan φ where
+    the angle is set, else -1: it follows from lr = η̃."""
     # All is finite, and θ has a direction. If it is zero, but ρ is given: θ ← −ρ m/‖m‖
     nan = float("nan")  # Triton 3.3 takes no tuple of numbers
     infinite = float("inf")
@@ -86,7 +86,7 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     good = good & ((tt > 0) | zero)
     measured, tt = tt, where(tt > 0, tt, where(zero, radius * radius, 1.0))
 
-    # With d = g + βm the new m is d + uθ, across θ; s is its norm. A smaller part is rounding
+    # With d = g + βm the new m is d + uθ, orthogonal to θ; s is its norm, 0 if it is mere rounding
     per_norm = per_root(tt)
     td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)
     u = -td * per_norm * per_norm
@@ -112,7 +112,7 @@ def _formula(tt, tg, gg, tm, gm, mm, lr, beta, tan, radius, where, per_root):
     b = where(stays, 0.0, -along * tan * per_way * radius2)
     good = good & (k < 1e38) & (b > -1e38) & (u < 1e38) & (u > -1e38)  # they fit float32
 
-    # Whether something has moved it: its norm is off by more than a step leaves in 16 bits
+    # Whether something else moved θ: its norm is off by more than steps in 16 bits leave it
     off = (measured > 0) & ((measured < 0.98 * radius2) | (measured > 1.02 * radius2))
     moved = where(good & off & (b != 0), 1.0, 0.0)
     bu = b * u
@@ -228,7 +228,7 @@ class SphereSGD(torch.optim.Optimizer):
         """As torch's. An lr that is a tensor stays that tensor and takes the value."""
         before, made = dict(self.__dict__), []
         try:
-            # The last of the hooks sees what the others made of it
+            # The last pre-hook sees the state as the others have changed it
             with self.register_load_state_dict_pre_hook(lambda _, state: made.append(state)):
                 unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
             (state_dict,) = made
@@ -439,7 +439,7 @@ class watch:
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
         self._old, self._gram = [], None  # during a step: the weights before it, and their products
-        self._before_step = None  # the sums before it
+        self._before_step = None  # what `_sums` was before it
         device = pairs[0][1].device
         self._sums = torch.zeros(3, 1 + len(pairs), dtype=torch.float64, device=device)
         before = optimizer.register_step_pre_hook(self._before)
@@ -486,7 +486,7 @@ class watch:
         self.last = torch.stack([gamma, angle])
         if getattr(optimizer, "found_inf", None) is not None:  # then GradScaler skips the step
             n = n * (optimizer.found_inf == 0)
-        # Not +=: in the place of what a parent's step, which it called, has added
+        # Not +=: a step that calls its parent's runs the hooks twice, and is to count once
         step = torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
         self._sums.copy_(self._before_step + step)
 
@@ -681,7 +681,7 @@ def _has_rows(group, placement):
 
 
 def _like_rows(group, p, radii):
-    """The radii of a tensor as its state: for shards of rows, shards."""
+    """The radii as they are kept in the state: a DTensor where the rows are shards."""
     if not _is_dtensor(p) or group["sphere"] != "row":
         return radii
     tensor = sys.modules["torch.distributed.tensor"]
@@ -878,7 +878,7 @@ def _gradient(p):
 
 
 class _Unit(NamedTuple):
-    """What is taken at once: small tensors of one shape side by side, or a piece of one."""
+    """What one call of torch takes: small tensors of one shape, stacked, or a piece of a tensor."""
 
     group: int
     tensors: list[int]
@@ -1060,7 +1060,7 @@ def _sum_products(matrices):
 
 
 def _enough(beta, tt, tg, gg, tm=None, gm=None, mm=None):
-    """Whether float32 holds the squares, and what projections leave of them is no rounding."""
+    """Whether float32 holds the squares, and what is left of them across θ is not mere rounding."""
     enough = (tt > 1e-25) & (gg > 1e-25) & (tg * tg < 0.9 * tt * gg)
     if tm is not None:
         td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
@@ -1211,7 +1211,7 @@ def _add_products(total, rest, x, y, careful, EXACT: tl.constexpr):
 
 @jit
 def _halved(x, dx):
-    """Sums of neighbours, as pairs."""
+    """Neighbouring columns added up, as pairs: half as many."""
     twos: tl.constexpr = [x.shape[0], x.shape[1] // 2, 2]
     a, b = tl.split(tl.reshape(x, twos))
     da, db = tl.split(tl.reshape(dx, twos))
