@@ -1061,7 +1061,7 @@ def _sum_products(matrices):
 
 def _enough(beta, tt, tg, gg, tm=None, gm=None, mm=None):
     """Whether float32 holds the squares, and what is left of them across θ is not mere rounding."""
-    enough = (tt > 1e-25) & (gg > 1e-25) & (tg * tg < 0.9 * tt * gg)
+    enough = (tt > 1e-25) & (gg > 1e-25) & (tt + gg < 1e30) & (tg * tg < 0.9 * tt * gg)
     if tm is not None:
         td, dd = tg + beta * tm, gg + beta * (2 * gm + beta * mm)  # of d = g + βm
         enough = enough & (tt * dd - td * td > 0.1 * tt * (gg + beta * beta * mm))

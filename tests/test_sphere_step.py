@@ -95,6 +95,31 @@ def test_the_norm_is_the_radius_after_many_float32_steps(sphere, elr):
     assert torch.allclose(optimizer.stats()["radius"], radius, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sphere", ["group", "tensor", "row"])
+@pytest.mark.parametrize("scale", [1e-34, 1e-20, 1e18, 1e28, 1e34])
+def test_a_gradient_whose_square_float32_cannot_hold_turns_by_the_angle(scale, sphere, dtype):
+    """Any one, and one that is orthogonal to the weights; of two tensors, one sphere or two."""
+    for orthogonal in (True, False):
+        theta, g = torch.randn(2, 2, 2100).to(dtype)
+        if orthogonal:
+            x, y = theta.double(), g.double()
+            g = y - x * (x * y).sum(1, keepdim=True) / (x * x).sum(1, keepdim=True)
+        g = (scale * g.double()).to(dtype)
+        params = [Parameter(x.view(1, -1).clone()) for x in theta]
+        for p, own in zip(params, g, strict=True):
+            p.grad = own.view_as(p)
+        optimizer = SphereSGD(params, lr=0.1, sphere=sphere, angle=True)
+        optimizer.step()
+        stats = optimizer.stats()
+        if sphere == "group":
+            theta, g = theta.view(1, -1), g.view(1, -1)
+        for i, (x, own) in enumerate(zip(theta, g, strict=True)):
+            _, expected = step_of(x, own, 0.1, angle=True)
+            for name in ("angle", "grad_norm"):
+                assert stats[name][i].item() == pytest.approx(expected[name], rel=1e-4), name
+
+
 @pytest.mark.parametrize("share", [1e-6, 1e-8, 0.0])
 @pytest.mark.parametrize("angle", [True] if INTERPRET else [False, True])
 @pytest.mark.parametrize("count", [40, 3000] if INTERPRET else [40, 3000, 140_000])
