@@ -37,7 +37,7 @@ LOG = r"(?!(regimes|landscape|toy|.*\.layers)\.csv|.*\.then=).*(\.csv|\.jsonl|tr
 NUMBER = r"\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 # benchmarks/thresholds.csv: at what cost
-MIN_TAIL = 4  # rows of the last half, at least
+MIN_TAIL = 4  # least rows of the last half, ≥ 3
 WINDOWS = (1 / 2, 1 / 4, 1 / 8)  # where the fits begin
 BLOCKS = 24  # of rows, whose means are fitted
 FALLS, STEEP = 0.02, 0.15  # slope of log loss that surely falls; where the run has forgotten
@@ -327,7 +327,7 @@ def read_chance(folder):
         for known in chance.values():
             sum(known[name][x] / known["points"] for name in FLOORS for x in ("mean", "std"))
     except Exception:
-        raise ValueError(f"{path} is damaged: remove it, or say --chance") from None
+        raise ValueError(f'{path} is damaged: remove it, or its "chance"') from None
     return chance
 
 

@@ -146,15 +146,16 @@ class SphereSGD(torch.optim.Optimizer):
     lr        the ELR η̃, a float or a tensor of one; every torch.optim.lr_scheduler works on it
     sphere    what shares a norm: "group", all tensors of the param group; "tensor"; "row", each
               slice tensor[i] (output filter); None: nothing, and the group is stepped by SGD
-    radius    to which the weights are scaled at once; None: the norms that they have. With it, a
-              sphere of zeros takes its direction from its first gradient
+    radius    to which spheres are scaled at once; None: the norms that they have. With it, a sphere
+              of zeros takes its direction from its first gradient
     momentum  β of the heavy ball, Riemannian on a sphere
     angle     True: lr is the angle φ < π/2 by which each sphere turns; what is on no sphere has the
               learning rate η̃ρ² of the spheres that move (the median; of rows that are shared out
               over ranks the median of the ranks' medians)
     weight_decay  λ of what is on no sphere; without effect on one
-    backend   "triton": kernels, at most three launches per dtype, on a GPU (to test
-              them, on the CPU with TRITON_INTERPRET=1); "torch"; "auto": Triton where it can run
+    backend   "triton": kernels, at most three launches per dtype, on a GPU (to test them, on a CPU
+              with TRITON_INTERPRET=1, whose fma rounds twice: nearly radial gradients are less
+              exact there); "torch"; "auto": Triton where it can run
 
     A tensor without a gradient stays out of that step; a sphere that is not finite stays. 16-bit
     weights lose what is smaller than half a unit in their last place: with bfloat16 an angle below
@@ -422,8 +423,8 @@ class watch:
     `row()` returns the steps so far and the means since the last call; `layers` then has those of
     the tensors. `last`, [2, 1 + tensors] float64, is γ and φ of the last step, first jointly. The
     gradient is that of the step: clipped, unscaled, with a closure that of its first call; a tensor
-    without one stays out. It takes a copy of the weights, and a pass over them before and after
-    each step. Raises ValueError for shards, or none of the optimizer's tensors.
+    without one stays out: nan in `last`. It takes a copy of the weights, and a pass over them
+    before and after each step. Raises ValueError for shards, or none of the optimizer's tensors.
     """
 
     def __init__(self, optimizer, params=None):
@@ -435,7 +436,8 @@ class watch:
         pairs = [x if isinstance(x, tuple) else (str(i), x) for i, x in enumerate(params)]
         none = {id(p) for p in own}.isdisjoint(id(p) for _, p in pairs)
         shards = any(hasattr(p, "__tensor_flatten__") for _, p in pairs)
-        _refuse(none or shards, "params: watch takes a list of the optimizer's tensors, no shards")
+        default = "by default those of two or more dimensions"
+        _refuse(none or shards, f"params: it takes tensors of the optimizer, {default}, no shards")
         self.names, self.params = zip(*pairs, strict=True)
         self.last, self.layers, self._steps = None, [], 0
         self._old, self._gram = [], None  # during a step: the weights before it, and their products
@@ -483,9 +485,9 @@ class watch:
         tt, tg, gg, n, td, dd = torch.cat([gram.sum(0, keepdim=True), gram]).T
         gamma = (tt * gg - tg * tg).clamp(min=0).sqrt()
         angle = torch.atan2((tt * dd - td * td).clamp(min=0).sqrt(), tt + td)
-        self.last = torch.stack([gamma, angle])
         if getattr(optimizer, "found_inf", None) is not None:  # then GradScaler skips the step
             n = n * (optimizer.found_inf == 0)
+        self.last = torch.where(n > 0, torch.stack([gamma, angle]), math.nan)
         # Not +=: a step that calls its parent's runs the hooks twice, and is to count once
         step = torch.where(n > 0, torch.stack([gamma, angle, tt**0]), 0.0)
         self._sums.copy_(self._before_step + step)
@@ -519,10 +521,10 @@ def _check_options(group, new=False):
     """ValueError for an option of a param group that it cannot have; its lr if it is new."""
     group.setdefault("weight_decay", 0.0)
     sphere, radius, momentum, angle, decay = (group.get(name, "missing") for name in OPTIONS)
-    at_radius = _is_number(radius) and sphere is not None and 0 < radius < math.inf
+    at_radius = _is_number(radius) and 0 < radius < math.inf
     rules = [
         ("sphere", sphere in ("group", "tensor", "row", None), "'group', 'tensor', 'row' or None"),
-        ("radius", radius is None or at_radius, "positive, on a sphere"),
+        ("radius", radius is None or at_radius, "a positive number, or None"),
         ("momentum", _is_number(momentum) and 0 <= momentum < 1, "in [0, 1)"),
         ("angle", isinstance(angle, bool), "True or False; lr is the angle"),
         ("weight_decay", _is_number(decay) and 0 <= decay < math.inf, "finite, ≥ 0"),

@@ -54,7 +54,7 @@ class Report:
         return runs
 
 
-def draw(runs, out):
+def draw(runs, out, name="regimes.png"):
     """The pictures of a folder: regimes.png, and one of each loop. Returns their paths."""
     loops, others, paths = {}, [], []
     for run in runs:
@@ -66,7 +66,7 @@ def draw(runs, out):
         paths.append(out / f"{stem}.png")
         of_loop(group, paths[-1])
     if others:
-        paths.append(out / "regimes.png")
+        paths.append(out / name)
         of_sweep(others, paths[-1])
     return paths
 
@@ -298,11 +298,13 @@ def main(argv=None):
     parser = regimes.Parser(prog="lab.figures", description="Draw the pictures of logs again.")
     parser.add_argument("path", type=Path, metavar="PATH", help="a folder of logs, or a log")
     path = parser.parse_args(argv).path
-    folder = path if path.is_dir() else path.parent
+    folder, name = path, "regimes.png"
+    if not path.is_dir():  # beside the log, not over the picture of its folder
+        folder, name = path.parent, f"{path.stem}.regimes.png"
     runs, problems = regimes.gather([path])
     for problem in problems:
         print(f"lab.figures: error: {problem}", file=sys.stderr)
-    pictures = draw(runs, folder)
+    pictures = draw(runs, folder, name)
     if pictures:
         print(f"written: {', '.join(map(str, pictures))}")
     return 2 if problems else 0

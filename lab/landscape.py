@@ -209,7 +209,7 @@ def parser():
         return partial(one.add_argument, type=number(int, 1, 10**6), metavar="N")
 
     add = command("barrier", show_barrier, nargs=2, metavar="PT")
-    add("--points", default=21, help="along the way (default: 21)")
+    add("--points", type=number(int, 3, 10**6), default=21, help="along the way (default: 21)")
     add("--out", type=Path, metavar="PNG", help="(default: barrier.png beside the first)")
     command("distance", show_distances, nargs="+", metavar="PT")
     samples = dict(default=SAMPLES, help=f"over so many training inputs (default: {SAMPLES})")
@@ -244,6 +244,8 @@ def show_summary(args):
 
 
 def show_barrier(args):
+    if args.out and args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"argument --out: '{args.out}' is no picture: it takes NAME.png")
     a, b = (read(path, args.device) for path in args.checkpoints)
     ways, out = {}, args.out or a.path.with_name("barrier.png")
     for way, name in (("line", "straight line"), ("circle", "great circle")):

@@ -21,8 +21,9 @@ def text(path, length=16):
     tokens = {character: token for token, character in enumerate(known)}
     for part, n in ((content[:cut], 20_000), (content[cut:], 4_000)):
         codes = torch.tensor([tokens[character] for character in part if character in tokens])
-        if len(codes) < 1000:
-            raise ValueError(f"{path} is too short: it takes 10,000 characters")
+        if len(content) < 10_000 or len(codes) < 1000:
+            most = "it takes 10,000 characters, and in the last tenth 1,000 that occur before"
+            raise ValueError(f"{path} is too short: {most}")
         start = torch.randint(len(codes) - length, (n, 1), generator=generator)
         windows = codes[start + torch.arange(length + 1)]
         parts += [windows[:, :-1], windows[:, -1]]

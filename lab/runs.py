@@ -104,11 +104,15 @@ def result(path):
 
 
 def became_zero(path):
-    """The tensors whose last norm in the log is nan: divergence can drive them down to 0."""
-    norms = {}
+    """The tensors that had a norm in the log, and have none in the end: divergence can drive them
+    down to 0."""
+    norms, above_zero = {}, set()
     with suppress(FileNotFoundError), open(path.with_suffix(".layers.csv"), newline="") as file:
-        norms = {row["layer"]: row["norm"] for row in csv.DictReader(file)}
-    return [name for name, norm in norms.items() if norm == "nan"]
+        for row in csv.DictReader(file):
+            norms[row["layer"]] = row["norm"]
+            if row["norm"] != "nan":
+                above_zero.add(row["layer"])
+    return [name for name, norm in norms.items() if norm == "nan" and name in above_zero]
 
 
 def is_expected(error):
@@ -231,7 +235,8 @@ def load_checkpoint(path, device, identity=None, contents=None):
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         there = dict(state["identity"])
     except Exception:  # what is no checkpoint can fail anywhere
-        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {AGAIN}") from None
+        cure = AGAIN if identity else "it takes the .pt of a run"
+        raise ValueError(f"{path} is damaged, or no checkpoint of train.py: {cure}") from None
     other = difference(there, identity) if identity else ""
     if contents and not other:
         other = changed(state.get("contents", {}), contents)

@@ -312,7 +312,7 @@ FILES = [
     ("mine.npz", b"", "mine.npz is no .npz file of numbers and text"),
     ("mine.npz", b"x,y\n1,2\n", "mine.npz is no .npz file of numbers and text"),
     ("mine.npz", b"PK\x03\x04junk", "mine.npz is no .npz file of numbers and text"),
-    ("mine.txt", b"too short" * 1000, "mine.txt is too short: it takes 10,000 characters"),
+    ("mine.txt", b"too short" * 1111, "mine.txt is too short: it takes 10,000 characters"),
     ("mine.txt", b"a" * 18_000 + b"b" * 2_000, "mine.txt is too short"),  # of known ones
     ("mine.txt", b"a" * 20_000, "mine.txt has a single class"),
     ("mine.txt", "Käse ".encode("latin1") * 4000, "mine.txt cannot be read as text in UTF-8"),

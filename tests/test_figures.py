@@ -108,7 +108,12 @@ def test_whatever_a_log_holds_it_is_drawn(tmp_path, drawn, monkeypatch, last, co
     for name in ("log", "_other"):
         write(folder / f"{name}.csv", last=last, columns=columns)
     assert figures.main([str(folder)]) == 0
-    assert (folder / "regimes.png").stat().st_size > 10_000
+    picture = folder / "regimes.png"
+    assert picture.stat().st_size > 10_000
+    picture.write_bytes(b"of both")
+    assert figures.main([str(folder / "log.csv")]) == 0
+    assert picture.read_bytes() == b"of both"
+    assert (folder / "log.regimes.png").stat().st_size > 10_000
     heading = drawn[0].legends[0].get_title().get_text()
     assert "\\u6570\\u5b57" in heading and r"\$x_1^" in heading
     assert regimes.main([str(folder)]) == 0

@@ -261,6 +261,12 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys, ends):
         (f"summary {tmp_path}/none", "none: there is no such folder"),
         (f"curvature {good} --k 0", "argument --k: '0' is not a whole number"),
         (f"barrier {good} {good} --points 1e9", "argument --points: '1e9' is not a whole number"),
+        (
+            f"barrier {good} {good} --points 2",
+            "argument --points: '2' is not a whole number from 3",
+        ),
+        (f"barrier {good} {good} --out x", "argument --out: 'x' is no picture: it takes NAME.png"),
+        (f"distance {good} {ends}/network/config.json", "config.json is damaged, or no checkpoint"),
         (f"flatness {good}", "invalid choice"),
     ):
         assert message in refused(capsys, command, main=landscape.main)

@@ -120,6 +120,14 @@ def test_a_gradient_whose_square_float32_cannot_hold_turns_by_the_angle(scale, s
                 assert stats[name][i].item() == pytest.approx(expected[name], rel=1e-4), name
 
 
+def test_a_radius_for_all_groups_scales_what_is_on_a_sphere():
+    weight, bias = parameter(5, 3), parameter(5)
+    before = bias.detach().clone()
+    groups = [{"params": [weight]}, {"params": [bias], "sphere": None}]
+    SphereSGD(groups, lr=0.1, radius=2.0)
+    assert weight.norm().item() == pytest.approx(2) and torch.equal(bias, before)
+
+
 @pytest.mark.parametrize("share", [1e-6, 1e-8, 0.0])
 @pytest.mark.parametrize("angle", [True] if INTERPRET else [False, True])
 @pytest.mark.parametrize("count", [40, 3000] if INTERPRET else [40, 3000, 140_000])
@@ -549,7 +557,7 @@ BAD = {
     "backend": ("cuda",),
 }
 OPTIONS = [(name, {name: value}) for name, values in BAD.items() for value in values]
-OPTIONS += [("lr", {"lr": 1.6, "angle": True}), ("radius", {"radius": 1.0, "sphere": None})]
+OPTIONS += [("lr", {"lr": 1.6, "angle": True})]
 OPTIONS += [("angle", {"angle": True, "sphere": None})]
 UNKNOWN = ["betas", "weight_decy", "dampening", "nesterov", "maximize"]
 holes, again = r"shape \(2, 3\) has holes", r"parameter 2 of shape \(3, 2\) is parameter 0 again"

@@ -124,11 +124,14 @@ def test_weights_that_became_zero_are_named(plain, tmp_path, capsys):
     path = out / "elr=1e-02.layers.csv"
     *others, one, two = [line.split(",") for line in path.read_text().splitlines()]
     zeros = [row[:2] + ["nan"] * len(row[2:]) for row in (one, two)]
-    for rows in ([one, two], zeros):
-        path.write_text("".join(",".join(row) + "\n" for row in others + rows))
+    always = [row[:2] + ["nan"] * len(row[2:]) for row in others if row[1] == two[1]]  # from 0 on
+    without = [row for row in others if row[1] != two[1]]
+    for rows in (others + [one, two], others + zeros, without + always + zeros):
+        path.write_text("".join(",".join(row) + "\n" for row in rows))
         assert run(f"--elr 0.01 {QUICK}", out) == 0
-    _, first, again = capsys.readouterr().out.split("(already done)")
+    _, first, again, one_began_so = capsys.readouterr().out.split("(already done)")
     assert "became 0" not in first and f"of {one[1]}, {two[1]} became 0" in again
+    assert f"of {one[1]} became 0" in one_began_so
 
 
 def test_an_error_of_an_edit_shows_where_it_is(tmp_path, monkeypatch):

@@ -96,6 +96,20 @@ def test_gamma_and_angle_are_those_of_the_definition(name, how):
     assert meter.row() == dict(step=3) and meter.last is not None  # nothing since
 
 
+def test_without_a_gradient_nothing_is_measured():
+    """The tensor is nan in `last`; so is all where no tensor has one, and the step does not count."""
+    net = network()
+    weights = [net[0].weight, net[3].weight]
+    optimizer = torch.optim.SGD(weights, 0.1)
+    meter = watch(optimizer)
+    weights[0].grad = torch.ones_like(weights[0])
+    optimizer.step()
+    assert meter.last.isnan().tolist() == 2 * [[False, False, True]]
+    weights[0].grad = None
+    optimizer.step()
+    assert meter.last.isnan().all() and meter.row()["step"] == 1
+
+
 def test_a_closure_that_is_called_again_counts_with_its_first_gradient():
     net = network()
     weights = [net[0].weight, net[3].weight]
@@ -181,5 +195,5 @@ def test_a_step_that_calls_the_step_of_its_parent_is_one_and_keeps_its_arguments
 )
 def test_what_is_no_list_of_the_tensors_is_refused(params):
     """The rows of a tensor, too, and other things of which nothing has ever a gradient."""
-    with pytest.raises(ValueError, match="params: watch takes a list of the optimizer's tensors"):
+    with pytest.raises(ValueError, match="params: it takes tensors of the optimizer"):
         watch(torch.optim.SGD([torch.ones(3)], 0.1), params)
